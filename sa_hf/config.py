@@ -1,0 +1,241 @@
+"""The base of every pattern's configuration, and the registry that finds a pattern by its name.
+
+A configuration is a frozen dataclass, checked whole at construction. It knows no model: the same object
+describes one layer of any of them. ``sa_hf.patterns`` registers one class per published system.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+from sa_hf.errors import ConfigVersionError, NotStaticError, SparseAttentionError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sa_hf.patterns.base import LayerSpec, SparseAttention
+
+CONFIG_VERSION = 1
+MAX_SEED = 2**63 - 1
+# Config files come from anywhere: no integer field may be large enough to make a layout of absurd size.
+MAX_INTEGER = 2**31 - 1
+
+_REGISTRY: dict[str, type[SparseAttentionConfig]] = {}
+_Config = TypeVar("_Config", bound="SparseAttentionConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseAttentionConfig:
+    """What every pattern's configuration shares.
+
+    Args:
+        seed: the seed of everything random in the pattern, ``0 <= seed < 2**63``.
+        drop_diagonal: leave out each query's own position, unless it is the row's only key (SparseBERT, section 4.3).
+
+    Raises:
+        SparseAttentionError: a field is out of its range.
+    """
+
+    name: ClassVar[str] = ""
+
+    seed: int = 0
+    drop_diagonal: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer(self, "seed", minimum=0, maximum=MAX_SEED)
+        check_bool(self, "drop_diagonal")
+        self.validate()
+
+    def validate(self) -> None:
+        """Check the fields of the concrete class; raise ``SparseAttentionError`` at the first that is wrong."""
+
+    # -- serialisation ---------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict: ``name``, ``version`` and every field."""
+        fields = {f.name: _jsonable(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"name": self.name, "version": CONFIG_VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild a configuration from :meth:`to_dict`.
+
+        On ``SparseAttentionConfig`` the class is found by ``data["name"]``; on a concrete class the name, when
+        given, must be its own.
+
+        Raises:
+            ConfigVersionError: the dict has a newer version, or a key that this version does not know.
+            SparseAttentionError: the name is unknown or a value is out of its range.
+        """
+        if not isinstance(data, Mapping):
+            raise SparseAttentionError(f"a config must be a mapping of field names to values, not {data!r}")
+        values = dict(data)
+        name = values.pop("name", cls.name)
+        version = values.pop("version", CONFIG_VERSION)
+        target = pattern_class(name)
+        if not issubclass(target, cls):
+            raise SparseAttentionError(
+                f"the config names pattern {name!r}, but {cls.__name__} is pattern {cls.name!r}; "
+                f"use SparseAttentionConfig.from_dict or {target.__name__}.from_dict"
+            )
+        known = {f.name for f in dataclasses.fields(target)}
+        unknown = sorted(str(k) for k in values if k not in known)
+        if not isinstance(version, int) or isinstance(version, bool) or version > CONFIG_VERSION:
+            raise ConfigVersionError(
+                f"the {name!r} config has version {version!r}"
+                + (f" with the unknown keys {unknown}" if unknown else "")
+                + f"; this sa_hf reads versions up to {CONFIG_VERSION}: upgrade with `pip install -U sa_hf`"
+            )
+        if unknown:
+            raise ConfigVersionError(
+                f"{target.__name__} has no field {unknown[0]!r}{did_you_mean(unknown[0], known)}; "
+                f"fields are {sorted(known)}. If a newer sa_hf wrote this config, upgrade with `pip install -U sa_hf`"
+            )
+        return target(**values)
+
+    # -- presets ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def presets(cls) -> dict[str, dict[str, Any]]:
+        """The named presets of this pattern: ``{name: fields}``."""
+        return {}
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """The configuration of a named preset, with single fields replaced by ``overrides``."""
+        presets = cls.presets()
+        if name not in presets:
+            listed = sorted(presets) or "none"
+            raise SparseAttentionError(f"{cls.__name__} has no preset {name!r}{did_you_mean(name, presets)}; presets: {listed}")
+        return cls(**{**presets[name], **overrides})
+
+    # -- what the pattern is ---------------------------------------------------------------------------------------
+
+    @property
+    def extra_tokens(self) -> int:
+        """How many learned tokens join each sequence in front of its own (ETC, the virtual relay)."""
+        return 0
+
+    def check_layer(self, spec: LayerSpec) -> None:
+        """Raise ``SparseAttentionError`` where this pattern cannot serve the layer (before anything is changed)."""
+
+    def build(self, spec: LayerSpec) -> SparseAttention:
+        """The module that runs this pattern in one attention layer; it holds the learned state, if any."""
+        raise NotImplementedError
+
+    # -- the predicate and what derives from it --------------------------------------------------------------------
+
+    def mask(self, length: int, num_heads: int = 1, layer_idx: int = 0, causal: bool = False) -> torch.Tensor:
+        """The set of kept pairs as bool ``[num_heads, length, length]`` (query, key).
+
+        Raises:
+            NotStaticError: the pattern depends on data or learned state.
+        """
+        raise NotStaticError(
+            f"pattern {self.name!r} has no mask of its own: what a query attends depends on learned state or data. "
+            "Patch a model and use `sa_hf.summary(model)`, or preview a static pattern such as 'bigbird'"
+        )
+
+    def preview(self, length: int, causal: bool = False, *, num_heads: int = 1, layer_idx: int = 0) -> str:
+        """The mask drawn for the terminal, at most 64 characters wide: one line per row of cells."""
+        from sa_hf.patterns.drawing import preview
+
+        return preview(self.mask(length, num_heads, layer_idx, causal)[0], title=f"{self.name}, n = {length}")
+
+    def density(self, length: int, num_heads: int = 1, layer_idx: int = 0, causal: bool = False) -> float:
+        """Kept pairs divided by the pairs of dense attention (``length**2``, causal: ``length*(length+1)/2``)."""
+        kept = int(self.mask(length, num_heads, layer_idx, causal).sum())
+        dense = length * (length + 1) // 2 if causal else length * length
+        return kept / (dense * num_heads)
+
+    def plot(self, path: Any, length: int, causal: bool = False, *, num_heads: int = 1, layer_idx: int = 0) -> None:
+        """Draw the mask to an image file (format by its suffix); needs matplotlib (`pip install sa_hf[tools]`)."""
+        from sa_hf.patterns.drawing import plot
+
+        plot(self, path, length, causal=causal, num_heads=num_heads, layer_idx=layer_idx)
+
+
+# -- registry ------------------------------------------------------------------------------------------------------
+
+
+def register_pattern(cls: type[_Config]) -> type[_Config]:
+    """Class decorator: make a configuration known by its ``name``."""
+    if not cls.name or cls.name in _REGISTRY:
+        raise SparseAttentionError(f"pattern name {cls.name!r} is empty or taken by {_REGISTRY.get(cls.name)}")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def available_patterns() -> dict[str, type[SparseAttentionConfig]]:
+    """Every registered pattern: ``{name: config class}``."""
+    import sa_hf.patterns  # noqa: F401  (its import registers the built-in patterns)
+
+    return dict(_REGISTRY)
+
+
+def pattern_class(name: Any) -> type[SparseAttentionConfig]:
+    """The configuration class of a pattern's name; raises ``SparseAttentionError`` for an unknown one."""
+    patterns = available_patterns()
+    if not isinstance(name, str) or name not in patterns:
+        hint = did_you_mean(name, patterns) if isinstance(name, str) else ""
+        raise SparseAttentionError(f"unknown pattern {name!r}{hint}; patterns: {sorted(patterns)}")
+    return patterns[name]
+
+
+# -- checks shared by the patterns ---------------------------------------------------------------------------------
+
+
+def did_you_mean(value: str, choices: Any) -> str:
+    close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check_integer(
+    config: SparseAttentionConfig, field: str, *, minimum: int, maximum: int = MAX_INTEGER, optional: bool = False
+) -> None:
+    value = getattr(config, field)
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SparseAttentionError(f"{config.name}.{field}={value!r} must be an integer >= {minimum}{' or None' * optional}")
+    if not minimum <= value <= maximum:
+        nearest = minimum if value < minimum else maximum
+        raise SparseAttentionError(
+            f"{config.name}.{field}={value} must lie in [{minimum}, {maximum}]{' or be None' * optional}; nearest: {nearest}"
+        )
+
+
+def check_number(
+    config: SparseAttentionConfig, field: str, *, minimum: float, maximum: float = math.inf, optional: bool = False
+) -> None:
+    value = getattr(config, field)
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise SparseAttentionError(f"{config.name}.{field}={value!r} must be a finite number >= {minimum}")
+    if not minimum <= value <= maximum:
+        nearest = minimum if value < minimum else maximum
+        raise SparseAttentionError(f"{config.name}.{field}={value} must lie in [{minimum}, {maximum}]; nearest: {nearest}")
+
+
+def check_bool(config: SparseAttentionConfig, field: str) -> None:
+    value = getattr(config, field)
+    if not isinstance(value, bool):
+        raise SparseAttentionError(f"{config.name}.{field}={value!r} must be True or False")
+
+
+def check_choice(config: SparseAttentionConfig, field: str, choices: tuple[Any, ...]) -> None:
+    value = getattr(config, field)
+    if isinstance(value, bool) != any(isinstance(c, bool) for c in choices) or value not in choices:
+        raise SparseAttentionError(
+            f"{config.name}.{field}={value!r} must be one of {list(choices)}{did_you_mean(str(value), choices)}"
+        )
+
+
+def _jsonable(value: Any) -> Any:
+    return [_jsonable(v) for v in value] if isinstance(value, tuple | list) else value

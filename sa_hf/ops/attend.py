@@ -1,0 +1,329 @@
+"""Run a plan: group the sequences, gather each part's slots, call the engine, merge by log-sum-exp; and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sa_hf.ops.engine import Engine, Gradients
+from sa_hf.ops.parts import Index, Part, ScoreOptions
+from sa_hf.ops.sequences import Sequences
+
+# (query_length, key_length) of a sequence -> its parts
+PlanFor = Callable[[int, int], Sequence[Part]]
+
+
+def plan_forward(
+    plan: Sequence[Part], query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, engine: Engine
+) -> tuple[Tensor, Tensor]:
+    """All parts of a plan over equal sequences, merged. Shapes as in ``Engine.forward``, in positions."""
+    merged: tuple[Tensor, Tensor] | None = None
+    for part in plan:
+        q, k, v = take(query, part.query_index), take(key, part.key_index), take(value, part.key_index)
+        out, lse = engine.forward(part, q, k, v, options)
+        if merged is None and part.query_index is None:
+            merged = out, lse
+            continue
+        if merged is None:
+            merged = torch.zeros_like(query), lse.new_full(query.shape[:3], -torch.inf)
+        _merge_into(*merged, out, lse, part.query_index)
+    if merged is None:
+        stats = torch.float64 if query.dtype == torch.float64 else torch.float32
+        return torch.zeros_like(query), torch.full(query.shape[:3], -torch.inf, dtype=stats, device=query.device)
+    return merged
+
+
+def plan_backward(
+    plan: Sequence[Part], query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
+    options: ScoreOptions, engine: Engine,
+) -> Gradients:  # fmt: skip
+    """Gradients of :func:`plan_forward` for all of a plan's parts, summed."""
+    total: Gradients | None = None
+    for part in plan:
+        q, k, v = take(query, part.query_index), take(key, part.key_index), take(value, part.key_index)
+        o, g = take(out, part.query_index), take(grad_out, part.query_index)
+        row_lse = take(lse.unsqueeze(-1), part.query_index).squeeze(-1)
+        grads = engine.backward(part, q, k, v, o, row_lse, g, options)
+        whole = Gradients(
+            put(grads.query, part.query_index, query),
+            put(grads.key, part.key_index, key),
+            put(grads.value, part.key_index, value),
+            grads.distance_bias,
+            grads.spans,
+        )
+        total = whole if total is None else _add(total, whole)
+    if total is None:
+        zero = [None if x is None else torch.zeros_like(x) for x in (options.distance_bias, options.spans)]
+        return Gradients(*(torch.zeros_like(x) for x in (query, key, value)), *zero)
+    return total
+
+
+def take(x: Tensor, index: Index) -> Tensor:
+    """The slots of ``x [G, H, N, D]`` in a part's order; empty slots are 0, heads grow to those of a tensor index."""
+    if index is None:
+        return x
+    if isinstance(index, slice):
+        return x[:, :, index]
+    heads = max(x.shape[1], index.shape[1])
+    flat = index.clamp(min=0).expand(x.shape[0], heads, -1)
+    x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+    taken = torch.gather(x, 2, flat.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+    return taken.masked_fill_((flat_empty(index, flat)).unsqueeze(-1), 0)
+
+
+def flat_empty(index: Tensor, like: Tensor) -> Tensor:
+    return (index < 0).expand(like.shape)
+
+
+def put(x: Tensor, index: Index, like: Tensor) -> Tensor:
+    """The adjoint of :func:`take`: slots added back to positions, in the shape of ``like [G, H, N, D]``."""
+    if index is None:
+        return x
+    if isinstance(index, slice):
+        result = torch.zeros_like(like)
+        result[:, :, index] = x
+        return result
+    flat = index.clamp(min=0).expand(x.shape[:3])
+    x = x.masked_fill(flat_empty(index, flat).unsqueeze(-1), 0)
+    result = x.new_zeros(like.shape[0], x.shape[1], *like.shape[2:])
+    result.scatter_add_(2, flat.unsqueeze(-1).expand_as(x), x)
+    if x.shape[1] != like.shape[1]:
+        result = result.view(like.shape[0], like.shape[1], -1, *like.shape[2:]).sum(2)
+    return result
+
+
+def _merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, index: Index) -> None:
+    """Merge a part's slots into the running result, in place: one softmax over both sets of keys."""
+    if isinstance(index, Tensor):
+        flat = index.clamp(min=0).expand(part_lse.shape)
+        # An empty slot clamps to position 0, which another slot may hold as well: send it past the end instead.
+        slots = torch.where(flat_empty(index, flat), lse.shape[2], flat)
+        aligned_lse = lse.new_full((*lse.shape[:2], lse.shape[2] + 1), -torch.inf).scatter_(2, slots, part_lse)
+        wide = slots.unsqueeze(-1).expand_as(part_out)
+        aligned = out.new_zeros(*out.shape[:2], out.shape[2] + 1, out.shape[3]).scatter_(2, wide, part_out)
+        part_out, part_lse = aligned[:, :, :-1], aligned_lse[:, :, :-1]
+    elif index is not None:
+        out, lse = out[:, :, index], lse[:, :, index]
+    joint = torch.logaddexp(lse, part_lse)
+    safe = torch.where(torch.isfinite(joint), joint, 0.0)
+    ours, theirs = torch.exp(lse - safe).unsqueeze(-1), torch.exp(part_lse - safe).unsqueeze(-1)
+    out.copy_((out * ours + part_out * theirs).to(out.dtype))
+    lse.copy_(joint)
+
+
+def _add(a: Gradients, b: Gradients) -> Gradients:
+    def both(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        return y if x is None else x if y is None else x + y
+
+    return Gradients(
+        a.query + b.query, a.key + b.key, a.value + b.value, both(a.distance_bias, b.distance_bias), both(a.spans, b.spans)
+    )
+
+
+# -- over the sequences of a batch ---------------------------------------------------------------------------------
+
+
+def sequences_forward(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, plan_for: PlanFor, options: ScoreOptions,
+    engine: Engine,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over every sequence of a batch: output ``[B, H, Nq, D]``, log-sum-exp ``[B, H, Nq]``; padding is 0, -inf."""
+    batch = Batch(sequences, plan_for, options, query.device)
+    if sequences.is_full:
+        return plan_forward(batch.whole_plan, query, key, value, batch.whole_options, engine)
+    query, key, value = batch.compact(query, key, value)
+    stats = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.full(query.shape[:3], -torch.inf, dtype=stats, device=query.device)
+    for plan, group in batch.groups():
+        q, k, v = group.queries(query), group.keys(key), group.keys(value)
+        group_out, group_lse = plan_forward(plan, q, k, v, group.options, engine)
+        group.write_queries(out, group_out)
+        group.write_queries(lse.unsqueeze(-1), group_lse.unsqueeze(-1))
+    return batch.expand_queries(out), batch.expand_queries(lse.unsqueeze(-1), fill=-torch.inf).squeeze(-1)
+
+
+def sequences_backward(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, sequences: Sequences,
+    plan_for: PlanFor, options: ScoreOptions, engine: Engine,
+) -> Gradients:  # fmt: skip
+    """Gradients of :func:`sequences_forward`."""
+    batch = Batch(sequences, plan_for, options, query.device)
+    if sequences.is_full:
+        whole = plan_backward(batch.whole_plan, query, key, value, out, lse, grad_out, batch.whole_options, engine)
+        return replace(whole, distance_bias=uncentred(whole.distance_bias, options.distance_bias))
+    lse4 = lse.unsqueeze(-1)
+    query, key, value = batch.compact(query, key, value)
+    out, grad_out, lse4 = (batch.compact_queries(x) for x in (out, grad_out, lse4))
+    grads = [torch.zeros_like(x) for x in (query, key, value)]
+    bias = None if options.distance_bias is None else torch.zeros_like(options.distance_bias)
+    spans = None if options.spans is None else torch.zeros_like(options.spans)
+    for plan, group in batch.groups():
+        q, k, v = group.queries(query), group.keys(key), group.keys(value)
+        group_lse = group.queries(lse4).squeeze(-1)
+        part = plan_backward(plan, q, k, v, group.queries(out), group_lse, group.queries(grad_out), group.options, engine)
+        group.write_queries(grads[0], part.query)
+        group.write_keys(grads[1], part.key)
+        group.write_keys(grads[2], part.value)
+        if bias is not None and part.distance_bias is not None:
+            bias += uncentred(part.distance_bias, bias)
+        if spans is not None and part.spans is not None:
+            group.write_keys(spans.unsqueeze(-1), part.spans.unsqueeze(-1))
+    if spans is not None and sequences.key_gather is not None:
+        spans = batch.expand_keys(spans.unsqueeze(-1)).squeeze(-1)
+    return Gradients(batch.expand_queries(grads[0]), *(batch.expand_keys(g) for g in grads[1:]), bias, spans)
+
+
+class Batch:
+    """The sequences of a batch as groups of equal shape, each with its plan."""
+
+    def __init__(self, sequences: Sequences, plan_for: PlanFor, options: ScoreOptions, device: torch.device) -> None:
+        self.sequences = sequences
+        self.plan_for = plan_for
+        self.device = device
+        if options.spans is not None and sequences.key_gather is not None:
+            options = options.with_tensors(spans=self._gathered(options.spans.unsqueeze(-1), sequences.key_gather).squeeze(-1))
+        self.options = options
+
+    @property
+    def whole_plan(self) -> Sequence[Part]:
+        first = self.sequences.spans[0]
+        return self.plan_for(first.query_length, first.key_length)
+
+    @property
+    def whole_options(self) -> ScoreOptions:
+        return self.options.with_tensors(
+            sequence_ids=torch.arange(self.sequences.batch_size, device=self.device),
+            distance_bias=centred(self.options.distance_bias, self.sequences.spans[0].key_length),
+        )
+
+    def groups(self) -> list[tuple[Sequence[Part], Group]]:
+        return [
+            (self.plan_for(*shape), Group(self, shape, indices)) for shape, indices in self.sequences.groups
+        ]  # fmt: skip
+
+    def compact(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.sequences.key_gather is None:
+            return query, key, value
+        gather = self.sequences.key_gather
+        return self.compact_queries(query), self._gathered(key, gather), self._gathered(value, gather)
+
+    def compact_queries(self, x: Tensor) -> Tensor:
+        gather = self.sequences.query_gather
+        return x if gather is None else self._gathered(x, gather)
+
+    @staticmethod
+    def _gathered(x: Tensor, gather: Tensor) -> Tensor:
+        return torch.gather(x, 2, gather[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+    def expand_queries(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        return self._expanded(x, self.sequences.query_gather, fill)
+
+    def expand_keys(self, x: Tensor) -> Tensor:
+        return self._expanded(x, self.sequences.key_gather, 0.0)
+
+    @staticmethod
+    def _expanded(x: Tensor, gather: Tensor | None, fill: float) -> Tensor:
+        if gather is None:
+            return x
+        index = gather[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        return torch.full_like(x, fill).scatter_(2, index, x)
+
+
+class Group:
+    """Sequences of equal shape, stacked along the batch."""
+
+    def __init__(self, batch: Batch, shape: tuple[int, int], indices: tuple[int, ...]) -> None:
+        self.spans = [batch.sequences.spans[i] for i in indices]
+        self.key_length = shape[1]
+        self.extra = batch.sequences.extra_tokens
+        options = batch.options
+        self.options = options.with_tensors(
+            sequence_ids=torch.tensor(indices, device=batch.device),
+            distance_bias=centred(options.distance_bias, self.key_length),
+            spans=None if options.spans is None else self.keys(options.spans.unsqueeze(-1)).squeeze(-1),
+        )
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self._stacked(x, [(s.query_start, s.query_length) for s in self.spans])
+
+    def keys(self, x: Tensor) -> Tensor:
+        return self._stacked(x, [(s.key_start, s.key_length) for s in self.spans])
+
+    def write_queries(self, target: Tensor, x: Tensor) -> None:
+        self._write(target, x, [(s.query_start, s.query_length) for s in self.spans])
+
+    def write_keys(self, target: Tensor, x: Tensor) -> None:
+        self._write(target, x, [(s.key_start, s.key_length) for s in self.spans])
+
+    def _stacked(self, x: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+        rows = [x[s.row, :, start : start + length] for s, (start, length) in zip(self.spans, runs, strict=True)]
+        if self.extra:
+            rows = [torch.cat([x[s.row, :, : self.extra], r], dim=1) for s, r in zip(self.spans, rows, strict=True)]
+        return torch.stack(rows)
+
+    def _write(self, target: Tensor, x: Tensor, runs: list[tuple[int, int]]) -> None:
+        for index, (s, (start, length)) in enumerate(zip(self.spans, runs, strict=True)):
+            target[s.row, :, : self.extra] = x[index, :, : self.extra]
+            target[s.row, :, start : start + length] = x[index, :, self.extra :]
+
+
+def centred(table: Tensor | None, key_length: int) -> Tensor | None:
+    """The middle ``2 * key_length - 1`` columns of a distance table."""
+    if table is None:
+        return None
+    drop = (table.shape[1] + 1) // 2 - key_length
+    return table[:, drop : table.shape[1] - drop] if drop else table
+
+
+def uncentred(grad: Tensor | None, table: Tensor | None) -> Tensor | None:
+    """The adjoint of :func:`centred`: a gradient padded with zeros to the whole table."""
+    if grad is None or table is None:
+        return grad
+    drop = (table.shape[1] - grad.shape[1]) // 2
+    return torch.nn.functional.pad(grad, (drop, drop)) if drop else grad
+
+
+# -- autograd ------------------------------------------------------------------------------------------------------
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, query, key, value, bias, spans, sequences, plan_for, options, engine
+    ) -> Tensor:
+        options = options.with_tensors(distance_bias=bias, spans=spans)
+        out, lse = sequences_forward(query, key, value, sequences, plan_for, options, engine)
+        ctx.save_for_backward(query, key, value, bias, spans, out, lse)
+        ctx.call = sequences, plan_for, options.with_tensors(distance_bias=None, spans=None), engine
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def, override]
+        query, key, value, bias, spans, out, lse = ctx.saved_tensors
+        sequences, plan_for, options, engine = ctx.call
+        options = options.with_tensors(distance_bias=bias, spans=spans)
+        grads = sequences_backward(query, key, value, out, lse, grad_out, sequences, plan_for, options, engine)
+        return grads.query, grads.key, grads.value, grads.distance_bias, grads.spans, None, None, None, None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, plan_for: PlanFor, options: ScoreOptions,
+    engine: Engine,
+) -> Tensor:  # fmt: skip
+    """Sparse attention over the sequences of a batch, differentiable in query, key, value, distance bias and spans.
+
+    Args:
+        query: ``[B, H, Nq, D]``; key, value: ``[B, Hkv, Nk, D]``, H a multiple of Hkv.
+        plan_for: ``(query_length, key_length) -> parts``; called again in the backward, so it must be pure.
+
+    Returns:
+        ``[B, H, Nq, D]`` in the query's dtype; rows of padding and rows without a key are 0.
+    """
+    bias, spans = options.distance_bias, options.spans
+    bare = options.with_tensors(distance_bias=None, spans=None)
+    result: Tensor = _Attend.apply(query, key, value, bias, spans, sequences, plan_for, bare, engine)
+    return result
