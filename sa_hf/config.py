@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,6 +51,14 @@ class SparseAttentionConfig:
         check_integer(self, "seed", minimum=0, maximum=MAX_SEED)
         check_bool(self, "drop_diagonal")
         self.validate()
+        # Names the pattern in the arguments of the registered operator, which cannot carry objects.
+        object.__setattr__(self, "_key", json.dumps(self.to_dict(), sort_keys=True))
+
+    @property
+    def key(self) -> str:
+        """The configuration as one line of JSON."""
+        key: str = self._key  # type: ignore[attr-defined]  # set in __post_init__, no field of its own
+        return key
 
     def validate(self) -> None:
         """Check the fields of the concrete class; raise ``SparseAttentionError`` at the first that is wrong."""
@@ -111,7 +120,9 @@ class SparseAttentionConfig:
         presets = cls.presets()
         if name not in presets:
             listed = sorted(presets) or "none"
-            raise SparseAttentionError(f"{cls.__name__} has no preset {name!r}{did_you_mean(name, presets)}; presets: {listed}")
+            raise SparseAttentionError(
+                f"{cls.__name__} has no preset {name!r}{did_you_mean(name, presets)}; presets: {listed}"
+            )
         return cls(**{**presets[name], **overrides})
 
     # -- what the pattern is ---------------------------------------------------------------------------------------
@@ -202,11 +213,14 @@ def check_integer(
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise SparseAttentionError(f"{config.name}.{field}={value!r} must be an integer >= {minimum}{' or None' * optional}")
+        raise SparseAttentionError(
+            f"{config.name}.{field}={value!r} must be an integer >= {minimum}{' or None' * optional}"
+        )
     if not minimum <= value <= maximum:
         nearest = minimum if value < minimum else maximum
         raise SparseAttentionError(
-            f"{config.name}.{field}={value} must lie in [{minimum}, {maximum}]{' or be None' * optional}; nearest: {nearest}"
+            f"{config.name}.{field}={value} must lie in [{minimum}, {maximum}]{' or be None' * optional}; "
+            f"nearest: {nearest}"
         )
 
 
@@ -220,7 +234,9 @@ def check_number(
         raise SparseAttentionError(f"{config.name}.{field}={value!r} must be a finite number >= {minimum}")
     if not minimum <= value <= maximum:
         nearest = minimum if value < minimum else maximum
-        raise SparseAttentionError(f"{config.name}.{field}={value} must lie in [{minimum}, {maximum}]; nearest: {nearest}")
+        raise SparseAttentionError(
+            f"{config.name}.{field}={value} must lie in [{minimum}, {maximum}]; nearest: {nearest}"
+        )
 
 
 def check_bool(config: SparseAttentionConfig, field: str) -> None:

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import NotStaticError, SparseAttentionError
-from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.parts import Band
 from sa_hf.ops.reference import dense_attention
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import AttentionInputs, Geometry, LayerSpec, StaticPatternConfig, default_scale, dense_multiplicity
+from sa_hf.patterns.base import AttentionInputs, Geometry, StaticPatternConfig, default_scale, dense_multiplicity
+from sa_hf.patterns.custom_op import layer_key, static_attention
+from sa_hf.patterns.static import static_options
 
 
 def sparse_attention(
@@ -62,23 +64,25 @@ def sparse_attention(
     batch, heads, n_q, head_dim = query.shape
     sequences = Sequences.from_mask(batch, n_q, key.shape[2], attention_mask, sequence_ids)
     scale = default_scale(head_dim) if scale is None else float(scale)
-    spec = LayerSpec(layer_idx, layer_idx + 1, heads, key.shape[1], head_dim, heads * head_dim, causal)
-    inputs = AttentionInputs(query, key, value, sequences, causal, scale, dropout=dropout, engine=engine)
     if engine == "reference":
-        return _oracle(inputs, config, spec)
-    result: Tensor = config.build(spec)(inputs)
-    return result
+        inputs = AttentionInputs(query, key, value, sequences, causal, scale, dropout=dropout)
+        return _oracle(inputs, config, layer_idx)
+    layer = layer_key(config, tuple(range(heads)), heads, layer_idx, causal, Band(), engine)
+    return static_attention(query, key, value, sequences, layer, static_options(query, scale, dropout))
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> None:
     for label, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.dim() != 4 or not x.dtype.is_floating_point:
-            raise SparseAttentionError(f"{label} must be a floating tensor [batch, heads, length, head_dim], not {_shown(x)}")
+            raise SparseAttentionError(
+                f"{label} must be a floating tensor [batch, heads, length, head_dim], not {_shown(x)}"
+            )
     if key.shape != value.shape:
         raise SparseAttentionError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape")
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
         raise SparseAttentionError(
-            f"query, key and value must share dtype and device, not {[(str(x.dtype), str(x.device)) for x in (query, key, value)]}"
+            "query, key and value must share dtype and device, not "
+            f"{[(str(x.dtype), str(x.device)) for x in (query, key, value)]}"
         )
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise SparseAttentionError(
@@ -100,11 +104,10 @@ def _shown(x: object) -> str:
     return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _oracle(inputs: AttentionInputs, config: StaticPatternConfig, spec: LayerSpec) -> Tensor:
+def _oracle(inputs: AttentionInputs, config: StaticPatternConfig, layer_idx: int) -> Tensor:
     """The dense fp64 oracle, sequence by sequence."""
-    from sa_hf.patterns.static import score_options
-
-    options: ScoreOptions = score_options(inputs)
+    options = static_options(inputs.query, inputs.scale, inputs.dropout)
+    heads = inputs.query.shape[1]
     seqs = inputs.sequences
     query, key, value = inputs.query, inputs.key, inputs.value
     if seqs.key_gather is not None:
@@ -113,17 +116,18 @@ def _oracle(inputs: AttentionInputs, config: StaticPatternConfig, spec: LayerSpe
     out = torch.zeros_like(query)
     for index, s in enumerate(seqs.spans):
         geometry = Geometry(
-            s.key_length, s.query_length, tuple(range(spec.num_heads)), spec.num_heads, spec.layer_idx, inputs.causal, inputs.band
+            s.key_length, s.query_length, tuple(range(heads)), heads, layer_idx, inputs.causal, inputs.band
         )  # fmt: skip
         counts = dense_multiplicity(config, geometry).to(query.device)
+        row = slice(s.row, s.row + 1)
         rows = slice(s.query_start, s.query_start + s.query_length)
         keys = slice(s.key_start, s.key_start + s.key_length)
         part = options.with_tensors(sequence_ids=torch.tensor([index], device=query.device))
         one, _ = dense_attention(
-            query[s.row : s.row + 1, :, rows], key[s.row : s.row + 1, :, keys], value[s.row : s.row + 1, :, keys], counts, part
+            query[row, :, rows], key[row, :, keys], value[row, :, keys], counts, part
         )  # fmt: skip
         filled = torch.zeros_like(query)
-        filled[s.row : s.row + 1, :, rows] = one
+        filled[row, :, rows] = one
         out = out + filled
     if seqs.query_gather is not None:
         out = torch.zeros_like(out).scatter(2, seqs.query_gather[:, None, :, None].expand_as(out), out)

@@ -37,6 +37,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def ending(causal: bool, head_dim: int, length: int, backward: bool) -> str:
+    return f"/{'causal' if causal else 'full'}/D{head_dim}/n{length}/{'fwd+bwd' if backward else 'fwd'}"
+
+
 @dataclass
 class Suite:
     """State of one run."""
@@ -82,11 +86,13 @@ def parity_section(suite: Suite) -> None:
                 for causal in (True, False):
                     key = f"{label}/{'causal' if causal else 'full'}/{str(dtype)[6:]}/D{shape.head_dim}/n{shape.length}"
 
-                    def measured(c: Any = config, s: Any = shape, d: Any = dtype, k: bool = causal, p: bool = number == 0) -> dict[str, Any]:
+                    def measured(
+                        c: Any = config, s: Any = shape, d: Any = dtype, k: bool = causal, p: bool = number == 0
+                    ) -> dict[str, Any]:
                         r = parity(c, d, suite.device, causal=k, engine=suite.engine, shape=s, padded=p)
                         names = ("out", "dq", "dk", "dv")
                         row: dict[str, Any] = {"pass": r.passed, "deterministic": r.deterministic}
-                        row |= {n: e for n, e in zip(names, r.errors, strict=True)}
+                        row |= dict(zip(names, r.errors, strict=True))
                         return row | {f"dense {n}": e for n, e in zip(names, r.dense_errors, strict=True)}
 
                     suite.row("parity", key, measured)
@@ -140,9 +146,11 @@ def dense_section(suite: Suite, lengths: list[int], head_dims: list[int]) -> Non
             for causal in (True, False):
                 for label, run in dense_runs(causal, suite.device):
                     for backward in (False, True):
-                        key = f"{label}/{'causal' if causal else 'full'}/D{head_dim}/n{length}/{'fwd+bwd' if backward else 'fwd'}"
+                        key = label + ending(causal, head_dim, length, backward)
 
-                        def measured(run: Any = run, n: int = length, d: int = head_dim, b: bool = backward) -> dict[str, Any]:
+                        def measured(
+                            run: Any = run, n: int = length, d: int = head_dim, b: bool = backward
+                        ) -> dict[str, Any]:
                             t = timed(suite, run, inputs(suite, n, d, 2), b)
                             return {"ms": t.median_ms, "min": t.minimum_ms, "max": t.maximum_ms, "peak MiB": t.peak_mib}
 
@@ -151,7 +159,9 @@ def dense_section(suite: Suite, lengths: list[int], head_dims: list[int]) -> Non
 
 def fastest_dense(suite: Suite, causal: bool, head_dim: int, length: int, backward: bool) -> tuple[str, float] | None:
     ending = f"/{'causal' if causal else 'full'}/D{head_dim}/n{length}/{'fwd+bwd' if backward else 'fwd'}"
-    found = [(k.split("/")[0], r["ms"]) for k, r in suite.report.rows("dense").items() if k.endswith(ending) and "ms" in r]
+    found = [
+        (k.split("/")[0], r["ms"]) for k, r in suite.report.rows("dense").items() if k.endswith(ending) and "ms" in r
+    ]
     return min(found, key=lambda x: x[1]) if found else None
 
 
@@ -189,7 +199,13 @@ def ours(suite: Suite, case: Any, length: int, head_dim: int, backward: bool, **
     flops = w.flops_forward + (w.flops_backward if backward else 0.0)
     moved = w.bytes_forward + (w.bytes_backward if backward else 0.0)
     kept_rate = flops / t.median_ms / 1e9
-    row: dict[str, Any] = {"ms": t.median_ms, "min": t.minimum_ms, "max": t.maximum_ms, "cold ms": cold, "peak MiB": t.peak_mib}
+    row: dict[str, Any] = {
+        "ms": t.median_ms,
+        "min": t.minimum_ms,
+        "max": t.maximum_ms,
+        "cold ms": cold,
+        "peak MiB": t.peak_mib,
+    }
     row["TFLOP/s kept"] = kept_rate
     row["TFLOP/s executed"] = kept_rate * w.executed_pairs / max(w.pairs, 1)
     row["of matmul rate"] = kept_rate / suite.ceilings.tflops
@@ -224,7 +240,9 @@ def flex_section(suite: Suite, lengths: list[int]) -> None:
                         cold = (time.perf_counter() - begin) * 1e3
                         t = timed(suite, run, sets, b)
                         row: dict[str, Any] = {"ms": t.median_ms, "cold ms": cold, "peak MiB": t.peak_mib}
-                        mine = suite.report.rows("ours").get(f"{c.key}/D{head_dim}/n{n}/{'fwd+bwd' if b else 'fwd'}", {})
+                        mine = suite.report.rows("ours").get(
+                            f"{c.key}/D{head_dim}/n{n}/{'fwd+bwd' if b else 'fwd'}", {}
+                        )
                         if "ms" in mine and parity_of(suite, c.label, c.causal):
                             row["ours is faster by"] = t.median_ms / mine["ms"]
                         return row
@@ -249,10 +267,12 @@ def option_section(suite: Suite, length: int) -> None:
     case = next(c for c in timing_cases(toy=suite.dry) if c.label == "sliding_window" and c.causal)
     head_dim = 16 if suite.dry else 64
     for backward in (False, True):
-        ending = f"n{length}/{'fwd+bwd' if backward else 'fwd'}"
-        suite.row("options", f"plain/{ending}", lambda b=backward: ours(suite, case, length, head_dim, b))
-        suite.row("options", f"dropout 0.1/{ending}", lambda b=backward: ours(suite, case, length, head_dim, b, dropout=0.1))
-        suite.row("options", f"spans/{ending}", lambda b=backward: gated(suite, case, length, head_dim, b))
+        tail = f"n{length}/{'fwd+bwd' if backward else 'fwd'}"
+        suite.row("options", f"plain/{tail}", lambda b=backward: ours(suite, case, length, head_dim, b))
+        suite.row(
+            "options", f"dropout 0.1/{tail}", lambda b=backward: ours(suite, case, length, head_dim, b, dropout=0.1)
+        )
+        suite.row("options", f"spans/{tail}", lambda b=backward: gated(suite, case, length, head_dim, b))
 
 
 def gated(suite: Suite, case: Any, length: int, head_dim: int, backward: bool) -> dict[str, Any]:
@@ -287,13 +307,13 @@ def gated(suite: Suite, case: Any, length: int, head_dim: int, backward: bool) -
 
 def decode_section(suite: Suite, lengths: list[int]) -> None:
     """One new query against a long cache: time and the bandwidth on the keys that the pattern reads."""
+    import torch
     from sa_hf.ops.decode import decode_attention
+
     from sa_hf.ops.parts import ScoreOptions
     from sa_hf.patterns.base import Geometry
     from sa_hf.tools.bench.cases import timing_cases
     from sa_hf.tools.bench.timing import measure
-
-    import torch
 
     head_dim = 16 if suite.dry else 128
     for length in lengths:
@@ -310,7 +330,10 @@ def decode_section(suite: Suite, lengths: list[int]) -> None:
                     index[0, h, 0, : len(r)] = r
                 index = index.to(suite.device)
                 options = ScoreOptions(head_dim**-0.5)
-                calls = [lambda a=a, s=s: decode_attention(a, s[1].detach(), s[2].detach(), index, options) for a, s in zip(q, sets, strict=True)]
+                calls = [
+                    lambda a=a, s=s: decode_attention(a, s[1].detach(), s[2].detach(), index, options)
+                    for a, s in zip(q, sets, strict=True)
+                ]
                 t = measure(calls, suite.device)
                 moved = 2 * int((index >= 0).sum()) * head_dim * q[0].element_size()
                 return {"us": t.median_ms * 1e3, "keys per head": width, "GB/s": moved / t.median_ms / 1e6,
@@ -328,11 +351,9 @@ def model_section(suite: Suite) -> None:
     from sa_hf.tools.bench.timing import measure
 
     length = 256 if suite.dry else 16384
-    shape = (
-        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
-        if suite.dry
-        else {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192}
-    )  # fmt: skip
+    sizes = (32, 2, 2, 1, 64) if suite.dry else (2048, 16, 32, 8, 8192)
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    shape = dict(zip(names, sizes, strict=True))
     for label in ("dense", "sliding_window", "bigbird", "longnet", "logsparse"):
 
         def measured(label: str = label) -> dict[str, Any]:
@@ -364,14 +385,17 @@ def roofline_table(out: Path) -> Path:
 
     header = {
         "title": "Paper roofline (predictions, nothing here was run on a GPU)",
-        "ceilings": f"{H200_DATASHEET.name}: {H200_DATASHEET.tflops:.0f} TFLOP/s bf16, {H200_DATASHEET.memory_gbs:.0f} GB/s; L2 taken as {H200_DATASHEET.l2_gbs:.0f} GB/s",
+        "ceilings": f"{H200_DATASHEET.name}: {H200_DATASHEET.tflops:.0f} TFLOP/s bf16, "
+        f"{H200_DATASHEET.memory_gbs:.0f} GB/s; L2 taken as {H200_DATASHEET.l2_gbs:.0f} GB/s",
         "shape": "batch 1, 16 heads, D = 128, bf16, tiles of 64",
         "command": "python scripts/gpu_suite.py --roofline",
     }
     report = Report(out / "roofline_paper.json", header, fresh=True)
     for length in (2048, 8192, 16384, 32768, 65536, 131072):
         for case in timing_cases():
-            w = work(case.config, length, causal=case.causal, batch=1, num_heads=16, num_key_value_heads=16, head_dim=128)
+            w = work(
+                case.config, length, causal=case.causal, batch=1, num_heads=16, num_key_value_heads=16, head_dim=128
+            )
             dense_pairs = 16 * (length * (length + 1) // 2 if case.causal else length * length)
             report.rows("work and floors")[f"{case.key}/n{length}"] = {
                 "config": describe(case.config),
@@ -402,7 +426,9 @@ def main() -> int:
         print(f"wrote {roofline_table(args.out)}")
         return 0
     if not args.dry_run and not torch.cuda.is_available():
-        print("no CUDA device here: use --dry-run (toy sizes on the CPU) or --roofline (the paper table)", file=sys.stderr)
+        print(
+            "no CUDA device here: use --dry-run (toy sizes on the CPU) or --roofline (the paper table)", file=sys.stderr
+        )
         return 2
     device = torch.device("cpu" if args.dry_run else "cuda")
     name = "dry_run" if args.dry_run else "gpu_" + torch.cuda.get_device_name(device).lower().replace(" ", "_")
@@ -419,7 +445,11 @@ def main() -> int:
         str(header["device"]), matmul_rate(device, dtype, size), copy_bandwidth(device, gib),
         l2_bandwidth(device, 1.0 if args.dry_run else 16.0),
     )  # fmt: skip
-    report.add("ceilings", "measured", {"TFLOP/s": suite.ceilings.tflops, "GB/s": suite.ceilings.memory_gbs, "L2 GB/s": suite.ceilings.l2_gbs})
+    report.add(
+        "ceilings",
+        "measured",
+        {"TFLOP/s": suite.ceilings.tflops, "GB/s": suite.ceilings.memory_gbs, "L2 GB/s": suite.ceilings.l2_gbs},
+    )
     long = [128] if args.dry_run else [16384]
     more = [] if args.dry_run else [4096, 65536, 2048, 8192, 32768, 131072]
     dims = [16] if args.dry_run else [128, 64]

@@ -11,7 +11,7 @@ from sa_hf.ops.parts import BAND, FULL, Band, BlockPart, Index, OffsetsPart, Par
 
 
 def row_counts(parts: Sequence[Part], query_length: int, num_heads: int, device: torch.device | str = "cpu") -> Tensor:
-    """Number of keys per query position, repeats counted, int64 ``[num_heads, query_length]`` (plans without a batch)."""
+    """Keys per query position, repeats counted, int64 ``[num_heads, query_length]`` (for plans without a batch)."""
     total = torch.zeros(num_heads, query_length, dtype=torch.int64, device=device)
     for part in parts:
         counts = _slot_counts(part, device).expand(num_heads, -1)

@@ -13,22 +13,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-Index: TypeAlias = "None | slice | Tensor"
+Index: TypeAlias = "slice | Tensor | None"
 
 FULL = -1  # every pair of the tile is kept
 BAND = -2  # the tile crosses the band, the key range or the end of the slots: test those per element
 
 
-@dataclass(frozen=True)
-class Band:
+class Band(NamedTuple):
     """The pairs with ``query - key <= left`` and ``key - query <= right`` in positions; None is unbounded.
 
     Causal attention is ``right=0``; a causal window of w (own position counted) is ``Band(w - 1, 0)``.
+    A named tuple, since torch.compile traces those and not frozen dataclasses built as defaults.
     """
 
     left: int | None = None
@@ -156,7 +156,7 @@ class ScoreOptions:
         softcap: ``s -> softcap * tanh(s / softcap)``, or None.
         distance_bias: ``[H, 2 * N - 1]``, added to the score of ``(i, j)`` at column ``j - i + N - 1`` (T5); or None.
         spans: ``[B, H | 1, Nk]`` fp32, the expire-span ``e_j`` of each key position; the probability of ``(i, j)`` is
-            multiplied by ``clamp(1 + (e_j - (i - j)) / ramp, 0, 1)`` before it is normalised (own position: 1). Or None.
+            multiplied by ``clamp(1 + (e_j - (i - j)) / ramp, 0, 1)`` before it is normalised (1 for the own position).
         ramp: length of the soft ramp in tokens.
         dropout: probability of dropping an attention probability (after normalisation).
         seed: int64 tensor ``[]``; the mask is a function of (seed, sequence, head, i, j) alone (``ops.random``).
@@ -164,6 +164,7 @@ class ScoreOptions:
         extra_tokens: pairs with a position below it have no distance bias (learned tokens stand there); the bias of
             the others is that of the positions without them.
         heads: the model's head index of each query head here, a word of the dropout counter; None is 0, 1, 2, ...
+        query_offset: the position of the first query, key length minus query length.
     """
 
     scale: float
@@ -176,6 +177,7 @@ class ScoreOptions:
     sequence_ids: Tensor | None = None
     extra_tokens: int = 0
     heads: tuple[int, ...] | None = None
+    query_offset: int = 0
 
     def with_tensors(self, **tensors: Tensor | None) -> ScoreOptions:
         return replace(self, **tensors)

@@ -127,8 +127,10 @@ def _layout_mask(part: BlockPart, device: torch.device | str) -> Tensor:
         for entry in range(starts[row], starts[row + 1]):
             column, kind = int(layout.columns[entry]), int(layout.kind[entry])
             to = slice(column * bk, (column + 1) * bk)
-            tile = band[at, to] if kind == BAND else torch.ones(bq, bk, dtype=torch.bool) if kind == FULL else layout.masks[kind]
-            mask[row // nq, at, to] = tile.to(device)
+            if kind == FULL:
+                mask[row // nq, at, to] = True
+            else:
+                mask[row // nq, at, to] = band[at, to] if kind == BAND else layout.masks[kind].to(device)
     mask = mask.view(layout.batch, layout.heads, nq * bq, nk * bk)[:, :, : layout.query_slots, : layout.key_slots]
     if layout.key_range is not None:
         slots = torch.arange(layout.key_slots, device=device)

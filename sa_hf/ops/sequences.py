@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +13,7 @@ from torch import Tensor
 from sa_hf.errors import SparseAttentionError
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """One sequence: the batch row it lies in, and its runs of queries and of keys in that row.
 
     The queries are the last ``query_length`` positions of the sequence; ``key_length`` is its whole length.
@@ -48,7 +49,8 @@ class Sequences:
         """Every row is one sequence without padding."""
         if query_length > key_length:
             raise SparseAttentionError(
-                f"query_length={query_length} is above key_length={key_length}; queries are the last positions of the keys"
+                f"query_length={query_length} is above key_length={key_length}; "
+                "the queries are the last positions of the keys"
             )
         spans = tuple(Span(b, 0, query_length, 0, key_length) for b in range(batch_size))
         return cls(batch_size, query_length, key_length, spans)
@@ -76,7 +78,8 @@ class Sequences:
         for label, tensor in (("attention_mask", attention_mask), ("sequence_ids", sequence_ids)):
             if tensor is not None and tuple(tensor.shape) != (batch_size, key_length):
                 raise SparseAttentionError(
-                    f"{label} has shape {tuple(tensor.shape)}; it must be [batch, key_length] = [{batch_size}, {key_length}]"
+                    f"{label} has shape {tuple(tensor.shape)}; it must be [batch, key_length] = "
+                    f"[{batch_size}, {key_length}]"
                 )
         keep = torch.ones(batch_size, key_length, dtype=torch.bool)
         if attention_mask is not None:
@@ -91,7 +94,7 @@ class Sequences:
             return whole
         return _from_host(whole, keep, ids, (attention_mask if attention_mask is not None else sequence_ids).device)  # type: ignore[union-attr]
 
-    @cached_property
+    @property
     def is_full(self) -> bool:
         """Whether every row is one whole sequence, so that tensors need no slicing."""
         start = self.extra_tokens
@@ -124,7 +127,8 @@ class Sequences:
         rows = [s.row for s in self.spans]
         if len(set(rows)) != len(rows):
             raise SparseAttentionError(
-                f"a pattern with {extra} extra tokens takes one sequence per row, not packed ones; pad the batch instead"
+                f"a pattern with {extra} extra tokens takes one sequence per row, not packed ones; "
+                "pad the batch instead"
             )
         spans = tuple(
             Span(s.row, s.query_start + extra, s.query_length, s.key_start + extra, s.key_length) for s in self.spans
@@ -173,7 +177,7 @@ def _from_host(whole: Sequences, keep: Tensor, ids: Tensor | None, device: torch
             row_ids = ids[row][keep[row]]
             cuts = [0, *(torch.nonzero(row_ids[1:] != row_ids[:-1]).flatten() + 1).tolist(), count]
         first_query = count - query_count  # index, among the row's real tokens, of its first query
-        for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+        for begin, end in itertools.pairwise(cuts):
             queries = max(0, end - max(begin, first_query))
             offset = max(begin, first_query) - first_query
             spans.append(Span(row, query_start + offset, queries, key_start + begin, end - begin))

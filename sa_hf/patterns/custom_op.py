@@ -1,0 +1,164 @@
+"""Static patterns as a registered custom operator, so that ``torch.compile(fullgraph=True)`` sees one opaque call.
+
+An operator's arguments are tensors, numbers and strings: the pattern travels as a key (its JSON and the layer's
+place), the sequences as a flat list of integers. Everything else is rebuilt, and cached, on the other side.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sa_hf.config import SparseAttentionConfig
+from sa_hf.errors import NotStaticError
+from sa_hf.ops.attend import PlanFor, sequences_backward, sequences_forward
+from sa_hf.ops.engine import choose_engine
+from sa_hf.ops.parts import Band, Part, ScoreOptions
+from sa_hf.ops.sequences import Sequences, Span
+from sa_hf.patterns.base import Geometry, StaticPatternConfig, finished_plan
+
+# Plans of one model: at most (distinct layers) x (distinct lengths) of a run; the oldest go first.
+PLANS_CACHED = 256
+_SPAN_FIELDS = 5
+
+
+@lru_cache(maxsize=PLANS_CACHED)
+def cached_plan(config: StaticPatternConfig, geometry: Geometry, device: torch.device) -> tuple[Part, ...]:
+    """The plan of a geometry; layers and calls share it."""
+    with torch.no_grad():
+        return tuple(finished_plan(config, geometry, device))
+
+
+def layer_key(
+    config: StaticPatternConfig,
+    heads: tuple[int, ...],
+    num_heads: int,
+    layer_idx: int,
+    causal: bool,
+    band: Band,
+    engine: str,
+) -> str:
+    """The string that names one layer's pattern in the operator's arguments (plain formatting: it is traced)."""
+    place = f"{num_heads} {layer_idx} {int(causal)} {band.left} {band.right} {engine}"
+    return f"{config.key}\n{place}\n{' '.join([str(h) for h in heads])}"
+
+
+@lru_cache(maxsize=1024)
+def _layer(key: str) -> tuple[StaticPatternConfig, Geometry, str]:
+    fields, place, heads = key.split("\n")
+    num_heads, layer_idx, causal, left, right, engine = place.split()
+    config = SparseAttentionConfig.from_dict(json.loads(fields))
+    if not isinstance(config, StaticPatternConfig):
+        raise NotStaticError(f"pattern {config.name!r} is not static and has no operator of its own")
+    band = Band(*(None if bound == "None" else int(bound) for bound in (left, right)))
+    at = tuple(int(h) for h in heads.split())
+    return config, Geometry(1, 1, at, int(num_heads), int(layer_idx), causal == "1", band), engine
+
+
+def _plan_for(key: str, device: torch.device) -> PlanFor:
+    config, at, _ = _layer(key)
+
+    def plan_for(query_length: int, key_length: int) -> tuple[Part, ...]:
+        geometry = Geometry(
+            key_length, query_length, at.heads, at.num_heads, at.layer_idx, at.causal, at.band, at.block
+        )  # fmt: skip
+        return cached_plan(config, geometry, device)
+
+    return plan_for
+
+
+def _sequences(
+    query: Tensor, key: Tensor, spans: list[int], extra: int, query_gather: Tensor | None, key_gather: Tensor | None
+) -> Sequences:
+    batch, n_q, n_k = query.shape[0], query.shape[2], key.shape[2]
+    if not spans:  # the common case: whole rows
+        return Sequences.full(batch, n_q - extra, n_k - extra).with_extra_tokens(extra)
+    rows = (Span(*spans[at : at + _SPAN_FIELDS]) for at in range(0, len(spans), _SPAN_FIELDS))
+    return Sequences(batch, n_q, n_k, tuple(rows), query_gather, key_gather, extra)
+
+
+def _flat(sequences: Sequences) -> list[int]:
+    if sequences.is_full:
+        return []
+    return [x for s in sequences.spans for x in (s.row, s.query_start, s.query_length, s.key_start, s.key_length)]
+
+
+def _options(
+    key: str, scale: float, softcap: float, dropout: float, bias: Tensor | None, seed: Tensor | None, extra: int
+) -> ScoreOptions:
+    heads = _layer(key)[1].heads
+    return ScoreOptions(
+        scale, softcap or None, bias, dropout=dropout, seed=seed, extra_tokens=extra, heads=heads
+    )  # fmt: skip
+
+
+@torch.library.custom_op("sa_hf::static_attention", mutates_args=())
+def _static_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, seed: Tensor | None, query_gather: Tensor | None,
+    key_gather: Tensor | None, layer: str, spans: list[int], extra: int, scale: float, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    options = _options(layer, scale, softcap, dropout, bias, seed, extra)
+    sequences = _sequences(query, key, spans, extra, query_gather, key_gather)
+    engine = choose_engine(_layer(layer)[2], query, options)
+    out, lse = sequences_forward(query, key, value, sequences, _plan_for(layer, query.device), options, engine)
+    return out.contiguous(), lse.contiguous()
+
+
+@_static_attention.register_fake
+def _(query, key, value, bias, seed, query_gather, key_gather, layer, spans, extra, scale, softcap, dropout):  # type: ignore[no-untyped-def]  # signature fixed by the operator
+    stats = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=stats)
+
+
+@torch.library.custom_op("sa_hf::static_attention_backward", mutates_args=())
+def _static_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None,
+    seed: Tensor | None, query_gather: Tensor | None, key_gather: Tensor | None, layer: str, spans: list[int],
+    extra: int, scale: float, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    options = _options(layer, scale, softcap, dropout, bias, seed, extra)
+    sequences = _sequences(query, key, spans, extra, query_gather, key_gather)
+    engine = choose_engine(_layer(layer)[2], query, options)
+    grads = sequences_backward(
+        query, key, value, out, lse, grad, sequences, _plan_for(layer, query.device), options, engine
+    )  # fmt: skip
+    table = query.new_empty(0) if grads.distance_bias is None else grads.distance_bias.contiguous()
+    return grads.query.contiguous(), grads.key.contiguous(), grads.value.contiguous(), table
+
+
+@_static_attention_backward.register_fake
+def _(grad, query, key, value, out, lse, bias, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
+    table = query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), table
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
+    query, key, value, bias, seed, query_gather, key_gather, *rest = inputs
+    ctx.save_for_backward(query, key, value, *output, bias, seed, query_gather, key_gather)
+    ctx.rest = rest
+
+
+def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
+    query, key, value, out, lse, bias, *tensors = ctx.saved_tensors
+    grads = _static_attention_backward(grad_out, query, key, value, out, lse, bias, *tensors, *ctx.rest)
+    return *grads[:3], None if bias is None else grads[3], None, None, None, *(None for _ in ctx.rest)
+
+
+_static_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def static_attention(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, layer: str, options: ScoreOptions
+) -> Tensor:
+    """A static pattern over the sequences of a batch; differentiable in query, key, value and the distance bias.
+
+    ``layer`` comes from :func:`layer_key`; shapes as in ``ops.attend.attend``.
+    """
+    out: Tensor = _static_attention(
+        query, key, value, options.distance_bias, options.seed, sequences.query_gather, sequences.key_gather, layer,
+        _flat(sequences), sequences.extra_tokens, options.scale, options.softcap or 0.0, options.dropout,
+    )[0]  # fmt: skip
+    return out

@@ -1,0 +1,1 @@
+"""Parity, timing and roofline of the engines: the parts of ``scripts/gpu_suite.py`` and ``sa-hf bench``."""

@@ -1,0 +1,124 @@
+"""What we are measured against: dense SDPA by backend, compiled FlexAttention, Hugging Face's own BigBird."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sa_hf.patterns.base import Geometry, StaticPatternConfig
+
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def dense_runs(causal: bool, device: torch.device) -> Iterator[tuple[str, Run]]:
+    """The dense attentions of this machine, named; one that cannot run raises when it is called."""
+    if device.type != "cuda":
+        yield "sdpa", lambda q, k, v: _sdpa(q, k, v, causal)
+        return
+    for label, backend in (("sdpa-flash", SDPBackend.FLASH_ATTENTION), ("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION)):
+
+        def run(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return _sdpa(q, k, v, causal)
+
+        yield label, run
+    if importlib.util.find_spec("flash_attn_interface") is not None:
+        from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]  # FlashAttention 3, optional
+
+        def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            result = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal)
+            out: Tensor = result[0] if isinstance(result, tuple) else result
+            return out.transpose(1, 2)
+
+        yield "flash-attention-3", flash3
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+
+
+def flex_run(
+    config: StaticPatternConfig, length: int, num_heads: int, causal: bool, device: torch.device, block: int
+) -> Run:
+    """FlexAttention compiled with the pattern's own predicate (its set: a key in two LongNet branches counts once).
+
+    Patterns that are constant on blocks hand over a table of blocks, which costs one load per element; the others
+    their formula.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    geometry = Geometry(length, length, tuple(range(num_heads)), num_heads, 0, causal)
+    mask_mod = _block_table(config, geometry, device) or _formula(config, geometry)
+    shared = config.same_for_all_heads(geometry)
+    block_mask = create_block_mask(
+        mask_mod, None, None if shared else num_heads, length, length, device=str(device), BLOCK_SIZE=block,
+        _compile=True,
+    )  # fmt: skip
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+        return out
+
+    return run
+
+
+def _formula(config: StaticPatternConfig, geometry: Geometry) -> Callable[..., Tensor]:
+    branches = config.branches(geometry)
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        kept = branches[0](h, i, j)
+        for branch in branches[1:]:
+            kept = kept | branch(h, i, j)
+        return kept & (j <= i) if geometry.causal else kept
+
+    return mask_mod
+
+
+def _block_table(config: StaticPatternConfig, geometry: Geometry, device: torch.device) -> Callable[..., Tensor] | None:
+    size = getattr(config, "block_size", None)
+    if not isinstance(size, int):
+        return None
+    blocks = -(-geometry.key_length // size)
+    at = torch.arange(blocks) * size
+    heads = torch.tensor(geometry.heads)[:, None, None]
+    table = config.branches(geometry)[0](heads, at[None, :, None], at[None, None, :]).to(device)
+    table = table.expand(len(geometry.heads), -1, -1).contiguous()
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        kept = table[h, i // size, j // size]
+        return kept & (j <= i) if geometry.causal else kept
+
+    return mask_mod
+
+
+def hugging_face_bigbird(
+    num_heads: int, head_dim: int, block_size: int, device: torch.device, dtype: torch.dtype
+) -> Run:
+    """The attention core of Hugging Face's BigBird (bidirectional, batch of unpadded rows)."""
+    from transformers import BigBirdConfig
+    from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
+
+    config = BigBirdConfig(
+        hidden_size=num_heads * head_dim, num_attention_heads=num_heads, block_size=block_size, num_random_blocks=3
+    )
+    module = BigBirdBlockSparseAttention(config).to(device=device, dtype=dtype).train()
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, _, length, _ = q.shape
+        ones = torch.ones(batch, length, device=device, dtype=dtype)
+        blocked, band, from_mask, to_mask = BigBirdModel.create_masks_for_block_sparse_attn(ones, block_size)
+        out = module.bigbird_block_sparse_attention(
+            q, k, v, band, from_mask, to_mask, blocked, blocked, num_heads, 3, head_dim, block_size, block_size,
+            batch, length, length, seed=0, plan_from_length=None, plan_num_rand_blocks=None, output_attentions=False,
+        )  # fmt: skip
+        context: Tensor = out[0]
+        return context
+
+    return run

@@ -1,0 +1,117 @@
+"""Parity with the fp64 oracle: the gate in front of every timing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sa_hf.functional import sparse_attention
+from sa_hf.patterns.base import StaticPatternConfig
+
+# Bounds of the project: RMS error over the oracle's RMS, and at most this many times the error of the dense PyTorch
+# computation in the same precision on the same inputs.
+ABSOLUTE_BOUND = 0.005
+FORWARD_TIMES = 2.0
+GRADIENT_TIMES = 3.0
+# fp32 dense errors are near 1e-7, where a ratio of two roundings says nothing: below this floor no ratio is asked.
+RATIO_FLOOR = 2e-6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Batch, query heads, key/value heads, length, head dimension."""
+
+    batch: int = 2
+    num_heads: int = 4
+    num_key_value_heads: int = 2
+    length: int = 321
+    head_dim: int = 64
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """Relative RMS errors of output, dQ, dK, dV: ours and the same-precision dense PyTorch computation's."""
+
+    errors: tuple[float, ...]
+    dense_errors: tuple[float, ...]
+    deterministic: bool
+
+    @property
+    def passed(self) -> bool:
+        for index, (ours, dense) in enumerate(zip(self.errors, self.dense_errors, strict=True)):
+            times = GRADIENT_TIMES if index else FORWARD_TIMES
+            if not ours < ABSOLUTE_BOUND or ours > max(RATIO_FLOOR, times * dense):
+                return False
+        return self.deterministic
+
+
+def relative_rms(x: Tensor, oracle: Tensor) -> float:
+    """RMS of the difference over RMS of the oracle; NaN counts as infinite."""
+    difference = (x.double() - oracle.double()).square().mean().sqrt()
+    ratio = float(difference / oracle.double().square().mean().sqrt().clamp(min=1e-300))
+    return ratio if ratio == ratio else float("inf")
+
+
+def parity(
+    config: StaticPatternConfig, dtype: torch.dtype, device: torch.device, *, causal: bool, engine: str, shape: Shape,
+    padded: bool = False, seed: int = 0,
+) -> ParityResult:  # fmt: skip
+    """Output and gradients of one pattern against the oracle, and the backward run twice."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int) -> Tensor:
+        sizes = (shape.batch, heads, shape.length, shape.head_dim)
+        return torch.randn(sizes, generator=generator).to(device=device, dtype=dtype)
+
+    query, grad = draw(shape.num_heads), draw(shape.num_heads)
+    key, value = draw(shape.num_key_value_heads), draw(shape.num_key_value_heads)
+    mask = None
+    if padded:
+        mask = torch.ones(shape.batch, shape.length, dtype=torch.int64, device=device)
+        mask[0, : shape.length // 4] = 0
+        grad = grad * mask[:, None, :, None].to(dtype)
+
+    def run(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        q, k, v = leaves
+        out = sparse_attention(q, k, v, config, causal=causal, attention_mask=mask, engine=name)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+    oracle = run("reference", query.double(), key.double(), value.double())
+    first, second = run(engine, query, key, value), run(engine, query, key, value)
+    dense = _dense(config, query, key, value, grad, causal, mask)
+    return ParityResult(
+        tuple(relative_rms(a, b) for a, b in zip(first, oracle, strict=True)),
+        tuple(relative_rms(a, b) for a, b in zip(dense, oracle, strict=True)),
+        all(torch.equal(a, b) for a, b in zip(first, second, strict=True)),
+    )
+
+
+def _dense(
+    config: StaticPatternConfig, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, causal: bool,
+    mask: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The same set as a dense PyTorch computation in the inputs' precision, row by row of the batch."""
+    outputs = []
+    heads = query.shape[1]
+    group = heads // key.shape[1]
+    for row in range(query.shape[0]):
+        kept = slice(0, query.shape[2]) if mask is None else mask[row].bool()
+        leaves = [t[row : row + 1, :, kept].detach().requires_grad_() for t in (query, key, value)]
+        length = leaves[0].shape[2]
+        counts = config.multiplicity(length, heads, 0, causal).to(query.device)
+        scores = leaves[0] @ leaves[1].repeat_interleave(group, 1).transpose(-1, -2) * query.shape[-1] ** -0.5
+        weights = torch.log(counts.to(torch.float32)).to(query.dtype)
+        empty = (counts == 0).all(-1, keepdim=True)
+        probability = torch.softmax((scores + weights).masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+        out = probability @ leaves[2].repeat_interleave(group, 1)
+        grads = torch.autograd.grad(out, leaves, grad[row : row + 1, :, kept])
+        whole = []
+        for part, like in zip((out.detach(), *grads), (query, query, key, value), strict=True):
+            full = torch.zeros_like(like[row : row + 1])
+            full[:, :, kept] = part
+            whole.append(full)
+        outputs.append(whole)
+    return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
