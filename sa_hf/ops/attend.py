@@ -119,7 +119,11 @@ def _add(a: Gradients, b: Gradients) -> Gradients:
         return y if x is None else x if y is None else x + y
 
     return Gradients(
-        a.query + b.query, a.key + b.key, a.value + b.value, both(a.distance_bias, b.distance_bias), both(a.spans, b.spans)
+        a.query + b.query,
+        a.key + b.key,
+        a.value + b.value,
+        both(a.distance_bias, b.distance_bias),
+        both(a.spans, b.spans),
     )
 
 
@@ -164,7 +168,9 @@ def sequences_backward(
     for plan, group in batch.groups():
         q, k, v = group.queries(query), group.keys(key), group.keys(value)
         group_lse = group.queries(lse4).squeeze(-1)
-        part = plan_backward(plan, q, k, v, group.queries(out), group_lse, group.queries(grad_out), group.options, engine)
+        part = plan_backward(
+            plan, q, k, v, group.queries(out), group_lse, group.queries(grad_out), group.options, engine
+        )
         group.write_queries(grads[0], part.query)
         group.write_keys(grads[1], part.key)
         group.write_keys(grads[2], part.value)
@@ -185,7 +191,9 @@ class Batch:
         self.plan_for = plan_for
         self.device = device
         if options.spans is not None and sequences.key_gather is not None:
-            options = options.with_tensors(spans=self._gathered(options.spans.unsqueeze(-1), sequences.key_gather).squeeze(-1))
+            options = options.with_tensors(
+                spans=self._gathered(options.spans.unsqueeze(-1), sequences.key_gather).squeeze(-1)
+            )
         self.options = options
 
     @property
@@ -195,9 +203,12 @@ class Batch:
 
     @property
     def whole_options(self) -> ScoreOptions:
-        return self.options.with_tensors(
+        first = self.sequences.spans[0]
+        return replace(
+            self.options,
             sequence_ids=torch.arange(self.sequences.batch_size, device=self.device),
-            distance_bias=centred(self.options.distance_bias, self.sequences.spans[0].key_length),
+            distance_bias=centred(self.options.distance_bias, first.key_length),
+            query_offset=first.key_length - first.query_length,
         )
 
     def groups(self) -> list[tuple[Sequence[Part], Group]]:
@@ -241,9 +252,11 @@ class Group:
         self.key_length = shape[1]
         self.extra = batch.sequences.extra_tokens
         options = batch.options
-        self.options = options.with_tensors(
+        self.options = replace(
+            options,
             sequence_ids=torch.tensor(indices, device=batch.device),
             distance_bias=centred(options.distance_bias, self.key_length),
+            query_offset=shape[1] - shape[0],
             spans=None if options.spans is None else self.keys(options.spans.unsqueeze(-1)).squeeze(-1),
         )
 

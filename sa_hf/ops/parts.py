@@ -52,6 +52,9 @@ class Band(NamedTuple):
         return self.left is None and self.right is None
 
 
+UNBOUNDED = Band()
+
+
 def _tighter(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else min(a, b)
 
@@ -79,7 +82,7 @@ class BlockLayout:
     columns: Tensor
     kind: Tensor
     masks: Tensor
-    band: Band = Band()
+    band: Band = UNBOUNDED
     key_range: Tensor | None = None
 
     @property
@@ -118,7 +121,7 @@ class SegmentPart:
     key_slots: int
     query_segment: int
     key_segment: int
-    band: Band = Band()
+    band: Band = UNBOUNDED
     skip_diagonal: bool = False
     query_index: Index = None
     key_index: Index = None
