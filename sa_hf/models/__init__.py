@@ -1,0 +1,30 @@
+"""Models of their own. Importing this package registers them with the Auto classes of transformers.
+
+``star_transformer.py`` itself registers nothing: a saved checkpoint carries a copy of it.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from sa_hf.models.star_transformer import (
+    StarTransformerConfig,
+    StarTransformerForSequenceClassification,
+    StarTransformerForTokenClassification,
+    StarTransformerModel,
+)
+
+AutoConfig.register(StarTransformerConfig.model_type, StarTransformerConfig)
+StarTransformerConfig.register_for_auto_class()
+for _auto, _model in (
+    (AutoModel, StarTransformerModel),
+    (AutoModelForSequenceClassification, StarTransformerForSequenceClassification),
+    (AutoModelForTokenClassification, StarTransformerForTokenClassification),
+):
+    _auto.register(StarTransformerConfig, _model)
+    _model.register_for_auto_class(_auto.__name__)
+
+__all__ = [
+    "StarTransformerConfig",
+    "StarTransformerForSequenceClassification",
+    "StarTransformerForTokenClassification",
+    "StarTransformerModel",
+]
