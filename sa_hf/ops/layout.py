@@ -25,7 +25,7 @@ def build_layout(
     block: int = 64,
     band: Band = Band(),
     candidates: Tensor | None = None,
-    constant_on_tiles: bool = False,
+    full_tiles: Tensor | None = None,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     query_offset: int = 0,
@@ -38,8 +38,9 @@ def build_layout(
         heads: H_l, the number of distinct lists (1 where all heads share them).
         band: in positions; tiles outside are left out, tiles inside need no test.
         candidates: int64 ``[E, 3]`` (head, query block, key block), a superset of the tiles with a kept pair, in any
-            order, repeats allowed; None tries every tile of the band.
-        constant_on_tiles: the predicate holds everywhere in every candidate tile (not evaluated then).
+            order, repeats allowed; None tries every tile of the band (with ``full_tiles``: no other tile).
+        full_tiles: int64 ``[F, 3]``, further tiles in which the predicate is known to hold for every pair: not
+            evaluated. A tile in both lists is. Natural positions only.
         query_positions, key_positions: int64 ``[slots]``, the position of each slot; None is
             ``slot + query_offset`` and ``slot``. Given ones must ascend; the band is then tested by the element masks.
     """
@@ -47,20 +48,18 @@ def build_layout(
     natural = query_positions is None and key_positions is None
     q_pos = _positions(query_positions, query_slots, query_offset, block, device)
     k_pos = _positions(key_positions, key_slots, 0, block, device)
-    if candidates is None:
-        grid = torch.cartesian_prod(*(torch.arange(c, device=device) for c in (heads, nq, nk)))
-        candidates = grid.view(-1, 3)
-    keys = candidates[:, 0] * (nq * nk) + candidates[:, 1] * nk + candidates[:, 2]
-    keys = torch.unique(keys)
+    keys, evaluated = _tile_keys(candidates, full_tiles, heads, nq, nk, device)
     head, qb, kb = keys // (nq * nk), keys // nk % nq, keys % nk
     inside, touched = _band_test(band, q_pos, k_pos, qb, kb)
-    head, qb, kb, inside = head[touched], qb[touched], kb[touched], inside[touched]
+    head, qb, kb, inside, evaluated = (x[touched] for x in (head, qb, kb, inside, evaluated))
     whole = inside & ((qb + 1) * block <= query_slots) & ((kb + 1) * block <= key_slots)
     kind = torch.where(whole, FULL, BAND).to(torch.int32)
-    masks = torch.zeros(0, block, block, dtype=torch.bool, device=device)
-    if not (constant_on_tiles and natural):
-        kind, masks, keep = _evaluate(predicate, band, q_pos, k_pos, head, qb, kb, kind, natural)
-        head, qb, kb, kind = head[keep], qb[keep], kb[keep], kind[keep]
+    at = torch.nonzero(evaluated).flatten()
+    found, masks, kept = _evaluate(predicate, band, q_pos, k_pos, head[at], qb[at], kb[at], kind[at], natural)
+    kind[at] = found
+    keep = torch.ones_like(evaluated)
+    keep[at] = kept
+    head, qb, kb, kind = head[keep], qb[keep], kb[keep], kind[keep]
     rows = torch.bincount(head * nq + qb, minlength=heads * nq)
     row_start = torch.zeros(heads * nq + 1, dtype=torch.int64, device=device)
     torch.cumsum(rows, 0, out=row_start[1:])
@@ -72,6 +71,27 @@ def build_layout(
         query_slots, key_slots, block, block, 1, heads, row_start, kb.to(torch.int32), kind, masks,
         band=slot_band if natural else Band(),
     )  # fmt: skip
+
+
+def _tile_keys(
+    candidates: Tensor | None, full_tiles: Tensor | None, heads: int, nq: int, nk: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """The distinct tiles as ascending numbers, and whether each is to be evaluated."""
+
+    def number(tiles: Tensor) -> Tensor:
+        tiles = tiles.to(device)
+        keys: Tensor = torch.unique(tiles[:, 0] * (nq * nk) + tiles[:, 1] * nk + tiles[:, 2])
+        return keys
+
+    if full_tiles is None:
+        keys = torch.arange(heads * nq * nk, device=device) if candidates is None else number(candidates)
+        return keys, torch.ones_like(keys, dtype=torch.bool)
+    known = number(full_tiles)
+    if candidates is None:
+        return known, torch.zeros_like(known, dtype=torch.bool)
+    tried = number(candidates)
+    keys = torch.unique(torch.cat([known, tried]))
+    return keys, torch.isin(keys, tried)
 
 
 def _positions(given: Tensor | None, slots: int, offset: int, block: int, device: torch.device | str) -> Tensor:
@@ -102,7 +122,7 @@ def _evaluate(
     predicate: Predicate, band: Band, q_pos: Tensor, k_pos: Tensor, head: Tensor, qb: Tensor, kb: Tensor, kind: Tensor,
     natural: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Evaluate the predicate tile by tile: the final kind, the distinct element masks, and which tiles are not empty."""
+    """Evaluate the predicate tile by tile: final kinds, the distinct element masks, and which tiles are not empty."""
     block = q_pos.shape[1]
     kind = kind.clone()
     keep = torch.ones_like(kind, dtype=torch.bool)

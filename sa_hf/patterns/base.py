@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +48,11 @@ class Geometry:
     def full_band(self) -> Band:
         """The model's window and causality together."""
         return self.band.intersect(Band(None, 0)) if self.causal else self.band
+
+    def readable(self, position: int) -> Tensor:
+        """Which positions ``j < position`` the model's own window still lets a query at ``position`` read, bool."""
+        j = torch.arange(position)
+        return torch.ones_like(j, dtype=torch.bool) if self.band.left is None else position - j <= self.band.left
 
 
 @dataclass(frozen=True)
@@ -163,16 +167,22 @@ class StaticPatternConfig(SparseAttentionConfig):
             parts.append(BlockPart(layout))
         return parts
 
+    def row_keys(self, head: int, position: int, geometry: Geometry) -> Tensor:
+        """Keys of one query as ascending int64 positions ``[keys]``, before causality, the model's window and
+        ``drop_diagonal``; keys of several branches repeat. The default tries every key."""
+        j = torch.arange(position + 1 if geometry.causal else geometry.key_length)
+        index, i = torch.full_like(j, head), torch.full_like(j, position)
+        return torch.cat([j[branch(index, i, j)] for branch in self.branches(geometry)]).sort().values
+
     def decode_keys(self, position: int, geometry: Geometry) -> list[Tensor]:
         """Positions that the query at ``position`` reads, one ascending int64 tensor per head of ``geometry.heads``
         (repeats count, LongNet); causal patterns read ``j <= position`` only."""
-        j = torch.arange(position + 1 if geometry.causal else geometry.key_length)
-        i = torch.full_like(j, position)
         rows = []
         for head in geometry.heads[:1] if self.same_for_all_heads(geometry) else geometry.heads:
-            index = torch.full_like(j, head)
-            kept = [j[branch(index, i, j) & geometry.full_band.contains(i, j)] for branch in self.branches(geometry)]
-            keys = torch.cat(kept).sort().values
+            keys = self.row_keys(head, position, geometry)
+            keys = keys[
+                geometry.full_band.contains(torch.full_like(keys, position), keys) & (keys < geometry.key_length)
+            ]
             if self.drop_diagonal and bool((keys != position).any()):
                 keys = keys[keys != position]
             rows.append(keys)
@@ -180,8 +190,8 @@ class StaticPatternConfig(SparseAttentionConfig):
 
     def keep(self, position: int, geometry: Geometry) -> Tensor:
         """Which cached positions ``j < position`` some query at ``position`` or later can still read, bool
-        ``[position]`` (causal patterns); the default keeps all."""
-        return torch.ones(position, dtype=torch.bool)
+        ``[position]`` (causal patterns); the default keeps all that the model's own window reaches."""
+        return geometry.readable(position)
 
     # -- the mask --------------------------------------------------------------------------------------------------
 
@@ -224,7 +234,7 @@ def finished_plan(config: StaticPatternConfig, geometry: Geometry, device: torch
     if geometry.query_offset == 0:
         parts = config.plan(geometry, device)
     else:
-        parts = config.block_plan(geometry, device)
+        parts = config.block_plan(geometry, device, config.candidates(geometry))
     if config.drop_diagonal:
         position = torch.arange(geometry.query_offset, geometry.key_length, device=device)
         counts = row_counts(parts, geometry.query_length, len(geometry.heads), device)
@@ -232,11 +242,11 @@ def finished_plan(config: StaticPatternConfig, geometry: Geometry, device: torch
         own = torch.zeros(len(geometry.heads), len(position), dtype=torch.long, device=device)
         for branch in config.branches(geometry):
             own += branch(heads, position[None], position[None]).long()
-        parts = [*parts, *_self_parts(own.where(counts == 0, 0), geometry.query_offset)]
+        parts = [*parts, *own_key_parts(own.where(counts == 0, 0), geometry.query_offset)]
     return with_extra_tokens(parts, config.extra_tokens, geometry)
 
 
-def _self_parts(times: Tensor, query_offset: int) -> list[Part]:
+def own_key_parts(times: Tensor, query_offset: int) -> list[Part]:
     """Segments of one slot: rows that read themselves alone, ``times`` int64 ``[H, Nq]`` times."""
     parts: list[Part] = []
     for count in range(1, int(times.max()) + 1 if times.numel() else 1):
@@ -288,6 +298,13 @@ class SparseAttention(nn.Module):
     def figures(self) -> dict[str, float]:
         """Figures of the last forward to report: spans, cluster sizes, mask density."""
         return {}
+
+    def tie(self, layers: Sequence[SparseAttention]) -> None:
+        """Called once all layers are built (again is harmless), on each module of a stack that runs this config, with
+        all of them in layer order: what layers share is set up here."""
+
+    def advance_step(self) -> None:
+        """Called once per outer training forward, before it, and never in a recomputation."""
 
     def drop_graph(self) -> None:
         """Forget graph tensors of the last forward: a kept one breaks deepcopy and holds memory."""
