@@ -1,0 +1,75 @@
+"""What this machine can run: versions, devices, engines, and a parity check of each engine that serves it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from sa_hf.errors import SparseAttentionError
+from sa_hf.ops.engine import choose_engine
+from sa_hf.ops.parts import ScoreOptions
+from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "triton", "peft", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; ``ok`` is None for a plain fact."""
+
+    what: str
+    found: str
+    ok: bool | None = None
+    advice: str = ""
+
+
+def examine() -> list[Finding]:
+    """Everything that decides whether and how fast sparse attention runs here."""
+    findings = [Finding("python", platform.python_version())]
+    findings += [_package(name) for name in PACKAGES]
+    findings.append(_transformers_range())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"none (CPU, {torch.get_num_threads()} threads)"
+    )
+    findings.append(Finding("GPU", name))
+    findings += [_engine(engine, device) for engine in ("triton", "native")]
+    return findings
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        optional = name in {"triton", "peft", "matplotlib"}
+        return Finding(name, "not installed", None if optional else False, "" if optional else f"pip install {name}")
+
+
+def _transformers_range() -> Finding:
+    from sa_hf.hf.versions import check_transformers
+
+    try:
+        check_transformers()
+    except (SparseAttentionError, ImportError) as error:
+        return Finding("transformers range", "unsupported", False, str(error))
+    return Finding("transformers range", "supported", True)
+
+
+def _engine(name: str, device: torch.device) -> Finding:
+    from sa_hf.tools.bench.parity import Shape, parity
+
+    query = torch.zeros(1, 2, 8, 16, device=device)
+    try:
+        choose_engine(name, query, ScoreOptions(0.25))
+    except SparseAttentionError as error:
+        reason = str(error).split(": ", 1)[-1].split(";")[0]
+        return Finding(f"engine {name}", f"not used here: {reason}")
+    config = SlidingWindowAttentionConfig(window=20)
+    result = parity(config, torch.float32, device, causal=True, engine=name, shape=Shape(1, 2, 1, 70, 16))
+    shown = f"parity with the fp64 oracle: out {result.errors[0]:.1e}, gradients {max(result.errors[1:]):.1e}"
+    return Finding(f"engine {name}", shown, result.passed, "" if result.passed else "please report this with the table")
