@@ -1,0 +1,83 @@
+"""What the patterns with learned state share: the step counter, noise drawn from it, and the keeping of live losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sa_hf.config import SparseAttentionConfig
+from sa_hf.errors import SparseAttentionError
+from sa_hf.ops.random import splitmix64, splitmix64_tensor
+from sa_hf.patterns.base import LayerSpec, SparseAttention
+
+
+def refuse_drop_diagonal(config: SparseAttentionConfig, reason: str) -> None:
+    """``drop_diagonal`` belongs to patterns whose own position is one key among others."""
+    if config.drop_diagonal:
+        raise SparseAttentionError(
+            f"{config.name}.drop_diagonal=True contradicts the pattern: {reason}. Use drop_diagonal=False"
+        )
+
+
+class LearnedAttention(SparseAttention):
+    """A ``sparse`` child with state.
+
+    ``step`` (int64 buffer, saved) counts the micro-batches of training: :meth:`advance_step` is called once per outer
+    training forward, never in a recomputation, so noise drawn from it is the same in both.
+    """
+
+    step: Tensor
+
+    def __init__(self, config: SparseAttentionConfig, spec: LayerSpec, heads: Sequence[int] | None = None) -> None:
+        super().__init__(config, spec, heads)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=spec.device))
+        self._live: dict[str, Tensor] = {}
+        self._may_keep_graph = True
+
+    def advance_step(self) -> None:
+        """Count one micro-batch: once per outer training forward, before it."""
+        self.step += 1
+        self._may_keep_graph = True
+
+    def drop_graph(self) -> None:
+        self._live = {name: loss.detach() for name, loss in self._live.items()}
+        # A recomputation under gradient checkpointing must not bring a graph back.
+        self._may_keep_graph = False
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        return dict(self._live)
+
+    def _keep_loss(self, name: str, loss: Tensor) -> None:
+        if self._may_keep_graph or not self.training:
+            self._live[name] = loss if self._may_keep_graph else loss.detach()
+
+    def uniform(self, count: int, *, layer: int, stream: int = 0) -> Tensor:
+        """``count`` draws in the open interval (0, 1), fp64: a function of (seed, step, layer, element) alone."""
+        word = splitmix64_tensor(splitmix64_tensor(self.step ^ signed64(splitmix64(self.config.seed))) ^ layer)
+        element = torch.arange(count, device=self.step.device)
+        return unit_interval(splitmix64_tensor(splitmix64_tensor(word ^ stream) ^ element))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Losses of the last forward may hold a graph, which neither copies nor pickles.
+        return {**self.__dict__, "_live": {name: loss.detach() for name, loss in self._live.items()}}
+
+
+def signed64(x: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit number."""
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def unit_interval(bits: Tensor) -> Tensor:
+    """The top 53 bits of int64 words as fp64 in the open interval (0, 1)."""
+    return (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+
+
+def seeded_uniform(seed: int, words: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """``count`` draws in (0, 1), fp64, that are a function of the seed, the words and the element alone."""
+    state = splitmix64(seed)
+    for word in words:
+        state = splitmix64(state ^ word)
+    return unit_interval(splitmix64_tensor(torch.arange(count, device=device) ^ signed64(state)))

@@ -1,0 +1,290 @@
+"""SparseBERT: a learned attention mask (Shi et al. 2021, ICML, arXiv 2102.12871), the differentiable attention mask.
+
+One logit per head and distance (structured, a Toeplitz mask) or per head and pair (unstructured). In training the gate
+``m = sigmoid((logit + g1 - g2) / temperature)``, ``g`` Gumbel noise, hard by straight-through or soft, multiplies the
+attention probabilities, which are normalised again, so that dropped keys still receive a gradient; the loss gains
+``density_coef * mean(m)``. In evaluation a pair is kept iff its logit is above 0. A row with nothing kept keeps its own
+key. The search is dense, as in the paper; frozen (``freeze_masks``) the mask runs sparse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sa_hf.config import SparseAttentionConfig, check_bool, check_choice, check_integer, check_number, register_pattern
+from sa_hf.errors import NotStaticError, SparseAttentionError
+from sa_hf.ops.attend import attend
+from sa_hf.ops.engine import choose_engine
+from sa_hf.ops.gated import gated_attention
+from sa_hf.ops.grouped import Group, map_groups
+from sa_hf.ops.parts import Band, Part
+from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention
+from sa_hf.patterns.frozen_mask import frozen_plan
+from sa_hf.patterns.learned import LearnedAttention
+from sa_hf.patterns.static import score_options
+
+INITIAL_LOGIT = 4.0  # kept with probability 0.98 under the noise: training starts from the pretrained function
+# mask_length ** 2 logits per head: 4096 are 805 MB for 12 heads.
+MAX_UNSTRUCTURED_LENGTH = 4096
+PLANS_KEPT = 64  # frozen plans of a layer, one per length
+
+
+@register_pattern
+@dataclass(frozen=True, kw_only=True)
+class SparseBertAttentionConfig(SparseAttentionConfig):
+    """A learned attention mask.
+
+    Args:
+        structure: "structured", a logit per head and distance, or "unstructured", per head and pair.
+        mask_length: distances (structured) or positions (unstructured) that have a logit. Structured masks drop the
+            distances from it on; an unstructured one refuses longer inputs.
+        share_layers: one mask for all layers of a stack.
+        temperature: of the relaxed sample, > 0.
+        hard: sample 0 or 1 with a straight-through gradient; else the relaxed sample itself.
+        density_coef: weight of the mean gate in the loss, >= 0.
+        frozen: the mask is fixed and runs sparse; set by ``freeze_masks``.
+    """
+
+    name: ClassVar[str] = "sparsebert"
+
+    structure: str = "structured"
+    mask_length: int = 512
+    share_layers: bool = True
+    temperature: float = 1.0
+    hard: bool = True
+    density_coef: float = 20.0
+    frozen: bool = False
+
+    def validate(self) -> None:
+        check_choice(self, "structure", ("structured", "unstructured"))
+        check_integer(self, "mask_length", minimum=1, maximum=2**20 if self.structured else MAX_UNSTRUCTURED_LENGTH)
+        check_bool(self, "share_layers")
+        check_number(self, "temperature", minimum=1e-6)
+        check_bool(self, "hard")
+        check_number(self, "density_coef", minimum=0.0)
+        check_bool(self, "frozen")
+
+    @property
+    def structured(self) -> bool:
+        return self.structure == "structured"
+
+    def mask(self, length: int, num_heads: int = 1, layer_idx: int = 0, causal: bool = False) -> Tensor:
+        if self.frozen:
+            raise NotStaticError(
+                "the frozen mask is stored in the model, not in its config: use `mask(length)` of the layer's "
+                "`sparse` module"
+            )
+        return super().mask(length, num_heads, layer_idx, causal)
+
+    def build(self, spec: LayerSpec, heads: Sequence[int] | None = None) -> SparseBertAttention:
+        return SparseBertAttention(self, spec, heads)
+
+
+class SparseBertAttention(LearnedAttention):
+    """The mask of one layer, or its view of the one that the layers of a stack share.
+
+    State: ``logits`` fp32 ``[H, mask_length]`` or ``[H, mask_length, mask_length]``; frozen, ``kept`` bool of that
+    shape. A shared mask belongs to the first layer alone; the others hold neither.
+    """
+
+    config: SparseBertAttentionConfig
+    logits: nn.Parameter | None
+    kept: Tensor | None
+
+    def __init__(self, config: SparseBertAttentionConfig, spec: LayerSpec, heads: Sequence[int] | None = None) -> None:
+        super().__init__(config, spec, heads)
+        shape = (len(self.heads), *[config.mask_length] * (1 if config.structured else 2))
+        if config.frozen:
+            self.register_parameter("logits", None)
+            self.register_buffer("kept", torch.ones(shape, dtype=torch.bool, device=spec.device))
+        else:
+            self.logits = nn.Parameter(torch.full(shape, INITIAL_LOGIT, dtype=torch.float32, device=spec.device))
+            self.register_buffer("kept", None)
+        # In a tuple, so that it does not become a child: the first layer alone saves the mask.
+        self._owner: tuple[SparseBertAttention, ...] = ()
+        self._layers_averaged = 1
+        self._seen: list[tuple[int, int, int, Band]] = []  # (sequences, query length, key length, band) of the forward
+        self._plans: dict[object, tuple[Part, ...]] = {}
+
+    # -- sharing ---------------------------------------------------------------------------------------------------
+
+    def tie(self, layers: Sequence[SparseAttention]) -> None:
+        """Share the first layer's mask (``share_layers``), or average the density loss over the layers."""
+        if not self.config.share_layers:
+            self._layers_averaged = len(layers)
+            return
+        first = layers[0]
+        if first is self or not isinstance(first, SparseBertAttention):
+            return
+        if len(first.heads) != len(self.heads):
+            raise SparseAttentionError(
+                f"sparsebert.share_layers=True: layer {self.spec.layer_idx} has {len(self.heads)} heads, layer "
+                f"{first.spec.layer_idx} has {len(first.heads)}; use share_layers=False"
+            )
+        self.register_parameter("logits", None)
+        self.register_buffer("kept", None)
+        self._owner = (first,)
+
+    @property
+    def owner(self) -> SparseBertAttention:
+        """The module that holds the mask."""
+        return self._owner[0] if self._owner else self
+
+    # -- the gate --------------------------------------------------------------------------------------------------
+
+    def gate(self) -> Tensor:
+        """The gate of every logit, fp32 in its shape: a sample in training, 0 or 1 in evaluation."""
+        owner = self.owner
+        if owner.kept is not None:
+            return owner.kept.float()
+        logits = _present(owner.logits).float()
+        if not self.training:
+            return (logits.detach() > 0).float()
+        uniform = [owner.uniform(logits.numel(), layer=owner.spec.layer_idx, stream=s) for s in (0, 1)]
+        first, second = (-torch.log(-torch.log(u)) for u in uniform)
+        noise = (first - second).float().view_as(logits)
+        soft = torch.sigmoid((logits + noise) / self.config.temperature)
+        return (soft > 0.5).float() + (soft - soft.detach()) if self.config.hard else soft
+
+    def keep_table(self) -> Tensor:
+        """Which logits are kept in evaluation, bool ``[H, mask_length(, mask_length)]``."""
+        owner = self.owner
+        return owner.kept if owner.kept is not None else _present(owner.logits).detach() > 0
+
+    def mask(self, length: int) -> Tensor:
+        """The pairs that evaluation keeps for one sequence, bool ``[H, length, length]``."""
+        self._check_length(length)
+        band = self.spec.band.intersect(Band(None, 0)) if self.spec.causal else self.spec.band
+        rows = self._gate_rows(self.keep_table().float(), 0, length, length, band) > 0
+        own = torch.eye(length, dtype=torch.bool, device=rows.device)
+        return rows | (own & ~rows.any(-1, keepdim=True))
+
+    def _check_length(self, length: int) -> None:
+        if not self.config.structured and length > self.config.mask_length:
+            raise SparseAttentionError(
+                f"a sequence of {length} tokens is longer than mask_length={self.config.mask_length} of the "
+                "unstructured learned mask; use structure='structured' or a larger mask_length"
+            )
+
+    def _gate_rows(self, gate: Tensor, begin: int, end: int, key_length: int, band: Band) -> Tensor:
+        """The gate of the query positions ``[begin, end)``, ``[H, end - begin, key_length]``; 0 where not allowed."""
+        i = torch.arange(begin, end, device=gate.device)[:, None]
+        j = torch.arange(key_length, device=gate.device)[None, :]
+        allowed = band.contains(i, j)
+        if self.config.drop_diagonal:
+            allowed = allowed & (i != j)
+        if not self.config.structured:
+            return gate[:, begin:end, :key_length] * allowed
+        allowed = allowed & ((i - j).abs() < self.config.mask_length)
+        distance = torch.arange(1 - key_length, key_length, device=gate.device).abs()
+        diagonals = gate.index_select(1, distance.clamp(max=self.config.mask_length - 1))
+        # Row i reads diagonals[n - 1 - i + j]: the windows of a run of diagonals, last row first.
+        run = diagonals[:, key_length - end : 2 * key_length - 1 - begin]
+        return run.unfold(1, key_length, 1).flip(1) * allowed
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        band = inputs.band.intersect(Band(None, 0)) if inputs.causal else inputs.band
+        for (_, key_length), _ in inputs.sequences.groups:
+            self._check_length(key_length)
+        self._seen = [(len(rows), *shape, band) for shape, rows in inputs.sequences.groups]
+        options = score_options(inputs, self.heads)
+        if self.config.frozen:
+            return self._run_frozen(inputs, band)
+        gate = self.gate()
+
+        def attend_group(group: Group) -> Tensor:
+            def rows(begin: int, end: int) -> Tensor:
+                return self._gate_rows(gate, begin, end, group.key.shape[2], band)
+
+            return gated_attention(group, rows, (gate,))
+
+        return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
+
+    def _run_frozen(self, inputs: AttentionInputs, band: Band) -> Tensor:
+        options = score_options(inputs, self.heads)
+        engine = choose_engine(inputs.engine, inputs.query, options)
+        plan_for = partial(self.plan, band=band)
+        return attend(inputs.query, inputs.key, inputs.value, inputs.sequences, plan_for, options, engine)
+
+    def plan(self, query_length: int, key_length: int, band: Band) -> tuple[Part, ...]:
+        """The parts of the frozen mask (kept: a mask does not change once it is frozen or loaded)."""
+        kept = _present(self.owner.kept)
+        key = query_length, key_length, band, kept.data_ptr(), kept.device, 0 if kept.is_inference() else kept._version
+        if key not in self._plans:
+            while len(self._plans) >= PLANS_KEPT:
+                del self._plans[next(iter(self._plans))]
+            with torch.no_grad():
+                parts = frozen_plan(kept, query_length, key_length, band, self.config.drop_diagonal)
+            self._plans[key] = tuple(parts)
+        return self._plans[key]
+
+    # -- losses, figures, freezing ---------------------------------------------------------------------------------
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """``sparsebert_density``: made here and not in the forward, so it lives outside of any checkpointed region."""
+        if self._owner or self.config.frozen or not self._seen:
+            return {}
+        return {"sparsebert_density": self.config.density_coef * self._density(self.gate()) / self._layers_averaged}
+
+    def _density(self, gate: Tensor) -> Tensor:
+        """Mean gate over the heads and the pairs of the last forward that have a logit."""
+        pairs = self._pairs(gate.device)
+        return (gate * pairs).sum() / (pairs.sum() * len(self.heads)).clamp(min=1)
+
+    def _pairs(self, device: torch.device) -> Tensor:
+        """How many pairs of the last forward each logit stands for, fp32 ``[mask_length(, mask_length)]``."""
+        length = self.config.mask_length
+        if not self.config.structured:
+            total = torch.zeros(length, length, device=device)
+            at = torch.arange(length, device=device)
+            for sequences, n_q, n_k, band in self._seen:
+                rows = slice(n_k - n_q, n_k)
+                total[rows, :n_k] += sequences * band.contains(at[rows, None], at[None, :n_k]).float()
+            return total.fill_diagonal_(0) if self.config.drop_diagonal else total
+        distance = torch.arange(length, device=device)
+        total = torch.zeros(length, device=device)
+        for sequences, n_q, n_k, band in self._seen:
+            behind = (n_k - distance.clamp(min=n_k - n_q)).clamp(min=0) * band.contains(distance, distance * 0)
+            ahead = (n_q - distance).clamp(min=0) * band.contains(distance * 0, distance) * (distance > 0)
+            total += sequences * (behind + ahead)
+        if self.config.drop_diagonal:
+            total[0] = 0
+        return total
+
+    def figures(self) -> dict[str, float]:
+        if not self._seen:
+            return {}
+        return {"mask_density": float(self._density(self.keep_table().float()))}
+
+    def density(self, length: int) -> float:
+        """Pairs that evaluation keeps at a length, over the pairs of dense attention."""
+        kept = int(self.mask(length).sum())
+        dense = length * (length + 1) // 2 if self.spec.causal else length**2
+        return kept / (dense * len(self.heads))
+
+    def freeze(self) -> None:
+        """Fix the mask at what evaluation keeps now; from here on it runs sparse. Does nothing when frozen already."""
+        if self.config.frozen:
+            return
+        if not self._owner:
+            kept = self.keep_table()
+            self.register_parameter("logits", None)
+            self.register_buffer("kept", kept)
+        self.config = replace(self.config, frozen=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_plans": {}}
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise RuntimeError("the shared mask has lost its owner: tie the layers of the stack again")
+    return tensor

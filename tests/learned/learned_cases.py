@@ -1,0 +1,52 @@
+"""Inputs and small tools shared by the tests of the learned patterns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sa_hf.ops.sequences import Sequences
+from sa_hf.patterns.base import AttentionInputs, LayerSpec
+
+
+def layer_spec(
+    heads: int = 2, kv_heads: int | None = None, dim: int = 16, causal: bool = False, layer: int = 0, layers: int = 2
+) -> LayerSpec:
+    return LayerSpec(layer, layers, heads, kv_heads or heads, dim, heads * dim, causal)
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def attention_inputs(
+    batch: int = 2, heads: int = 2, kv_heads: int | None = None, length: int = 24, dim: int = 16, causal: bool = False,
+    seed: int = 0, sequences: Sequences | None = None, **more: object,
+) -> AttentionInputs:  # fmt: skip
+    kv_heads = kv_heads or heads
+    query = draw(batch, heads, length, dim, seed=seed).requires_grad_()
+    key = draw(batch, kv_heads, length, dim, seed=seed + 1).requires_grad_()
+    value = draw(batch, kv_heads, length, dim, seed=seed + 2).requires_grad_()
+    hidden = draw(batch, length, heads * dim, seed=seed + 3).requires_grad_()
+    where = sequences or Sequences.full(batch, length, length)
+    return AttentionInputs(
+        query, key, value, where, causal, dim**-0.5, hidden_states=hidden, **{"dropout": 0.0, **more}  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def rms_ratio(ours: Tensor, oracle: Tensor) -> float:
+    ours, oracle = ours.detach(), oracle.detach()
+    error = (ours.double() - oracle.double()).pow(2).mean().sqrt()
+    return float(error / oracle.double().pow(2).mean().sqrt().clamp(min=1e-30))
+
+
+class Memory:
+    """What a cache remembers of each named per-token tensor: ``AttentionInputs.remember`` over a growing sequence."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, tensor: Tensor, dim: int) -> Tensor:
+        joined = tensor if name not in self.kept else torch.cat([self.kept[name], tensor], dim)
+        self.kept[name] = joined
+        return joined
