@@ -152,10 +152,11 @@ class StarAttention(nn.Module):
 
         ``keep [B, N, K]`` marks the keys that take part.
         """
-        scores = torch.einsum("bnhd,bnkhd->bnhk", query, keys).float() * query.shape[-1] ** -0.5
+        scores = torch.einsum("bnhd,bnkhd->bnhk", query, keys) * query.shape[-1] ** -0.5
         if keep is not None:
             scores = scores.masked_fill(~keep.unsqueeze(2), -torch.inf)
-        weights = nn.functional.dropout(scores.softmax(-1).to(values.dtype), self.dropout, self.training)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+        weights = nn.functional.dropout(weights, self.dropout, self.training)
         result: Tensor = self.output(torch.einsum("bnhk,bnkhd->bnhd", weights, values).flatten(2))
         return result
 
