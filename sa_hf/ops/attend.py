@@ -21,19 +21,19 @@ def plan_forward(
 ) -> tuple[Tensor, Tensor]:
     """All parts of a plan over equal sequences, merged. Shapes as in ``Engine.forward``, in positions."""
     merged: tuple[Tensor, Tensor] | None = None
+    stats = torch.float64 if query.dtype == torch.float64 else torch.float32
     for part in plan:
         q, k, v = take(query, part.query_index), take(key, part.key_index), take(value, part.key_index)
         out, lse = engine.forward(part, q, k, v, options)
-        if merged is None and part.query_index is None:
-            merged = out, lse
-            continue
+        if len(plan) == 1 and part.query_index is None:
+            return out, lse
         if merged is None:
-            merged = torch.zeros_like(query), lse.new_full(query.shape[:3], -torch.inf)
-        _merge_into(*merged, out, lse, part.query_index)
+            # Merged in fp32 whatever the inputs: rounding the running result once per part would add up.
+            merged = query.new_zeros(query.shape, dtype=stats), lse.new_full(query.shape[:3], -torch.inf)
+        _merge_into(*merged, out.to(stats), lse, part.query_index)
     if merged is None:
-        stats = torch.float64 if query.dtype == torch.float64 else torch.float32
         return torch.zeros_like(query), torch.full(query.shape[:3], -torch.inf, dtype=stats, device=query.device)
-    return merged
+    return merged[0].to(query.dtype), merged[1]
 
 
 def plan_backward(
@@ -110,7 +110,7 @@ def _merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, in
     joint = torch.logaddexp(lse, part_lse)
     safe = torch.where(torch.isfinite(joint), joint, 0.0)
     ours, theirs = torch.exp(lse - safe).unsqueeze(-1), torch.exp(part_lse - safe).unsqueeze(-1)
-    out.copy_((out * ours + part_out * theirs).to(out.dtype))
+    out.copy_(out * ours + part_out * theirs)
     lse.copy_(joint)
 
 
