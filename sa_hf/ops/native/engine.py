@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from sa_hf.ops.engine import Gradients
+from sa_hf.ops.native import flash
+from sa_hf.ops.native.blocks import block_tiles
 from sa_hf.ops.native.lanes import Lanes
 from sa_hf.ops.native.offsets import offsets_backward, offsets_forward
-from sa_hf.ops.native.scores import OptionGradients, ScoreRules, tile_backward, tile_forward, tile_pairs
-from sa_hf.ops.native.tiles import TileBatch, block_tiles, segment_tiles
+from sa_hf.ops.native.scores import (
+    OptionGradients,
+    ScoreRules,
+    kept_pairs,
+    tile_backward,
+    tile_forward,
+    tile_pairs,
+)
+from sa_hf.ops.native.segments import segment_tiles
+from sa_hf.ops.native.tiles import Budget, TileBatch
 from sa_hf.ops.parts import BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
 
-# Scores of a batch of tiles: 4 MB in fp32, which the temporaries of the softmax multiply by 2 to 6.
-SCORES_AT_ONCE = 2**20
+# Scores of a batch of tiles in plain torch: 4 MB in fp32, which the temporaries of the softmax multiply by 2 to 6.
+PLAIN = Budget(scores=2**20, keys=2**20)
+# The flash op holds no scores; gathered keys and values of 2 MB each (d = 64) stay in the cache of 2 cores.
+FLASH_KEY_ELEMENTS = 2**19
 
 
 class NativeEngine:
@@ -29,6 +41,7 @@ class NativeEngine:
     def forward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
+        part = _simplest(part)
         lanes = Lanes.of(query, key)
         rules = ScoreRules.of(options, lanes, part.query_index, part.key_index)
         q, k, v = (_flat(part, x, side) for x, side in ((query, "query"), (key, "key"), (value, "key")))
@@ -36,9 +49,14 @@ class NativeEngine:
             out, lse = offsets_forward(part, rules, q, k, v)
         else:
             out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
-            for tile in _tiles(part, lanes):
-                pairs = tile_pairs(rules, tile, q.dtype)
-                tile_out, tile_lse = tile_forward(options, pairs, tile.queries(q), tile.keys(k), tile.keys(v))
+            fast = flash.serves(q, options)
+            for tile in _tiles(part, lanes, q.shape[-1], fast):
+                operands = tile.queries(q), tile.keys(k), tile.keys(v)
+                if fast:
+                    kept, causal = _flash_mask(rules, tile)
+                    tile_out, tile_lse = flash.flash_forward(*operands, kept, options.scale, causal=causal)
+                else:
+                    tile_out, tile_lse = tile_forward(options, tile_pairs(rules, tile, q.dtype), *operands)
                 tile.write_queries(out, tile_out)
                 tile.write_queries(lse, tile_lse)
         out, lse = out[:, : query.shape[2]], lse[:, : query.shape[2]]
@@ -51,23 +69,32 @@ class NativeEngine:
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
         options: ScoreOptions,
     ) -> Gradients:  # fmt: skip
+        part = _simplest(part)
         lanes = Lanes.of(query, key)
         rules = ScoreRules.of(options, lanes, part.query_index, part.key_index)
         q, k, v = (_flat(part, x, side) for x, side in ((query, "query"), (key, "key"), (value, "key")))
-        grad = _flat(part, grad_out, "query")
-        delta = (grad * _flat(part, out, "query")).sum(-1)
+        o, grad = _flat(part, out, "query"), _flat(part, grad_out, "query")
         lse = _flat(part, lse.unsqueeze(-1), "query").squeeze(-1)
         gathered = OptionGradients.zeros(options, q.dtype)
         if isinstance(part, OffsetsPart):
-            grads = offsets_backward(part, rules, q, k, v, lse, delta, grad, gathered)
+            grads = offsets_backward(part, rules, q, k, v, lse, (grad * o).sum(-1), grad, gathered)
         else:
             grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-            for tile in _tiles(part, lanes):
-                pairs = tile_pairs(rules, tile, q.dtype)
-                tile_q, tile_k, tile_v = tile_backward(
-                    options, pairs, tile.queries(q), tile.keys(k), tile.keys(v), tile.queries(lse), tile.queries(delta),
-                    tile.queries(grad), gathered,
-                )  # fmt: skip
+            fast = flash.serves(q, options)
+            for tile in _tiles(part, lanes, q.shape[-1], fast):
+                operands = tile.queries(q), tile.keys(k), tile.keys(v)
+                tile_out, tile_lse, tile_grad = tile.queries(o), tile.queries(lse), tile.queries(grad)
+                if fast:
+                    kept, causal = _flash_mask(rules, tile)
+                    tile_q, tile_k, tile_v = flash.flash_backward(
+                        tile_grad, *operands, tile_out, tile_lse, kept, options.scale, causal=causal
+                    )
+                else:
+                    pairs = tile_pairs(rules, tile, q.dtype)
+                    delta = (tile_grad * tile_out).sum(-1)
+                    tile_q, tile_k, tile_v = tile_backward(
+                        options, pairs, *operands, tile_lse, delta, tile_grad, gathered
+                    )
                 tile.write_queries(grads[0], tile_q)
                 tile.add_keys(grads[1], tile_k)
                 tile.add_keys(grads[2], tile_v)
@@ -83,10 +110,28 @@ class NativeEngine:
         )
 
 
-def _tiles(part: BlockPart | SegmentPart, lanes: Lanes) -> Iterator[TileBatch]:
+def _simplest(part: Part) -> Part:
+    """Segments of one slot are the offset 0: elementwise products instead of 1 x 1 matrices."""
+    if isinstance(part, SegmentPart) and part.query_segment == part.key_segment == 1:
+        length = min(part.query_slots, part.key_slots)
+        own = not part.skip_diagonal and all(bound is None or bound >= 0 for bound in (part.band.left, part.band.right))
+        offsets: tuple[int, ...] = (0,) if own else ()
+        return OffsetsPart(part.query_slots, (offsets,), 0, length, part.query_index, part.key_index)
+    return part
+
+
+def _tiles(part: BlockPart | SegmentPart, lanes: Lanes, head_dim: int, fast: bool) -> Iterable[TileBatch]:
+    budget = Budget(scores=2**40, keys=FLASH_KEY_ELEMENTS // head_dim) if fast else PLAIN
     if isinstance(part, BlockPart):
-        return block_tiles(part, lanes, SCORES_AT_ONCE)
-    return segment_tiles(part, lanes, SCORES_AT_ONCE)
+        return block_tiles(part.layout, lanes, budget)
+    return segment_tiles(part, lanes, budget, whole_segments=fast)
+
+
+def _flash_mask(rules: ScoreRules, tile: TileBatch) -> tuple[Tensor | None, bool]:
+    """The element mask for the flash op, or that its own causal form says the same."""
+    if tile.triangular and rules.key_filled is None:
+        return None, True
+    return kept_pairs(rules, tile), False
 
 
 def _flat(part: Part, x: Tensor, side: str) -> Tensor:

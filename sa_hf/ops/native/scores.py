@@ -51,7 +51,7 @@ class Pairs:
 
 def tile_pairs(rules: ScoreRules, tile: TileBatch, dtype: torch.dtype) -> Pairs:
     """Evaluate the options on a batch of tiles."""
-    kept = _kept(rules, tile)
+    kept = kept_pairs(rules, tile)
     if not rules.positional:
         return Pairs(kept)
     i = rules.query_at.positions(tile.lanes, tile.query_slots)[:, :, None]
@@ -85,7 +85,8 @@ def pairs_at(rules: ScoreRules, lanes: Tensor, i: Tensor, j: Tensor, kept: Tenso
     return pairs
 
 
-def _kept(rules: ScoreRules, tile: TileBatch) -> Tensor | None:
+def kept_pairs(rules: ScoreRules, tile: TileBatch) -> Tensor | None:
+    """The pairs that a batch of tiles keeps, empty key slots left out: bool ``[T | 1, a | 1, m]``; None where all."""
     kept = tile.mask()
     if rules.key_filled is not None:
         table = rules.key_filled

@@ -1,0 +1,231 @@
+"""Block lists as batches of tiles: rows with equally many key tiles together, gathered by tile number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from sa_hf.ops.native.lanes import Lanes
+from sa_hf.ops.native.tiles import Budget
+from sa_hf.ops.parts import BAND, BlockLayout
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTiles:
+    """Query tiles ``blocks [T]`` of their lanes, with their key tiles ``columns [T, c]``.
+
+    ``masks``: the element masks of the layout's partial tiles, bool ``[P, block_q, block_k]``, chosen by ``mask_id
+    [T | 1, c]``; None where every tile is full. ``key_range``: as in ``BlockLayout``.
+    ``query_run`` is the first of the query tiles where they follow each other, ``key_run`` the first key tile and the
+    step from one row's to the next where each row's key tiles do: then slices serve instead of gathers.
+    """
+
+    all_lanes: Lanes
+    block_q: int
+    block_k: int
+    lanes: Tensor
+    blocks: Tensor
+    columns: Tensor
+    mask_id: Tensor
+    masks: Tensor | None
+    key_range: Tensor | None
+    query_tiles: Tensor
+    key_tiles: Tensor
+    query_run: int | None
+    key_run: tuple[int, int] | None
+
+    triangular = False
+
+    @property
+    def query_slots(self) -> Tensor:
+        return self.blocks[:, None] * self.block_q + torch.arange(self.block_q, device=self.blocks.device)
+
+    @property
+    def key_slots(self) -> Tensor:
+        inner = torch.arange(self.block_k, device=self.blocks.device)
+        return (self.columns[:, :, None] * self.block_k + inner).flatten(1)
+
+    def mask(self) -> Tensor | None:
+        kept = self._tile_mask
+        if self.key_range is not None:
+            inside = self._in_range(self.key_range)
+            kept = inside if kept is None else kept & inside
+        return kept
+
+    @cached_property
+    def _tile_mask(self) -> Tensor | None:
+        if self.masks is None:
+            return None
+        # [T | 1, c, block_q, block_k] -> [T | 1, block_q, c * block_k]
+        return self.masks[self.mask_id].transpose(1, 2).flatten(2)
+
+    def _in_range(self, key_range: Tensor) -> Tensor:
+        batch, heads, slots, _ = key_range.shape
+        lists = list_of(self.all_lanes, self.lanes, batch, heads)
+        row = key_range.view(batch * heads, slots, 2)[lists[:, None], self.query_slots.clamp(max=slots - 1)]
+        keys = self.key_slots[:, None, :]
+        return (keys >= row[..., 0:1]) & (keys < row[..., 1:2])
+
+    def queries(self, x: Tensor) -> Tensor:
+        tiles = x.view(-1, self.block_q, *x.shape[2:])
+        if self.query_run is not None:
+            return tiles[self.query_run : self.query_run + len(self.blocks)]
+        return tiles.index_select(0, self.query_tiles)
+
+    def write_queries(self, target: Tensor, x: Tensor) -> None:
+        tiles = target.view(-1, self.block_q, *target.shape[2:])
+        if self.query_run is not None:
+            tiles[self.query_run : self.query_run + len(self.blocks)] = x
+        else:
+            tiles.index_copy_(0, self.query_tiles, x)
+
+    def keys(self, x: Tensor) -> Tensor:
+        count, width = self.columns.shape
+        if self.key_run is not None:
+            first, step = self.key_run
+            tile = self.block_k * x.stride(1)
+            shape = (count, width * self.block_k, *x.shape[2:])
+            return x.as_strided(shape, (step * tile, *x.stride()[1:]), x.storage_offset() + first * tile)
+        tiles = x.view(-1, self.block_k, *x.shape[2:]).index_select(0, self.key_tiles)
+        return tiles.view(count, -1, *x.shape[2:])
+
+    def add_keys(self, target: Tensor, x: Tensor) -> None:
+        tiles = target.view(-1, self.block_k, *target.shape[2:])
+        tiles.index_add_(0, self.key_tiles, x.reshape(-1, *tiles.shape[1:]))
+
+
+def list_of(all_lanes: Lanes, lanes: Tensor, batch: int, heads: int) -> Tensor:
+    """The list that each lane reads, among ``batch * heads`` lists; 1 is shared by all."""
+    lists = torch.zeros_like(lanes)
+    if batch > 1:
+        lists = all_lanes.batch_of(lanes) * heads
+    if heads > 1:
+        lists = lists + all_lanes.head_of(lanes)
+    return lists
+
+
+# -- from a layout to batches of tiles -----------------------------------------------------------------------------
+
+# A layout serves the layers of one model, so calls of one or two shapes; each costs 8 bytes per listed tile and lane.
+SHAPES_CACHED = 4
+
+_Shape = tuple[int, int, int, Budget]
+_KNOWN: WeakKeyDictionary[BlockLayout, dict[_Shape, list[BlockTiles]]] = WeakKeyDictionary()
+
+
+def block_tiles(layout: BlockLayout, all_lanes: Lanes, budget: Budget) -> list[BlockTiles]:
+    """The batches of a layout for a call's lanes, lane after lane; kept while the layout lives."""
+    known = _KNOWN.setdefault(layout, {})
+    shape = (all_lanes.batch, all_lanes.heads, all_lanes.kv_heads, budget)
+    if shape not in known:
+        while len(known) >= SHAPES_CACHED:
+            known.pop(next(iter(known)))
+        known[shape] = _batches(layout, all_lanes, budget)
+    return known[shape]
+
+
+def _batches(layout: BlockLayout, all_lanes: Lanes, budget: Budget) -> list[BlockTiles]:
+    device = layout.columns.device
+    counts = layout.row_start.diff()
+    rows_of = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
+    mask_id, masks = _mask_table(layout, rows_of)
+    partial = torch.zeros(len(counts), dtype=torch.int64, device=device)
+    partial.scatter_reduce_(0, rows_of, (mask_id > 0).long(), "amax")
+    lists = list_of(all_lanes, all_lanes.ids, layout.batch, layout.heads)
+    result: list[BlockTiles] = []
+    for shape in torch.unique(counts * 2 + partial).tolist():
+        count, masked = shape // 2, bool(shape % 2)
+        if count == 0:
+            continue
+        rows = torch.nonzero((counts == count) & (partial == masked)).flatten()
+        entries = layout.row_start[rows][:, None] + torch.arange(count, device=device)
+        lanes, at = _spread(rows // layout.num_query_blocks, lists, layout.batch * layout.heads)
+        whole = BlockTiles(
+            all_lanes, layout.block_q, layout.block_k, lanes, (rows % layout.num_query_blocks)[at],
+            layout.columns[entries].long()[at], mask_id[entries][at], masks if masked else None, layout.key_range,
+            lanes, lanes, None, None,
+        )  # fmt: skip
+        result += _cut(whole, layout, budget.tiles(layout.block_q, layout.block_k * count))
+    return result
+
+
+def _cut(whole: BlockTiles, layout: BlockLayout, step: int) -> list[BlockTiles]:
+    """Batches of at most ``step`` tiles; where a lane has more, a batch keeps to one lane."""
+    lanes = whole.all_lanes
+    query_tiles = whole.lanes * layout.num_query_blocks + whole.blocks
+    key_tiles = lanes.key_lanes(whole.lanes)[:, None] * layout.num_key_blocks + whole.columns
+    bounds = _bounds(torch.bincount(whole.lanes, minlength=lanes.count).tolist(), step)
+    consecutive = (key_tiles.diff(dim=1) == 1).all(1).tolist()
+    first_query, first_key = query_tiles.tolist(), key_tiles[:, 0].tolist()
+    same_mask = (whole.mask_id[1:] == whole.mask_id[:-1]).all(1).tolist()
+    result = []
+    for begin, end in pairwise(bounds):
+        part = slice(begin, end)
+        query_run = first_query[begin] if first_query[end - 1] - first_query[begin] == end - 1 - begin else None
+        mask_id = whole.mask_id[begin : begin + 1] if all(same_mask[begin : end - 1]) else whole.mask_id[part]
+        result.append(
+            BlockTiles(
+                lanes, whole.block_q, whole.block_k, whole.lanes[part], whole.blocks[part], whole.columns[part],
+                mask_id, whole.masks, whole.key_range, query_tiles[part], key_tiles[part].flatten(), query_run,
+                _key_run(first_key[part], consecutive[part]),
+            )
+        )  # fmt: skip
+    return result
+
+
+def _bounds(tiles_of_lane: list[int], step: int) -> list[int]:
+    """Where the batches begin and end: lanes of few tiles share one, lanes of many have several of their own."""
+    bounds, last = [0], 0
+    for tiles in tiles_of_lane:
+        end = last + tiles
+        if end - bounds[-1] > step:
+            bounds += [last] if last > bounds[-1] else []
+            if tiles > step:
+                bounds += [*range(last + step, end, step), end]
+        last = end
+    return bounds if bounds[-1] == last else [*bounds, last]
+
+
+def _key_run(first: list[int], consecutive: list[bool]) -> tuple[int, int] | None:
+    """The first key tile and the step between rows, where each row's tiles are consecutive and the steps equal."""
+    steps = {b - a for a, b in pairwise(first)} or {1}
+    if not all(consecutive) or len(steps) > 1 or min(steps) < 0:
+        return None
+    return first[0], steps.pop()
+
+
+def _spread(list_of_row: Tensor, list_of_lane: Tensor, lists: int) -> tuple[Tensor, Tensor]:
+    """Every (lane, row) with the row in the lane's list, lane by lane; rows are sorted by list."""
+    per_list = torch.bincount(list_of_row, minlength=lists)
+    first = per_list.cumsum(0) - per_list
+    per_lane = per_list[list_of_lane]
+    lanes = torch.repeat_interleave(torch.arange(len(list_of_lane), device=list_of_lane.device), per_lane)
+    within = torch.arange(len(lanes), device=lanes.device) - (per_lane.cumsum(0) - per_lane)[lanes]
+    return lanes, first[list_of_lane[lanes]] + within
+
+
+def _mask_table(layout: BlockLayout, rows_of: Tensor) -> tuple[Tensor, Tensor]:
+    """Per list entry the number of its element mask (0: full), and the masks bool ``[P, block_q, block_k]``; band
+    tiles of one shape share one."""
+    device = layout.columns.device
+    bq, bk = layout.block_q, layout.block_k
+    column = layout.columns.long()
+    shift = (rows_of % layout.num_query_blocks) * bq - column * bk
+    at_end = (column + 1) * bk > layout.key_slots
+    banded = layout.kind == BAND
+    code, inverse = torch.unique(shift[banded] * 2 + at_end[banded], return_inverse=True)
+    i = (code // 2)[:, None, None] + torch.arange(bq, device=device)[:, None]
+    j = torch.arange(bk, device=device)
+    bands = layout.band.contains(i, j)
+    last = layout.key_slots - (layout.num_key_blocks - 1) * bk
+    bands &= (code % 2 == 0)[:, None, None] | (j < last)
+    full = torch.ones(1, bq, bk, dtype=torch.bool, device=device)
+    mask_id = torch.where(layout.kind >= 0, layout.kind.long() + 1 + len(code), 0)
+    whole = bands.flatten(1).all(1)
+    mask_id[banded] = torch.where(whole[inverse], 0, inverse + 1)
+    return mask_id, torch.cat([full, bands, layout.masks])

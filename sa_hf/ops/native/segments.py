@@ -1,0 +1,148 @@
+"""Segments as batches of tiles: runs of a segment's queries with the keys that its band can reach, as slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sa_hf.ops.native.lanes import Lanes
+from sa_hf.ops.native.tiles import Budget
+from sa_hf.ops.parts import SegmentPart
+
+# Query slots of a tile where a band bounds its keys: more rows compute more pairs outside the band, fewer rows use
+# the matrix product worse.
+BAND_ROWS = 64
+LEAST_ROWS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentTiles:
+    """Query slots ``rows`` and key slots ``columns`` (of each segment) of the segments ``first .. first + count`` of
+    the lanes ``lane_begin .. lane_end``."""
+
+    part: SegmentPart
+    all_lanes: Lanes
+    lane_begin: int
+    lane_end: int
+    first: int
+    count: int
+    rows: range
+    columns: range
+
+    @property
+    def lanes(self) -> Tensor:
+        return self.all_lanes.ids[self.lane_begin : self.lane_end].repeat_interleave(self.count)
+
+    @property
+    def query_slots(self) -> Tensor:
+        return self._slots(self.part.query_segment, self.rows)
+
+    @property
+    def key_slots(self) -> Tensor:
+        return self._slots(self.part.key_segment, self.columns)
+
+    @property
+    def triangular(self) -> bool:
+        band = self.part.band
+        causal = band.right == 0 and (band.left is None or band.left >= len(self.rows) - 1)
+        return causal and self.rows == self.columns and not self.part.skip_diagonal
+
+    def _slots(self, segment: int, run: range) -> Tensor:
+        device = self.all_lanes.device
+        starts = torch.arange(self.first, self.first + self.count, device=device) * segment
+        slots = starts[:, None] + torch.arange(run.start, run.stop, device=device)
+        return slots.repeat(self.lane_end - self.lane_begin, 1)
+
+    def mask(self) -> Tensor | None:
+        rows, columns, band = self.rows, self.columns, self.part.band
+        past_left = band.left is not None and rows.stop - 1 - columns.start > band.left
+        past_right = band.right is not None and columns.stop - 1 - rows.start > band.right
+        diagonal = self.part.skip_diagonal and rows.start < columns.stop and columns.start < rows.stop
+        if not (past_left or past_right or diagonal):
+            return None
+        device = self.all_lanes.device
+        i = torch.arange(rows.start, rows.stop, device=device)[:, None]
+        j = torch.arange(columns.start, columns.stop, device=device)
+        kept = band.contains(i, j)
+        return (kept & (i != j) if self.part.skip_diagonal else kept)[None]
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self._view(x, self.part.query_segment, self.rows, self.lane_begin, self.lane_end).flatten(0, 1)
+
+    def write_queries(self, target: Tensor, x: Tensor) -> None:
+        view = self._view(target, self.part.query_segment, self.rows, self.lane_begin, self.lane_end)
+        view.copy_(x.view(view.shape))
+
+    def keys(self, x: Tensor) -> Tensor:
+        if self.all_lanes.group == 1:
+            return self._view(x, self.part.key_segment, self.columns, self.lane_begin, self.lane_end).flatten(0, 1)
+        view = self._view(x, self.part.key_segment, self.columns, 0, x.shape[0])
+        return view[self._key_lanes].flatten(0, 1)
+
+    def add_keys(self, target: Tensor, x: Tensor) -> None:
+        if self.all_lanes.group == 1:
+            view = self._view(target, self.part.key_segment, self.columns, self.lane_begin, self.lane_end)
+            view += x.view(view.shape)
+            return
+        view = self._view(target, self.part.key_segment, self.columns, 0, target.shape[0])
+        view.index_add_(0, self._key_lanes, x.view(-1, *view.shape[1:]))
+
+    @property
+    def _key_lanes(self) -> Tensor:
+        return self.all_lanes.key_lanes(self.all_lanes.ids[self.lane_begin : self.lane_end])
+
+    def _view(self, x: Tensor, segment: int, run: range, lane_begin: int, lane_end: int) -> Tensor:
+        """``[lanes, count, len(run), ...]``"""
+        lanes = x[lane_begin:lane_end]
+        begin = self.first * segment
+        if self.count == 1:
+            return lanes[:, None, begin + run.start : begin + run.stop]
+        whole = lanes[:, begin : begin + self.count * segment]
+        whole = whole.view(len(whole), self.count, segment, *x.shape[2:])
+        return whole[:, :, run.start : run.stop]
+
+
+def segment_tiles(
+    part: SegmentPart, all_lanes: Lanes, budget: Budget, *, whole_segments: bool
+) -> Iterator[SegmentTiles]:
+    """The batches of a part; ``whole_segments`` leaves a segment with all or a triangle of its pairs uncut."""
+    qs, ks = part.query_segment, part.key_segment
+    whole = min(part.query_slots // qs, part.key_slots // ks)
+    shapes = [(0, whole, qs, ks)]
+    last_q, last_k = min(qs, part.query_slots - whole * qs), min(ks, part.key_slots - whole * ks)
+    if last_q > 0 and last_k > 0:
+        shapes.append((whole, 1, last_q, last_k))
+    for first, count, rows, columns in shapes:
+        if count == 0:
+            continue
+        for a, b in _rectangles(part, rows, columns, budget, whole_segments):
+            tiles = budget.tiles(len(a), len(b))
+            segments = min(count, tiles)
+            lanes = max(1, tiles // segments)
+            for lane in range(0, all_lanes.count, lanes):
+                lane_end = min(lane + lanes, all_lanes.count)
+                for s in range(first, first + count, segments):
+                    yield SegmentTiles(part, all_lanes, lane, lane_end, s, min(segments, first + count - s), a, b)
+
+
+def _rectangles(
+    part: SegmentPart, rows: int, columns: int, budget: Budget, whole_segments: bool
+) -> Iterator[tuple[range, range]]:
+    """Query runs of a segment, each with the keys that its band can reach."""
+    band = part.band
+    triangle = rows == columns and band.right == 0 and (band.left is None or band.left >= rows - 1)
+    if whole_segments and not part.skip_diagonal and (band.unbounded or triangle):
+        yield range(rows), range(columns)
+        return
+    step = min(rows, max(LEAST_ROWS, budget.scores // columns))
+    if not band.unbounded or part.skip_diagonal:
+        step = min(step, BAND_ROWS)
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        low = 0 if band.left is None else max(0, begin - band.left)
+        high = columns if band.right is None else min(columns, end + band.right)
+        if low < high:
+            yield range(begin, end), range(low, high)
