@@ -136,7 +136,7 @@ def _evaluate(
         part = slice(begin, begin + TILES_AT_ONCE)
         i, j = q_pos[qb[part]][:, :, None], k_pos[kb[part]][:, None, :]
         valid = (i >= 0) & (j >= 0)
-        allowed = predicate(head[part][:, None, None], i, j).expand(valid.shape) & valid
+        allowed = predicate(head[part][:, None, None], i.clamp(min=0), j.clamp(min=0)).expand(valid.shape) & valid
         in_band = band.contains(i, j) & valid
         kept = (allowed & in_band).flatten(1)
         # Without the band every valid pair is allowed: the cheap per-element band test is enough.

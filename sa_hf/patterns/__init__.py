@@ -2,12 +2,20 @@
 
 from sa_hf.patterns.bigbird import BigBirdAttentionConfig
 from sa_hf.patterns.dense import DenseAttentionConfig
+from sa_hf.patterns.expire_span import ExpireSpanAttentionConfig
+from sa_hf.patterns.logsparse import LogSparseAttentionConfig
+from sa_hf.patterns.longnet import LongNetAttentionConfig
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
 from sa_hf.patterns.sparsebert import SparseBertAttentionConfig
+from sa_hf.patterns.star import StarAttentionConfig
 
 __all__ = [
     "BigBirdAttentionConfig",
     "DenseAttentionConfig",
+    "ExpireSpanAttentionConfig",
+    "LogSparseAttentionConfig",
+    "LongNetAttentionConfig",
     "SlidingWindowAttentionConfig",
     "SparseBertAttentionConfig",
+    "StarAttentionConfig",
 ]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sa_hf.config import register_pattern
-from sa_hf.ops.parts import Part, SegmentPart
+from sa_hf.ops.parts import Part
 from sa_hf.patterns.base import Geometry, StaticPatternConfig
+from sa_hf.patterns.sliding_window import window_part
 
 
 @register_pattern
@@ -23,6 +24,8 @@ class DenseAttentionConfig(StaticPatternConfig):
     def allowed(self, head: Tensor, i: Tensor, j: Tensor, geometry: Geometry) -> Tensor:
         return torch.ones_like(i - j, dtype=torch.bool)
 
-    def plan(self, geometry: Geometry, device: torch.device) -> list[Part]:
-        n = geometry.key_length
-        return [SegmentPart(n, n, n, n, band=geometry.full_band, skip_diagonal=self.drop_diagonal)]
+    def block_plan(self, geometry: Geometry, device: torch.device, candidates: Tensor | None = None) -> list[Part]:
+        return [window_part(geometry, device, geometry.key_length, drop_diagonal=self.drop_diagonal)]
+
+    def row_keys(self, head: int, position: int, geometry: Geometry) -> Tensor:
+        return torch.arange(geometry.key_length)

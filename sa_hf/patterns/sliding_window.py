@@ -61,7 +61,7 @@ def window_part(
 ) -> Part:
     """One part for the ``window`` nearest positions and the first ``sinks`` ones; each key counts once."""
     n = geometry.key_length
-    if window >= n and geometry.query_length == n:
+    if window >= n and geometry.query_length == n and geometry.band.left is None:
         return SegmentPart(n, n, n, n, band=geometry.full_band, skip_diagonal=drop_diagonal)
     reach = Band(window - 1, window - 1)
 
