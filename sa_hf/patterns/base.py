@@ -60,6 +60,8 @@ class LayerSpec:
     """One attention layer of a model, as far as a pattern needs to know it.
 
     ``max_length`` is the longest input the model takes, None where unbounded; ``band`` its own sliding window.
+    ``heads`` are the query heads that a part of a mixture serves, None is all; ``num_heads`` is the whole layer's, and
+    ``num_key_value_heads`` counts the key heads that the part is given.
     """
 
     layer_idx: int
@@ -73,6 +75,7 @@ class LayerSpec:
     band: Band = Band()
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
+    heads: tuple[int, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -285,7 +288,8 @@ class SparseAttention(nn.Module):
         super().__init__()
         self.config = config
         self.spec = spec
-        self.heads = tuple(range(spec.num_heads)) if heads is None else tuple(heads)
+        served = spec.heads if heads is None else heads
+        self.heads = tuple(range(spec.num_heads)) if served is None else tuple(served)
 
     def forward(self, inputs: AttentionInputs) -> Tensor:
         """Attend; returns ``[B, H, Nq, D]``, rows of padding 0."""

@@ -1,0 +1,220 @@
+"""The one function that transformers calls in a patched model, and what it runs.
+
+It works only through the ``sparse`` child that every attention module of a patched model has (a marker without
+state where the layer stays dense) and raises where that is absent: a model that was loaded without its patterns
+cannot run dense in silence.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.layer_cache import LayerMemory, absolute_keys
+from sa_hf.hf.masks import FORWARD, MaskRequest, ids_from_lengths, sparse_mask
+from sa_hf.hf.position_bias import expanded_bias
+from sa_hf.ops.parts import Band
+from sa_hf.ops.sequences import Sequences
+from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention, default_scale
+
+IMPLEMENTATION = "sparse_sa_hf"
+
+# Keywords that models hand down to their attention and that change nothing here.
+HARMLESS = {
+    "attention_mask", "cache_position", "cu_seq_lens_k", "deterministic", "is_causal", "labels", "logits_to_keep",
+    "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits",
+    "past_key_values", "position_ids", "return_dict", "token_type_ids", "use_cache", "interpolate_pos_encoding",
+}  # fmt: skip
+
+
+@dataclass(eq=False)
+class Place:
+    """Where a ``sparse`` child stands and how its layer runs; shared by reference with the model's patch."""
+
+    spec: LayerSpec | None
+    engine: str
+    original: str
+    extra_tokens: int = 0
+    active: Activity | None = None
+
+
+@dataclass(eq=False)
+class Activity:
+    """Whether a patched model's hooks act; off inside ``dense(model)``."""
+
+    on: bool = True
+
+
+class DenseMarker(nn.Module):
+    """The ``sparse`` child of a layer that stays dense, and of cross-attention: no parameters, no buffers."""
+
+    place: Place
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """What the pre-hook of an attention module saw, handed to the adapter as one extra keyword."""
+
+    hidden_states: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    memory: LayerMemory | None = None
+
+
+def register() -> None:
+    """Make the adapter known to transformers; done at the first patch, never at import."""
+    AttentionInterface.register(IMPLEMENTATION, sparse_attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, sparse_mask)
+
+
+def place_of(module: nn.Module) -> Place:
+    """The place of an attention module's ``sparse`` child.
+
+    Raises:
+        SparseAttentionError: the module has none, so the model's patterns are missing.
+    """
+    place = getattr(getattr(module, "sparse", None), "place", None)
+    if not isinstance(place, Place):
+        raise SparseAttentionError(
+            f"{type(module).__name__} is set to sparse attention but carries no pattern: the model was built from the "
+            "config of a patched one. Load it with `trust_remote_code=True`, or call `sa_hf.patch_model(model, ...)`"
+        )
+    return place
+
+
+def sparse_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The registered attention function: output ``[batch, queries, heads, head_dim]`` and no attention weights."""
+    place = place_of(module)
+    call: LayerCall = kwargs.pop("sparse_call", None) or LayerCall()
+    if isinstance(attention_mask, Tensor):
+        raise SparseAttentionError(
+            f"a mask of shape {tuple(attention_mask.shape)} reached {type(module).__name__}; sparse attention takes a 2-D "
+            "mask [batch, length] (1 real, 0 padding), given to the model"
+        )
+    request: MaskRequest | None = attention_mask
+    child = module.sparse
+    if not isinstance(child, SparseAttention):
+        return _dense_forward(module, place, query, key, value, request, scaling, dropout, kwargs)
+    bias = kwargs.pop("position_bias", None)
+    softcap = kwargs.pop("softcap", None)
+    window = kwargs.pop("sliding_window", None)
+    causal = kwargs.pop("is_causal", None)
+    _refuse(module, kwargs)
+    if causal is None:
+        causal = request.causal if request is not None else bool(getattr(module, "is_causal", False))
+    band = request.band if request is not None else _window(window, causal)
+    sequences = _sequences(place, request, query, key, kwargs)
+    keys = absolute_keys(key, value, sequences.key_length, request, call.memory)
+    inputs = AttentionInputs(
+        query=query,
+        key=keys.key,
+        value=keys.value,
+        sequences=sequences,
+        causal=causal,
+        scale=default_scale(query.shape[-1]) if scaling is None else float(scaling),
+        band=band,
+        softcap=softcap,
+        distance_bias=None if bias is None else bias[0, :, 0],
+        dropout=float(dropout),
+        engine=place.engine,
+        hidden_states=call.hidden_states,
+        rotary=call.rotary,
+        remember=None if call.memory is None else call.memory.remember,
+    )
+    out = child(inputs)
+    if call.memory is not None:
+        call.memory.evict(child, inputs)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _window(window: int | None, causal: bool) -> Band:
+    """The model's own window where no mask says it: attention functions get it with the own position counted."""
+    return Band() if window is None else Band(window - 1, None if causal else window - 1)
+
+
+def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise for keywords that ask for what sparse attention cannot give."""
+    if kwargs.get("output_attentions"):
+        refuse_attentions()
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("sequence_ids", "cu_seq_lens_q", "output_attentions")}
+    unknown = [
+        name for name, value in kwargs.items() if name not in HARMLESS and value is not None and value is not False
+    ]
+    if unknown:
+        raise SparseAttentionError(
+            f"{type(module).__name__} hands {unknown[0]!r} to its attention, which sparse attention does not know and "
+            "would have to drop; leave it out, or keep the layer dense"
+        )
+
+
+def refuse_attentions() -> None:
+    raise SparseAttentionError(
+        "output_attentions=True asks for the n x n attention weights, which sparse attention never builds; "
+        "leave it out, or use `with sa_hf.dense(model):` and attn_implementation='eager'"
+    )
+
+
+def _sequences(
+    place: Place, request: MaskRequest | None, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+) -> Sequences:
+    extra = place.extra_tokens
+    ids, lengths = kwargs.get("sequence_ids"), kwargs.get("cu_seq_lens_q")
+    if request is not None:
+        given = request.given
+        if ids is None and lengths is None or given is not None:
+            return request.sequences(extra)
+        ids = ids if ids is not None else ids_from_lengths(lengths, query.shape[0], request.query_length)
+        return Sequences.from_mask(
+            query.shape[0], request.query_length, request.query_length, request.padding, ids
+        ).with_extra_tokens(extra)
+    outer = FORWARD.get()
+    if ids is not None or lengths is not None or (outer is not None and outer.sequence_ids is not None):
+        raise SparseAttentionError(
+            "sequence_ids and cu_seq_lens_q need a model that builds an attention mask; this one has none"
+        )
+    return Sequences.full(query.shape[0], query.shape[2] - extra, key.shape[2] - extra).with_extra_tokens(extra)
+
+
+def _dense_forward(
+    module: nn.Module, place: Place, query: Tensor, key: Tensor, value: Tensor, request: MaskRequest | None,
+    scaling: float | None, dropout: float, kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The original attention, with the mask that it would have got."""
+    if kwargs.get("output_attentions"):
+        refuse_attentions()
+    mask = None if request is None else request.dense(place.original, place.extra_tokens)
+    if kwargs.get("position_bias") is not None:
+        kwargs["position_bias"] = expanded_bias(kwargs["position_bias"], query, key, request, place.extra_tokens)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(place.original, eager)
+    output: Tensor = function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+    return output, None
+
+
+def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hands the layer's input, rotary angles and cache to the adapter, through one extra keyword."""
+    place = place_of(module)
+    if place.active is None or not place.active.on:
+        return None
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    rotary = kwargs.get("position_embeddings")
+    if rotary is None and len(args) > 1 and isinstance(args[1], tuple):
+        rotary = args[1]
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    memory = None if cache is None else LayerMemory.of(cache, module)
+    return args, {**kwargs, "sparse_call": LayerCall(hidden, rotary, memory)}

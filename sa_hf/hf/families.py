@@ -1,0 +1,183 @@
+"""Where a model's attention is: its stacks of self-attention, its cross-attention, and the shape of each layer.
+
+Nothing here names a model. An attention module can be replaced when its ``forward`` asks transformers'
+``AttentionInterface`` for the function to call; what it is called with is then checked by the probe.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sa_hf.errors import UnsupportedModelError
+from sa_hf.ops.parts import Band
+from sa_hf.patterns.base import LayerSpec
+
+# The attribute names under which decoders keep attention over the encoder's output.
+CROSS_NAMES = {"encoder_attn", "crossattention", "EncDecAttention", "cross_attn", "cross_attention"}
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+_HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One self-attention layer: its module's name in the model, the name of the block around it, and its shape."""
+
+    name: str
+    block: str
+    stack: str
+    spec: LayerSpec
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All attention of a model: ``{stack: [site, ...]}`` in order, and the names of its cross-attention modules."""
+
+    stacks: dict[str, list[Site]]
+    cross: list[str] = field(default_factory=list)
+
+    @property
+    def num_heads(self) -> dict[str, list[int]]:
+        return {stack: [site.spec.num_heads for site in sites] for stack, sites in self.stacks.items()}
+
+    @property
+    def all_sites(self) -> list[Site]:
+        return [site for sites in self.stacks.values() for site in sites]
+
+
+def root_model(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model in ``model`` (which may be wrapped by PEFT, DDP or ``torch.compile``)."""
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                return module
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is no Transformers model; patch a model from `AutoModel....from_pretrained(...)`"
+    )
+
+
+def calls_interface(module: nn.Module) -> bool:
+    """Whether the module's ``forward`` looks its attention function up in transformers' interface."""
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def find_sites(model: PreTrainedModel) -> Sites:
+    """The attention layers of a model.
+
+    Raises:
+        UnsupportedModelError: no attention goes through the interface, or there are two stacks of one kind.
+    """
+    found: dict[str, list[tuple[str, nn.Module]]] = {}
+    cross: list[str] = []
+    for name, module in model.named_modules():
+        if not calls_interface(module):
+            continue
+        if _is_cross(name, module):
+            cross.append(name)
+        else:
+            found.setdefault(_stack_path(name), []).append((name, module))
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type {model.config.model_type!r}) computes its attention itself instead of "
+            "asking transformers' AttentionInterface for it, so no layer can be replaced; models that can: Llama, Qwen, "
+            "Mistral, Gemma, GPT-2, GPT-NeoX, OPT, BERT, RoBERTa, DistilBERT, ModernBERT, ALBERT, ELECTRA, BART, T5, ViT"
+        )
+    stacks: dict[str, list[Site]] = {}
+    for path, modules in found.items():
+        stack = "decoder" if _is_causal(modules[0][1]) else "encoder"
+        if stack in stacks:
+            other = stacks[stack][0].block.rpartition(".")[0]
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has two {stack} stacks, {other!r} and {path!r}; patch one of its parts, e.g. "
+                f"patch_model(model.get_submodule({path.rpartition('.')[0]!r}), ...)"
+            )
+        stacks[stack] = [
+            Site(name, _block(name), stack, _layer_spec(model, module, index, len(modules)))
+            for index, (name, module) in enumerate(modules)
+        ]
+    return Sites(dict(sorted(stacks.items(), reverse=True)), cross)
+
+
+def _stack_path(name: str) -> str:
+    """The name up to the list of layers: ``model.layers`` of ``model.layers.3.self_attn``."""
+    return re.split(r"\.\d+(?:\.|$)", name, maxsplit=1)[0]
+
+
+def _block(name: str) -> str:
+    """The name of the layer in its list: ``encoder.block.3`` of ``encoder.block.3.layer.0.SelfAttention``."""
+    match = re.match(r".*?\.\d+(?=\.|$)", name)
+    return match[0] if match else name
+
+
+def _is_cross(name: str, module: nn.Module) -> bool:
+    named = not CROSS_NAMES.isdisjoint(name.split(".")) or "Cross" in type(module).__name__
+    return named or bool(getattr(module, "is_cross_attention", False))
+
+
+def _is_causal(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_causal", False)) and bool(getattr(_config(module), "is_causal", True))
+
+
+def _config(module: nn.Module) -> Any:
+    return getattr(module, "config", None)
+
+
+def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    for source in (module, _config(module)):
+        for name in names:
+            value = getattr(source, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def _layer_spec(model: PreTrainedModel, module: nn.Module, index: int, num_layers: int) -> LayerSpec:
+    from sa_hf.hf.positions import position_limit
+
+    heads = _first(module, _HEADS)
+    hidden = getattr(_config(module), "hidden_size", None)
+    if heads is None or hidden is None:
+        raise UnsupportedModelError(
+            f"the number of heads or the hidden size of {type(module).__name__} is in none of the attributes {_HEADS} "
+            "or config.hidden_size, so its layer cannot be described"
+        )
+    head_dim = _first(module, _HEAD_DIM) or hidden // heads
+    groups = getattr(module, "num_key_value_groups", None)
+    key_heads = heads // groups if isinstance(groups, int) else getattr(module, "num_key_value_heads", heads)
+    causal = _is_causal(module)
+    parameter = next(module.parameters(), torch.empty(0))
+    return LayerSpec(
+        layer_idx=index,
+        num_layers=num_layers,
+        num_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=head_dim,
+        hidden_size=hidden,
+        causal=causal,
+        max_length=position_limit(model),
+        band=own_window(module, index, causal),
+        device=parameter.device,
+        dtype=parameter.dtype if parameter.dtype.is_floating_point else torch.float32,
+    )
+
+
+def own_window(module: nn.Module, index: int, causal: bool) -> Band:
+    """The model's own sliding window in this layer, as its mask function builds it."""
+    config = _config(module)
+    if hasattr(module, "sliding_window"):
+        window = module.sliding_window
+    else:
+        types = getattr(config, "layer_types", None)
+        sliding = types is None or types[index] == "sliding_attention"
+        window = getattr(config, "sliding_window", None) if sliding else None
+    if not isinstance(window, int) or isinstance(window, bool):
+        return Band()
+    return Band(window - 1, None if causal else window - 1)

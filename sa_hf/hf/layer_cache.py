@@ -1,0 +1,176 @@
+"""What one attention layer keeps beside its keys and values, and where the received keys stand.
+
+Per-token state of a pattern (spans, clusters, inputs of a convolution) lives on the Transformers cache layer, whose
+class is swapped for a subclass that lets it follow reorder, repeat, select, crop and reset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+
+from sa_hf.errors import SparseAttentionError
+
+if TYPE_CHECKING:
+    from sa_hf.hf.masks import MaskRequest
+    from sa_hf.patterns.base import AttentionInputs, SparseAttention
+
+# Tokens that a limited memory keeps beyond its need, so that assisted generation can take back its rejected guesses
+# (Transformers proposes at most a few dozen at once).
+SLACK = 64
+
+
+@dataclass(eq=False)
+class Remembered:
+    """One per-token tensor of a layer: its values from slot ``start`` on, along ``dim``; ``need`` limits how many
+    of the last slots are kept (and a crop may leave no fewer), None keeps all."""
+
+    tensor: Tensor
+    dim: int
+    start: int = 0
+    need: int | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tensor.shape[self.dim]
+
+    def cut(self, end: int) -> None:
+        """Forget the slots from ``end`` on."""
+        if self.end <= end:
+            return
+        left = max(0, end - self.start)
+        if self.need is not None and left < min(self.need, end):
+            raise SparseAttentionError(
+                f"the cache was cropped to {end} tokens, which needs inputs older than the {self.tensor.shape[self.dim]} kept; "
+                f"crop by at most {SLACK} tokens, or start again from the prompt"
+            )
+        self.tensor = self.tensor.narrow(self.dim, 0, left)
+
+
+class _Remembering:
+    """Mixed in front of a cache layer's class."""
+
+    sa_hf_memory: dict[str, Remembered]
+
+    def _each(self, change: Any) -> None:
+        for entry in self.sa_hf_memory.values():
+            entry.tensor = change(entry.tensor)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]  # of the cache layer behind
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._each(lambda x: x[indices, ...])
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        for entry in self.sa_hf_memory.values():
+            entry.cut(int(self.get_seq_length()))  # type: ignore[attr-defined]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.sa_hf_memory.clear()
+
+
+@lru_cache(maxsize=64)
+def _remembering(cls: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
+    return type(cls.__name__, (_Remembering, cls), {"_layer_type": None, "__module__": cls.__module__})
+
+
+def memory_of(layer: Any) -> dict[str, Remembered]:
+    """The remembered tensors of a cache layer; its class is swapped at the first call."""
+    if not isinstance(layer, _Remembering):
+        layer.__class__ = _remembering(type(layer))
+        layer.sa_hf_memory = {}
+    memory: dict[str, Remembered] = layer.sa_hf_memory
+    return memory
+
+
+@dataclass(eq=False)
+class LayerMemory:
+    """The cache of one attention layer in one call."""
+
+    cache: Cache
+    layer_idx: int
+
+    @classmethod
+    def of(cls, cache: Any, module: nn.Module) -> LayerMemory | None:
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        layer_idx = getattr(module, "layer_idx", None)
+        return cls(cache, layer_idx) if isinstance(cache, Cache) and isinstance(layer_idx, int) else None
+
+    @property
+    def layer(self) -> Any:
+        return self.cache.layers[self.layer_idx]
+
+    def remember(self, name: str, tensor: Tensor, dim: int) -> Tensor:
+        """``AttentionInputs.remember``: called after the keys joined the cache; batch is dimension 0 of the tensor."""
+        memory = memory_of(self.layer)
+        seen = int(self.layer.get_seq_length()) - tensor.shape[dim]
+        old = memory.get(name)
+        if old is None or seen == 0:
+            if seen:
+                raise SparseAttentionError(
+                    f"the cache holds {seen} tokens without {name!r}, which this layer's pattern needs for each of them; "
+                    "it was filled by another model or before patching: start again from the prompt"
+                )
+            memory[name] = Remembered(tensor, dim)
+            return tensor
+        old.cut(seen)
+        memory[name] = Remembered(torch.cat([old.tensor, tensor], dim=dim), dim)
+        return memory[name].tensor
+
+    def evict(self, child: SparseAttention, inputs: AttentionInputs) -> None:
+        """Let a ``sparse_cache`` drop what the layer's pattern can no longer read."""
+        evict = getattr(self.layer, "evict", None)
+        if evict is not None:
+            evict(child, inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """Keys and values at every position: ``[batch, key heads, positions, head_dim]``."""
+
+    key: Tensor
+    value: Tensor
+
+
+def absolute_keys(
+    key: Tensor, value: Tensor, length: int, request: MaskRequest | None, memory: LayerMemory | None
+) -> Keys:
+    """Keys and values with slot ``j`` at position ``j``, whatever the cache hands out.
+
+    A static cache hands out its whole capacity, a sliding one only the last keys: the keys that it dropped, which the
+    model's own window excludes, come back as zeros and are never read.
+    """
+    held = key.shape[2]
+    slots = None if memory is None else getattr(memory.layer, "slots", None)
+    if slots is not None:
+        return Keys(*(_placed(x, slots, length) for x in (key, value)))
+    first = 0 if request is None else request.key_offset
+    if first:
+        key, value = (nn.functional.pad(x, (0, 0, first, 0)) for x in (key, value))
+        held += first
+    if held < length:
+        raise SparseAttentionError(
+            f"the cache handed out {held} keys for {length} positions; this cache is not supported"
+        )
+    return Keys(key[:, :, :length], value[:, :, :length])
+
+
+def _placed(x: Tensor, slots: Tensor, length: int) -> Tensor:
+    if x.shape[2] == length:
+        return x
+    return x.new_zeros(*x.shape[:2], length, x.shape[3]).index_copy(2, slots.to(x.device), x)

@@ -1,0 +1,203 @@
+"""The mask side of the adapter: what a model asked for, kept instead of an n x n tensor.
+
+Transformers builds one mask per forward through ``AttentionMaskInterface`` and hands it to every layer. Ours is a
+:class:`MaskRequest`, the arguments of that call. Sparse layers read sequences, causality and the model's own window
+from it; layers left dense have the original mask built from it, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from sa_hf.errors import SparseAttentionError, UnsupportedModelError
+from sa_hf.ops.parts import Band
+from sa_hf.ops.sequences import Sequences
+
+
+@dataclass(eq=False)
+class ForwardInputs:
+    """What the model's outer call was given about its sequences, for masks that are built inside it."""
+
+    sequence_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+    cu_seq_lens: Tensor | None = None
+
+
+FORWARD: ContextVar[ForwardInputs | None] = ContextVar("sa_hf_forward", default=None)
+
+
+class MaskRequest:
+    """The arguments with which a model asked for its mask; passes through the model where a 4-D mask would.
+
+    Attributes:
+        query_offset: tokens in the cache before this call; ``key_offset``: tokens that the cache no longer holds.
+    """
+
+    ndim = 4
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.query_length = int(arguments["q_length"])
+        self.query_offset = int(arguments.get("q_offset", 0))
+        self.key_offset = int(arguments.get("kv_offset", 0))
+        self.padding: Tensor | None = arguments.get("attention_mask")
+        self.given = FORWARD.get()
+        self._dense: dict[tuple[str, int], Any] = {}
+        self._sequences: dict[int, Sequences] = {}
+        self._rules: _Rules | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.arguments["batch_size"], 1, self.query_length, int(self.arguments["kv_length"])
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def to(self, *args: Any, **kwargs: Any) -> MaskRequest:
+        """Moved as a tensor would be: only the 2-D mask has a device. (Accelerate calls it between devices.)"""
+        if self.padding is None:
+            return self
+        padding = self.padding.to(*args, **kwargs)
+        if padding is self.padding:
+            return self
+        moved = MaskRequest({**self.arguments, "attention_mask": padding, "device": padding.device})
+        moved.given = self.given
+        return moved
+
+    @property
+    def causal(self) -> bool:
+        return self._read().causal
+
+    @property
+    def band(self) -> Band:
+        """The model's own window, without causality."""
+        return self._read().band
+
+    def _read(self) -> _Rules:
+        if self._rules is None:
+            self._rules = _Rules.read(self.arguments["mask_function"])
+        return self._rules
+
+    def sequences(self, extra_tokens: int = 0) -> Sequences:
+        """The sequences over every position so far; one device read per forward, shared by the layers."""
+        if extra_tokens not in self._sequences:
+            self._sequences[extra_tokens] = self._build_sequences().with_extra_tokens(extra_tokens)
+        return self._sequences[extra_tokens]
+
+    def _build_sequences(self) -> Sequences:
+        batch, total = int(self.arguments["batch_size"]), self.query_offset + self.query_length
+        padding = self.padding
+        if padding is not None and padding.shape[-1] < total:
+            raise SparseAttentionError(
+                f"attention_mask has {padding.shape[-1]} columns, but {self.query_offset} cached and {self.query_length} "
+                f"new tokens make {total}; give the mask of all of them"
+            )
+        padding = None if padding is None else padding[:, :total]
+        ids = self._sequence_ids(batch, total)
+        return Sequences.from_mask(batch, self.query_length, total, padding, ids)
+
+    def _sequence_ids(self, batch: int, total: int) -> Tensor | None:
+        given, packed = self.given, self._read().packed
+        if given is not None and given.sequence_ids is not None:
+            return given.sequence_ids
+        if given is not None and given.cu_seq_lens is not None:
+            return ids_from_lengths(given.cu_seq_lens, batch, total)
+        if packed is not None:
+            return packed.expand(batch, -1)
+        if given is None or given.position_ids is None or not self.causal or self.padding is not None:
+            return None
+        positions = given.position_ids
+        if self.query_offset or positions.dim() != 2 or positions.shape[-1] != total:
+            return None
+        return (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1).expand(batch, -1)
+
+    def dense(self, implementation: str, extra_tokens: int = 0) -> Any:
+        """The mask that the original attention would have got; ``extra_tokens`` are seen by and see everything."""
+        key = implementation, extra_tokens
+        if key not in self._dense:
+            build = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+            mask = None if build is None else build(**self.arguments)
+            if extra_tokens and mask is not None:
+                mask = torch.nn.functional.pad(mask, (extra_tokens, 0, extra_tokens, 0), value=mask.dtype == torch.bool)
+            self._dense[key] = mask
+        return self._dense[key]
+
+
+def sparse_mask(*, attention_mask: Any = None, **arguments: Any) -> MaskRequest:
+    """The mask function registered beside the adapter: keeps the request."""
+    if isinstance(attention_mask, MaskRequest):
+        return attention_mask  # `generate` builds masks ahead of the forward, which then asks again
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise SparseAttentionError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; sparse attention takes a 2-D mask [batch, length] "
+            "(1 real, 0 padding)"
+        )
+    return MaskRequest({**arguments, "attention_mask": attention_mask})
+
+
+def ids_from_lengths(cu_seq_lens: Tensor, batch: int, total: int) -> Tensor:
+    """``sequence_ids [1, total]`` from cumulative lengths ``[0, n0, n0 + n1, ...]`` over a flattened batch."""
+    if batch != 1:
+        raise SparseAttentionError(
+            f"cu_seq_lens_q describes one flattened row, but the batch has {batch}; flatten it to 1"
+        )
+    slots = torch.arange(total, device=cu_seq_lens.device)
+    return torch.searchsorted(cu_seq_lens[1:].contiguous(), slots, right=True)[None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Rules:
+    """What a mask function means."""
+
+    causal: bool = False
+    band: Band = Band()
+    packed: Tensor | None = None
+
+    @classmethod
+    def read(cls, function: Callable[..., Any]) -> _Rules:
+        """Read transformers' mask closures; every piece must be one that is understood.
+
+        Raises:
+            UnsupportedModelError: a union of masks, a chunked or block mask, or a function of the model's own.
+        """
+        kind = function.__qualname__
+        held = _closure(function)
+        if kind == "causal_mask_function":
+            return cls(causal=True)
+        if kind == "bidirectional_mask_function":
+            return cls()
+        if kind == "and_masks.<locals>.and_mask":
+            parts = [cls.read(part) for part in held["mask_functions"]]
+            return cls._joined(parts)
+        if kind == "sliding_window_overlay.<locals>.inner_mask":
+            return cls(band=Band(int(held["sliding_window"]) - 1, None))
+        if kind == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
+            return cls(band=Band(int(held["sliding_window"]), int(held["sliding_window"])))
+        if kind == "packed_sequence_mask_function.<locals>.inner_mask":
+            return cls(packed=held["packed_sequence_mask"])
+        if kind == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+            return cls.read(held["mask_function"])  # positions inside each sequence are what ours are, too
+        raise UnsupportedModelError(
+            f"the model's mask uses {kind.split('.')[0]!r}, which a sparse pattern cannot be combined with exactly "
+            "(unions of masks, chunks and blocks of images); keep such layers dense"
+        )
+
+    @classmethod
+    def _joined(cls, parts: list[_Rules]) -> _Rules:
+        band, packed = Band(), None
+        for part in parts:
+            band = band.intersect(part.band)
+            packed = packed if part.packed is None else part.packed
+        return cls(any(part.causal for part in parts), band, packed)
+
+
+def _closure(function: Callable[..., Any]) -> dict[str, Any]:
+    cells = getattr(function, "__closure__", None) or ()
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))

@@ -1,0 +1,98 @@
+"""Several patterns in one layer, each on some of its heads; their state is ``sparse.parts.<i>.*``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sa_hf.config import SparseAttentionConfig
+from sa_hf.errors import SparseAttentionError
+from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention
+from sa_hf.patterns.dense import DenseAttentionConfig
+
+Parts = Sequence[tuple[tuple[int, ...], SparseAttentionConfig]]
+
+
+def part_spec(heads: tuple[int, ...], spec: LayerSpec) -> LayerSpec:
+    """The layer as one part sees it: ``num_heads`` and the head indices stay the model's own, its key heads are those
+    that it is given (one per query head where the part cuts through a group of grouped-query attention)."""
+    return replace(spec, heads=heads, num_key_value_heads=len(key_heads(heads, spec)))
+
+
+def key_heads(heads: tuple[int, ...], spec: LayerSpec) -> list[int]:
+    """The key head of each key head slot that a part is given."""
+    group = spec.num_heads // spec.num_key_value_heads
+    if len(heads) % group == 0 and all(
+        heads[at : at + group] == tuple(range(heads[at], heads[at] + group)) and heads[at] % group == 0
+        for at in range(0, len(heads), group)
+    ):
+        return [h // group for h in heads[::group]]
+    return [h // group for h in heads]
+
+
+def check_parts(parts: Parts, spec: LayerSpec) -> None:
+    """Raise ``SparseAttentionError`` where a part cannot serve its heads."""
+    for heads, config in parts:
+        config.check_layer(part_spec(heads, spec))
+
+
+class MixedSparseAttention(SparseAttention):
+    """Runs each part on its query heads and their keys. Head indices are the model's own inside a part, too."""
+
+    def __init__(self, parts: Parts, spec: LayerSpec) -> None:
+        super().__init__(DenseAttentionConfig(), spec)
+        listed = sorted(h for heads, _ in parts for h in heads)
+        if listed != list(range(spec.num_heads)):
+            raise SparseAttentionError(
+                f"the parts name heads {listed}; each of 0 to {spec.num_heads - 1} belongs to one"
+            )
+        self.parts = nn.ModuleList(config.build(part_spec(heads, spec)) for heads, config in parts)
+        self.part_heads = [heads for heads, _ in parts]
+        order = [h for heads in self.part_heads for h in heads]
+        self.place_of_head = [order.index(h) for h in range(spec.num_heads)]
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        outputs = [
+            part(self._part_inputs(inputs, heads, index))
+            for index, (heads, part) in enumerate(zip(self.part_heads, self.parts, strict=True))
+        ]
+        return torch.cat(outputs, dim=1)[:, self.place_of_head]
+
+    def _part_inputs(self, inputs: AttentionInputs, heads: tuple[int, ...], index: int) -> AttentionInputs:
+        keys = key_heads(heads, self.spec)
+        remember = inputs.remember
+        named = None
+        if remember is not None:
+
+            def named(name: str, tensor: Tensor, dim: int) -> Tensor:
+                joined: Tensor = remember(f"parts.{index}.{name}", tensor, dim)
+                return joined
+
+        return replace(
+            inputs,
+            query=inputs.query[:, list(heads)],
+            key=inputs.key[:, keys],
+            value=inputs.value[:, keys],
+            distance_bias=None if inputs.distance_bias is None else inputs.distance_bias[list(heads)],
+            remember=named,
+        )
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for part in self._parts():
+            for name, loss in part.aux_losses().items():
+                total[name] = total[name] + loss if name in total else loss
+        return total
+
+    def figures(self) -> dict[str, float]:
+        return {f"part{i}_{k}": v for i, part in enumerate(self._parts()) for k, v in part.figures().items()}
+
+    def drop_graph(self) -> None:
+        for part in self._parts():
+            part.drop_graph()
+
+    def _parts(self) -> list[SparseAttention]:
+        return [part for part in self.parts if isinstance(part, SparseAttention)]
