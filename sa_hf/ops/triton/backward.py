@@ -1,0 +1,298 @@
+"""Block-sparse flash attention, backward: dQ over query rows, dK and dV over key columns; no atomics."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sa_hf.ops.triton.common import (
+    LOG2E,
+    add_product,
+    bend_scores,
+    dot_rows,
+    dropout_kept,
+    kept_pairs,
+    load_item,
+    load_positions,
+    load_range,
+    load_tile,
+    span_gate,
+    store_tile,
+)
+
+PREPARE_RUNTIME = ("sob", "soh", "son", "sgb", "sgh", "sgn", "pqb", "pqh", "n_q", "heads")
+
+
+@triton.jit(do_not_specialize=PREPARE_RUNTIME)
+def prepare_kernel(
+    out_ptr, grad_ptr, lse_ptr, q_pos_ptr, delta_ptr, shift_ptr, sob, soh, son, sgb, sgh, sgn, pqb, pqh, n_q, heads,
+    ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+):  # fmt: skip
+    """``delta = sum(out * grad_out)`` and the base-2 log-sum-exp, +inf for rows without a key (their p is then 0).
+
+    Grid ``[ceil(n_q / ROWS), batch * heads]``.
+    """
+    first = tl.program_id(0) * ROWS
+    line = tl.program_id(1)
+    batch, head = line // heads, line % heads
+    out_base = out_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8
+    grad_base = grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8
+    o0, o1 = load_tile(out_base, first, son * 8, n_q, ROWS, D, D0, D1, True)
+    g0, g1 = load_tile(grad_base, first, sgn * 8, n_q, ROWS, D, D0, D1, True)
+    delta = tl.sum(o0.to(tl.float32) * g0.to(tl.float32), 1)
+    if D1 > 0:
+        delta += tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
+    slot = first + tl.arange(0, ROWS)
+    at = line.to(tl.int64) * n_q + slot
+    lse = tl.load(lse_ptr + at, mask=slot < n_q, other=float("-inf"))
+    kept = lse > float("-inf")
+    if q_pos_ptr is not None:
+        kept = kept & (load_positions(q_pos_ptr, batch, head, pqb, pqh, slot, n_q, 0) >= 0)
+    tl.store(delta_ptr + at, delta, mask=slot < n_q)
+    tl.store(shift_ptr + at, tl.where(kept, lse * LOG2E, float("inf")), mask=slot < n_q)
+
+
+RUNTIME = (
+    "sqb", "sqh", "sqn", "skb", "skh", "skn", "svb", "svh", "svn", "sgb", "sgh", "sgn", "sob", "soh", "son",
+    "pqb", "pqh", "pkb", "pkh", "seb", "seh", "srb", "srh", "n_q", "n_k", "heads", "group", "list_heads", "rep_heads",
+    "reps", "slots", "query_tiles", "left", "right", "q_base", "k_base", "centre", "extra", "threshold",
+    "scale", "softcap", "inv_ramp", "keep_scale",
+)  # fmt: skip
+
+
+@triton.jit
+def tile_gradient(
+    s, dp, shift, delta, q_slot, k_slot, q_local, k_local, q_pos, k_pos, kind, words_ptr, low, high, skip, span, bias_row,
+    row_word, column_word, n_q, n_k, left, right, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
+    TILE_Q: tl.constexpr, WORDS: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, HAS_RANGE: tl.constexpr,
+    RANGE_ON_FULL: tl.constexpr, HAS_KEYS: tl.constexpr, DROPOUT: tl.constexpr, HAS_SPANS: tl.constexpr,
+):  # fmt: skip
+    """From raw products of a tile to ``(p for dV, d loss / d bent score, d loss / d raw product / scale, d loss / d span)``.
+
+    All vectors are shaped for the tile, either way round; ``span`` is None without a gate.
+    """
+    s, t = bend_scores(s, q_pos, k_pos, bias_row, centre, extra, scale, softcap, SOFTCAP)
+    if MASKED:
+        keep = kept_pairs(
+            q_slot, k_slot, q_local, k_local, kind, words_ptr, low, high, skip, n_q, n_k, left, right, TILE_Q, WORDS, HAS_RANGE
+        )
+        s = tl.where(keep, s, float("-inf"))
+    elif RANGE_ON_FULL:
+        s = tl.where((k_slot >= low) & (k_slot < high), s, float("-inf"))
+    if HAS_KEYS:
+        s = tl.where(k_pos >= 0, s, float("-inf"))
+    slope = t
+    if HAS_SPANS:
+        gate, ramp = span_gate(q_pos, k_pos, span, inv_ramp)
+        s = tl.where(gate > 0, s, float("-inf"))
+        bare = tl.exp2(s - shift)
+        p = bare * gate
+        slope = tl.where(ramp, bare * inv_ramp, 0.0)
+    else:
+        p = tl.exp2(s - shift)
+    p_out = p
+    if DROPOUT:
+        kept = dropout_kept(row_word, column_word, threshold)
+        dp = tl.where(kept, dp * keep_scale, 0.0)
+        p_out = tl.where(kept, p * keep_scale, 0.0)
+    ds = p * (dp - delta)
+    d_span = slope * (dp - delta)
+    raw = ds
+    if SOFTCAP:
+        raw = ds * (1.0 - t * t)
+    return p_out, ds, raw, d_span
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def query_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dq_ptr, part_ptr,
+    items_ptr, entries_ptr, kind_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
+    row_words_ptr, column_words_ptr,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sob, soh, son, pqb, pqh, pkb, pkh, seb, seh, srb, srh,
+    n_q, n_k, heads, group, list_heads, rep_heads, reps, slots, query_tiles, left, right, q_base, k_base, centre, extra,
+    threshold, scale, softcap, inv_ramp, keep_scale,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    SOFTCAP: tl.constexpr, RANGE_COLUMNS: tl.constexpr, RANGE_ON_FULL: tl.constexpr,
+):  # fmt: skip
+    """dQ; grid and work items as in the forward."""
+    SUBS: tl.constexpr = TILE_Q // BLOCK_Q
+    STEPS: tl.constexpr = TILE_K // BLOCK_K
+    pid = tl.program_id(0)
+    rep = pid % reps
+    sub = pid // reps % SUBS
+    row, begin, middle, end, slot = load_item(items_ptr, pid // reps // SUBS)
+    if row < 0:
+        return
+    list_of = row // query_tiles
+    head = list_of % list_heads + rep % rep_heads
+    batch = list_of // list_heads + rep // rep_heads
+    kv_head = head // group
+    first = row % query_tiles * TILE_Q + sub * BLOCK_Q
+    q_slot = first + tl.arange(0, BLOCK_Q)
+    q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
+    low, high, skip = q_slot, q_slot, q_slot
+    if range_ptr is not None:
+        low, high, skip = load_range(range_ptr + (batch.to(tl.int64) * srb + head.to(tl.int64) * srh), q_slot, n_q, RANGE_COLUMNS)
+    q0, q1 = load_tile(
+        q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8, first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, True
+    )
+    g0, g1 = load_tile(
+        grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8, first, sgn * 8, n_q, BLOCK_Q, D, D0, D1, True
+    )
+    k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8
+    v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8
+    bias_row = bias_ptr
+    if bias_ptr is not None:
+        bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
+    line = batch.to(tl.int64) * heads + head
+    row_word = q_slot
+    if row_words_ptr is not None:
+        row_word = tl.load(row_words_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0)
+    delta = tl.load(delta_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0.0)
+    shift = tl.load(shift_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=float("inf"))
+
+    acc0 = tl.zeros([BLOCK_Q, D0], tl.float32)
+    acc1 = tl.zeros([BLOCK_Q, D1 if D1 > 0 else 16], tl.float32)
+    for phase in tl.static_range(2):
+        for step in range((begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS):
+            entry = step // STEPS
+            part = step % STEPS
+            k_first = tl.load(entries_ptr + entry) * TILE_K + part * BLOCK_K
+            k_slot = k_first + tl.arange(0, BLOCK_K)
+            k0, k1 = load_tile(k_base_ptr, k_first, skn * 8, n_k, BLOCK_K, D, D0, D1, phase == 1)
+            v0, v1 = load_tile(v_base_ptr, k_first, svn * 8, n_k, BLOCK_K, D, D0, D1, phase == 1)
+            k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
+            span = None
+            if spans_ptr is not None:
+                span = tl.load(
+                    spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh + k_slot, mask=k_slot < n_k, other=0.0
+                )[None, :]
+            word = k_slot
+            if row_words_ptr is not None:
+                word = tl.load(column_words_ptr + line * n_k + k_slot, mask=k_slot < n_k, other=0)
+            _, _, ds, _ = tile_gradient(
+                dot_rows(q0, q1, k0, k1, D1), dot_rows(g0, g1, v0, v1, D1), shift[:, None], delta[:, None],
+                q_slot[:, None], k_slot[None, :], (sub * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None],
+                (part * BLOCK_K + tl.arange(0, BLOCK_K))[None, :], q_pos[:, None], k_pos[None, :],
+                tl.load(kind_ptr + entry), words_ptr, low[:, None], high[:, None], skip[:, None], span, bias_row,
+                row_word[:, None], word[None, :], n_q, n_k, left, right, centre, extra, threshold, scale, softcap,
+                inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1, range_ptr is not None, RANGE_ON_FULL,
+                k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
+            )  # fmt: skip
+            acc0, acc1 = add_product(ds, k0, k1, acc0, acc1, D1)
+    acc0 = acc0 * scale
+    acc1 = acc1 * scale
+    if slot < 0:
+        base = dq_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8
+        store_tile(base, first, son * 8, n_q, acc0, acc1, BLOCK_Q, D, D0, D1)
+    else:
+        piece = (rep.to(tl.int64) * slots + slot) * TILE_Q
+        store_tile(part_ptr + piece * D, sub * BLOCK_Q, D, TILE_Q, acc0, acc1, BLOCK_Q, D, D0, D1)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def key_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dk_ptr, dv_ptr, d_span_ptr, part_k_ptr, part_v_ptr, part_span_ptr,
+    items_ptr, entries_ptr, kind_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
+    row_words_ptr, column_words_ptr,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sob, soh, son, pqb, pqh, pkb, pkh, seb, seh, srb, srh,
+    n_q, n_k, heads, group, list_heads, rep_heads, reps, slots, query_tiles, left, right, q_base, k_base, centre, extra,
+    threshold, scale, softcap, inv_ramp, keep_scale, flat, key_tiles,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    SOFTCAP: tl.constexpr, RANGE_COLUMNS: tl.constexpr, RANGE_ON_FULL: tl.constexpr,
+):  # fmt: skip
+    """dK, dV and the gradient of the spans from the transposed score tile ``K Q^T`` (it spills far less).
+
+    A list holds the tiles of ``flat`` query heads that share the key head: all of a group, or one where the gradient
+    of the spans is wanted by query head. Grid ``[items * (TILE_K / BLOCK_K) * reps]``.
+    """
+    SUBS: tl.constexpr = TILE_K // BLOCK_K
+    STEPS: tl.constexpr = TILE_Q // BLOCK_Q
+    pid = tl.program_id(0)
+    rep = pid % reps
+    sub = pid // reps % SUBS
+    row, begin, middle, end, slot = load_item(items_ptr, pid // reps // SUBS)
+    if row < 0:
+        return
+    list_of = row // key_tiles
+    out_head = list_of % list_heads + rep % rep_heads
+    batch = list_of // list_heads + rep // rep_heads
+    kv_head = out_head * flat // group
+    first = row % key_tiles * TILE_K + sub * BLOCK_K
+    k_slot = first + tl.arange(0, BLOCK_K)
+    k0, k1 = load_tile(
+        k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8, first, skn * 8, n_k, BLOCK_K, D, D0, D1, True
+    )
+    v0, v1 = load_tile(
+        v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8, first, svn * 8, n_k, BLOCK_K, D, D0, D1, True
+    )
+    span = None
+    if spans_ptr is not None:
+        # The gate depends on the query head: such a list has one.
+        at = spans_ptr + batch.to(tl.int64) * seb + out_head.to(tl.int64) * seh
+        span = tl.load(at + k_slot, mask=k_slot < n_k, other=0.0)[:, None]
+
+    dk0 = tl.zeros([BLOCK_K, D0], tl.float32)
+    dv0 = tl.zeros([BLOCK_K, D0], tl.float32)
+    dk1 = tl.zeros([BLOCK_K, D1 if D1 > 0 else 16], tl.float32)
+    dv1 = tl.zeros([BLOCK_K, D1 if D1 > 0 else 16], tl.float32)
+    d_span = tl.zeros([BLOCK_K], tl.float32)
+    for phase in tl.static_range(2):
+        for step in range((begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS):
+            entry = step // STEPS
+            part = step % STEPS
+            packed = tl.load(entries_ptr + entry)
+            head = out_head * flat + packed // query_tiles
+            q_first = packed % query_tiles * TILE_Q + part * BLOCK_Q
+            q_slot = q_first + tl.arange(0, BLOCK_Q)
+            q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
+            g_base_ptr = grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8
+            q0, q1 = load_tile(q_base_ptr, q_first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, phase == 1)
+            g0, g1 = load_tile(g_base_ptr, q_first, sgn * 8, n_q, BLOCK_Q, D, D0, D1, phase == 1)
+            line = batch.to(tl.int64) * heads + head
+            delta = tl.load(delta_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0.0)
+            shift = tl.load(shift_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=float("inf"))
+            q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
+            k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
+            low, high, skip = q_slot, q_slot, q_slot
+            if range_ptr is not None:
+                low, high, skip = load_range(
+                    range_ptr + (batch.to(tl.int64) * srb + head.to(tl.int64) * srh), q_slot, n_q, RANGE_COLUMNS
+                )
+            bias_row = bias_ptr
+            if bias_ptr is not None:
+                bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
+            row_word, word = q_slot, k_slot
+            if row_words_ptr is not None:
+                row_word = tl.load(row_words_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0)
+                word = tl.load(column_words_ptr + line * n_k + k_slot, mask=k_slot < n_k, other=0)
+            p, _, ds, slope = tile_gradient(
+                dot_rows(k0, k1, q0, q1, D1), dot_rows(v0, v1, g0, g1, D1), shift[None, :], delta[None, :],
+                q_slot[None, :], k_slot[:, None], (part * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :],
+                (sub * BLOCK_K + tl.arange(0, BLOCK_K))[:, None], q_pos[None, :], k_pos[:, None],
+                tl.load(kind_ptr + entry), words_ptr, low[None, :], high[None, :], skip[None, :], span, bias_row,
+                row_word[None, :], word[:, None], n_q, n_k, left, right, centre, extra, threshold, scale, softcap,
+                inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1, range_ptr is not None, RANGE_ON_FULL,
+                k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
+            )  # fmt: skip
+            dv0, dv1 = add_product(p, g0, g1, dv0, dv1, D1)
+            dk0, dk1 = add_product(ds, q0, q1, dk0, dk1, D1)
+            if spans_ptr is not None:
+                d_span += tl.sum(slope, 1)
+    dk0 = dk0 * scale
+    dk1 = dk1 * scale
+    line_out = batch.to(tl.int64) * (heads // flat) + out_head
+    if slot < 0:
+        offset = (batch.to(tl.int64) * sob + out_head.to(tl.int64) * soh) * 8
+        store_tile(dk_ptr + offset, first, son * 8, n_k, dk0, dk1, BLOCK_K, D, D0, D1)
+        store_tile(dv_ptr + offset, first, son * 8, n_k, dv0, dv1, BLOCK_K, D, D0, D1)
+        if spans_ptr is not None:
+            tl.store(d_span_ptr + line_out * n_k + k_slot, d_span, mask=k_slot < n_k)
+    else:
+        piece = (rep.to(tl.int64) * slots + slot) * TILE_K
+        store_tile(part_k_ptr + piece * D, sub * BLOCK_K, D, TILE_K, dk0, dk1, BLOCK_K, D, D0, D1)
+        store_tile(part_v_ptr + piece * D, sub * BLOCK_K, D, TILE_K, dv0, dv1, BLOCK_K, D, D0, D1)
+        if spans_ptr is not None:
+            tl.store(part_span_ptr + piece + sub * BLOCK_K + tl.arange(0, BLOCK_K), d_span)

@@ -1,0 +1,111 @@
+"""Gradient of a distance table: deterministic sums along the diagonals of the score matrix.
+
+The tiles of one tile diagonal share their element diagonals, so a work item adds them up before it skews the sum once.
+What items add to one another is a 64-bit integer (fixed point): integer sums do not depend on their order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sa_hf.ops.triton.backward import RUNTIME as BACKWARD_RUNTIME
+from sa_hf.ops.triton.backward import tile_gradient
+from sa_hf.ops.triton.common import dot_rows, load_item, load_positions, load_range, load_tile
+
+RUNTIME = (*BACKWARD_RUNTIME, "key_tiles")
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def bias_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, table_ptr, unit_ptr,
+    items_ptr, entries_ptr, kind_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
+    row_words_ptr, column_words_ptr,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, pqb, pqh, pkb, pkh, seb, seh, srb, srh,
+    n_q, n_k, heads, group, list_heads, rep_heads, reps, left, right, q_base, k_base, centre, extra,
+    threshold, scale, softcap, inv_ramp, keep_scale, key_tiles, query_tiles,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    SOFTCAP: tl.constexpr, RANGE_COLUMNS: tl.constexpr, RANGE_ON_FULL: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """``table_ptr``: int64 ``[heads, 2 * centre + 1]``, the gradient in units of ``1 / unit_ptr[0]``.
+
+    ``ALIGNED``: slots are consecutive positions, and tiles square, so that tiles of a diagonal add up element by
+    element; else each element is added on its own. Grid ``[items * (TILE_Q / BLOCK) * (TILE_K / BLOCK) * reps]``.
+    """
+    SUB_Q: tl.constexpr = TILE_Q // BLOCK
+    SUB_K: tl.constexpr = TILE_K // BLOCK
+    pid = tl.program_id(0)
+    rep = pid % reps
+    sub_q = pid // reps % SUB_Q
+    sub_k = pid // reps // SUB_Q % SUB_K
+    row, begin, _, end, _ = load_item(items_ptr, pid // reps // (SUB_Q * SUB_K))
+    if row < 0:
+        return
+    diagonals = query_tiles + key_tiles - 1
+    list_of = row // diagonals
+    head = list_of % list_heads + rep % rep_heads
+    batch = list_of // list_heads + rep // rep_heads
+    kv_head = head // group
+    line = batch.to(tl.int64) * heads + head
+    q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
+    g_base_ptr = grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8
+    k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8
+    v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8
+    bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
+    table_row = table_ptr + head.to(tl.int64) * (2 * centre + 1) + centre
+    unit = tl.load(unit_ptr)
+    local = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for entry in range(begin, end):
+        tile = tl.load(entries_ptr + entry)
+        q_first = tile * TILE_Q + sub_q * BLOCK
+        k_first = (tile - row % diagonals + key_tiles - 1) * TILE_K + sub_k * BLOCK
+        q_slot, k_slot = q_first + local, k_first + local
+        q0, q1 = load_tile(q_base_ptr, q_first, sqn * 8, n_q, BLOCK, D, D0, D1, True)
+        g0, g1 = load_tile(g_base_ptr, q_first, sgn * 8, n_q, BLOCK, D, D0, D1, True)
+        k0, k1 = load_tile(k_base_ptr, k_first, skn * 8, n_k, BLOCK, D, D0, D1, True)
+        v0, v1 = load_tile(v_base_ptr, k_first, svn * 8, n_k, BLOCK, D, D0, D1, True)
+        delta = tl.load(delta_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0.0)
+        shift = tl.load(shift_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=float("inf"))
+        q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
+        k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
+        low, high, skip = q_slot, q_slot, q_slot
+        if range_ptr is not None:
+            low, high, skip = load_range(
+                range_ptr + (batch.to(tl.int64) * srb + head.to(tl.int64) * srh), q_slot, n_q, RANGE_COLUMNS
+            )
+        span = None
+        if spans_ptr is not None:
+            at = spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh
+            span = tl.load(at + k_slot, mask=k_slot < n_k, other=0.0)[None, :]
+        row_word, word = q_slot, k_slot
+        if row_words_ptr is not None:
+            row_word = tl.load(row_words_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0)
+            word = tl.load(column_words_ptr + line * n_k + k_slot, mask=k_slot < n_k, other=0)
+        _, ds, _, _ = tile_gradient(
+            dot_rows(q0, q1, k0, k1, D1), dot_rows(g0, g1, v0, v1, D1), shift[:, None], delta[:, None],
+            q_slot[:, None], k_slot[None, :], (sub_q * BLOCK + local)[:, None], (sub_k * BLOCK + local)[None, :],
+            q_pos[:, None], k_pos[None, :], tl.load(kind_ptr + entry), words_ptr, low[:, None], high[:, None],
+            skip[:, None], span, bias_row, row_word[:, None], word[None, :], n_q, n_k, left, right, centre, extra,
+            threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, True,
+            range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
+        )  # fmt: skip
+        ds = tl.where((q_pos >= extra)[:, None] & (k_pos >= extra)[None, :], ds, 0.0)
+        if ALIGNED:
+            total += ds
+        else:
+            distance = k_pos[None, :] - q_pos[:, None]
+            fixed = (ds * unit).to(tl.int64)
+            tl.atomic_add(table_row + distance, fixed, mask=(fixed != 0) & (tl.abs(distance) <= centre))
+    if ALIGNED:
+        # Column e of the skewed tile holds the elements (r, (r + e) mod BLOCK): distance e, or e - BLOCK once wrapped.
+        turned = local[:, None] + local[None, :]
+        skewed = tl.gather(total, turned % BLOCK, 1)
+        ahead = tl.sum(tl.where(turned < BLOCK, skewed, 0.0), 0)
+        behind = tl.sum(tl.where(turned < BLOCK, 0.0, skewed), 0)
+        step = (key_tiles - 1 - row % diagonals) * TILE_K + (sub_k - sub_q) * BLOCK + k_base - q_base
+        distance = step + local
+        tl.atomic_add(table_row + distance, (ahead * unit).to(tl.int64), mask=tl.abs(distance) <= centre)
+        distance = distance - BLOCK
+        tl.atomic_add(table_row + distance, (behind * unit).to(tl.int64), mask=tl.abs(distance) <= centre)

@@ -1,0 +1,159 @@
+"""Device functions that the kernels share: tile loads, the score's options, the pair predicate, the dropout bits.
+
+Names: ``*_ptr`` pointers, ``s*`` strides in units of 8 elements, upper case compile-time constants. The pair functions
+broadcast: query vectors ``[M, 1]`` with key vectors ``[1, N]`` give the tile of the forward and of dQ, ``[1, M]`` with
+``[N, 1]`` the transposed tile of dK/dV.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+BAND_TILE = tl.constexpr(-2)
+
+
+@triton.jit
+def load_tile(base, first, stride, limit, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Rows ``first .. first + ROWS`` of a head's ``[slots, D]`` as two chunks ``[ROWS, D0]``, ``[ROWS, D1]``."""
+    rows = tl.arange(0, ROWS)
+    pointers = base + first.to(tl.int64) * stride + rows[:, None] * stride
+    valid = (first + rows < limit)[:, None]
+    if MASKED:
+        x0 = tl.load(pointers + tl.arange(0, D0)[None, :], mask=valid, other=0.0)
+    else:
+        x0 = tl.load(pointers + tl.arange(0, D0)[None, :])
+    x1 = x0
+    if D1 > 0:
+        tail = D0 + tl.arange(0, D1)[None, :]
+        if MASKED:
+            x1 = tl.load(pointers + tail, mask=valid & (tail < D), other=0.0)
+        elif D0 + D1 > D:
+            x1 = tl.load(pointers + tail, mask=tail < D, other=0.0)
+        else:
+            x1 = tl.load(pointers + tail)
+    return x0, x1
+
+
+@triton.jit
+def store_tile(base, first, stride, limit, x0, x1, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):  # fmt: skip
+    """The adjoint of :func:`load_tile`: rows past ``limit`` and columns past D are not written."""
+    rows = tl.arange(0, ROWS)
+    pointers = base + first.to(tl.int64) * stride + rows[:, None] * stride
+    valid = (first + rows < limit)[:, None]
+    kind = base.dtype.element_ty
+    tl.store(pointers + tl.arange(0, D0)[None, :], x0.to(kind), mask=valid)
+    if D1 > 0:
+        tail = D0 + tl.arange(0, D1)[None, :]
+        tl.store(pointers + tail, x1.to(kind), mask=valid & (tail < D))
+
+
+@triton.jit
+def dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
+    """``a @ b^T`` of two chunked tiles, fp32."""
+    s = tl.dot(a0, tl.trans(b0), input_precision="ieee")
+    if D1 > 0:
+        s = tl.dot(a1, tl.trans(b1), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def add_product(p, x0, x1, acc0, acc1, D1: tl.constexpr):
+    """``acc + p @ x`` for a chunked tile x; p is rounded to x's dtype."""
+    p = p.to(x0.dtype)
+    acc0 = tl.dot(p, x0, acc0, input_precision="ieee")
+    if D1 > 0:
+        acc1 = tl.dot(p, x1, acc1, input_precision="ieee")
+    return acc0, acc1
+
+
+@triton.jit
+def load_positions(pointer, batch, head, batch_stride, head_stride, slots, limit, base):
+    """int32 positions of slots; -1 is an empty slot. Without an index tensor, ``slot + base``."""
+    if pointer is None:
+        return slots + base
+    row = pointer + batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
+    return tl.load(row + slots, mask=slots < limit, other=-1)
+
+
+@triton.jit
+def bend_scores(s, q_pos, k_pos, bias_row, centre, extra, scale, softcap, SOFTCAP: tl.constexpr):
+    """``(score * log2(e), tanh)`` of a raw product; the tanh is that of the softcap, for its gradient."""
+    t = s
+    if SOFTCAP:
+        x = s * (scale / softcap)
+        # exp2 of a non-positive number: no overflow at either end.
+        decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+        t = tl.where(x >= 0, 1.0, -1.0) * (1.0 - decay) / (1.0 + decay)
+        s = t * (softcap * LOG2E)
+    else:
+        s = s * (scale * LOG2E)
+    if bias_row is not None:
+        distance = tl.minimum(tl.maximum(k_pos - q_pos, -centre), centre)
+        s += tl.where((q_pos >= extra) & (k_pos >= extra), tl.load(bias_row + distance + centre), 0.0)
+    return s, t
+
+
+@triton.jit
+def span_gate(q_pos, k_pos, span, inv_ramp):
+    """The expire-span gate m and whether its slope is ``inv_ramp`` there (strictly inside the ramp)."""
+    raw = 1.0 + (span - (q_pos - k_pos)) * inv_ramp
+    own = q_pos == k_pos
+    gate = tl.where(own, 1.0, tl.minimum(tl.maximum(raw, 0.0), 1.0))
+    return gate, (raw > 0) & (raw < 1) & (q_pos != k_pos)
+
+
+@triton.jit
+def kept_pairs(q_slot, k_slot, q_local, k_local, kind, words_ptr, low, high, skip, n_q, n_k, left, right, TILE_Q: tl.constexpr, WORDS: tl.constexpr, HAS_RANGE: tl.constexpr):  # fmt: skip
+    """The predicate of a tile that is not full: end of the slots, band or element mask, key range."""
+    keep = (q_slot < n_q) & (k_slot < n_k)
+    distance = q_slot - k_slot
+    keep = keep & ((kind != BAND_TILE) | ((distance <= left) & (distance >= -right)))
+    if words_ptr is not None:
+        row = words_ptr + (tl.maximum(kind, 0).to(tl.int64) * TILE_Q + q_local) * WORDS
+        word = tl.load(row)
+        for w in tl.static_range(1, WORDS):
+            word = tl.where(k_local >= w * 32, tl.load(row + w), word)
+        keep = keep & ((kind < 0) | (((word >> (k_local & 31)) & 1) != 0))
+    if HAS_RANGE:
+        keep = keep & (k_slot >= low) & (k_slot < high) & (k_slot != skip)
+    return keep
+
+
+@triton.jit
+def load_range(range_ptr, slots, n_q, RANGE_COLUMNS: tl.constexpr):
+    """``low, high, skip`` of query slots; empty past the end."""
+    row = range_ptr + slots.to(tl.int64) * RANGE_COLUMNS
+    inside = slots < n_q
+    low = tl.load(row, mask=inside, other=0)
+    high = tl.load(row + 1, mask=inside, other=0)
+    skip = low - 1
+    if RANGE_COLUMNS == 3:
+        skip = tl.load(row + 2, mask=inside, other=-1)
+    return low, high, skip
+
+
+@triton.jit
+def hash32(x):
+    """``ops.random.hash32`` on uint32."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def dropout_kept(row_word, column_word, threshold):
+    """``ops.random.dropout_keep`` of two int32 words."""
+    word = (row_word ^ column_word).to(tl.uint32, bitcast=True)
+    return (hash32(word) & 0x7FFFFFFF).to(tl.int32, bitcast=True) >= threshold
+
+
+@triton.jit
+def load_item(items_ptr, item):
+    """``row, begin, middle, end, slot`` of a work item (``lists.WorkList``)."""
+    at = items_ptr + item * 5
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)

@@ -1,0 +1,111 @@
+"""Launch configurations: tile, warps and stages per kernel, head_dim, element width and architecture.
+
+The shipped table comes from ahead-of-time compilation (no spills, most resident blocks); ``tune`` measures on a GPU and
+writes ``tuned.json`` beside this file, which is read first. A JSON file named by ``SA_HF_TRITON_CONFIGS`` takes its
+place. Its form: ``{"forward|128|16|90": {"rows": 64, "columns": 64, "warps": 4, "stages": 2}}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from sa_hf.errors import SparseAttentionError
+
+KERNELS = ("forward", "query", "key", "bias", "offsets", "offsets_key", "decode")
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """``rows`` are the tile's own side (queries; keys in dK/dV), ``columns`` the side it loops over."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# (kernel, head_dim up to, bits of an element) -> by architecture: compute capability times 10, "hip" for AMD; 0 is the rest.
+_SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
+    ("forward", 64, 16): {0: Launch(64, 64, 4, 2)},
+    ("forward", 128, 16): {0: Launch(64, 64, 4, 2)},
+    ("forward", 256, 16): {0: Launch(64, 32, 4, 2)},
+    ("forward", 64, 32): {0: Launch(32, 32, 4, 2)},
+    ("forward", 128, 32): {0: Launch(32, 32, 4, 2)},
+    ("forward", 256, 32): {0: Launch(16, 16, 4, 1)},
+    ("query", 64, 16): {0: Launch(64, 64, 4, 2)},
+    ("query", 128, 16): {0: Launch(64, 64, 4, 2)},
+    ("query", 256, 16): {0: Launch(64, 32, 8, 1)},
+    ("query", 64, 32): {0: Launch(32, 32, 4, 1)},
+    ("query", 128, 32): {0: Launch(32, 16, 4, 1)},
+    ("query", 256, 32): {0: Launch(16, 16, 4, 1)},
+    ("key", 64, 16): {0: Launch(64, 64, 8, 2)},
+    ("key", 128, 16): {0: Launch(64, 64, 8, 2)},
+    ("key", 256, 16): {0: Launch(32, 32, 8, 1)},
+    ("key", 64, 32): {0: Launch(32, 32, 8, 1)},
+    ("key", 128, 32): {0: Launch(16, 16, 4, 1)},
+    ("key", 256, 32): {0: Launch(16, 16, 8, 1)},
+    ("bias", 64, 16): {0: Launch(64, 64, 8, 1)},
+    ("bias", 128, 16): {0: Launch(64, 64, 8, 1)},
+    ("bias", 256, 16): {0: Launch(32, 32, 8, 1)},
+    ("bias", 64, 32): {0: Launch(32, 32, 8, 1)},
+    ("bias", 128, 32): {0: Launch(16, 16, 4, 1)},
+    ("bias", 256, 32): {0: Launch(16, 16, 4, 1)},
+    ("offsets", 64, 16): {0: Launch(64, 1, 4, 1)},
+    ("offsets", 128, 16): {0: Launch(32, 1, 4, 1)},
+    ("offsets", 256, 16): {0: Launch(16, 1, 4, 1)},
+    ("offsets", 64, 32): {0: Launch(32, 1, 4, 1)},
+    ("offsets", 128, 32): {0: Launch(16, 1, 4, 1)},
+    ("offsets", 256, 32): {0: Launch(16, 1, 8, 1)},
+    ("offsets_key", 64, 16): {0: Launch(32, 1, 4, 1)},
+    ("offsets_key", 128, 16): {0: Launch(16, 1, 4, 1)},
+    ("offsets_key", 256, 16): {0: Launch(16, 1, 8, 1)},
+    ("offsets_key", 64, 32): {0: Launch(16, 1, 4, 1)},
+    ("offsets_key", 128, 32): {0: Launch(16, 1, 8, 1)},
+    ("offsets_key", 256, 32): {0: Launch(16, 1, 8, 1)},
+    ("decode", 64, 16): {0: Launch(16, 64, 4, 2)},
+    ("decode", 128, 16): {0: Launch(16, 64, 4, 2)},
+    ("decode", 256, 16): {0: Launch(16, 32, 4, 2)},
+    ("decode", 64, 32): {0: Launch(16, 32, 4, 2)},
+    ("decode", 128, 32): {0: Launch(16, 32, 4, 1)},
+    ("decode", 256, 32): {0: Launch(16, 16, 4, 1)},
+}
+
+
+def launch(kernel: str, head_dim: int, bits: int, arch: int | str) -> Launch:
+    """The configuration of a kernel; ``arch`` 0 is the interpreter."""
+    bucket = next(d for d in (64, 128, 256) if head_dim <= d)
+    tuned = _tuned(os.environ.get("SA_HF_TRITON_CONFIGS", str(TUNED)))
+    found = tuned.get(f"{kernel}|{bucket}|{bits}|{arch}")
+    if found is not None:
+        return found
+    table = _SHIPPED[kernel, bucket, bits]
+    return table.get(arch, table[0])
+
+
+def write(path: Path, table: dict[str, Launch]) -> None:
+    """Write a tuned table, replacing the file whole."""
+    text = json.dumps({key: asdict(value) for key, value in sorted(table.items())}, indent=1)
+    partial = path.with_suffix(".part")
+    partial.write_text(text + "\n")
+    partial.replace(path)
+    _tuned.cache_clear()
+
+
+@lru_cache(maxsize=4)
+def _tuned(path: str) -> dict[str, Launch]:
+    if not Path(path).exists():
+        if path != str(TUNED):
+            raise SparseAttentionError(f"SA_HF_TRITON_CONFIGS={path!r} does not exist; unset it, or name a JSON file")
+        return {}
+    try:
+        return {key: Launch(**value) for key, value in json.loads(Path(path).read_text()).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise SparseAttentionError(
+            f"{path} is no table of launch configurations ({error}); its form: "
+            '{"forward|128|16|90": {"rows": 64, "columns": 64, "warps": 4, "stages": 2}}'
+        ) from error

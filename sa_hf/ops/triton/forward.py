@@ -1,0 +1,223 @@
+"""Block-sparse flash attention, forward: one program per work item, online softmax in base 2, fp32 accumulation."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sa_hf.ops.triton.common import (
+    LN2,
+    LOG2E,
+    add_product,
+    bend_scores,
+    dot_rows,
+    dropout_kept,
+    kept_pairs,
+    load_item,
+    load_positions,
+    load_range,
+    load_tile,
+    span_gate,
+    store_tile,
+)
+
+# Lengths, counts, strides and scalars: a new value is never a new kernel. Strides are in units of 8 elements, so that
+# the compiler still sees 16-byte alignment.
+RUNTIME = (
+    "sqb", "sqh", "sqn", "skb", "skh", "skn", "svb", "svh", "svn", "sob", "soh", "son",
+    "pqb", "pqh", "pkb", "pkh", "seb", "seh", "srb", "srh", "n_q", "n_k", "heads", "group", "list_heads", "rep_heads",
+    "reps", "slots", "query_tiles", "left", "right", "q_base", "k_base", "centre", "extra", "threshold",
+    "scale", "softcap", "inv_ramp", "keep_scale",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
+    items_ptr, entries_ptr, kind_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
+    row_words_ptr, column_words_ptr,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, pqb, pqh, pkb, pkh, seb, seh, srb, srh,
+    n_q, n_k, heads, group, list_heads, rep_heads, reps, slots, query_tiles, left, right, q_base, k_base, centre, extra,
+    threshold, scale, softcap, inv_ramp, keep_scale,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    SOFTCAP: tl.constexpr, RANGE_COLUMNS: tl.constexpr, RANGE_ON_FULL: tl.constexpr,
+):  # fmt: skip
+    """Grid ``[items * (TILE_Q / BLOCK_Q) * reps]``; ``reps = rep_heads * rep_batch`` repeats lists that are shared."""
+    SUBS: tl.constexpr = TILE_Q // BLOCK_Q
+    STEPS: tl.constexpr = TILE_K // BLOCK_K
+    pid = tl.program_id(0)
+    rep = pid % reps
+    sub = pid // reps % SUBS
+    row, begin, middle, end, slot = load_item(items_ptr, pid // reps // SUBS)
+    if row < 0:
+        return
+    list_of = row // query_tiles
+    head = list_of % list_heads + rep % rep_heads
+    batch = list_of // list_heads + rep // rep_heads
+    kv_head = head // group
+    first = row % query_tiles * TILE_Q + sub * BLOCK_Q
+    q_slot = first + tl.arange(0, BLOCK_Q)
+    q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
+    low, high, skip = q_slot, q_slot, q_slot
+    if range_ptr is not None:
+        low, high, skip = load_range(range_ptr + (batch.to(tl.int64) * srb + head.to(tl.int64) * srh), q_slot, n_q, RANGE_COLUMNS)
+    q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
+    k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8
+    v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8
+    q0, q1 = load_tile(q_base_ptr, first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, True)
+    bias_row = bias_ptr
+    if bias_ptr is not None:
+        bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
+    line = batch.to(tl.int64) * heads + head
+    row_word = q_slot
+    if row_words_ptr is not None:
+        row_word = tl.load(row_words_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0)
+
+    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc0 = tl.zeros([BLOCK_Q, D0], tl.float32)
+    acc1 = tl.zeros([BLOCK_Q, D1 if D1 > 0 else 16], tl.float32)
+    for phase in tl.static_range(2):
+        for step in range((begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS):
+            peak, total, acc0, acc1 = forward_step(
+                step, q0, q1, peak, total, acc0, acc1, k_base_ptr, v_base_ptr, entries_ptr, kind_ptr, words_ptr,
+                range_ptr, k_pos_ptr, bias_row, spans_ptr, row_words_ptr, column_words_ptr, q_slot, q_pos, low, high,
+                skip, row_word, batch, head, line, skn, svn, pkb, pkh, seb, seh, sub, n_q, n_k, left, right, k_base,
+                centre, extra, threshold, scale, softcap, inv_ramp,
+                TILE_Q, TILE_K, BLOCK_Q, BLOCK_K, D, D0, D1, SOFTCAP, phase == 1, RANGE_ON_FULL,
+            )  # fmt: skip
+
+    kept = total > 0
+    if q_pos_ptr is not None:
+        kept = kept & (q_pos >= 0)
+    inverse = tl.where(kept, 1.0 / tl.where(kept, total, 1.0), 0.0)
+    lse = tl.where(kept, (peak + tl.log2(tl.where(kept, total, 1.0))) * LN2, float("-inf"))
+    if row_words_ptr is not None:
+        inverse = inverse * keep_scale
+    acc0 = acc0 * inverse[:, None]
+    acc1 = acc1 * inverse[:, None]
+    if slot < 0:
+        out_base = out_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8
+        store_tile(out_base, first, son * 8, n_q, acc0, acc1, BLOCK_Q, D, D0, D1)
+        tl.store(lse_ptr + line * n_q + q_slot, lse, mask=q_slot < n_q)
+    else:
+        piece = (rep.to(tl.int64) * slots + slot) * TILE_Q
+        store_tile(part_ptr + piece * D, sub * BLOCK_Q, D, TILE_Q, acc0, acc1, BLOCK_Q, D, D0, D1)
+        tl.store(part_lse_ptr + piece + sub * BLOCK_Q + tl.arange(0, BLOCK_Q), lse)
+
+
+@triton.jit
+def forward_step(
+    step, q0, q1, peak, total, acc0, acc1, k_base_ptr, v_base_ptr, entries_ptr, kind_ptr, words_ptr, range_ptr,
+    k_pos_ptr, bias_row, spans_ptr, row_words_ptr, column_words_ptr, q_slot, q_pos, low, high, skip, row_word,
+    batch, head, line, skn, svn, pkb, pkh, seb, seh, sub, n_q, n_k, left, right, k_base, centre, extra, threshold,
+    scale, softcap, inv_ramp,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, RANGE_ON_FULL: tl.constexpr,
+):  # fmt: skip
+    """One ``BLOCK_Q x BLOCK_K`` tile into the running softmax."""
+    PLAIN: tl.constexpr = (not SOFTCAP) and (bias_row is None)
+    entry = step // (TILE_K // BLOCK_K)
+    part = step % (TILE_K // BLOCK_K)
+    first = tl.load(entries_ptr + entry) * TILE_K + part * BLOCK_K
+    k_slot = first + tl.arange(0, BLOCK_K)
+    k0, k1 = load_tile(k_base_ptr, first, skn * 8, n_k, BLOCK_K, D, D0, D1, MASKED)
+    s = dot_rows(q0, q1, k0, k1, D1)
+    k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
+    unit = scale * LOG2E
+    if not PLAIN:
+        s, _ = bend_scores(s, q_pos[:, None], k_pos[None, :], bias_row, centre, extra, scale, softcap, SOFTCAP)
+        unit = 1.0
+    if MASKED:
+        keep = kept_pairs(
+            q_slot[:, None], k_slot[None, :], (sub * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None],
+            (part * BLOCK_K + tl.arange(0, BLOCK_K))[None, :], tl.load(kind_ptr + entry), words_ptr,
+            low[:, None], high[:, None], skip[:, None], n_q, n_k, left, right, TILE_Q, (TILE_K + 31) // 32, range_ptr is not None,
+        )  # fmt: skip
+        s = tl.where(keep, s, float("-inf"))
+    elif RANGE_ON_FULL:
+        s = tl.where((k_slot[None, :] >= low[:, None]) & (k_slot[None, :] < high[:, None]), s, float("-inf"))
+    if k_pos_ptr is not None:
+        s = tl.where((k_pos >= 0)[None, :], s, float("-inf"))
+    if spans_ptr is not None:
+        span = tl.load(spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh + k_slot, mask=k_slot < n_k, other=0.0)
+        gate, _ = span_gate(q_pos[:, None], k_pos[None, :], span[None, :], inv_ramp)
+        s = tl.where(gate > 0, s, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, 1) * unit)
+    shift = new_peak
+    if MASKED or RANGE_ON_FULL or (k_pos_ptr is not None) or (spans_ptr is not None):
+        # A row without a key so far: -inf - -inf has no value.
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    p = tl.exp2(s * unit - shift[:, None])
+    if spans_ptr is not None:
+        p = p * gate
+    decay = tl.exp2(peak - shift)
+    total = total * decay + tl.sum(p, 1)
+    acc0 = acc0 * decay[:, None]
+    if D1 > 0:
+        acc1 = acc1 * decay[:, None]
+    if row_words_ptr is not None:
+        word = tl.load(column_words_ptr + line * n_k + k_slot, mask=k_slot < n_k, other=0)
+        p = tl.where(dropout_kept(row_word[:, None], word[None, :], threshold), p, 0.0)
+    v0, v1 = load_tile(v_base_ptr, first, svn * 8, n_k, BLOCK_K, D, D0, D1, MASKED)
+    acc0, acc1 = add_product(p, v0, v1, acc0, acc1, D1)
+    return new_peak, total, acc0, acc1
+
+
+COMBINE_RUNTIME = ("sob", "soh", "son", "n", "heads", "list_heads", "rep_heads", "reps", "slots", "tiles")
+
+
+@triton.jit(do_not_specialize=COMBINE_RUNTIME)
+def combine_kernel(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, splits_ptr, sob, soh, son, n, heads, list_heads, rep_heads, reps, slots, tiles,
+    TILE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SOFTMAX: tl.constexpr,
+):  # fmt: skip
+    """The pieces of a cut list, in their order: merged by log-sum-exp, or summed (``lse`` too, where there is one).
+
+    Grid ``[splits * (TILE / ROWS) * reps]``.
+    """
+    pid = tl.program_id(0)
+    rep = pid % reps
+    sub = pid // reps % (TILE // ROWS)
+    at = splits_ptr + pid // reps // (TILE // ROWS) * 3
+    row, first_slot, pieces = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    if row < 0:
+        return
+    list_of = row // tiles
+    head = list_of % list_heads + rep % rep_heads
+    batch = list_of // list_heads + rep // rep_heads
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc0 = tl.zeros([ROWS, D0], tl.float32)
+    acc1 = tl.zeros([ROWS, D1 if D1 > 0 else 16], tl.float32)
+    for piece in range(0, pieces):
+        place = (rep.to(tl.int64) * slots + first_slot + piece) * TILE + sub * ROWS
+        x0, x1 = load_tile(part_ptr + place * D, row * 0, D, ROWS, ROWS, D, D0, D1, False)
+        if SOFTMAX:
+            lse = tl.load(part_lse_ptr + place + tl.arange(0, ROWS)) * LOG2E
+            new_peak = tl.maximum(peak, lse)
+            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            decay, weight = tl.exp2(peak - shift), tl.exp2(lse - shift)
+            total = total * decay + weight
+            acc0 = acc0 * decay[:, None] + x0 * weight[:, None]
+            if D1 > 0:
+                acc1 = acc1 * decay[:, None] + x1 * weight[:, None]
+            peak = new_peak
+        else:
+            acc0 += x0
+            if D1 > 0:
+                acc1 += x1
+            if part_lse_ptr is not None:
+                total += tl.load(part_lse_ptr + place + tl.arange(0, ROWS))
+    first = row % tiles * TILE + sub * ROWS
+    slot = first + tl.arange(0, ROWS)
+    if SOFTMAX:
+        safe = tl.where(total > 0, total, 1.0)
+        acc0 = acc0 / safe[:, None]
+        acc1 = acc1 / safe[:, None]
+        total = tl.where(total > 0, (peak + tl.log2(safe)) * LN2, float("-inf"))
+    if lse_ptr is not None:
+        tl.store(lse_ptr + (batch.to(tl.int64) * heads + head) * n + slot, total, mask=slot < n)
+    store_tile(out_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8, first, son * 8, n, acc0, acc1, ROWS, D, D0, D1)

@@ -1,0 +1,67 @@
+"""What every launcher needs: alignment, strides in units of 8, head_dim as two chunks, the architecture."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from sa_hf.ops.triton.configs import Launch, launch
+from sa_hf.ops.triton.engine import interpreting
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The tensor itself where 16-byte loads of whole rows work, else a contiguous copy."""
+    fine = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])
+    return x if fine else x.clone(memory_format=torch.contiguous_format)
+
+
+def packed(x: Tensor) -> Tensor:
+    """Contiguous from a 16-byte boundary: a pointer's alignment is part of a kernel's identity."""
+    return x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """Strides of ``[B, H, N, D]`` in units of 8 elements (``aligned`` holds), as ``s{name}b``, ``s{name}h``, ``s{name}n``."""
+    return {f"s{name}{axis}": stride // 8 for axis, stride in zip("bhn", x.stride(), strict=False)}
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Uninitialised, in x's layout where that is dense and aligned."""
+    made = torch.empty_like(x)
+    return made if all(s % 8 == 0 for s in made.stride()[:-1]) and made.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def chunks(head_dim: int) -> dict[str, int]:
+    """head_dim as two power-of-two chunks, the tail of the second masked: 80 = 64 + 16, 128 = 128 + 0."""
+    first = 1 << (head_dim.bit_length() - 1)
+    rest = head_dim - first
+    second = 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
+    return {"D": head_dim, "D0": first, "D1": second}
+
+
+def configuration(kernel: str, x: Tensor) -> Launch:
+    return launch(kernel, x.shape[-1], 8 * x.element_size(), architecture(x.device))
+
+
+def architecture(device: torch.device) -> int | str:
+    """Compute capability times 10, "hip", or 0 on the CPU (interpreter)."""
+    if device.type != "cuda":
+        return _active_target()
+    return "hip" if torch.version.hip else _capability(device.index)
+
+
+@lru_cache(maxsize=16)
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+def _active_target() -> int | str:
+    """The architecture that kernels compile for, where a compile gate has set one; 0 otherwise."""
+    if interpreting():
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else "hip"

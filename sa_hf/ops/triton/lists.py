@@ -1,0 +1,235 @@
+"""Work lists of the kernels: a layout's tiles by query row, by key column and by tile diagonal, cut into items.
+
+Built with torch on the layout's device, once per layout object. A list is cut into items of at most T tiles; an item
+of a list that was cut has a slot, writes an fp32 partial there, and the slots are reduced in a fixed order. Items go
+long first. Within an item the full tiles stand before those that need a predicate.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sa_hf.ops.parts import BAND, FULL, BlockLayout, SegmentPart
+
+UNBOUNDED = 1 << 30
+# A list is cut at T = max(16, min(2 * mean length, all / 32)) tiles: regular lists stay whole (no partials), a global
+# row or column becomes many items, and a layout of one long row still fills the machine (32 items per head).
+SMALLEST_CUT = 16
+ITEMS_WANTED = 32
+
+
+@dataclass(frozen=True, eq=False)
+class WorkList:
+    """Args:
+        items: int32 ``[n, 5]``: row, begin, middle, end, slot. Tiles ``begin .. middle`` of ``entries`` are full, those
+            up to ``end`` are not; slot is -1 for a whole list. Row -1 is an unused item.
+        entries: int32, what stands on the other side of a tile. kind: int32, ``BlockLayout.kind`` of it.
+        splits: int32 ``[m, 3]``: row, first slot, number of slots of each list that was cut; row -1 is unused.
+        slots: partials in all, per repetition of the list over heads and batch.
+    """
+
+    items: Tensor
+    entries: Tensor
+    kind: Tensor
+    splits: Tensor
+    slots: int
+
+
+@dataclass(eq=False)
+class TileLists:
+    """What the block kernels need of a layout; shapes as in :class:`BlockLayout`.
+
+    ``words`` are the element masks packed along the keys, int32 ``[P * tile_q, ceil(tile_k / 32)]`` or None;
+    ``ranges`` int32 ``[B_l, H_l, query_slots, 2 | 3]`` (low, high and, where given, one key slot to skip).
+    """
+
+    query_slots: int
+    key_slots: int
+    tile_q: int
+    tile_k: int
+    batch: int
+    heads: int
+    row: Tensor
+    column: Tensor
+    kind: Tensor
+    words: Tensor | None
+    ranges: Tensor | None
+    range_on_full: bool
+    left: int = UNBOUNDED
+    right: int = UNBOUNDED
+    _cache: dict[tuple[str, int], WorkList] = field(default_factory=dict)
+
+    @property
+    def query_tiles(self) -> int:
+        return -(-self.query_slots // self.tile_q)
+
+    @property
+    def key_tiles(self) -> int:
+        return -(-self.key_slots // self.tile_k)
+
+    def by_query(self) -> WorkList:
+        """Row ``(batch * H_l + head) * query_tiles + query tile``; an entry is a key tile."""
+        return self._cached("query", 1)
+
+    def by_key(self, flat: int, group: int) -> WorkList:
+        """Row ``(batch * L + list) * key_tiles + key tile``; an entry is ``head * query_tiles + query tile``, where
+        head counts inside the ``flat`` query heads of the list. L is 1 where heads share the layout."""
+        if flat not in (1, group):
+            raise ValueError(f"flat={flat} must be 1 or the group size {group}")
+        return self._cached("key", flat)
+
+    def by_diagonal(self) -> WorkList:
+        """Row ``(batch * H_l + head) * diagonals + query tile - key tile + key_tiles - 1``; an entry is a query tile."""
+        return self._cached("diagonal", 1)
+
+    def _cached(self, name: str, flat: int) -> WorkList:
+        if (name, flat) not in self._cache:
+            build = {"query": self._by_query, "key": self._by_key, "diagonal": self._by_diagonal}[name]
+            self._cache[name, flat] = build(flat)
+        return self._cache[name, flat]
+
+    def _by_query(self, flat: int) -> WorkList:
+        return _work_list(self.row, self.column, self.kind, self._partial(), self.batch * self.heads * self.query_tiles)
+
+    def _by_key(self, flat: int) -> WorkList:
+        list_of, tile = self.row // self.query_tiles, self.row % self.query_tiles
+        batch, head = list_of // self.heads, list_of % self.heads
+        shared = self.heads == 1
+        lists = 1 if shared else self.heads // flat
+        row = (batch * lists + (0 if shared else head // flat)) * self.key_tiles + self.column
+        if not shared:
+            return _work_list(row, head % flat * self.query_tiles + tile, self.kind, self._partial(), self.batch * lists * self.key_tiles)
+        heads = torch.arange(flat, device=row.device)[:, None] * self.query_tiles
+        entry = (heads + tile).flatten()
+        return _work_list(
+            row.repeat(flat), entry, self.kind.repeat(flat), self._partial().repeat(flat), self.batch * self.key_tiles
+        )  # fmt: skip
+
+    def _by_diagonal(self, flat: int) -> WorkList:
+        list_of, tile = self.row // self.query_tiles, self.row % self.query_tiles
+        diagonals = self.query_tiles + self.key_tiles - 1
+        row = list_of * diagonals + tile - self.column + self.key_tiles - 1
+        return _work_list(row, tile, self.kind, self._partial(), self.batch * self.heads * diagonals)
+
+    def _partial(self) -> Tensor:
+        """Which tiles need the predicate, bool: also a full tile that overhangs the last slot."""
+        tile = self.row % self.query_tiles
+        inside = ((tile + 1) * self.tile_q <= self.query_slots) & ((self.column + 1) * self.tile_k <= self.key_slots)
+        return (self.kind != FULL) | ~inside
+
+
+def _work_list(row: Tensor, entry: Tensor, kind: Tensor, partial: Tensor, rows: int) -> WorkList:
+    """Sort tiles into lists (full first, otherwise in the given order) and cut the lists into items."""
+    order = torch.sort(row * 2 + partial, stable=True)
+    bounds = torch.searchsorted(order.values, torch.arange(2 * rows + 1, device=row.device))
+    start, middle, end = bounds[:-1:2], bounds[1::2], bounds[2::2]
+    total = row.numel()
+    cut = max(SMALLEST_CUT, min(2 * -(-total // rows), total // ITEMS_WANTED))
+    pieces = ((end - start + cut - 1) // cut).clamp(min=1)
+    is_cut = pieces > 1
+    # Without a read from the device: a list of c tiles makes at most c // cut + 1 items, and is cut only if c > cut.
+    counts = (rows + total // cut, total // cut, 2 * (total // cut))
+    if counts[1] and not (row.is_cuda and torch.cuda.is_current_stream_capturing()):
+        counts = tuple(torch.stack([pieces.sum(), is_cut.sum(), (pieces * is_cut).sum()]).tolist())
+    first_slot = (pieces * is_cut).cumsum(0) - pieces * is_cut
+    items = _items(start, middle, end, pieces, torch.where(is_cut, first_slot, -1), counts[0])
+    cut_rows = torch.sort((~is_cut).to(torch.uint8), stable=True).indices[: counts[1]]
+    splits = torch.stack([torch.where(is_cut[cut_rows], cut_rows, -1), first_slot[cut_rows], pieces[cut_rows]], 1)
+    return WorkList(
+        items, entry[order.indices].int(), kind[order.indices].int(), splits.int().contiguous(), counts[2]
+    )  # fmt: skip
+
+
+def _items(start: Tensor, middle: Tensor, end: Tensor, pieces: Tensor, slot: Tensor, count: int) -> Tensor:
+    """int32 ``[count, 5]``, the longest first; equal lengths stay in the order of their rows."""
+    through = pieces.cumsum(0)
+    index = torch.arange(count, device=start.device)
+    row = torch.searchsorted(through, index, right=True)
+    used = row < len(pieces)
+    row = row.clamp(max=len(pieces) - 1)
+    piece = index - (through - pieces)[row]
+    size = (end - start + pieces - 1) // pieces
+    begin = torch.minimum(start[row] + piece * size[row], end[row])
+    stop = torch.minimum(begin + size[row], end[row])
+    between = torch.minimum(torch.maximum(middle[row], begin), stop)
+    own_slot = torch.where(slot[row] >= 0, slot[row] + piece, -1)
+    table = torch.stack([torch.where(used, row, -1), begin, between, stop, own_slot], 1)
+    longest = torch.sort(torch.where(used, stop - begin, -1), descending=True, stable=True).indices
+    return table[longest].int().contiguous()
+
+
+_LISTS: weakref.WeakKeyDictionary[BlockLayout, TileLists] = weakref.WeakKeyDictionary()
+
+
+def layout_lists(layout: BlockLayout) -> TileLists:
+    """The lists of a layout; kept as long as the layout lives."""
+    if layout not in _LISTS:
+        index = torch.arange(layout.columns.numel(), device=layout.columns.device)
+        _LISTS[layout] = TileLists(
+            layout.query_slots, layout.key_slots, layout.block_q, layout.block_k, layout.batch, layout.heads,
+            torch.searchsorted(layout.row_start, index, right=True) - 1, layout.columns.long(), layout.kind,
+            pack_masks(layout.masks) if len(layout.masks) else None,
+            None if layout.key_range is None else layout.key_range.int().clone(), True,
+            UNBOUNDED if layout.band.left is None else layout.band.left,
+            UNBOUNDED if layout.band.right is None else layout.band.right,
+        )  # fmt: skip
+    return _LISTS[layout]
+
+
+def pack_masks(masks: Tensor) -> Tensor:
+    """Bool ``[P, tile_q, tile_k]`` to bits along the keys, int32 ``[P * tile_q, ceil(tile_k / 32)]``."""
+    words = -(-masks.shape[2] // 32)
+    bits = torch.nn.functional.pad(masks, (0, words * 32 - masks.shape[2])).view(-1, words, 32).long()
+    packed = (bits << torch.arange(32, device=masks.device)).sum(-1)
+    return (packed - ((packed >> 31) << 32)).int().contiguous()
+
+
+def segment_lists(part: SegmentPart, device: torch.device) -> TileLists:
+    """The lists of a segment part: block-diagonal tiles and a key range per query slot."""
+    return _segment_lists(
+        part.query_slots, part.key_slots, part.query_segment, part.key_segment, part.band.left, part.band.right,
+        part.skip_diagonal, device,
+    )  # fmt: skip
+
+
+# A model has a few segment shapes per length (branches, strides); an entry is some bytes per slot.
+@lru_cache(maxsize=256)
+def _segment_lists(
+    n_q: int, n_k: int, q_segment: int, k_segment: int, left: int | None, right: int | None, skip: bool,
+    device: torch.device,
+) -> TileLists:  # fmt: skip
+    # 128-row tiles read K and V half as often; they fit where segments are whole multiples of them.
+    tile = 128 if q_segment % 128 == 0 and k_segment % 128 == 0 else 64
+    slot = torch.arange(n_q)
+    segment, place = slot // q_segment, slot % q_segment
+    base = segment * k_segment
+    size = (n_k - base).clamp(0, k_segment)
+    low = torch.zeros_like(place) if left is None else (place - left).clamp(min=0)
+    high = size if right is None else torch.minimum(size, (place + right + 1).clamp(min=0))
+    empty = high <= low
+    low, high = (torch.where(empty, 0, base + x) for x in (low, high))
+    own = torch.where(place < size, base + place, -1) if skip else torch.full_like(slot, -1)
+    tiles = -(-n_q // tile)
+    pad = tiles * tile - n_q
+
+    def per_tile(x: Tensor, fill: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, pad), value=fill).view(tiles, tile)
+
+    first = per_tile(low.masked_fill(empty, n_k), n_k).amin(1) // tile
+    last = -(-per_tile(high, 0).amax(1) // tile)
+    count = (last - first).clamp(min=0)
+    row = torch.repeat_interleave(torch.arange(tiles), count)
+    column = first[row] + torch.arange(len(row)) - (count.cumsum(0) - count)[row]
+    whole = (per_tile(low, n_k).amax(1)[row] <= column * tile) & (per_tile(high, 0).amin(1)[row] >= (column + 1) * tile)
+    if skip:
+        spot = per_tile(own, -1)
+        whole &= ~((spot[row] // tile) == column[:, None]).any(1)
+    kind = torch.where(whole, FULL, BAND).int()
+    ranges = torch.stack([low, high, own], 1).int()[None, None].contiguous()
+    moved = [x.to(device) for x in (row, column, kind, ranges)]
+    return TileLists(n_q, n_k, tile, tile, 1, 1, moved[0], moved[1], moved[2], None, moved[3], False)

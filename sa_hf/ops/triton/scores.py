@@ -1,0 +1,142 @@
+"""Host side of the score's options: what the kernels are handed beside the tensors of a part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sa_hf.ops.parts import Index, ScoreOptions
+from sa_hf.ops.random import dropout_words
+from sa_hf.ops.triton.launch import packed
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True, eq=False)
+class SlotPositions:
+    """Positions of a part's slots: ``slot + base``, or int32 ``index [B_i, H_i, slots]`` with -1 for an empty slot."""
+
+    index: Tensor | None
+    base: int
+
+    @classmethod
+    def of(cls, index: Index, offset: int) -> SlotPositions:
+        if index is None:
+            return cls(None, offset)
+        if isinstance(index, slice):
+            return cls(None, index.start + offset)
+        return cls(torch.where(index >= 0, index + offset, -1).int().contiguous(), 0)
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Of the batch and of the head, 0 where shared."""
+        if self.index is None:
+            return 0, 0
+        batch, heads, slots = self.index.shape
+        return (heads * slots if batch > 1 else 0), (slots if heads > 1 else 0)
+
+    def tensor(self, slots: int, device: torch.device) -> Tensor:
+        """int64 ``[B_i | 1, H_i | 1, slots]``; empty slots -1."""
+        if self.index is not None:
+            return self.index.long()
+        return torch.arange(self.base, self.base + slots, device=device)[None, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The options of a call in slots: kernel arguments that all kernels of a part share.
+
+    ``bias`` fp32 ``[H, 2N - 1]`` times log2(e); ``spans`` fp32 ``[B, H | 1, key slots]``; ``row_words``,
+    ``column_words`` int32 ``[B, H, slots]``.
+    """
+
+    options: ScoreOptions
+    query: SlotPositions
+    key: SlotPositions
+    bias: Tensor | None
+    spans: Tensor | None
+    row_words: Tensor | None
+    column_words: Tensor | None
+
+    @classmethod
+    def of(cls, options: ScoreOptions, query_index: Index, key_index: Index, query: Tensor, key: Tensor) -> Scores:
+        """``query``, ``key``: the part's tensors ``[B, H, slots, D]``."""
+        q_at, k_at = SlotPositions.of(query_index, options.query_offset), SlotPositions.of(key_index, 0)
+        bias = None if options.distance_bias is None else (options.distance_bias.float() * LOG2E).contiguous()
+        words: tuple[Tensor, Tensor] | None = None
+        if options.dropout > 0:
+            words = _words(options, q_at, k_at, query, key)
+        return cls(
+            options, q_at, k_at, bias, _slot_spans(options.spans, k_at, key.shape[2]),
+            None if words is None else words[0], None if words is None else words[1],
+        )  # fmt: skip
+
+    @property
+    def pointers(self) -> dict[str, Tensor | None]:
+        return {
+            "q_pos_ptr": self.query.index, "k_pos_ptr": self.key.index, "bias_ptr": self.bias, "spans_ptr": self.spans,
+            "row_words_ptr": self.row_words, "column_words_ptr": self.column_words,
+        }  # fmt: skip
+
+    @property
+    def scalars(self) -> dict[str, int | float]:
+        o = self.options
+        (pqb, pqh), (pkb, pkh) = self.query.strides, self.key.strides
+        seb = seh = 0
+        if self.spans is not None:
+            _, span_heads, slots = self.spans.shape
+            seb, seh = span_heads * slots, (slots if span_heads > 1 else 0)
+        return {
+            "pqb": pqb, "pqh": pqh, "pkb": pkb, "pkh": pkh, "seb": seb, "seh": seh,
+            "q_base": self.query.base, "k_base": self.key.base,
+            "centre": 0 if self.bias is None else (self.bias.shape[1] + 1) // 2 - 1, "extra": o.extra_tokens,
+            "threshold": min(round(o.dropout * 2**31), 2**31 - 1),
+            "scale": float(o.scale), "softcap": 1.0 if o.softcap is None else float(o.softcap),
+            "inv_ramp": 1.0 / float(o.ramp), "keep_scale": 1.0 / (1.0 - o.dropout),
+        }  # fmt: skip
+
+    @property
+    def softcapped(self) -> bool:
+        return self.options.softcap is not None
+
+
+def _slot_spans(spans: Tensor | None, key: SlotPositions, slots: int) -> Tensor | None:
+    """``[B, H | 1, Nk]`` over positions to fp32 ``[B, H | 1, slots]``."""
+    if spans is None:
+        return None
+    spans = spans.float()
+    if key.index is None:
+        return packed(spans[..., key.base : key.base + slots])
+    heads = max(spans.shape[1], key.index.shape[1])
+    index = key.index.long().clamp(min=0).expand(spans.shape[0], heads, -1)
+    return torch.gather(spans.expand(-1, heads, -1), 2, index)
+
+
+def position_spans(grad: Tensor, key: SlotPositions, like: Tensor) -> Tensor:
+    """The adjoint of the gather into slots: ``grad [B, H, slots]`` to the shape of ``like [B, H | 1, Nk]``."""
+    result = torch.zeros(like.shape[0], grad.shape[1], like.shape[2], device=grad.device)
+    if key.index is None:
+        result[..., key.base : key.base + grad.shape[2]] = grad
+    else:
+        index = key.index.long().expand(grad.shape)
+        result.scatter_add_(2, index.clamp(min=0), grad.masked_fill(index < 0, 0.0))
+    return (result.sum(1, keepdim=True) if like.shape[1] == 1 else result).to(like.dtype)
+
+
+def _words(options: ScoreOptions, q_at: SlotPositions, k_at: SlotPositions, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """The dropout words of query rows and of key columns, int32 ``[B, H, slots]``."""
+    batch, heads, n_q, _ = query.shape
+    device = query.device
+    if options.seed is None:
+        raise RuntimeError("dropout needs the seed of the call")
+    ids = torch.arange(batch, device=device) if options.sequence_ids is None else options.sequence_ids
+    head = torch.arange(heads, device=device) if options.heads is None else torch.tensor(options.heads, device=device)
+
+    def words(at: SlotPositions, slots: int, stream: int) -> Tensor:
+        position = at.tensor(slots, device)
+        return dropout_words(options.seed, ids[:, None, None], head[:, None], position, stream=stream).expand(batch, heads, slots).contiguous()  # type: ignore[arg-type]  # noqa: E501
+
+    return words(q_at, n_q, 0), words(k_at, key.shape[2], 1)
