@@ -1,0 +1,106 @@
+"""The embedded corpus: source and docstrings of the running Python's standard library. No network, no import of it."""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from sa_hf.errors import SparseAttentionError
+
+# Tests and generated tables repeat themselves; turtledemo, idlelib and tkinter are missing from some distributions.
+SKIPPED = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "__pycache__", "encodings", "pydoc_data", "lib2to3"}
+    | {"distutils", "ensurepip", "idlelib", "tkinter", "turtledemo", "lib-dynload"}
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of the standard library: its path below the library's root with ``/``, and its text."""
+
+    path: str
+    text: str
+
+
+@lru_cache(maxsize=1)
+def stdlib_sources() -> tuple[Source, ...]:
+    """The pure Python modules of the standard library, sorted by path (about 10 MB of text).
+
+    Raises:
+        SparseAttentionError: this Python has no standard library in plain files (a zipped or frozen build).
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    sources = [Source(path.relative_to(root).as_posix(), _read(path)) for path in _modules(root)]
+    if not sources:
+        raise SparseAttentionError(
+            f"the standard library at {root} has no .py files: the embedded corpus needs an ordinary Python; "
+            "pass a data set of your own instead"
+        )
+    return tuple(sources)
+
+
+def package_sources(packages: Sequence[str]) -> dict[str, list[Source]]:
+    """The sources of top-level packages: ``{package: sources}``; raises ``SparseAttentionError`` where one has none."""
+    found: dict[str, list[Source]] = {name: [] for name in packages}
+    for source in stdlib_sources():
+        top = source.path.split("/")[0].removesuffix(".py")
+        if top in found:
+            found[top].append(source)
+    for name, sources in found.items():
+        if not sources:
+            raise SparseAttentionError(f"the standard library of this Python has no package {name!r} in plain files")
+    return found
+
+
+def stdlib_docstrings(minimum: int = 80) -> list[Source]:
+    """Docstrings of modules, classes and functions with at least ``minimum`` characters; ``path`` is ``file:line``."""
+    found = []
+    for source in stdlib_sources():
+        for line, text in _docstrings(source.text):
+            if len(text) >= minimum:
+                found.append(Source(f"{source.path}:{line}", text))
+    return found
+
+
+def sections(text: str, size: int) -> list[str]:
+    """Cut a text at line ends into pieces of at least ``size`` characters; a shorter rest is left out."""
+    pieces: list[str] = []
+    lines: list[str] = []
+    length = 0
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        length += len(line)
+        if length >= size:
+            pieces.append("".join(lines))
+            lines, length = [], 0
+    return pieces
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    for path in sorted(root.rglob("*.py")):
+        if SKIPPED.isdisjoint(path.relative_to(root).parts[:-1]):
+            yield path
+
+
+def _read(path: Path) -> str:
+    # A few files are declared in another encoding; their odd letters do not matter here.
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _docstrings(text: str) -> Iterator[tuple[int, str]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.parse(text)
+    except SyntaxError:
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield getattr(node, "lineno", 1), docstring

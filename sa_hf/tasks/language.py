@@ -1,0 +1,46 @@
+"""Language modelling on texts: fixed chunks for causal models, masked chunks for encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from sa_hf.tasks.corpus import stdlib_sources
+
+
+def stdlib_texts(split: str) -> list[str]:
+    """Whole files of the standard library; every tenth one is for evaluation (``split`` "train" or "evaluation")."""
+    sources = stdlib_sources()
+    return [s.text for i, s in enumerate(sources) if (i % 10 == 9) == (split == "evaluation")]
+
+
+def token_chunks(texts: Iterable[str], tokenizer: Any, length: int, limit: int | None = None) -> list[dict[str, Any]]:
+    """Chunks of exactly ``length`` tokens: texts one after the other, ended by the tokenizer's end token if it has one.
+
+    Every chunk of a tokenizer with a start token (BERT's [CLS], Llama's <s>) begins with it. Stops after ``limit``
+    chunks; the rest that fills no chunk is left out. Rows are ``{"input_ids": list[int], "attention_mask": list[int]}``.
+    """
+    start = _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
+    end = _first(tokenizer.sep_token_id, tokenizer.eos_token_id)
+    body = length - (start is not None)
+    chunks: list[dict[str, Any]] = []
+    pending: list[int] = []
+    for ids in _token_lists(texts, tokenizer):
+        pending += ids if end is None else [*ids, end]
+        while len(pending) >= body:
+            tokens = pending[:body] if start is None else [start, *pending[:body]]
+            pending = pending[body:]
+            chunks.append({"input_ids": tokens, "attention_mask": [1] * length})
+            if limit is not None and len(chunks) >= limit:
+                return chunks
+    return chunks
+
+
+def _token_lists(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    for text in texts:
+        # verbose=False: these texts are longer than the model reads, on purpose; they are cut into chunks.
+        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _first(*values: int | None) -> int | None:
+    return next((v for v in values if v is not None), None)
