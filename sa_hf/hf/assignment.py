@@ -35,7 +35,7 @@ def parse_assignment(
     """What ``patch_model`` was given, as the normal form.
 
     Args:
-        pattern: a name, a config, a mapping of layer ranges, ``{"encoder": ..., "decoder": ...}``, or ``{"heads": ...}``.
+        pattern: a name, a config, a mapping of layer ranges, ``{"encoder": ..., "decoder": ...}``, ``{"heads": ...}``.
         stacks: the model's stacks and the query heads of each layer.
         layers: "0-3,6", a number, or a list of numbers; None is every layer.
         options: fields of the config.
@@ -53,7 +53,7 @@ def parse_assignment(
     if layers is not None or options:
         beside = f"layers={layers!r}" if layers is not None else f"the options {sorted(options)}"
         raise SparseAttentionError(
-            f"{beside} stand beside a mapping, which already says what each layer gets; put them into the mapping's configs"
+            f"{beside} stand beside a mapping, which already says what each layer gets; put them into its configs"
         )
     if not pattern:
         raise SparseAttentionError('the mapping is empty; give e.g. {"0-3": "dense", "4-": config}')
@@ -184,7 +184,8 @@ def _parse_stack(mapping: Mapping[Any, Any], heads: Sequence[int], stack: str) -
             if isinstance(value, Mapping):
                 if set(value) != {HEADS}:
                     raise SparseAttentionError(
-                        f"{stack} layers {key!r} map to {dict(value)!r}; a layer takes a name, a config or {{'heads': {{...}}}}"
+                        f"{stack} layers {key!r} map to {dict(value)!r}; a layer takes a name, a config or "
+                        "{'heads': {...}}"
                     )
                 result[layer] = _heads_entry(value[HEADS], heads[layer])
             else:

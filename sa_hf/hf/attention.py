@@ -11,7 +11,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -19,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.layer_cache import LayerMemory, absolute_keys
 from sa_hf.hf.masks import FORWARD, MaskRequest, ids_from_lengths, sparse_mask
-from sa_hf.hf.position_bias import expanded_bias
+from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
 from sa_hf.ops.parts import Band
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention, default_scale
@@ -103,8 +102,8 @@ def sparse_attention_forward(
     call: LayerCall = kwargs.pop("sparse_call", None) or LayerCall()
     if isinstance(attention_mask, Tensor):
         raise SparseAttentionError(
-            f"a mask of shape {tuple(attention_mask.shape)} reached {type(module).__name__}; sparse attention takes a 2-D "
-            "mask [batch, length] (1 real, 0 padding), given to the model"
+            f"a mask of shape {tuple(attention_mask.shape)} reached {type(module).__name__}; sparse attention takes a "
+            "2-D mask [batch, length] (1 real, 0 padding), given to the model"
         )
     request: MaskRequest | None = attention_mask
     child = module.sparse
@@ -176,9 +175,10 @@ def _sequences(
     ids, lengths = kwargs.get("sequence_ids"), kwargs.get("cu_seq_lens_q")
     if request is not None:
         given = request.given
-        if ids is None and lengths is None or given is not None:
+        if given is not None or (ids is None and lengths is None):
             return request.sequences(extra)
-        ids = ids if ids is not None else ids_from_lengths(lengths, query.shape[0], request.query_length)
+        if lengths is not None:
+            ids = ids_from_lengths(lengths, query.shape[0], request.query_length)
         return Sequences.from_mask(
             query.shape[0], request.query_length, request.query_length, request.padding, ids
         ).with_extra_tokens(extra)
@@ -198,7 +198,8 @@ def _dense_forward(
     if kwargs.get("output_attentions"):
         refuse_attentions()
     mask = None if request is None else request.dense(place.original, place.extra_tokens)
-    if kwargs.get("position_bias") is not None:
+    # Cross-attention computes its own bias, which is no table.
+    if kwargs.get("position_bias") is not None and place.spec is not None:
         kwargs["position_bias"] = expanded_bias(kwargs["position_bias"], query, key, request, place.extra_tokens)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(place.original, eager)
@@ -217,4 +218,12 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         rotary = args[1]
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     memory = None if cache is None else LayerMemory.of(cache, module)
-    return args, {**kwargs, "sparse_call": LayerCall(hidden, rotary, memory)}
+    kwargs = {**kwargs, "sparse_call": LayerCall(hidden, rotary, memory)}
+    if has_bias_table(module) and kwargs.get("position_bias") is None:
+        kwargs["position_bias"] = bias_table(module, _positions(kwargs.get("mask"), hidden))
+    return args, kwargs
+
+
+def _positions(request: Any, hidden: Any) -> int:
+    """Positions, past ones included, that a layer's distances may span."""
+    return request.key_offset + request.shape[-1] if isinstance(request, MaskRequest) else int(hidden.shape[1])

@@ -87,8 +87,9 @@ def find_sites(model: PreTrainedModel) -> Sites:
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__} (model_type {model.config.model_type!r}) computes its attention itself instead of "
-            "asking transformers' AttentionInterface for it, so no layer can be replaced; models that can: Llama, Qwen, "
-            "Mistral, Gemma, GPT-2, GPT-NeoX, OPT, BERT, RoBERTa, DistilBERT, ModernBERT, ALBERT, ELECTRA, BART, T5, ViT"
+            "asking transformers' AttentionInterface for it, so no layer can be replaced; models that ask: Llama, "
+            "Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, BERT, RoBERTa, DistilBERT, ModernBERT, ALBERT, ELECTRA, BART, T5, "
+            "ViT"
         )
     stacks: dict[str, list[Site]] = {}
     for path, modules in found.items():
@@ -172,12 +173,11 @@ def _layer_spec(model: PreTrainedModel, module: nn.Module, index: int, num_layer
 def own_window(module: nn.Module, index: int, causal: bool) -> Band:
     """The model's own sliding window in this layer, as its mask function builds it."""
     config = _config(module)
+    types = getattr(config, "layer_types", None)
+    sliding = types is None or types[index] == "sliding_attention"
+    window: Any = getattr(config, "sliding_window", None) if sliding else None
     if hasattr(module, "sliding_window"):
         window = module.sliding_window
-    else:
-        types = getattr(config, "layer_types", None)
-        sliding = types is None or types[index] == "sliding_attention"
-        window = getattr(config, "sliding_window", None) if sliding else None
     if not isinstance(window, int) or isinstance(window, bool):
         return Band()
     return Band(window - 1, None if causal else window - 1)

@@ -46,7 +46,7 @@ class Remembered:
         left = max(0, end - self.start)
         if self.need is not None and left < min(self.need, end):
             raise SparseAttentionError(
-                f"the cache was cropped to {end} tokens, which needs inputs older than the {self.tensor.shape[self.dim]} kept; "
+                f"the cache was cropped to {end} tokens, which needs inputs older than those kept (from {self.start} on); "
                 f"crop by at most {SLACK} tokens, or start again from the prompt"
             )
         self.tensor = self.tensor.narrow(self.dim, 0, left)
@@ -84,7 +84,7 @@ class _Remembering:
 
 
 @lru_cache(maxsize=64)
-def _remembering(cls: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
+def _remembering(cls: Any) -> type[CacheLayerMixin]:
     return type(cls.__name__, (_Remembering, cls), {"_layer_type": None, "__module__": cls.__module__})
 
 
@@ -123,8 +123,8 @@ class LayerMemory:
         if old is None or seen == 0:
             if seen:
                 raise SparseAttentionError(
-                    f"the cache holds {seen} tokens without {name!r}, which this layer's pattern needs for each of them; "
-                    "it was filled by another model or before patching: start again from the prompt"
+                    f"the cache holds {seen} tokens without {name!r}, which this layer's pattern needs for each; it "
+                    "was filled by another model or before patching: start again from the prompt"
                 )
             memory[name] = Remembered(tensor, dim)
             return tensor

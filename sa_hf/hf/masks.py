@@ -96,8 +96,8 @@ class MaskRequest:
         padding = self.padding
         if padding is not None and padding.shape[-1] < total:
             raise SparseAttentionError(
-                f"attention_mask has {padding.shape[-1]} columns, but {self.query_offset} cached and {self.query_length} "
-                f"new tokens make {total}; give the mask of all of them"
+                f"attention_mask has {padding.shape[-1]} columns, but {self.query_offset} cached and "
+                f"{self.query_length} new tokens make {total}; give the mask of all of them"
             )
         padding = None if padding is None else padding[:, :total]
         ids = self._sequence_ids(batch, total)
@@ -136,8 +136,8 @@ def sparse_mask(*, attention_mask: Any = None, **arguments: Any) -> MaskRequest:
         return attention_mask  # `generate` builds masks ahead of the forward, which then asks again
     if attention_mask is not None and attention_mask.dim() != 2:
         raise SparseAttentionError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; sparse attention takes a 2-D mask [batch, length] "
-            "(1 real, 0 padding)"
+            f"attention_mask has shape {tuple(attention_mask.shape)}; sparse attention takes a 2-D mask "
+            "[batch, length] (1 real, 0 padding)"
         )
     return MaskRequest({**arguments, "attention_mask": attention_mask})
 

@@ -20,7 +20,7 @@ def has_bias_table(module: nn.Module) -> bool:
 
 
 def bias_table(module: Any, length: int) -> Tensor:
-    """The module's bias for every distance of ``length`` positions: ``[1, heads, 1, 2 * length - 1]``, differentiable."""
+    """The bias of every distance within ``length`` positions, ``[1, heads, 1, 2 * length - 1]``; differentiable."""
     weight = module.relative_attention_bias.weight
     distance = torch.arange(1 - length, length, device=weight.device)
     bucket = module._relative_position_bucket(

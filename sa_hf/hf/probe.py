@@ -49,7 +49,7 @@ def probe(model: PreTrainedModel, sites: Sites) -> None:
         raise UnsupportedModelError(f"{name} cannot be patched: {error}") from error
     except Exception as error:  # whatever a model's own code raises on shapes alone
         raise UnsupportedModelError(
-            f"{name} cannot be patched: a forward on its meta-device skeleton failed with {type(error).__name__}: {error}"
+            f"{name} cannot be patched: a forward on its meta-device skeleton failed: {type(error).__name__}: {error}"
         ) from error
     for site in sites.all_sites:
         reason = _wrong(site, seen.get(site.name))
@@ -72,8 +72,8 @@ def _run(model: PreTrainedModel, sites: Sites) -> dict[str, _Seen]:
     def stub(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        shapes = (tuple(x.shape) for x in (query, key, value))
-        seen[names[module]] = _Seen(*shapes, mask=attention_mask, keyword="sparse_call" in kwargs)
+        shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+        seen[names[module]] = _Seen(*shapes, attention_mask, "sparse_call" in kwargs)
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     for site in sites.all_sites:
