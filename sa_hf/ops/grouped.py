@@ -90,6 +90,20 @@ def real_queries(sequences: Sequences, device: torch.device) -> Tensor:
     return real.to(device)
 
 
+def key_places(sequences: Sequences, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each key slot its position in its sequence (-1: padding) and that sequence's length, int64 ``[B, Nk]``."""
+    position = torch.full((sequences.batch_size, sequences.key_length), -1)
+    length = torch.zeros_like(position)
+    for s in sequences.spans:
+        slots = slice(s.key_start, s.key_start + s.key_length)
+        position[s.row, slots] = torch.arange(s.key_length)
+        length[s.row, slots] = s.key_length
+    if sequences.key_gather is not None:
+        gather = sequences.key_gather.cpu()
+        position, length = (torch.zeros_like(x).scatter(1, gather, x) for x in (position, length))
+    return position.to(device), length.to(device)
+
+
 class _Plan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, bias, spans, plan, options, engine):  # type: ignore[no-untyped-def]

@@ -6,6 +6,7 @@ from sa_hf.patterns.expire_span import ExpireSpanAttentionConfig
 from sa_hf.patterns.logsparse import LogSparseAttentionConfig
 from sa_hf.patterns.longnet import LongNetAttentionConfig
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
+from sa_hf.patterns.sparse_transformer import SparseTransformerAttentionConfig
 from sa_hf.patterns.sparsebert import SparseBertAttentionConfig
 from sa_hf.patterns.star import StarAttentionConfig
 
@@ -17,5 +18,6 @@ __all__ = [
     "LongNetAttentionConfig",
     "SlidingWindowAttentionConfig",
     "SparseBertAttentionConfig",
+    "SparseTransformerAttentionConfig",
     "StarAttentionConfig",
 ]

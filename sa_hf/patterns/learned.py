@@ -31,8 +31,8 @@ class LearnedAttention(SparseAttention):
 
     step: Tensor
 
-    def __init__(self, config: SparseAttentionConfig, spec: LayerSpec, heads: Sequence[int] | None = None) -> None:
-        super().__init__(config, spec, heads)
+    def __init__(self, config: SparseAttentionConfig, spec: LayerSpec) -> None:
+        super().__init__(config, spec)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=spec.device))
         self._live: dict[str, Tensor] = {}
         self._may_keep_graph = True
@@ -49,6 +49,11 @@ class LearnedAttention(SparseAttention):
 
     def aux_losses(self) -> dict[str, Tensor]:
         return dict(self._live)
+
+    def expired_keys(self) -> Tensor | None:
+        """Which keys of the last forward (causal) no later query can read, bool ``[B, Nk]``, padding included; what a
+        cache may drop. None where the pattern cannot say."""
+        return None
 
     def _keep_loss(self, name: str, loss: Tensor) -> None:
         if self._may_keep_graph or not self.training:

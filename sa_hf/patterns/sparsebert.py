@@ -82,8 +82,8 @@ class SparseBertAttentionConfig(SparseAttentionConfig):
             )
         return super().mask(length, num_heads, layer_idx, causal)
 
-    def build(self, spec: LayerSpec, heads: Sequence[int] | None = None) -> SparseBertAttention:
-        return SparseBertAttention(self, spec, heads)
+    def build(self, spec: LayerSpec) -> SparseBertAttention:
+        return SparseBertAttention(self, spec)
 
 
 class SparseBertAttention(LearnedAttention):
@@ -97,8 +97,8 @@ class SparseBertAttention(LearnedAttention):
     logits: nn.Parameter | None
     kept: Tensor | None
 
-    def __init__(self, config: SparseBertAttentionConfig, spec: LayerSpec, heads: Sequence[int] | None = None) -> None:
-        super().__init__(config, spec, heads)
+    def __init__(self, config: SparseBertAttentionConfig, spec: LayerSpec) -> None:
+        super().__init__(config, spec)
         shape = (len(self.heads), *[config.mask_length] * (1 if config.structured else 2))
         if config.frozen:
             self.register_parameter("logits", None)
@@ -120,6 +120,8 @@ class SparseBertAttention(LearnedAttention):
             self._layers_averaged = len(layers)
             return
         first = layers[0]
+        if first is self:
+            self._take_over()
         if first is self or not isinstance(first, SparseBertAttention):
             return
         if len(first.heads) != len(self.heads):
@@ -130,6 +132,14 @@ class SparseBertAttention(LearnedAttention):
         self.register_parameter("logits", None)
         self.register_buffer("kept", None)
         self._owner = (first,)
+
+    def _take_over(self) -> None:
+        """Own the mask, where the layer that owned it has left the stack."""
+        if self._owner:
+            owner = self.owner
+            self.logits = None if owner.logits is None else nn.Parameter(owner.logits.detach().clone())
+            self.kept = None if owner.kept is None else owner.kept.clone()
+            self._owner = ()
 
     @property
     def owner(self) -> SparseBertAttention:
@@ -146,7 +156,9 @@ class SparseBertAttention(LearnedAttention):
         logits = _present(owner.logits).float()
         if not self.training:
             return (logits.detach() > 0).float()
-        uniform = [owner.uniform(logits.numel(), layer=owner.spec.layer_idx, stream=s) for s in (0, 1)]
+        # Parts of a mixture by heads that run the same config in a layer draw apart.
+        streams = (2 * owner.heads[0], 2 * owner.heads[0] + 1)
+        uniform = [owner.uniform(logits.numel(), layer=owner.spec.layer_idx, stream=s) for s in streams]
         first, second = (-torch.log(-torch.log(u)) for u in uniform)
         noise = (first - second).float().view_as(logits)
         soft = torch.sigmoid((logits + noise) / self.config.temperature)

@@ -242,7 +242,7 @@ def test_density_loss_is_the_mean_gate_over_heads_and_pairs(structure: str, caus
                 if -(0 if causal else 4) <= i - j <= 6:
                     total += sum(float(gate[h, i, j] if gate.dim() == 3 else gate[h, abs(i - j)]) for h in range(2))
                     pairs += 2
-    assert math.isclose(float(module.aux_losses()["sparsebert_density"]), 20.0 * total / pairs, rel_tol=1e-5)
+    assert math.isclose(float(module.aux_losses()["sparsebert_density"].detach()), 20.0 * total / pairs, rel_tol=1e-5)
 
 
 def test_shared_mask_is_owned_by_the_first_layer() -> None:
@@ -275,8 +275,8 @@ def test_unshared_masks_average_their_loss() -> None:
         layer.tie(layers)
         layer.advance_step()
         layer(attention_inputs(length=16))
-    total = sum(float(layer.aux_losses()["sparsebert_density"]) for layer in layers)
-    mean = sum(float(layer._density(layer.gate())) for layer in layers) / 4
+    total = sum(float(layer.aux_losses()["sparsebert_density"].detach()) for layer in layers)
+    mean = sum(float(layer._density(layer.gate()).detach()) for layer in layers) / 4
     assert math.isclose(total, 20 * mean, rel_tol=1e-6)
 
 
@@ -287,7 +287,7 @@ def test_fresh_mask_is_dense_and_density_starts_near_one() -> None:
     assert rms_ratio(module(inputs), expected) < 1e-5
     assert module.figures()["mask_density"] == 1.0
     module.train()(inputs)
-    assert float(module.aux_losses()["sparsebert_density"]) > 20 * 0.9
+    assert float(module.aux_losses()["sparsebert_density"].detach()) > 20 * 0.9
 
 
 def _trained(density_coef: float, planted: bool, steps: int = 120) -> SparseBertAttention:
