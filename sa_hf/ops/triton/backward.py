@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from sa_hf.ops.triton.common import (
     LOG2E,
     add_product,
@@ -62,19 +61,35 @@ RUNTIME = (
 
 @triton.jit
 def tile_gradient(
-    s, dp, shift, delta, q_slot, k_slot, q_local, k_local, q_pos, k_pos, kind, words_ptr, low, high, skip, span, bias_row,
-    row_word, column_word, n_q, n_k, left, right, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
+    s, dp, shift, delta, q_slot, k_slot, q_local, k_local, q_pos, k_pos, kind, words_ptr, low, high, skip, span,
+    bias_row, row_word, column_word, n_q, n_k, left, right, centre, extra, threshold, scale, softcap, inv_ramp,
+    keep_scale,
     TILE_Q: tl.constexpr, WORDS: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, HAS_RANGE: tl.constexpr,
     RANGE_ON_FULL: tl.constexpr, HAS_KEYS: tl.constexpr, DROPOUT: tl.constexpr, HAS_SPANS: tl.constexpr,
 ):  # fmt: skip
-    """From raw products of a tile to ``(p for dV, d loss / d bent score, d loss / d raw product / scale, d loss / d span)``.
+    """From raw products of a tile to ``(p for dV, d loss / d bent score, that / d scaled product, d loss / d span)``.
 
     All vectors are shaped for the tile, either way round; ``span`` is None without a gate.
     """
     s, t = bend_scores(s, q_pos, k_pos, bias_row, centre, extra, scale, softcap, SOFTCAP)
     if MASKED:
         keep = kept_pairs(
-            q_slot, k_slot, q_local, k_local, kind, words_ptr, low, high, skip, n_q, n_k, left, right, TILE_Q, WORDS, HAS_RANGE
+            q_slot,
+            k_slot,
+            q_local,
+            k_local,
+            kind,
+            words_ptr,
+            low,
+            high,
+            skip,
+            n_q,
+            n_k,
+            left,
+            right,
+            TILE_Q,
+            WORDS,
+            HAS_RANGE,
         )
         s = tl.where(keep, s, float("-inf"))
     elif RANGE_ON_FULL:
@@ -133,12 +148,22 @@ def query_kernel(
     q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
     low, high, skip = q_slot, q_slot, q_slot
     if range_ptr is not None:
-        low, high, skip = load_range(range_ptr + (batch.to(tl.int64) * srb + head.to(tl.int64) * srh), q_slot, n_q, RANGE_COLUMNS)
+        low, high, skip = load_range(
+            range_ptr + (batch.to(tl.int64) * srb + head.to(tl.int64) * srh), q_slot, n_q, RANGE_COLUMNS
+        )
     q0, q1 = load_tile(
         q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8, first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, True
     )
     g0, g1 = load_tile(
-        grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8, first, sgn * 8, n_q, BLOCK_Q, D, D0, D1, True
+        grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8,
+        first,
+        sgn * 8,
+        n_q,
+        BLOCK_Q,
+        D,
+        D0,
+        D1,
+        True,
     )
     k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8
     v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8
@@ -166,7 +191,9 @@ def query_kernel(
             span = None
             if spans_ptr is not None:
                 span = tl.load(
-                    spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh + k_slot, mask=k_slot < n_k, other=0.0
+                    spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh + k_slot,
+                    mask=k_slot < n_k,
+                    other=0.0,
                 )[None, :]
             word = k_slot
             if row_words_ptr is not None:
@@ -177,8 +204,8 @@ def query_kernel(
                 (part * BLOCK_K + tl.arange(0, BLOCK_K))[None, :], q_pos[:, None], k_pos[None, :],
                 tl.load(kind_ptr + entry), words_ptr, low[:, None], high[:, None], skip[:, None], span, bias_row,
                 row_word[:, None], word[None, :], n_q, n_k, left, right, centre, extra, threshold, scale, softcap,
-                inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1, range_ptr is not None, RANGE_ON_FULL,
-                k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
+                inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1, range_ptr is not None,
+                RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
             )  # fmt: skip
             acc0, acc1 = add_product(ds, k0, k1, acc0, acc1, D1)
     acc0 = acc0 * scale
@@ -193,7 +220,8 @@ def query_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def key_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dk_ptr, dv_ptr, d_span_ptr, part_k_ptr, part_v_ptr, part_span_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dk_ptr, dv_ptr, d_span_ptr,
+    part_k_ptr, part_v_ptr, part_span_ptr,
     items_ptr, entries_ptr, kind_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
     row_words_ptr, column_words_ptr,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sob, soh, son, pqb, pqh, pkb, pkh, seb, seh, srb, srh,
@@ -223,10 +251,26 @@ def key_kernel(
     first = row % key_tiles * TILE_K + sub * BLOCK_K
     k_slot = first + tl.arange(0, BLOCK_K)
     k0, k1 = load_tile(
-        k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8, first, skn * 8, n_k, BLOCK_K, D, D0, D1, True
+        k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8,
+        first,
+        skn * 8,
+        n_k,
+        BLOCK_K,
+        D,
+        D0,
+        D1,
+        True,
     )
     v0, v1 = load_tile(
-        v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8, first, svn * 8, n_k, BLOCK_K, D, D0, D1, True
+        v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8,
+        first,
+        svn * 8,
+        n_k,
+        BLOCK_K,
+        D,
+        D0,
+        D1,
+        True,
     )
     span = None
     if spans_ptr is not None:
@@ -274,8 +318,8 @@ def key_kernel(
                 (sub * BLOCK_K + tl.arange(0, BLOCK_K))[:, None], q_pos[None, :], k_pos[:, None],
                 tl.load(kind_ptr + entry), words_ptr, low[None, :], high[None, :], skip[None, :], span, bias_row,
                 row_word[None, :], word[:, None], n_q, n_k, left, right, centre, extra, threshold, scale, softcap,
-                inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1, range_ptr is not None, RANGE_ON_FULL,
-                k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
+                inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1, range_ptr is not None,
+                RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
             )  # fmt: skip
             dv0, dv1 = add_product(p, g0, g1, dv0, dv1, D1)
             dk0, dk1 = add_product(ds, q0, q1, dk0, dk1, D1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from sa_hf.ops.triton.backward import RUNTIME as BACKWARD_RUNTIME
 from sa_hf.ops.triton.backward import tile_gradient
 from sa_hf.ops.triton.common import dot_rows, load_item, load_positions, load_range, load_tile
@@ -89,7 +88,8 @@ def bias_kernel(
             q_pos[:, None], k_pos[None, :], tl.load(kind_ptr + entry), words_ptr, low[:, None], high[:, None],
             skip[:, None], span, bias_row, row_word[:, None], word[None, :], n_q, n_k, left, right, centre, extra,
             threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, True,
-            range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
+            range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,
+            spans_ptr is not None,
         )  # fmt: skip
         ds = tl.where((q_pos >= extra)[:, None] & (k_pos >= extra)[None, :], ds, 0.0)
         if ALIGNED:

@@ -16,7 +16,10 @@ BAND_TILE = tl.constexpr(-2)
 
 
 @triton.jit
-def load_tile(base, first, stride, limit, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def load_tile(
+    base, first, stride, limit,
+    ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Rows ``first .. first + ROWS`` of a head's ``[slots, D]`` as two chunks ``[ROWS, D0]``, ``[ROWS, D1]``."""
     rows = tl.arange(0, ROWS)
     pointers = base + first.to(tl.int64) * stride + rows[:, None] * stride
@@ -38,7 +41,25 @@ def load_tile(base, first, stride, limit, ROWS: tl.constexpr, D: tl.constexpr, D
 
 
 @triton.jit
-def store_tile(base, first, stride, limit, x0, x1, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):  # fmt: skip
+def load_rows(
+    base, first, stride, valid,
+    ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+):  # fmt: skip
+    """:func:`load_tile` of any run of rows: ``first`` may be negative, ``valid [ROWS]`` says which are read."""
+    pointers = base + first.to(tl.int64) * stride + tl.arange(0, ROWS)[:, None] * stride
+    x0 = tl.load(pointers + tl.arange(0, D0)[None, :], mask=valid[:, None], other=0.0)
+    x1 = x0
+    if D1 > 0:
+        tail = D0 + tl.arange(0, D1)[None, :]
+        x1 = tl.load(pointers + tail, mask=valid[:, None] & (tail < D), other=0.0)
+    return x0, x1
+
+
+@triton.jit
+def store_tile(
+    base, first, stride, limit, x0, x1,
+    ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+):  # fmt: skip
     """The adjoint of :func:`load_tile`: rows past ``limit`` and columns past D are not written."""
     rows = tl.arange(0, ROWS)
     pointers = base + first.to(tl.int64) * stride + rows[:, None] * stride
@@ -75,7 +96,7 @@ def load_positions(pointer, batch, head, batch_stride, head_stride, slots, limit
     if pointer is None:
         return slots + base
     row = pointer + batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
-    return tl.load(row + slots, mask=slots < limit, other=-1)
+    return tl.load(row + slots, mask=(slots >= 0) & (slots < limit), other=-1)
 
 
 @triton.jit
@@ -106,7 +127,10 @@ def span_gate(q_pos, k_pos, span, inv_ramp):
 
 
 @triton.jit
-def kept_pairs(q_slot, k_slot, q_local, k_local, kind, words_ptr, low, high, skip, n_q, n_k, left, right, TILE_Q: tl.constexpr, WORDS: tl.constexpr, HAS_RANGE: tl.constexpr):  # fmt: skip
+def kept_pairs(
+    q_slot, k_slot, q_local, k_local, kind, words_ptr, low, high, skip, n_q, n_k, left, right,
+    TILE_Q: tl.constexpr, WORDS: tl.constexpr, HAS_RANGE: tl.constexpr,
+):  # fmt: skip
     """The predicate of a tile that is not full: end of the slots, band or element mask, key range."""
     keep = (q_slot < n_q) & (k_slot < n_k)
     distance = q_slot - k_slot

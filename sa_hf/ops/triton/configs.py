@@ -29,7 +29,7 @@ class Launch:
     stages: int
 
 
-# (kernel, head_dim up to, bits of an element) -> by architecture: compute capability times 10, "hip" for AMD; 0 is the rest.
+# (kernel, head_dim up to, bits of an element) -> by architecture: compute capability times 10 or "hip"; 0 is the rest.
 _SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
     ("forward", 64, 16): {0: Launch(64, 64, 4, 2)},
     ("forward", 128, 16): {0: Launch(64, 64, 4, 2)},

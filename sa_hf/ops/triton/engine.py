@@ -19,36 +19,43 @@ SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 16, 256
 
 
 class TritonEngine:
-    """Contract of the launchers: see ``block.py`` and ``offsets.py``. Importing this module needs neither triton nor a
-    GPU; kernels are made at the first call. With ``TRITON_INTERPRET=1`` set before that, they run on CPU tensors."""
+    """Contract of the launchers: see ``launch_block.py`` and ``launch_offsets.py``.
+
+    Importing this module needs neither triton nor a GPU; kernels are made at the first call. With
+    ``TRITON_INTERPRET=1`` set before that, they run on CPU tensors.
+    """
 
     name = "triton"
 
     def unsupported(self, query: Tensor, options: ScoreOptions) -> str | None:
         return _machine_reason(query.device) or _input_reason(query, options)
 
-    def forward(self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> tuple[Tensor, Tensor]:
-        from sa_hf.ops.triton import block, offsets
+    def forward(
+        self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
+    ) -> tuple[Tensor, Tensor]:
+        from sa_hf.ops.triton import launch_block, launch_offsets
         from sa_hf.ops.triton.scores import Scores
 
         scores = Scores.of(options, part.query_index, part.key_index, query, key)
         with _on(query.device):
             if isinstance(part, OffsetsPart):
-                return offsets.offsets_forward(part, query, key, value, scores)
-            return block.block_forward(_lists(part, query.device), query, key, value, scores)
+                return launch_offsets.offsets_forward(part, query, key, value, scores)
+            return launch_block.block_forward(_lists(part, query.device), query, key, value, scores)
 
     def backward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
         options: ScoreOptions,
     ) -> Gradients:  # fmt: skip
-        from sa_hf.ops.triton import block, offsets
+        from sa_hf.ops.triton import launch_block, launch_offsets
         from sa_hf.ops.triton.scores import Scores
 
         scores = Scores.of(options, part.query_index, part.key_index, query, key)
         with _on(query.device):
             if isinstance(part, OffsetsPart):
-                return offsets.offsets_backward(part, query, key, value, out, lse, grad_out, scores)
-            return block.block_backward(_lists(part, query.device), query, key, value, out, lse, grad_out, scores)
+                return launch_offsets.offsets_backward(part, query, key, value, out, lse, grad_out, scores)
+            return launch_block.block_backward(
+                _lists(part, query.device), query, key, value, out, lse, grad_out, scores
+            )
 
 
 def _lists(part: BlockPart | SegmentPart, device: torch.device) -> TileLists:
@@ -67,7 +74,9 @@ def _machine_reason(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton; Linux on x86_64)"
     if interpreting():
-        return None if device.type == "cpu" else "in this process triton only interprets, on the CPU (TRITON_INTERPRET=1)"
+        return (
+            None if device.type == "cpu" else "in this process triton only interprets, on the CPU (TRITON_INTERPRET=1)"
+        )
     if device.type != "cuda":
         return f"its kernels run on a GPU, not on {device.type}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from sa_hf.ops.triton.common import (
     LN2,
     LOG2E,
@@ -61,7 +60,9 @@ def forward_kernel(
     q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
     low, high, skip = q_slot, q_slot, q_slot
     if range_ptr is not None:
-        low, high, skip = load_range(range_ptr + (batch.to(tl.int64) * srb + head.to(tl.int64) * srh), q_slot, n_q, RANGE_COLUMNS)
+        low, high, skip = load_range(
+            range_ptr + (batch.to(tl.int64) * srb + head.to(tl.int64) * srh), q_slot, n_q, RANGE_COLUMNS
+        )
     q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
     k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8
     v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8
@@ -134,7 +135,8 @@ def forward_step(
         keep = kept_pairs(
             q_slot[:, None], k_slot[None, :], (sub * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None],
             (part * BLOCK_K + tl.arange(0, BLOCK_K))[None, :], tl.load(kind_ptr + entry), words_ptr,
-            low[:, None], high[:, None], skip[:, None], n_q, n_k, left, right, TILE_Q, (TILE_K + 31) // 32, range_ptr is not None,
+            low[:, None], high[:, None], skip[:, None], n_q, n_k, left, right, TILE_Q, (TILE_K + 31) // 32,
+            range_ptr is not None,
         )  # fmt: skip
         s = tl.where(keep, s, float("-inf"))
     elif RANGE_ON_FULL:
@@ -142,7 +144,9 @@ def forward_step(
     if k_pos_ptr is not None:
         s = tl.where((k_pos >= 0)[None, :], s, float("-inf"))
     if spans_ptr is not None:
-        span = tl.load(spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh + k_slot, mask=k_slot < n_k, other=0.0)
+        span = tl.load(
+            spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh + k_slot, mask=k_slot < n_k, other=0.0
+        )
         gate, _ = span_gate(q_pos[:, None], k_pos[None, :], span[None, :], inv_ramp)
         s = tl.where(gate > 0, s, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(s, 1) * unit)
@@ -171,7 +175,8 @@ COMBINE_RUNTIME = ("sob", "soh", "son", "n", "heads", "list_heads", "rep_heads",
 
 @triton.jit(do_not_specialize=COMBINE_RUNTIME)
 def combine_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, splits_ptr, sob, soh, son, n, heads, list_heads, rep_heads, reps, slots, tiles,
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, splits_ptr, sob, soh, son, n, heads,
+    list_heads, rep_heads, reps, slots, tiles,
     TILE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """The pieces of a cut list, in their order: merged by log-sum-exp, or summed (``lse`` too, where there is one).
@@ -220,4 +225,15 @@ def combine_kernel(
         total = tl.where(total > 0, (peak + tl.log2(safe)) * LN2, float("-inf"))
     if lse_ptr is not None:
         tl.store(lse_ptr + (batch.to(tl.int64) * heads + head) * n + slot, total, mask=slot < n)
-    store_tile(out_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8, first, son * 8, n, acc0, acc1, ROWS, D, D0, D1)
+    store_tile(
+        out_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8,
+        first,
+        son * 8,
+        n,
+        acc0,
+        acc1,
+        ROWS,
+        D,
+        D0,
+        D1,
+    )

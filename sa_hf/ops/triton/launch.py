@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
+import triton
 from sa_hf.ops.triton.configs import Launch, launch
 from sa_hf.ops.triton.engine import interpreting
 
@@ -24,14 +24,18 @@ def packed(x: Tensor) -> Tensor:
 
 
 def strides(name: str, x: Tensor) -> dict[str, int]:
-    """Strides of ``[B, H, N, D]`` in units of 8 elements (``aligned`` holds), as ``s{name}b``, ``s{name}h``, ``s{name}n``."""
+    """Strides of an ``aligned`` ``[B, H, N, D]`` in units of 8 elements: ``s{name}b``, ``s{name}h``, ``s{name}n``."""
     return {f"s{name}{axis}": stride // 8 for axis, stride in zip("bhn", x.stride(), strict=False)}
 
 
 def empty_like(x: Tensor) -> Tensor:
     """Uninitialised, in x's layout where that is dense and aligned."""
     made = torch.empty_like(x)
-    return made if all(s % 8 == 0 for s in made.stride()[:-1]) and made.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return (
+        made
+        if all(s % 8 == 0 for s in made.stride()[:-1]) and made.stride(-1) == 1
+        else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    )
 
 
 def chunks(head_dim: int) -> dict[str, int]:

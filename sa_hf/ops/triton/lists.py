@@ -26,11 +26,11 @@ ITEMS_WANTED = 32
 @dataclass(frozen=True, eq=False)
 class WorkList:
     """Args:
-        items: int32 ``[n, 5]``: row, begin, middle, end, slot. Tiles ``begin .. middle`` of ``entries`` are full, those
-            up to ``end`` are not; slot is -1 for a whole list. Row -1 is an unused item.
-        entries: int32, what stands on the other side of a tile. kind: int32, ``BlockLayout.kind`` of it.
-        splits: int32 ``[m, 3]``: row, first slot, number of slots of each list that was cut; row -1 is unused.
-        slots: partials in all, per repetition of the list over heads and batch.
+    items: int32 ``[n, 5]``: row, begin, middle, end, slot. Tiles ``begin .. middle`` of ``entries`` are full, those
+        up to ``end`` are not; slot is -1 for a whole list. Row -1 is an unused item.
+    entries: int32, what stands on the other side of a tile. kind: int32, ``BlockLayout.kind`` of it.
+    splits: int32 ``[m, 3]``: row, first slot, number of slots of each list that was cut; row -1 is unused.
+    slots: partials in all, per repetition of the list over heads and batch.
     """
 
     items: Tensor
@@ -84,7 +84,7 @@ class TileLists:
         return self._cached("key", flat)
 
     def by_diagonal(self) -> WorkList:
-        """Row ``(batch * H_l + head) * diagonals + query tile - key tile + key_tiles - 1``; an entry is a query tile."""
+        """Row ``(batch * H_l + head) * diagonals + query tile - key tile + key_tiles - 1``; entries are query tiles."""
         return self._cached("diagonal", 1)
 
     def _cached(self, name: str, flat: int) -> WorkList:
@@ -103,7 +103,13 @@ class TileLists:
         lists = 1 if shared else self.heads // flat
         row = (batch * lists + (0 if shared else head // flat)) * self.key_tiles + self.column
         if not shared:
-            return _work_list(row, head % flat * self.query_tiles + tile, self.kind, self._partial(), self.batch * lists * self.key_tiles)
+            return _work_list(
+                row,
+                head % flat * self.query_tiles + tile,
+                self.kind,
+                self._partial(),
+                self.batch * lists * self.key_tiles,
+            )
         heads = torch.arange(flat, device=row.device)[:, None] * self.query_tiles
         entry = (heads + tile).flatten()
         return _work_list(

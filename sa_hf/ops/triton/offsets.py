@@ -1,0 +1,265 @@
+"""Attention over fixed offsets: each offset reads K and V rows shifted by it, contiguous loads and no gather.
+
+Bound by memory, so the products are plain sums of fp32 products, without matrix units.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from sa_hf.ops.triton.backward import tile_gradient
+from sa_hf.ops.triton.common import (
+    LN2,
+    bend_scores,
+    dropout_kept,
+    load_positions,
+    load_rows,
+    span_gate,
+    store_tile,
+)
+
+_SHARED = (
+    "pqb", "pqh", "pkb", "pkh", "seb", "seh", "n", "heads", "group", "most", "list_stride", "begin", "stop", "q_base",
+    "k_base", "centre", "extra", "threshold", "scale", "softcap", "inv_ramp", "keep_scale",
+)  # fmt: skip
+FORWARD_RUNTIME = (*[f"s{x}{axis}" for x in "qkvo" for axis in "bhn"], *_SHARED)
+BACKWARD_RUNTIME = (*[f"s{x}{axis}" for x in "qkvgo" for axis in "bhn"], *_SHARED)
+
+
+@triton.jit(do_not_specialize=FORWARD_RUNTIME)
+def offsets_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, offsets_ptr, counts_ptr,
+    q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr, row_words_ptr, column_words_ptr,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, pqb, pqh, pkb, pkh, seb, seh,
+    n, heads, group, most, list_stride, begin, stop, q_base, k_base, centre, extra, threshold,
+    scale, softcap, inv_ramp, keep_scale,
+    ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """``offsets_ptr`` int32 ``[lists, most]``, ``counts_ptr`` int32 ``[lists]``; ``list_stride`` is 0 where heads share
+    one list, else 1. Grid ``[ceil(n / ROWS), batch * heads]``."""
+    first = tl.program_id(0) * ROWS
+    line = tl.program_id(1)
+    batch, head = line // heads, line % heads
+    row = first + tl.arange(0, ROWS)
+    inside = (row >= begin) & (row < stop)
+    q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
+    k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + (head // group).to(tl.int64) * skh) * 8
+    v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + (head // group).to(tl.int64) * svh) * 8
+    q0, q1 = load_rows(q_base_ptr, first, sqn * 8, row < n, ROWS, D, D0, D1)
+    q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, row, n, q_base)
+    bias_row = bias_ptr
+    if bias_ptr is not None:
+        bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
+    at = line.to(tl.int64) * n
+    row_word = row
+    if row_words_ptr is not None:
+        row_word = tl.load(row_words_ptr + at + row, mask=row < n, other=0)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc0 = tl.zeros([ROWS, D0], tl.float32)
+    acc1 = tl.zeros([ROWS, D1 if D1 > 0 else 16], tl.float32)
+    for t in range(0, tl.load(counts_ptr + head * list_stride)):
+        offset = tl.load(offsets_ptr + head * list_stride * most + t)
+        key = row - offset
+        keep = inside & (key >= begin) & (key < stop)
+        k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, key, n, k_base)
+        if k_pos_ptr is not None:
+            keep = keep & (k_pos >= 0)
+        k0, k1 = load_rows(k_base_ptr, first - offset, skn * 8, keep, ROWS, D, D0, D1)
+        s = tl.sum(q0.to(tl.float32) * k0.to(tl.float32), 1)
+        if D1 > 0:
+            s += tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1)
+        s, _ = bend_scores(s, q_pos, k_pos, bias_row, centre, extra, scale, softcap, SOFTCAP)
+        gate = 1.0
+        if spans_ptr is not None:
+            span = tl.load(spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh + key, mask=keep, other=0.0)
+            gate, _ = span_gate(q_pos, k_pos, span, inv_ramp)
+            keep = keep & (gate > 0)
+        s = tl.where(keep, s, float("-inf"))
+        new_peak = tl.maximum(peak, s)
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2(s - shift) * gate
+        decay = tl.exp2(peak - shift)
+        total = total * decay + p
+        if row_words_ptr is not None:
+            word = tl.load(column_words_ptr + at + key, mask=keep, other=0)
+            p = tl.where(dropout_kept(row_word, word, threshold), p, 0.0)
+        v0, v1 = load_rows(v_base_ptr, first - offset, svn * 8, keep, ROWS, D, D0, D1)
+        acc0 = acc0 * decay[:, None] + p[:, None] * v0.to(tl.float32)
+        if D1 > 0:
+            acc1 = acc1 * decay[:, None] + p[:, None] * v1.to(tl.float32)
+        peak = new_peak
+    kept = total > 0
+    if q_pos_ptr is not None:
+        kept = kept & (q_pos >= 0)
+    safe = tl.where(kept, total, 1.0)
+    inverse = tl.where(kept, 1.0 / safe, 0.0)
+    if row_words_ptr is not None:
+        inverse = inverse * keep_scale
+    out_base = out_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8
+    store_tile(out_base, first, son * 8, n, acc0 * inverse[:, None], acc1 * inverse[:, None], ROWS, D, D0, D1)
+    lse = tl.where(kept, (peak + tl.log2(safe)) * LN2, float("-inf"))
+    tl.store(lse_ptr + at + row, lse, mask=row < n)
+
+
+@triton.jit
+def pair_gradient(
+    q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_row, row_word, word, centre,
+    extra, threshold, scale, softcap, inv_ramp, keep_scale,
+    D1: tl.constexpr, SOFTCAP: tl.constexpr, HAS_KEYS: tl.constexpr, DROPOUT: tl.constexpr, HAS_SPANS: tl.constexpr,
+):  # fmt: skip
+    """``tile_gradient`` of one key per row."""
+    s = tl.sum(q0.to(tl.float32) * k0.to(tl.float32), 1)
+    dp = tl.sum(g0.to(tl.float32) * v0.to(tl.float32), 1)
+    if D1 > 0:
+        s += tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1)
+        dp += tl.sum(g1.to(tl.float32) * v1.to(tl.float32), 1)
+    return tile_gradient(
+        s, dp, shift, delta, key, key, key, key, q_pos, k_pos, 0, None, begin, stop, begin, span, bias_row, row_word,
+        word, 0, 0, 0, 0, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, 1, 1, SOFTCAP, False, True,
+        True, HAS_KEYS, DROPOUT, HAS_SPANS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=BACKWARD_RUNTIME)
+def offsets_query_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dq_ptr, table_ptr, unit_ptr, offsets_ptr, counts_ptr,
+    q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr, row_words_ptr, column_words_ptr,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sob, soh, son, pqb, pqh, pkb, pkh, seb, seh,
+    n, heads, group, most, list_stride, begin, stop, q_base, k_base, centre, extra, threshold,
+    scale, softcap, inv_ramp, keep_scale,
+    ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """dQ, and the gradient of the distance table as in ``bias_kernel`` (``table_ptr``, ``unit_ptr``). Grid as forward."""
+    first = tl.program_id(0) * ROWS
+    line = tl.program_id(1)
+    batch, head = line // heads, line % heads
+    row = first + tl.arange(0, ROWS)
+    inside = (row >= begin) & (row < stop)
+    k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + (head // group).to(tl.int64) * skh) * 8
+    v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + (head // group).to(tl.int64) * svh) * 8
+    q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
+    g_base_ptr = grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8
+    q0, q1 = load_rows(q_base_ptr, first, sqn * 8, row < n, ROWS, D, D0, D1)
+    g0, g1 = load_rows(g_base_ptr, first, sgn * 8, row < n, ROWS, D, D0, D1)
+    q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, row, n, q_base)
+    at = line.to(tl.int64) * n
+    delta = tl.load(delta_ptr + at + row, mask=row < n, other=0.0)
+    shift = tl.load(shift_ptr + at + row, mask=inside & (row < n), other=float("inf"))
+    bias_row = bias_ptr
+    if bias_ptr is not None:
+        bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
+    row_word = row
+    if row_words_ptr is not None:
+        row_word = tl.load(row_words_ptr + at + row, mask=row < n, other=0)
+    acc0 = tl.zeros([ROWS, D0], tl.float32)
+    acc1 = tl.zeros([ROWS, D1 if D1 > 0 else 16], tl.float32)
+    for t in range(0, tl.load(counts_ptr + head * list_stride)):
+        offset = tl.load(offsets_ptr + head * list_stride * most + t)
+        key = row - offset
+        keep = inside & (key >= begin) & (key < stop)
+        k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, key, n, k_base)
+        k0, k1 = load_rows(k_base_ptr, first - offset, skn * 8, keep, ROWS, D, D0, D1)
+        v0, v1 = load_rows(v_base_ptr, first - offset, svn * 8, keep, ROWS, D, D0, D1)
+        span = None
+        if spans_ptr is not None:
+            span = tl.load(spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh + key, mask=keep, other=0.0)
+        word = key
+        if row_words_ptr is not None:
+            word = tl.load(column_words_ptr + at + key, mask=keep, other=0)
+        _, bent, ds, _ = pair_gradient(
+            q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_row, row_word, word,
+            centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
+            D1, SOFTCAP, k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
+        )  # fmt: skip
+        acc0 += ds[:, None] * k0.to(tl.float32)
+        if D1 > 0:
+            acc1 += ds[:, None] * k1.to(tl.float32)
+        if table_ptr is not None:
+            unit = tl.load(unit_ptr)
+            table_row = table_ptr + head.to(tl.int64) * (2 * centre + 1) + centre
+            bent = tl.where((q_pos >= extra) & (k_pos >= extra), bent, 0.0)
+            if (q_pos_ptr is None) and (k_pos_ptr is None):
+                distance = k_base - q_base - offset
+                fixed = (tl.sum(bent, 0) * unit).to(tl.int64)
+                tl.atomic_add(table_row + distance, fixed, mask=tl.abs(distance) <= centre)
+            else:
+                distance = k_pos - q_pos
+                fixed = (bent * unit).to(tl.int64)
+                tl.atomic_add(table_row + distance, fixed, mask=(fixed != 0) & (tl.abs(distance) <= centre))
+    dq_base = dq_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8
+    store_tile(dq_base, first, son * 8, n, acc0 * scale, acc1 * scale, ROWS, D, D0, D1)
+
+
+@triton.jit(do_not_specialize=BACKWARD_RUNTIME)
+def offsets_key_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dk_ptr, dv_ptr, d_span_ptr, offsets_ptr, counts_ptr,
+    q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr, row_words_ptr, column_words_ptr,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sob, soh, son, pqb, pqh, pkb, pkh, seb, seh,
+    n, heads, group, most, list_stride, begin, stop, q_base, k_base, centre, extra, threshold,
+    scale, softcap, inv_ramp, keep_scale,
+    ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """dK, dV over the query heads of a group, and the spans' gradient by query head, fp32 ``[batch, heads, n]``.
+
+    Grid ``[ceil(n / ROWS), batch * heads / group]``.
+    """
+    first = tl.program_id(0) * ROWS
+    kv_heads = heads // group
+    batch, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+    key = first + tl.arange(0, ROWS)
+    inside = (key >= begin) & (key < stop)
+    k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8
+    v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8
+    k0, k1 = load_rows(k_base_ptr, first, skn * 8, key < n, ROWS, D, D0, D1)
+    v0, v1 = load_rows(v_base_ptr, first, svn * 8, key < n, ROWS, D, D0, D1)
+    dk0 = tl.zeros([ROWS, D0], tl.float32)
+    dv0 = tl.zeros([ROWS, D0], tl.float32)
+    dk1 = tl.zeros([ROWS, D1 if D1 > 0 else 16], tl.float32)
+    dv1 = tl.zeros([ROWS, D1 if D1 > 0 else 16], tl.float32)
+    for member in range(0, group):
+        head = kv_head * group + member
+        at = (batch.to(tl.int64) * heads + head) * n
+        q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
+        g_base_ptr = grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8
+        k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, key, n, k_base)
+        span = None
+        if spans_ptr is not None:
+            at_span = spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh
+            span = tl.load(at_span + key, mask=key < n, other=0.0)
+        word = key
+        if row_words_ptr is not None:
+            word = tl.load(column_words_ptr + at + key, mask=key < n, other=0)
+        bias_row = bias_ptr
+        if bias_ptr is not None:
+            bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
+        d_span = tl.zeros([ROWS], tl.float32)
+        for t in range(0, tl.load(counts_ptr + head * list_stride)):
+            offset = tl.load(offsets_ptr + head * list_stride * most + t)
+            row = key + offset
+            keep = inside & (row >= begin) & (row < stop)
+            q0, q1 = load_rows(q_base_ptr, first + offset, sqn * 8, keep, ROWS, D, D0, D1)
+            g0, g1 = load_rows(g_base_ptr, first + offset, sgn * 8, keep, ROWS, D, D0, D1)
+            delta = tl.load(delta_ptr + at + row, mask=keep, other=0.0)
+            shift = tl.load(shift_ptr + at + row, mask=keep, other=float("inf"))
+            q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, row, n, q_base)
+            row_word = row
+            if row_words_ptr is not None:
+                row_word = tl.load(row_words_ptr + at + row, mask=keep, other=0)
+            p, _, ds, slope = pair_gradient(
+                q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_row, row_word,
+                word, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
+                D1, SOFTCAP, k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
+            )  # fmt: skip
+            dv0 += p[:, None] * g0.to(tl.float32)
+            dk0 += ds[:, None] * q0.to(tl.float32)
+            if D1 > 0:
+                dv1 += p[:, None] * g1.to(tl.float32)
+                dk1 += ds[:, None] * q1.to(tl.float32)
+            if spans_ptr is not None:
+                d_span += slope
+        if spans_ptr is not None:
+            tl.store(d_span_ptr + at + key, d_span, mask=key < n)
+    out = (batch.to(tl.int64) * sob + kv_head.to(tl.int64) * soh) * 8
+    store_tile(dk_ptr + out, first, son * 8, n, dk0 * scale, dk1 * scale, ROWS, D, D0, D1)
+    store_tile(dv_ptr + out, first, son * 8, n, dv0, dv1, ROWS, D, D0, D1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,17 +125,20 @@ def position_spans(grad: Tensor, key: SlotPositions, like: Tensor) -> Tensor:
     return (result.sum(1, keepdim=True) if like.shape[1] == 1 else result).to(like.dtype)
 
 
-def _words(options: ScoreOptions, q_at: SlotPositions, k_at: SlotPositions, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def _words(
+    options: ScoreOptions, q_at: SlotPositions, k_at: SlotPositions, query: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor]:
     """The dropout words of query rows and of key columns, int32 ``[B, H, slots]``."""
     batch, heads, n_q, _ = query.shape
     device = query.device
-    if options.seed is None:
+    seed = options.seed
+    if seed is None:
         raise RuntimeError("dropout needs the seed of the call")
     ids = torch.arange(batch, device=device) if options.sequence_ids is None else options.sequence_ids
     head = torch.arange(heads, device=device) if options.heads is None else torch.tensor(options.heads, device=device)
 
     def words(at: SlotPositions, slots: int, stream: int) -> Tensor:
-        position = at.tensor(slots, device)
-        return dropout_words(options.seed, ids[:, None, None], head[:, None], position, stream=stream).expand(batch, heads, slots).contiguous()  # type: ignore[arg-type]  # noqa: E501
+        word = dropout_words(seed, ids[:, None, None], head[:, None], at.tensor(slots, device), stream=stream)
+        return packed(word.expand(batch, heads, slots))
 
     return words(q_at, n_q, 0), words(k_at, key.shape[2], 1)

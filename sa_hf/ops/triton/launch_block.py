@@ -40,12 +40,21 @@ def block_forward(lists: TileLists, query: Tensor, key: Tensor, value: Tensor, s
         TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK_Q=block_q, BLOCK_K=block_k, **chunks(d),
         **_flags(lists, scores), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    _combine(work, reps, part, part_lse, out, lse, lists.tile_q, lists.query_tiles, list_heads=lists.heads, softmax=True)
+    _combine(
+        work, reps, part, part_lse, out, lse, lists.tile_q, lists.query_tiles, list_heads=lists.heads, softmax=True
+    )
     return out, lse
 
 
 def block_backward(
-    lists: TileLists, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scores: Scores
+    lists: TileLists,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    scores: Scores,
 ) -> Gradients:
     """Exact flash backward of a part; ``out`` and ``lse`` are the merged ones of the plan."""
     query, key, value, grad_out = aligned(query), aligned(key), aligned(value), aligned(grad_out)
@@ -73,7 +82,14 @@ def prepare(query: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scores: S
 
 
 def _query_gradient(
-    lists: TileLists, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, delta: Tensor, shift: Tensor, scores: Scores
+    lists: TileLists,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    delta: Tensor,
+    shift: Tensor,
+    scores: Scores,
 ) -> Tensor:
     batch, heads, _, d = query.shape
     work, config = lists.by_query(), configuration("query", query)
@@ -93,7 +109,14 @@ def _query_gradient(
 
 
 def _key_gradient(
-    lists: TileLists, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, delta: Tensor, shift: Tensor, scores: Scores
+    lists: TileLists,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    delta: Tensor,
+    shift: Tensor,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     batch, heads, _, d = query.shape
     kv_heads, n_k = key.shape[1], key.shape[2]
@@ -116,7 +139,8 @@ def _key_gradient(
         query, key, value, grad_out, delta, shift, dk, dv, d_span, part_k, part_v, part_span,
         **_list_pointers(lists, work), **scores.pointers,
         **strides("q", query), **strides("k", key), **strides("v", value), **strides("g", grad_out), **strides("o", dk),
-        **sizes, **scores.scalars, slots=work.slots, query_tiles=lists.query_tiles, flat=flat, key_tiles=lists.key_tiles,
+        **sizes, **scores.scalars, slots=work.slots, flat=flat,
+        query_tiles=lists.query_tiles, key_tiles=lists.key_tiles,
         TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK_Q=block_q, BLOCK_K=block_k, **chunks(d),
         **_flags(lists, scores), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -132,7 +156,14 @@ def _key_gradient(
 
 
 def _bias_gradient(
-    lists: TileLists, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, delta: Tensor, shift: Tensor, scores: Scores
+    lists: TileLists,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    delta: Tensor,
+    shift: Tensor,
+    scores: Scores,
 ) -> Tensor:
     batch, heads, _, d = query.shape
     bias = scores.options.distance_bias
@@ -147,7 +178,8 @@ def _bias_gradient(
         query, key, value, grad_out, delta, shift, table, unit, **_list_pointers(lists, work), **scores.pointers,
         **strides("q", query), **strides("k", key), **strides("v", value), **strides("g", grad_out),
         **_sizes(lists, query, key, reps), **scores.scalars, query_tiles=lists.query_tiles, key_tiles=lists.key_tiles,
-        TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK=block, **chunks(d), **_flags(lists, scores), ALIGNED=aligned_slots,
+        TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK=block, **chunks(d), **_flags(lists, scores),
+        ALIGNED=aligned_slots,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return (table.double() / unit).to(bias.dtype)
@@ -159,7 +191,9 @@ def bias_table(bias: Tensor, value: Tensor, grad_out: Tensor, scores: Scores) ->
     A row of probabilities sums to at most 1, so no entry passes ``2 * sum_i |grad_out_i| * max_j |v_j|`` (over the
     kept share under dropout): that bound becomes 2**61.
     """
-    bound = grad_out.float().norm(dim=-1).sum() * value.float().norm(dim=-1).amax() * (2.0 * scores.scalars["keep_scale"])
+    bound = (
+        grad_out.float().norm(dim=-1).sum() * value.float().norm(dim=-1).amax() * (2.0 * scores.scalars["keep_scale"])
+    )
     unit = torch.exp2(torch.floor(61.0 - torch.log2(bound.clamp(min=1e-30)))).clamp(max=2.0**100)
     return torch.zeros(bias.shape, dtype=torch.int64, device=bias.device), unit.reshape(1)
 
@@ -180,7 +214,7 @@ def _grid(work: WorkList, subs: int, reps: tuple[int, int]) -> tuple[int]:
 def _partials(
     work: WorkList, reps: tuple[int, int], tile: int, widths: tuple[int, ...], device: torch.device
 ) -> list[Tensor]:
-    """fp32 buffers of the cut lists' pieces; one element where nothing was cut (an argument must not change its type)."""
+    """fp32 buffers of the cut lists' pieces; one element where nothing was cut (an argument never changes its type)."""
     rows = reps[0] * reps[1] * work.slots * tile
     return [torch.empty(max(rows * width, 1), device=device) for width in widths]
 
@@ -200,8 +234,9 @@ def _sizes(lists: TileLists, query: Tensor, key: Tensor, reps: tuple[int, int]) 
         srb = range_heads * slots * columns if range_batch > 1 else 0
         srh = slots * columns if range_heads > 1 else 0
     return {
-        "srb": srb, "srh": srh, "n_q": query.shape[2], "n_k": key.shape[2], "heads": heads, "group": heads // key.shape[1],
-        "list_heads": lists.heads, "rep_heads": reps[0], "reps": reps[0] * reps[1], "left": lists.left, "right": lists.right,
+        "srb": srb, "srh": srh, "n_q": query.shape[2], "n_k": key.shape[2], "heads": heads,
+        "group": heads // key.shape[1], "list_heads": lists.heads, "rep_heads": reps[0], "reps": reps[0] * reps[1],
+        "left": lists.left, "right": lists.right,
     }  # fmt: skip
 
 
