@@ -26,7 +26,7 @@ PURPOSE = {
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One candidate: its kept pairs relative to dense; the dense model's attention mass on them (None: not measured)."""
+    """One candidate: kept pairs relative to dense; the dense model's attention mass on them (None: unmeasured)."""
 
     config: SparseAttentionConfig
     density: float

@@ -1,0 +1,126 @@
+"""The command line, run as a user would: through the typer app, on small inputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+from typer.testing import CliRunner
+
+from sa_hf import patch_model
+from sa_hf.errors import SparseAttentionError
+from sa_hf.tools.cli import app
+from sa_hf.tools.load import parse_options
+
+runner = CliRunner()
+
+
+def run(*words: str) -> str:
+    result = runner.invoke(app, list(words), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    model = patch_model(BertForMaskedLM(config), {"0": "dense", "1-": "bigbird"})
+    folder = tmp_path_factory.mktemp("sparse")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_preview_draws_the_window() -> None:
+    drawn = run("preview", "sliding_window", "--length", "64", "--set", "window=8", "--causal")
+    lines = [line for line in drawn.splitlines() if line.strip()]
+    # A causal window leaves the upper right corner empty and marks the diagonal.
+    assert len(lines) > 8
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_preview_writes_a_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "bigbird.png"
+    run("preview", "bigbird", "--length", "512", "--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_lists_each_layer(checkpoint: Path) -> None:
+    out = run("inspect", str(checkpoint))
+    assert "bigbird" in out
+    assert "BertForMaskedLM" in out
+
+
+def test_inspect_of_a_dense_folder_fails(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    result = runner.invoke(app, ["inspect", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "dense checkpoint" in result.output
+
+
+def test_card_holds_the_loading_line_and_is_not_overwritten(checkpoint: Path) -> None:
+    run("card", str(checkpoint), "--base-model", "tiny")
+    text = (checkpoint / "README.md").read_text()
+    assert "trust_remote_code=True" in text
+    assert "base_model: tiny" in text
+    result = runner.invoke(app, ["card", str(checkpoint)])
+    assert isinstance(result.exception, SparseAttentionError)
+    run("card", str(checkpoint), "--force")
+
+
+def test_summary_of_a_checkpoint(checkpoint: Path) -> None:
+    out = run("summary", str(checkpoint), "--trust-remote-code", "--length", "128")
+    assert "bigbird" in out
+    assert "dense" in out
+
+
+def test_suggest_measures_attention_mass(checkpoint: Path, tmp_path: Path) -> None:
+    out = run("suggest", "minilm", "--length", "4096", "--text", json.__file__, "--tokens", "128")
+    assert "bigbird" in out
+    assert "bidirectional" in out
+
+
+def test_bench_prints_a_speed_up_after_parity() -> None:
+    out = run("bench", "sliding_window", "--length", "256", "--set", "window=32", "--heads", "2", "--head-dim", "16")
+    assert "forward+backward" in out
+    assert "x" in out
+
+
+def test_doctor_finds_an_engine() -> None:
+    out = runner.invoke(app, ["doctor"]).output
+    assert "engine native" in out
+    assert "WRONG" not in out
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        (["window=5"], {"window": 5}),
+        (["segment_length=[2, 4]"], {"segment_length": (2, 4)}),
+        (["kind=fixed"], {"kind": "fixed"}),
+        (["x=null"], {"x": None}),
+        (["r=true"], {"r": True}),
+    ],
+)
+def test_options_are_parsed_as_json(pairs: list[str], expected: dict[str, object]) -> None:
+    assert parse_options(pairs) == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["preview", "bigbrid"],
+        ["preview", "bigbird", "--set", "block_size=48"],
+        ["preview", "bigbird", "--set", "blocksize=64"],
+    ],
+)
+def test_bad_input_is_one_clear_error(words: list[str]) -> None:
+    result = runner.invoke(app, words)
+    assert isinstance(result.exception, SparseAttentionError)
+    assert "bigbird" in str(result.exception)
