@@ -12,8 +12,8 @@ import hashlib
 import importlib.util
 import re
 import sys
-from functools import lru_cache
-from importlib.machinery import ModuleSpec
+from functools import cache, lru_cache
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import TypeGuard
 
 from sa_hf.errors import SparseAttentionError
@@ -123,11 +123,16 @@ def flatten_module(name: str) -> tuple[str, list[str]]:
     return text, imported
 
 
+@cache
 def _find(name: str) -> ModuleSpec | None:
-    try:
+    """Where a module's source is, without importing anything; None where there is no such module."""
+    parent = name.rpartition(".")[0]
+    if not parent:
         return importlib.util.find_spec(name)
-    except ModuleNotFoundError:
+    above = _find(parent)
+    if above is None or above.submodule_search_locations is None:
         return None
+    return PathFinder.find_spec(name, above.submodule_search_locations)
 
 
 def _is_import(node: ast.AST) -> TypeGuard[ast.Import | ast.ImportFrom]:

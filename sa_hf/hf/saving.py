@@ -32,7 +32,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from torch import nn
@@ -56,7 +56,7 @@ def enable_saving(model: PreTrainedModel) -> None:
     saved = getattr(model.config, CONFIG_KEY)
     for module in _models(model):
         vars(module).pop("save_pretrained", None)
-        module.__class__ = sparse_class(type(module))
+        module.__class__ = sparse_class(module.__class__)
         module.config.sa_hf = saved
         module.config.auto_map = auto_map(module.config, type(module).__name__)
         module.config.attn_implementation = REMEDY
@@ -65,7 +65,7 @@ def enable_saving(model: PreTrainedModel) -> None:
 def disable_saving(model: PreTrainedModel) -> None:
     """Undo :func:`enable_saving`; what the model saves from now on is an ordinary checkpoint."""
     for module in _models(model):
-        module.__class__ = dense_class(type(module))
+        module.__class__ = dense_class(module.__class__)
         _clear(module.config)
         # The folder it saves to may hold the sparse checkpoint.
         module.save_pretrained = MethodType(save_pretrained, module)
@@ -116,7 +116,7 @@ class SparseModelMixin:
         """``sa_hf.unpatch_model`` of this model, for where sa_hf is not installed."""
         from sa_hf.hf.patching import unpatch_model
 
-        return unpatch_model(self)
+        return unpatch_model(cast(PreTrainedModel, self))
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         raise SparseAttentionError(
@@ -138,7 +138,7 @@ class SparseModelMixin:
 
 
 @functools.cache
-def sparse_class(cls: type) -> type:
+def sparse_class(cls: Any) -> Any:
     """The sparse class of a Transformers class: a subclass under its name, with its ``forward`` and its config class.
 
     Its ``from_pretrained`` loads a saved sparse model; its constructor takes a config with an ``sa_hf`` key.
@@ -151,7 +151,7 @@ def sparse_class(cls: type) -> type:
     return type(cls.__name__, (SparseModelMixin, cls, *generation), body)
 
 
-def dense_class(cls: type) -> type:
+def dense_class(cls: Any) -> Any:
     """The Transformers class behind a sparse class; any other class as it is."""
     return cls.__bases__[1] if _is_sparse_class(cls) else cls
 
@@ -161,7 +161,7 @@ def _is_sparse_class(cls: type) -> bool:
 
 
 def _new_sparse(cls: type, *inputs: Any) -> Any:
-    made: Any = sparse_class(cls)
+    made = sparse_class(cls)
     return made.__new__(made, *inputs)
 
 
@@ -267,7 +267,7 @@ def _known_names() -> frozenset[str]:
     return frozenset(name for value in values for name in ([value] if isinstance(value, str) else value))
 
 
-def remote_attribute(name: str) -> type:
+def remote_attribute(name: str) -> Any:
     """The sparse class that the remote-code file offers under ``name``, a class name of the Auto mappings.
 
     Raises:

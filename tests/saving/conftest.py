@@ -1,0 +1,100 @@
+"""Tiny models of several families, and a cache of remote code that the test processes do not share."""
+
+import pytest
+import torch
+import transformers.dynamic_module_utils
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def code_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("remote_code"))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        yield folder
+
+
+def llama(**options):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+    config = LlamaConfig(
+        vocab_size=60,
+        num_hidden_layers=3,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **sizes,
+        **options,
+    )
+    return made(LlamaForCausalLM, config)
+
+
+def bert():
+    config = BertConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=32,
+        max_position_embeddings=128,
+        num_labels=3,
+    )
+    return made(BertForSequenceClassification, config)
+
+
+def bart():
+    config = BartConfig(
+        vocab_size=60,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=128,
+    )
+    return made(BartForConditionalGeneration, config)
+
+
+def t5():
+    config = T5Config(
+        vocab_size=60, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+    )
+    return made(T5ForConditionalGeneration, config)
+
+
+FAMILIES = {"llama": llama, "bert": bert, "bart": bart, "t5": t5}
+
+
+def made(cls, config):
+    torch.manual_seed(0)
+    return cls(config).eval()
+
+
+def inputs(model, length=80, batch=2):
+    """A ragged batch, the same at every call."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 60, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, length // 2 :] = 0
+    given = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = torch.randint(3, 60, (batch, 50), generator=generator)
+    return given
+
+
+@torch.no_grad()
+def output(model, given):
+    """The first tensor that the model returns."""
+    return model(**given)[0]
