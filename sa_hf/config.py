@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
@@ -134,6 +134,11 @@ class SparseAttentionConfig:
 
     def check_layer(self, spec: LayerSpec) -> None:
         """Raise ``SparseAttentionError`` where this pattern cannot serve the layer (before anything is changed)."""
+
+    def check_layers(self, specs: Sequence[LayerSpec]) -> None:
+        """Check all the layers of one stack that get this configuration; raises as :meth:`check_layer`, and warns."""
+        for spec in specs:
+            self.check_layer(spec)
 
     def build(self, spec: LayerSpec) -> SparseAttention:
         """The module that runs this pattern in one attention layer; it holds the learned state, if any."""

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sa_hf.ops.parts import BAND, FULL, Band, BlockPart, Index, OffsetsPart, Part, SegmentPart
+from sa_hf.ops.parts import FULL, Band, BlockLayout, BlockPart, Index, OffsetsPart, Part, SegmentPart
+
+# Partial tiles counted at once: bounds the memory of a long plan (64 rows each).
+TILES_AT_ONCE = 1 << 16
 
 
 def row_counts(parts: Sequence[Part], query_length: int, num_heads: int, device: torch.device | str = "cpu") -> Tensor:
@@ -33,8 +36,9 @@ def _slot_counts(part: Part, device: torch.device | str) -> Tensor:
         inside = (i >= part.begin) & (i < part.stop)
         rows = []
         for offsets in part.offsets:
-            j = i[:, None] - torch.tensor(offsets, dtype=torch.int64, device=device)
-            rows.append(((j >= part.begin) & (j < part.stop)).sum(1) * inside)
+            ordered = torch.tensor(sorted(offsets), dtype=torch.int64, device=device)
+            reached = torch.searchsorted(ordered, i - part.begin, right=True)
+            rows.append((reached - torch.searchsorted(ordered, i - part.stop, right=True)) * inside)
         return torch.stack(rows)
     if isinstance(part, SegmentPart):
         return _segment_counts(part, device)
@@ -82,19 +86,25 @@ def _band_counts(band: Band, i: Tensor, first: Tensor, size: Tensor) -> Tensor:
 def _block_counts(part: BlockPart, device: torch.device | str) -> Tensor:
     layout = part.layout
     rows = torch.repeat_interleave(torch.arange(len(layout.row_start) - 1, device=device), layout.row_start.diff())
-    query_block = rows % layout.num_query_blocks
-    slot = query_block[:, None] * layout.block_q + torch.arange(layout.block_q, device=device)
-    first = layout.columns.long()[:, None] * layout.block_k
-    size = (layout.key_slots - first).clamp(0, layout.block_k)
-    counts = torch.where(layout.kind[:, None] == FULL, size.expand_as(slot), 0)
-    banded = layout.kind == BAND
-    counts[banded] = _band_counts(layout.band, slot[banded], first[banded], size[banded])
-    masked = layout.kind >= 0
-    if bool(masked.any()):
-        counts[masked] = layout.masks.sum(-1)[layout.kind[masked].long()]
-    total = torch.zeros(len(layout.row_start) - 1, layout.block_q, dtype=torch.int64, device=device)
-    total.index_add_(0, rows, counts)
+    whole = layout.kind == FULL
+    sizes = (layout.key_slots - layout.columns[whole].long() * layout.block_k).clamp(0, layout.block_k)
+    full = torch.zeros(len(layout.row_start) - 1, dtype=torch.int64, device=device).index_add_(0, rows[whole], sizes)
+    total = full[:, None].repeat(1, layout.block_q)
+    mask_counts = layout.masks.sum(-1)
+    for at in torch.split(torch.nonzero(~whole).flatten(), TILES_AT_ONCE):
+        total.index_add_(0, rows[at], _partial_counts(layout, at, rows[at], mask_counts))
     return total.view(layout.batch, layout.heads, -1)[0, :, : layout.query_slots]
+
+
+def _partial_counts(layout: BlockLayout, at: Tensor, rows: Tensor, mask_counts: Tensor) -> Tensor:
+    """Keys per query slot of the partial tiles ``at``, int64 ``[tiles, block_q]``."""
+    slot = (rows % layout.num_query_blocks)[:, None] * layout.block_q + torch.arange(layout.block_q, device=at.device)
+    first = layout.columns[at].long()[:, None] * layout.block_k
+    size = (layout.key_slots - first).clamp(0, layout.block_k)
+    counts = _band_counts(layout.band, slot, first.expand_as(slot), size.expand_as(slot))
+    masked = layout.kind[at] >= 0
+    counts[masked] = mask_counts[layout.kind[at][masked].long()]
+    return counts
 
 
 def kept_pairs(parts: Sequence[Part], query_length: int, num_heads: int) -> int:

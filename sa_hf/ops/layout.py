@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,6 +72,15 @@ def build_layout(
         query_slots, key_slots, block, block, 1, heads, row_start, kb.to(torch.int32), kind, masks,
         band=slot_band if natural else Band(),
     )  # fmt: skip
+
+
+def on_heads(layout: BlockLayout, heads: Sequence[int], num_heads: int) -> BlockLayout:
+    """A layout of one list as one of ``num_heads`` lists: that list on the given heads, no tile on the others."""
+    rows = torch.zeros(num_heads, layout.num_query_blocks, dtype=torch.int64, device=layout.row_start.device)
+    rows[list(heads)] = layout.row_start.diff()
+    row_start = torch.nn.functional.pad(rows.flatten().cumsum(0), (1, 0))
+    columns, kind = layout.columns.repeat(len(heads)), layout.kind.repeat(len(heads))
+    return replace(layout, heads=num_heads, row_start=row_start, columns=columns, kind=kind)
 
 
 def _tile_keys(

@@ -5,6 +5,7 @@ from sa_hf.patterns.dense import DenseAttentionConfig
 from sa_hf.patterns.expire_span import ExpireSpanAttentionConfig
 from sa_hf.patterns.logsparse import LogSparseAttentionConfig
 from sa_hf.patterns.longnet import LongNetAttentionConfig
+from sa_hf.patterns.routing import RoutingAttentionConfig
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
 from sa_hf.patterns.sparse_transformer import SparseTransformerAttentionConfig
 from sa_hf.patterns.sparsebert import SparseBertAttentionConfig
@@ -16,6 +17,7 @@ __all__ = [
     "ExpireSpanAttentionConfig",
     "LogSparseAttentionConfig",
     "LongNetAttentionConfig",
+    "RoutingAttentionConfig",
     "SlidingWindowAttentionConfig",
     "SparseBertAttentionConfig",
     "SparseTransformerAttentionConfig",

@@ -58,8 +58,6 @@ class LogSparseAttentionConfig(StaticPatternConfig):
         return table.to(distance.device)[distance]
 
     def plan(self, geometry: Geometry, device: torch.device) -> list[Part]:
-        if geometry.query_offset:
-            return self.block_plan(geometry, device, self.candidates(geometry))
         offsets = self._offsets(geometry)
         return [OffsetsPart(geometry.key_length, (offsets,))] if offsets else []
 

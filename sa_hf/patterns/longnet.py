@@ -47,16 +47,17 @@ class LongNetAttentionConfig(StaticPatternConfig):
     def validate(self) -> None:
         for field in ("segment_length", "dilated_ratio"):
             object.__setattr__(self, field, _increasing(field, getattr(self, field)))
+        lengths = self.segment_length, self.dilated_ratio
         if len(self.segment_length) != len(self.dilated_ratio):
             raise SparseAttentionError(
                 f"longnet.segment_length={list(self.segment_length)} and dilated_ratio={list(self.dilated_ratio)} must "
-                f"have one entry per branch each; nearest: the first {min(len(self.segment_length), len(self.dilated_ratio))}"
+                f"have one entry per branch each; nearest: the first {min(map(len, lengths))} of both"
             )
         check_choice(self, "head_offset", ("modulo", "grouped"))
         if self.dilated_ratio[0] != 1:
             warnings.warn(
-                f"longnet.dilated_ratio={list(self.dilated_ratio)} has no branch with ratio 1: positions that no branch "
-                "keeps attend nothing and give 0",
+                f"longnet.dilated_ratio={list(self.dilated_ratio)} has no branch with ratio 1: positions that no "
+                "branch keeps attend nothing and give 0",
                 stacklevel=2,
             )
 
@@ -101,7 +102,9 @@ class LongNetAttentionConfig(StaticPatternConfig):
             # Queries that are the end of a sequence begin inside a segment: the rest of it is a part of its own.
             whole = -(-geometry.query_offset // w) * w
             if geometry.query_offset < whole:
-                parts.append(self._segments(w, r, geometry, geometry.query_offset, min(whole, geometry.key_length), device))
+                parts.append(
+                    self._segments(w, r, geometry, geometry.query_offset, min(whole, geometry.key_length), device)
+                )
             if whole < geometry.key_length:
                 parts.append(self._segments(w, r, geometry, whole, geometry.key_length, device))
         return [part for part in parts if part is not None]

@@ -43,8 +43,8 @@ class StarAttentionConfig(StaticPatternConfig):
     def check_layer(self, spec: LayerSpec) -> None:
         if self.relay == "virtual" and spec.causal:
             raise SparseAttentionError(
-                f"star.relay='virtual' in causal layer {spec.layer_idx}: the virtual relay attends everything and serves "
-                "encoders only; nearest: relay='token'"
+                f"star.relay='virtual' in causal layer {spec.layer_idx}: the virtual relay attends everything and "
+                "serves encoders only; nearest: relay='token'"
             )
 
     def allowed(self, head: Tensor, i: Tensor, j: Tensor, geometry: Geometry) -> Tensor:
@@ -58,8 +58,6 @@ class StarAttentionConfig(StaticPatternConfig):
         return self.ring and not causal
 
     def plan(self, geometry: Geometry, device: torch.device) -> list[Part]:
-        if geometry.query_offset:
-            return self.block_plan(geometry, device, self.candidates(geometry))
         n, band = geometry.key_length, geometry.full_band
         first, last = self._satellites(geometry)
         before = n if band.left is None else band.left
@@ -86,9 +84,7 @@ class StarAttentionConfig(StaticPatternConfig):
         rectangles = [(0, first, 0, geometry.key_length), (0, geometry.key_length, 0, first)]
         if self._closed(geometry):
             rectangles += [(first, first + 1, last, last + 1), (last, last + 1, first, first + 1)]
-        return torch.cat(
-            [band_tiles(geometry, Band(1, 1)), tiles_of(geometry, 0, *torch.tensor(rectangles).unbind(1))]
-        )
+        return torch.cat([band_tiles(geometry, Band(1, 1)), tiles_of(geometry, 0, *torch.tensor(rectangles).unbind(1))])
 
     def row_keys(self, head: int, position: int, geometry: Geometry) -> Tensor:
         first, last = self._satellites(geometry)
