@@ -1,4 +1,4 @@
-"""Training with the Hugging Face ``Trainer``: a callback for any of them, and a Trainer that needs no further set-up."""
+"""Training with the Hugging Face ``Trainer``: a callback for any of them, and one set up whole."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def training_figures(model: nn.Module) -> dict[str, float]:
 
 
 class SparseAttentionCallback(TrainerCallback):
-    """For any ``Trainer``: logs auxiliary losses and figures as figures of their own, and moves what learns by counting.
+    """For any ``Trainer``: logs auxiliary losses and figures as figures of their own, and moves centroids.
 
-    Routing's centroids move once per optimizer step, after it: an update inside a forward that is recomputed under
+    Centroids (Routing) move once per optimizer step, after it: an update inside a forward that is recomputed under
     gradient checkpointing would give wrong gradients.
     """
 
@@ -68,6 +68,8 @@ class SparseTrainer(Trainer):
     Args:
         sparse_lr: learning rate of the learned sparse state; the scheduler scales it along with the other rate.
     """
+
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(self, *args: Any, sparse_lr: float = DEFAULT_SPARSE_LR, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

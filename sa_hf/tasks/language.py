@@ -18,7 +18,7 @@ def token_chunks(texts: Iterable[str], tokenizer: Any, length: int, limit: int |
     """Chunks of exactly ``length`` tokens: texts one after the other, ended by the tokenizer's end token if it has one.
 
     Every chunk of a tokenizer with a start token (BERT's [CLS], Llama's <s>) begins with it. Stops after ``limit``
-    chunks; the rest that fills no chunk is left out. Rows are ``{"input_ids": list[int], "attention_mask": list[int]}``.
+    chunks; the rest that fills no chunk is left out. Rows are ``{"input_ids", "attention_mask"}``, lists of integers.
     """
     start = _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
     end = _first(tokenizer.sep_token_id, tokenizer.eos_token_id)

@@ -26,7 +26,9 @@ def quantile_loss(predicted: Tensor, target: Tensor, quantile: float) -> float:
         SparseAttentionError: shapes that differ, a quantile outside (0, 1), or targets that are all 0.
     """
     if predicted.shape != target.shape:
-        raise SparseAttentionError(f"predicted {tuple(predicted.shape)} and target {tuple(target.shape)} must have one shape")
+        raise SparseAttentionError(
+            f"predicted {tuple(predicted.shape)} and target {tuple(target.shape)} must have one shape"
+        )
     if not 0 < quantile < 1:
         raise SparseAttentionError(f"quantile={quantile} must lie in (0, 1); usual: 0.5 and 0.9")
     scale = target.double().abs().sum()
@@ -41,12 +43,12 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < MAX_PERPLEXITY_LOSS else math.inf
 
 
-def accuracy(logits: Tensor, labels: Tensor, ignored: int = -100) -> float:
-    """Share of positions where the highest logit is the label: ``logits [..., classes]``, ``labels [...]`` integer.
+def accuracy(classes: Tensor, labels: Tensor, ignored: int = -100) -> float:
+    """Share of positions where the predicted class is the label; integers of one shape.
 
     Positions with the label ``ignored`` do not count; NaN where none is left.
     """
     counted = labels != ignored
-    right = (logits.argmax(-1) == labels) & counted
+    right = (classes == labels) & counted
     total = int(counted.sum())
     return int(right.sum()) / total if total else math.nan

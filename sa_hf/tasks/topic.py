@@ -47,8 +47,8 @@ class TopicTask:
         others = self.sections - self.majority
         if not (2 <= self.majority <= self.sections and others < len(self.topics)):
             raise SparseAttentionError(
-                f"majority={self.majority} of {self.sections} sections must lie in [2, {self.sections}] and leave at "
-                f"most {len(self.topics) - 1} to the other topics; nearest: {max(2, self.sections - len(self.topics) + 1)}"
+                f"majority={self.majority} of {self.sections} sections must be at least 2 and leave at most "
+                f"{len(self.topics) - 1} to the other topics; nearest: {max(2, self.sections - len(self.topics) + 1)}"
             )
 
     def documents(self, split: Split, count: int, seed: int = 0) -> list[dict[str, Any]]:

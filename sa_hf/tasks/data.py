@@ -1,0 +1,249 @@
+"""Data for the scripts: the embedded corpus, synthetic tasks, local files and hub data sets, as rows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sa_hf.errors import SparseAttentionError
+from sa_hf.tasks.language import stdlib_texts, token_chunks
+from sa_hf.tasks.metrics import accuracy
+from sa_hf.tasks.synthetic import CorridorTask, MaskedSummationTask
+from sa_hf.tasks.topic import TopicTask
+
+Rows = Sequence[dict[str, Any]]
+STDLIB, SECTIONS, CORRIDOR, SUMMATION = "stdlib", "stdlib-sections", "corridor", "summation"
+CLASSIFICATION = "sequence-classification"
+# Where the source of rows has no end of its own.
+DEFAULT_TRAIN_ROWS, DEFAULT_EVALUATION_ROWS = 256, 64
+MASKED_SHARE = 0.15
+_LOADERS = {
+    ".txt": "text",
+    ".md": "text",
+    ".py": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
+_TEXT_COLUMNS = ("text", "content", "sentence", "document", "code")
+_LABEL_COLUMNS = ("label", "labels", "class", "target")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows before tokenizing: ``{"text"}`` with ``"label"`` for classification, or ready ``{"input_ids", ...}``.
+
+    ``labels`` are the class names; ``vocab_size`` is set for synthetic token ids, which a freshly made model reads.
+    """
+
+    train: Rows
+    evaluation: Rows
+    labels: list[str] | None = None
+    vocab_size: int | None = None
+
+
+def load_source(
+    task: str,
+    dataset: str,
+    *,
+    max_length: int,
+    dataset_config: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    train_rows: int | None = None,
+    evaluation_rows: int | None = None,
+    seed: int = 0,
+) -> Source:
+    """Find the rows of a data set.
+
+    Args:
+        dataset: "stdlib" (the embedded corpus), "stdlib-sections" (its excerpts one by one, for classification),
+            "corridor", "summation", a local text/json/parquet/csv file or a folder of such, or a hub name.
+        train_rows, evaluation_rows: at most so many rows; None is all, or 256 and 64 where rows are made.
+
+    Raises:
+        SparseAttentionError: the data set does not serve the task, or a column is missing.
+    """
+    train, evaluation = train_rows or DEFAULT_TRAIN_ROWS, evaluation_rows or DEFAULT_EVALUATION_ROWS
+    if dataset == CORRIDOR:
+        _needs(task, "causal-lm", dataset)
+        corridor = CorridorTask(length=max_length)
+        return Source(corridor.rows(train, seed), corridor.rows(evaluation, seed + 1), vocab_size=corridor.vocab_size)
+    if dataset == SUMMATION:
+        _needs(task, CLASSIFICATION, dataset)
+        summation = MaskedSummationTask(length=max_length - 1)
+        names = [str(i) for i in range(summation.num_labels)]
+        rows, held_out = summation.rows(train, seed), summation.rows(evaluation, seed + 1)
+        return Source(rows, held_out, names, summation.vocab_size)
+    if dataset == SECTIONS:
+        _needs(task, CLASSIFICATION, dataset)
+        topic = TopicTask()
+        rows = topic.single_sections("train", train, seed)
+        held_out = topic.single_sections("evaluation", evaluation, seed)
+        return Source(rows, held_out, list(topic.topics))
+    if dataset == STDLIB:
+        if task == CLASSIFICATION:
+            topic = TopicTask()
+            rows, held_out = topic.documents("train", train, seed), topic.documents("evaluation", evaluation, seed)
+            return Source(rows, held_out, list(topic.topics))
+        return Source([{"text": t} for t in stdlib_texts("train")], [{"text": t} for t in stdlib_texts("evaluation")])
+    return _from_datasets(task, dataset, dataset_config, text_column, label_column, (train_rows, evaluation_rows), seed)
+
+
+def tokenize(
+    source: Source, task: str, tokenizer: Any, max_length: int, train_rows: int | None, evaluation_rows: int | None
+) -> tuple[Rows, Rows]:
+    """Rows of token ids for the Trainer, at most ``max_length``: chunks for language models, else documents."""
+    if source.vocab_size is not None:
+        return source.train, source.evaluation
+    if task == CLASSIFICATION:
+        return _documents(source.train, tokenizer, max_length), _documents(source.evaluation, tokenizer, max_length)
+    limits = train_rows or DEFAULT_TRAIN_ROWS, evaluation_rows or DEFAULT_EVALUATION_ROWS
+    chunks = []
+    for rows, limit, split in zip((source.train, source.evaluation), limits, ("training", "evaluation"), strict=True):
+        found = token_chunks((r["text"] for r in rows), tokenizer, max_length, limit)
+        if not found:
+            raise SparseAttentionError(
+                f"the {split} texts fill no chunk of max_length={max_length} tokens; choose a shorter max_length"
+            )
+        chunks.append(found)
+    return chunks[0], chunks[1]
+
+
+def collator(task: str, tokenizer: Any, seed: int = 0) -> Callable[[list[dict[str, Any]]], Any]:
+    """What makes a batch: padding, labels, and for masked language models the masks."""
+    import transformers
+
+    batch: Callable[[list[dict[str, Any]]], Any] = _causal_batch
+    if task == "masked-lm":
+        batch = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED_SHARE, seed=seed)
+    elif task == CLASSIFICATION:
+        batch = transformers.DataCollatorWithPadding(tokenizer)
+    return batch
+
+
+def metrics_of(task: str) -> tuple[Callable[[Any], dict[str, float]] | None, Callable[[Any, Any], Tensor] | None]:
+    """The Trainer's ``compute_metrics`` and ``preprocess_logits_for_metrics``: accuracy, from the classes predicted."""
+    if task == "causal-lm":
+        return None, None
+
+    def compute(prediction: Any) -> dict[str, float]:
+        return {"accuracy": accuracy(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))}
+
+    return compute, lambda logits, labels: (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def _causal_batch(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    # Rows are chunks of one length, so there is nothing to pad; the model shifts the labels.
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    batch.setdefault("labels", batch["input_ids"].clone())
+    return batch
+
+
+def _documents(rows: Rows, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    encoded = tokenizer([r["text"] for r in rows], truncation=True, max_length=max_length)
+    return [{name: encoded[name][i] for name in encoded} | {"labels": int(row["label"])} for i, row in enumerate(rows)]
+
+
+def _needs(task: str, wanted: str, dataset: str) -> None:
+    if task != wanted:
+        raise SparseAttentionError(f"dataset {dataset!r} serves task {wanted!r}, not {task!r}; use --task {wanted}")
+
+
+def _from_datasets(
+    task: str,
+    dataset: str,
+    dataset_config: str | None,
+    text_column: str | None,
+    label_column: str | None,
+    limits: tuple[int | None, int | None],
+    seed: int,
+) -> Source:
+    splits = _load_splits(dataset, dataset_config, task)
+    train = splits["train"]
+    held_out = next((splits[name] for name in ("validation", "dev", "test") if name in splits), None)
+    if held_out is None:
+        cut = train.train_test_split(test_size=0.1, seed=seed)
+        train, held_out = cut["train"], cut["test"]
+    text = _column(train.column_names, text_column, _TEXT_COLUMNS, "text_column")
+    parts = [d.select(range(min(len(d), n or len(d)))) for d, n in zip((train, held_out), limits, strict=True)]
+    if task != CLASSIFICATION:
+        # The limits count chunks here, which are cut later: texts are read lazily until there are enough.
+        return Source(_Texts(train, text), _Texts(held_out, text))
+    label = _column(train.column_names, label_column, _LABEL_COLUMNS, "label_column")
+    names = getattr(train.features[label], "names", None)
+    if names is None:
+        values = sorted(set(train[label]))
+        names, index = [str(v) for v in values], {v: i for i, v in enumerate(values)}
+    else:
+        index = {i: i for i in range(len(names))}
+    try:
+        rows = [[{"text": r[text], "label": index[r[label]]} for r in d] for d in parts]
+    except KeyError as unknown:
+        raise SparseAttentionError(
+            f"label {unknown} of the evaluation rows does not occur in training: {names}"
+        ) from None
+    return Source(rows[0], rows[1], list(names))
+
+
+class _Texts(Sequence[dict[str, Any]]):
+    """One column of a data set as rows ``{"text"}``, read when asked for."""
+
+    def __init__(self, dataset: Any, column: str) -> None:
+        self.dataset, self.column = dataset, column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        return {"text": self.dataset[index][self.column]}
+
+
+def _load_splits(dataset: str, dataset_config: str | None, task: str) -> Any:
+    import datasets
+
+    path = Path(dataset)
+    if not path.exists():
+        return datasets.load_dataset(dataset, dataset_config)
+    files = sorted(p for p in path.rglob("*") if p.suffix in _LOADERS) if path.is_dir() else [path]
+    kinds = {_LOADERS.get(p.suffix) for p in files}
+    if len(kinds) != 1 or None in kinds:
+        raise SparseAttentionError(
+            f"{dataset!r} holds {sorted({p.suffix for p in files}) or 'no file'}; "
+            f"give files of one kind, of {sorted(_LOADERS)}"
+        )
+    kind = kinds.pop()
+    options = {"sample_by": "document"} if kind == "text" else {}
+    if kind == "text" and task == CLASSIFICATION:
+        raise SparseAttentionError(
+            f"{dataset!r} is plain text without labels; classification needs json, parquet or csv"
+        )
+    return datasets.load_dataset(kind, data_files=_by_split(files), **options)
+
+
+def _by_split(files: Sequence[Path]) -> dict[str, list[str]]:
+    """Files named like a split ("validation.jsonl", "test-0.parquet") are that split; all others are for training."""
+    splits: dict[str, list[str]] = {}
+    for path in files:
+        split = next((s for s in ("validation", "dev", "test") if path.stem.startswith(s)), "train")
+        splits.setdefault(split, []).append(str(path))
+    if "train" not in splits:
+        splits = {"train": [str(p) for p in files]}
+    return splits
+
+
+def _column(columns: Sequence[str], wanted: str | None, usual: Sequence[str], flag: str) -> str:
+    if wanted is not None and wanted not in columns:
+        raise SparseAttentionError(f"{flag}={wanted!r} is not a column; columns: {list(columns)}")
+    found = wanted or next((c for c in usual if c in columns), None)
+    if found is None:
+        raise SparseAttentionError(
+            f"none of the usual columns {list(usual)} is there; set {flag} to one of {list(columns)}"
+        )
+    return found

@@ -1,0 +1,70 @@
+"""Flags shared by the scripts: a YAML file under the command line, and the choice of task and data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sa_hf.config import did_you_mean
+from sa_hf.errors import SparseAttentionError
+from sa_hf.tasks.models import AUTO_CLASSES
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that name task and data, the same in every script."""
+    data = parser.add_argument_group("task and data")
+    data.add_argument("--task", default="masked-lm", choices=sorted(AUTO_CLASSES))
+    data.add_argument(
+        "--dataset",
+        default="stdlib",
+        help="stdlib (embedded), corridor, summation, a local file or folder, or a hub name",
+    )
+    data.add_argument("--dataset_config", help="configuration of a hub data set")
+    data.add_argument("--text_column", help="default: text, content, ...")
+    data.add_argument("--label_column", help="default: label, labels, ...")
+    data.add_argument("--train_rows", type=int, help="at most so many rows for training")
+    data.add_argument("--eval_rows", type=int, help="at most so many rows for evaluation")
+    data.add_argument("--max_length", type=int, default=512, help="tokens per row")
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, pairs: Sequence[str] = ()
+) -> argparse.Namespace:
+    """Flags over the values of the YAML file ``--config`` over the defaults.
+
+    Args:
+        pairs: names of repeated ``FIELD=VALUE`` flags; in the file they may be mappings. Those of the command line
+            come behind the file's, and so win.
+
+    Raises:
+        SparseAttentionError: the file is no mapping, or has a key that is no flag.
+    """
+    import yaml
+
+    argv = sys.argv[1:] if argv is None else argv
+    given = parser.parse_args(argv)
+    if given.config is None:
+        return given
+    values = yaml.safe_load(Path(given.config).read_text()) or {}
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    if not isinstance(values, dict):
+        raise SparseAttentionError(f"{given.config} must hold a mapping of flags to values, not {values!r}")
+    for name in values:
+        if name not in known:
+            raise SparseAttentionError(
+                f"{given.config}: unknown flag {name!r}{did_you_mean(name, known)}; flags: {sorted(known)}"
+            )
+    from_file = {name: _as_pairs(values.pop(name, [])) for name in pairs}
+    parser.set_defaults(**values)
+    args = parser.parse_args(argv)
+    for name, before in from_file.items():
+        setattr(args, name, [*before, *getattr(args, name)])
+    return args
+
+
+def _as_pairs(value: Any) -> list[str]:
+    return [f"{field}={json.dumps(v)}" for field, v in value.items()] if isinstance(value, dict) else list(value)

@@ -1,0 +1,127 @@
+"""Models and tokenizers for the scripts: pretrained ones by name or folder, and freshly initialised toys for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sa_hf.config import did_you_mean
+from sa_hf.errors import SparseAttentionError
+
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+}
+# Freshly initialised, for tests: they read bytes, so no vocabulary file is needed.
+TOYS = ("tiny-llama", "tiny-gpt2", "tiny-bert")
+_TOY_SIZE = {"hidden": 64, "layers": 2, "heads": 4, "intermediate": 128}
+
+
+def load_for_task(
+    name: str,
+    task: str,
+    *,
+    max_length: int,
+    labels: list[str] | None = None,
+    vocab_size: int | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A model with the task's head, and its tokenizer.
+
+    Args:
+        name: a hub name, a folder, "minilm" (the embedded pretrained BERT) or one of ``TOYS``.
+        max_length: tokens per row; a toy is made for it.
+        labels: the class names, for classification.
+        vocab_size: of a toy on synthetic token ids (None: bytes).
+        model_options: fields of the model's config to set before it is made or loaded.
+
+    Raises:
+        SparseAttentionError: the task, or a field of ``model_options``, is unknown.
+    """
+    import transformers
+
+    auto_class = auto_class_of(task)
+    options = dict(model_options or {})
+    if labels is not None:
+        options |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if name in TOYS:
+        tokenizer = transformers.ByT5Tokenizer(mask_token="<extra_id_0>", model_max_length=max_length)
+        config = _toy_config(name, vocab_size or len(tokenizer), max_length, options)
+        return auto_class.from_config(config), tokenizer
+    from sa_hf.tools.load import resolve
+
+    folder = resolve(name)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _set(config, options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    model = auto_class.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
+    return model, tokenizer
+
+
+def auto_class_of(task: str) -> Any:
+    """The Auto class of a task; raises ``SparseAttentionError`` for an unknown task."""
+    import transformers
+
+    if task not in AUTO_CLASSES:
+        raise SparseAttentionError(
+            f"unknown task {task!r}{did_you_mean(task, AUTO_CLASSES)}; tasks: {sorted(AUTO_CLASSES)}"
+        )
+    return getattr(transformers, AUTO_CLASSES[task])
+
+
+def _set(config: Any, options: Mapping[str, Any]) -> None:
+    for field, value in options.items():
+        if not hasattr(config, field):
+            known = sorted(config.to_dict())
+            raise SparseAttentionError(
+                f"{type(config).__name__} has no field {field!r}{did_you_mean(field, known)}; fields: {known}"
+            )
+        setattr(config, field, value)
+
+
+def _toy_config(name: str, vocab_size: int, max_length: int, options: Mapping[str, Any]) -> Any:
+    import transformers
+
+    size = _TOY_SIZE
+    if name == "tiny-llama":
+        config: Any = transformers.LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=size["hidden"],
+            intermediate_size=size["intermediate"],
+            num_hidden_layers=size["layers"],
+            num_attention_heads=size["heads"],
+            num_key_value_heads=size["heads"] // 2,
+            max_position_embeddings=max_length,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    elif name == "tiny-gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=vocab_size,
+            n_embd=size["hidden"],
+            n_layer=size["layers"],
+            n_head=size["heads"],
+            n_positions=max_length,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    else:
+        config = transformers.BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=size["hidden"],
+            intermediate_size=size["intermediate"],
+            num_hidden_layers=size["layers"],
+            num_attention_heads=size["heads"],
+            max_position_embeddings=max_length,
+            pad_token_id=0,
+        )
+    _set(config, options)
+    return config

@@ -1,0 +1,97 @@
+"""Proof that a saved model loads as what was trained: the same outputs, bit for bit, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sa_hf.errors import SparseAttentionError
+
+# What a launcher sets for its ranks; the verifying process is alone.
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+
+
+def outputs_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The logits of a model in evaluation mode, on the CPU, of whatever shape its head gives."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        logits: Tensor = model(**{name: x.to(device) for name, x in batch.items()}).logits
+    model.train(was_training)
+    return logits.float().cpu()
+
+
+def verify_reload(model: Any, folder: str | Path, task: str, batch: dict[str, Tensor], *, fresh: bool = True) -> None:
+    """Load ``folder`` through the task's Auto class with ``trust_remote_code=True`` and compare with ``model``.
+
+    Args:
+        model: what was saved.
+        batch: inputs without labels; a few rows are enough.
+        fresh: load in a new Python process, as a user would; else in this one.
+
+    Raises:
+        SparseAttentionError: the loaded model gives other outputs, or does not load.
+    """
+    expected = outputs_of(model, batch)
+    device = str(next(model.parameters()).device)
+    if not fresh:
+        compare(folder, task, batch, expected, device)
+        return
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = str(Path(scratch) / "expected.safetensors")
+        inputs = {f"input.{name}": x.cpu().contiguous() for name, x in batch.items()}
+        save_file({**inputs, "expected": expected.contiguous()}, path)
+        # The same number of threads: sums over another number of them differ in the last bit.
+        environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER}
+        environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+        command = [sys.executable, "-m", "sa_hf.tasks.verify", str(folder), task, path, device]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SparseAttentionError(
+            f"the saved model in {folder} could not be verified: {result.stderr.strip()[-2000:]}"
+        )
+
+
+def load_saved(folder: str | Path, task: str) -> Any:
+    """A saved model through the task's Auto class; a folder with an adapter is loaded with its patched base."""
+    from sa_hf.tasks.models import auto_class_of
+
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import PeftConfig, PeftModel
+
+        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        return PeftModel.from_pretrained(auto_class_of(task).from_pretrained(base, trust_remote_code=True), str(folder))
+    return auto_class_of(task).from_pretrained(str(folder), trust_remote_code=True)
+
+
+def compare(folder: str | Path, task: str, batch: dict[str, Tensor], expected: Tensor, device: str) -> None:
+    """Raise ``SparseAttentionError`` where the model in ``folder`` does not give ``expected``, bit for bit."""
+    found = outputs_of(load_saved(folder, task).to(device), batch)
+    if found.shape != expected.shape or not torch.equal(found, expected):
+        difference = (found - expected).abs().max().item() if found.shape == expected.shape else float("nan")
+        raise SparseAttentionError(
+            f"the model loaded from {folder} differs from the one saved: largest difference {difference:.3e}, "
+            f"shapes {tuple(found.shape)} and {tuple(expected.shape)}"
+        )
+
+
+def main(folder: str, task: str, path: str, device: str) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    expected = tensors.pop("expected")
+    compare(folder, task, {name.removeprefix("input."): x for name, x in tensors.items()}, expected, device)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""Evaluate a saved model, sparse or dense, and print its figures as JSON.
+
+    python scripts/evaluate.py --model runs/finetune --task masked-lm --max_length 1024
+    python scripts/evaluate.py --model runs/finetune --task masked-lm --max_length 1024 --attention dense
+
+The model is loaded through the task's Auto class with trust_remote_code=True: name only folders and hub models whose
+code you trust. Flags can stand in a YAML file (--config); flags on the command line win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sa_hf.errors import SparseAttentionError
+from sa_hf.tasks.data import collator, load_source, tokenize
+from sa_hf.tasks.flags import add_data_flags, parse_flags
+from sa_hf.tasks.metrics import accuracy, perplexity
+from sa_hf.tasks.synthetic import IGNORED
+from sa_hf.tasks.verify import load_saved
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file of flags")
+    parser.add_argument("--model", default="runs/finetune", help="a folder or hub name of a trained model")
+    add_data_flags(parser)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument(
+        "--attention", default="sparse", choices=("sparse", "dense"), help="dense: the original attention"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="write the figures to this JSON file, too")
+    return parser
+
+
+def evaluate(model: Any, rows: Any, collate: Any, task: str, batch_size: int) -> dict[str, float]:
+    """Mean loss over the labelled positions, its perplexity, accuracy, and seconds per row."""
+    device = next(model.parameters()).device
+    losses, counts, classes, labels = [], [], [], []
+    model.eval()
+    started = time.perf_counter()
+    for start in tqdm(range(0, len(rows), batch_size), unit="batch"):
+        batch = {k: v.to(device) for k, v in collate(list(rows[start : start + batch_size])).items()}
+        with torch.no_grad():
+            output = model(**batch)
+        wanted, predicted = batch["labels"], output.logits.argmax(-1)
+        if task == "causal-lm":
+            wanted, predicted = wanted[:, 1:], predicted[:, :-1]
+        losses.append(float(output.loss))
+        counts.append(int((wanted != IGNORED).sum()))
+        classes.append(predicted.flatten().cpu())
+        labels.append(wanted.flatten().cpu())
+    seconds = time.perf_counter() - started
+    loss = sum(x * n for x, n in zip(losses, counts, strict=True)) / max(1, sum(counts))
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "accuracy": accuracy(torch.cat(classes), torch.cat(labels)),
+        "rows": len(rows),
+        "seconds_per_row": seconds / max(1, len(rows)),
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    import transformers
+
+    import sa_hf
+
+    args = parse_flags(build_parser(), argv)
+    # Masks of the masked language model come from the collator's seed, so two models see the same ones.
+    source = load_source(
+        args.task,
+        args.dataset,
+        max_length=args.max_length,
+        dataset_config=args.dataset_config,
+        text_column=args.text_column,
+        label_column=args.label_column,
+        train_rows=args.train_rows,
+        evaluation_rows=args.eval_rows,
+        seed=args.seed,
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    model = load_saved(args.model, args.task)
+    _, rows = tokenize(source, args.task, tokenizer, args.max_length, 1, args.eval_rows)
+    collate = collator(args.task, tokenizer, args.seed)
+    with sa_hf.dense(model) if args.attention == "dense" else contextlib.nullcontext():
+        figures = evaluate(model, rows, collate, args.task, args.batch_size)
+    print(json.dumps(figures, indent=2))
+    if args.output:
+        Path(args.output).write_text(json.dumps({"arguments": vars(args), **figures}, indent=2) + "\n")
+    return figures
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SparseAttentionError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,172 @@
+#!/usr/bin/env python
+"""The main job on embedded input: take a model of 512 tokens to 4,096 with sparse attention, and compare.
+
+1. Fine-tune the real pretrained MiniLM, dense and at its own 512 tokens, on excerpts of the standard library.
+2. Three variants start from it and are fine-tuned on the same long documents, each in a process of its own: dense at
+   512 tokens (truncated), dense at 4,096, and sparse (BigBird) at 4,096. The sparse one is saved, loaded again through
+   AutoModel in a fresh process, and its outputs compared bit for bit.
+3. A table and two pictures: runs/quickstart/{results.md,results.json,pattern.png,result.png}.
+
+The task: which package do most sections of a document come from? (sa_hf/tasks/topic.py)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sa_hf import BigBirdAttentionConfig
+
+FINETUNE = Path(__file__).with_name("finetune.py")
+PATTERN = {"block_size": 64, "num_window_blocks": 3, "num_random_blocks": 3, "num_global_blocks": 2}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is trained: the full run is minutes on 2 cores, ``--quick`` is for tests."""
+
+    short: int = 512
+    long: int = 4096
+    sections: int = 320
+    documents: int = 16
+    evaluation: int = 32
+    section_batch: int = 8
+    document_batch: int = 2
+
+
+QUICK = Sizes(short=32, long=256, sections=8, documents=2, evaluation=2, section_batch=4, document_batch=1)
+
+
+@dataclass(frozen=True)
+class Variant:
+    label: str
+    folder: str
+    pattern: str
+    length: int
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/quickstart")
+    parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs, not what it reaches")
+    args = parser.parse_args(argv)
+    started = time.perf_counter()
+    results = run(QUICK if args.quick else Sizes(), Path(args.output_dir))
+    results["total_seconds"] = time.perf_counter() - started
+    report(results, Path(args.output_dir))
+    return results
+
+
+def run(sizes: Sizes, output: Path) -> dict[str, Any]:
+    start = output / "start"
+    print(f"1. MiniLM, dense, {sizes.short} tokens: {sizes.sections} excerpts of the standard library", flush=True)
+    finetune(
+        start,
+        model="minilm",
+        pattern="none",
+        dataset="stdlib-sections",
+        max_length=sizes.short,
+        train_rows=sizes.sections,
+        eval_rows=sizes.evaluation,
+        batch_size=sizes.section_batch,
+        eval_batch_size=sizes.section_batch,
+        lr=2e-4,
+        # Attention dropout keeps dense attention off its fused kernel (n x n in memory); all variants go without.
+        model_set="attention_probs_dropout_prob=0.0",
+        verify="none",
+    )
+    variants = (
+        Variant(f"dense at {sizes.short}", "dense_short", "none", sizes.short),
+        Variant(f"dense at {sizes.long}", "dense_long", "dense", sizes.long),
+        Variant(f"sparse (BigBird) at {sizes.long}", "sparse_long", "bigbird", sizes.long),
+    )
+    rows = {}
+    for number, variant in enumerate(variants, start=2):
+        print(f"{number}. {variant.label} tokens: {sizes.documents} documents", flush=True)
+        options = [f"{k}={v}" for k, v in PATTERN.items()] if variant.pattern == "bigbird" else []
+        rows[variant.label] = finetune(
+            output / variant.folder,
+            model=str(start),
+            pattern=variant.pattern,
+            set=options,
+            dataset="stdlib",
+            max_length=variant.length,
+            train_rows=sizes.documents,
+            eval_rows=sizes.evaluation,
+            batch_size=1,
+            gradient_accumulation=sizes.document_batch,
+            lr=1e-4,
+            verify="fresh" if variant.pattern == "bigbird" else "none",
+        )
+    return {"sizes": vars(sizes), "pattern": PATTERN, "rows": rows}
+
+
+def finetune(output: Path, **flags: Any) -> dict[str, Any]:
+    """Run scripts/finetune.py in a process of its own, so that its peak memory is its own; returns its metrics."""
+    command = [sys.executable, str(FINETUNE), "--task", "sequence-classification", "--output_dir", str(output)]
+    for name, value in flags.items():
+        for item in value if isinstance(value, list) else [value]:
+            command += [f"--{name}", str(item)]
+    result = subprocess.run(command, check=False)
+    if result.returncode:
+        sys.exit(f"the step above failed: {' '.join(command)}")
+    metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text())
+    keys = ("eval_accuracy", "eval_loss", "step_seconds", "train_peak_memory_mb", "reload_verified")
+    return {key: metrics[key] for key in keys if key in metrics}
+
+
+def report(results: dict[str, Any], output: Path) -> None:
+    """Print the table, and write it, the figures and the pictures."""
+    lines = [
+        "| variant | accuracy | loss | time per step | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for label, row in results["rows"].items():
+        lines.append(
+            f"| {label} | {row['eval_accuracy']:.1%} | {row['eval_loss']:.3f} | {row['step_seconds']:.2f} s "
+            f"| {row['train_peak_memory_mb']:,.0f} MB |"
+        )
+    (output / "results.md").write_text("\n".join(lines) + "\n")
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    pattern = BigBirdAttentionConfig(**results["pattern"])
+    pattern.plot(output / "pattern.png", results["sizes"]["long"])
+    draw_results(results, output / "result.png")
+    print("\n" + "\n".join(lines))
+    print(f"\nsaved, loaded again through AutoModel, outputs equal bit for bit: {output / 'sparse_long'}")
+    print(f"pictures: {output / 'pattern.png'}, {output / 'result.png'}; {results['total_seconds']:.0f} s in all")
+
+
+def draw_results(results: dict[str, Any], path: Path) -> None:
+    """Three bar charts side by side: quality, time, memory."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    labels = list(results["rows"])
+    rows = results["rows"].values()
+    panels = (
+        ("accuracy (higher is better)", [row["eval_accuracy"] for row in rows]),
+        ("seconds per step", [row["step_seconds"] for row in rows]),
+        ("peak memory, MB", [row["train_peak_memory_mb"] for row in rows]),
+    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.2), layout="constrained", sharey=True)
+    for axis, (title, values) in zip(axes, panels, strict=True):
+        bars = axis.barh(labels, values, color=["#9aa5b1", "#52606d", "#2f7ed8"])
+        axis.bar_label(bars, fmt="{:,.3g}", padding=3)
+        axis.set_title(title)
+        axis.margins(x=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
