@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.ops.attend import Batch, plan_backward, plan_forward, uncentred
+from sa_hf.ops.attend import Batch, plan_backward, plan_forward
 from sa_hf.ops.engine import Engine
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.sequences import Sequences
@@ -147,7 +147,7 @@ class _Slots(torch.autograd.Function):
         part, options, engine = ctx.call
         options = options.with_tensors(distance_bias=bias)
         grads = engine.backward(part, query, key, value, out, lse, grad_out, options)
-        return grads.query, grads.key, grads.value, uncentred(grads.distance_bias, bias), None, None, None
+        return grads.query, grads.key, grads.value, grads.distance_bias, None, None, None
 
 
 def attend_slots(

@@ -1,0 +1,197 @@
+"""The centroids of routing attention: where they start, what a forward gathers, and how they move after a step.
+
+A forward only gathers statistics. They are keyed by the micro-batch and overwritten, so a recomputation under gradient
+checkpointing counts nothing twice; the centroids move in :func:`update_centroids`, once per optimizer step after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from sa_hf.config import SparseAttentionConfig
+from sa_hf.patterns.base import LayerSpec
+from sa_hf.patterns.kmeans import cluster_sums, kmeans
+from sa_hf.patterns.learned import LearnedAttention, seeded_uniform
+
+SAMPLED_TOKENS = 2048  # of the first training batch, for k-means; its cost is tokens x clusters x iterations
+RESEED_STREAM = 1
+
+
+@dataclass(eq=False)
+class Statistics:
+    """What one micro-batch says: sums ``[kv, k, d]`` and counts ``[kv, k]`` of its queries and keys, and one of its
+    vectors for each centroid ``[kv, k, d]``, should that need a new start."""
+
+    sums: Tensor
+    counts: Tensor
+    candidates: Tensor
+
+
+class CentroidState(LearnedAttention):
+    """Buffers ``centroids`` fp32 ``[key heads, k, d]``, ``empty_steps`` int64 ``[key heads, k]`` (steps without a
+    member) and ``initialized`` bool (k-means has run), and their movement."""
+
+    centroids: Tensor
+    empty_steps: Tensor
+    initialized: Tensor
+
+    def __init__(
+        self, config: SparseAttentionConfig, spec: LayerSpec, key_heads: int, num_clusters: int, decay: float,
+        reseed_after: int,
+    ) -> None:  # fmt: skip
+        super().__init__(config, spec)
+        self.num_clusters, self.decay, self.reseed_after = num_clusters, decay, reseed_after
+        start = random_directions(
+            config.seed, (spec.layer_idx, self.heads[0]), (key_heads, num_clusters, spec.head_dim), spec.device
+        )
+        self.register_buffer("centroids", start)
+        self.register_buffer("empty_steps", torch.zeros(key_heads, num_clusters, dtype=torch.int64, device=spec.device))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=spec.device))
+        self._is_initialized: bool | None = None  # the buffer as last read: reading it anew would wait for the device
+        self._micro_batch = 0
+        self._statistics: dict[int, Statistics] = {}
+        self._sample: tuple[int, Tensor] | None = None  # of the first micro-batch: [kv, vectors, d]
+        self._sizes: Tensor | None = None
+
+    def advance_step(self) -> None:
+        super().advance_step()
+        self._micro_batch += 1
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._is_initialized = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_statistics": {}, "_sample": None, "_is_initialized": None}
+
+    @torch.no_grad()
+    def gather(self, query: Tensor, key: Tensor, clusters: tuple[Tensor, Tensor], real: Tensor) -> None:
+        """Note the routing vectors of a forward: query ``[B, H, N, d]``, key ``[B, kv, N, d]``, their clusters
+        ``[B, H | kv, N]``, and which tokens are real, bool ``[B, N]``."""
+        kv = key.shape[1]
+        # The queries of a group and its keys side by side: [B, kv, (group + 1), N, d] -> [(B, group + 1), kv, N, d]
+        vectors = torch.cat([query.unflatten(1, (kv, -1)), key.unsqueeze(2)], dim=2).transpose(1, 2)
+        both = torch.cat([clusters[0].unflatten(1, (kv, -1)), clusters[1].unsqueeze(2)], dim=2).transpose(1, 2)
+        sums, counts = cluster_sums(vectors.float(), both, self.num_clusters, real[:, None, None])
+        self._sizes = counts
+        if not self.training:
+            return
+        tokens = torch.sort((~real).flatten().to(torch.uint8), stable=True).indices  # the real ones first
+        count = real.sum()
+        u = self.uniform(counts.numel(), layer=self.spec.layer_idx, stream=RESEED_STREAM).view_as(counts)
+        flat_keys = key.float().transpose(0, 1).flatten(1, 2)
+        chosen = tokens[(u * count).long().clamp(max=len(tokens) - 1)]
+        candidates = torch.gather(flat_keys, 1, chosen.unsqueeze(-1).expand(-1, -1, key.shape[-1]))
+        self._statistics[self._micro_batch] = Statistics(sums, counts, candidates)
+        if self._needs_kmeans() and (self._sample is None or self._sample[0] == self._micro_batch):
+            size = min(SAMPLED_TOKENS, len(tokens))
+            spread = (torch.arange(size, device=real.device) + 0.5) * count / size
+            at = tokens[spread.long().clamp(max=len(tokens) - 1)]
+            # [B, group + 1, kv, N, d] -> [kv, tokens, group + 1, d]
+            flat = vectors.float().permute(2, 0, 3, 1, 4).flatten(1, 2)
+            self._sample = self._micro_batch, flat[:, at].flatten(1, 2)
+
+    def _needs_kmeans(self) -> bool:
+        if self._is_initialized is None:
+            self._is_initialized = bool(self.initialized)
+        return not self._is_initialized
+
+    def update_centroids(self) -> None:
+        """Move the centroids by what was gathered since the last call; see :func:`update_centroids`."""
+        update_centroids([self])
+
+    def cluster_figures(self) -> dict[str, float]:
+        """Sizes and entropy (nats, mean over heads) of the clusters of the last forward."""
+        if self._sizes is None:
+            return {}
+        share = self._sizes / self._sizes.sum(-1, keepdim=True).clamp(min=1)
+        entropy = -(share * torch.log(share.clamp(min=1e-30))).sum(-1).mean()
+        return {
+            "cluster_entropy": float(entropy),
+            "cluster_max": float(self._sizes.max()),
+            "cluster_min": float(self._sizes.min()),
+        }
+
+
+def random_directions(seed: int, words: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Directions that depend on the seed and the words alone, with the length of normalised vectors."""
+    count = math.prod(shape)
+    uniform = seeded_uniform(seed, words, 2 * count, device)
+    # Box-Muller
+    normal = torch.sqrt(-2 * torch.log(uniform[:count])) * torch.cos(2 * math.pi * uniform[count:])
+    return layer_norm(normal.view(shape), shape[-1:]).float()
+
+
+@torch.no_grad()
+def update_centroids(layers: Sequence[CentroidState]) -> None:
+    """Move the centroids of all layers: k-means at the first call (on rank 0, then broadcast), the running mean later.
+
+    Call it once per optimizer step, after it, on every rank alike: it reduces over the default process group. Without
+    anything gathered (evaluation) the centroids stay.
+    """
+    if not layers:
+        return
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    main = ranks == 1 or dist.get_rank() == 0
+    totals = [_total(layer, main) for layer in layers]
+    if ranks > 1:
+        flat = torch.cat([x.flatten() for total in totals for x in total])
+        dist.all_reduce(flat)
+        sizes = [x.numel() for total in totals for x in total]
+        pieces = iter(flat.split(sizes))
+        totals = [tuple(next(pieces).view_as(x) for x in total) for total in totals]
+    for layer, (sums, counts, candidates, sampled) in zip(layers, totals, strict=True):
+        if layer._needs_kmeans():
+            if bool(sampled > 0):
+                _start(layer, main, ranks)
+        elif bool(counts.sum() > 0):
+            _move(layer, sums, counts, candidates)
+        layer._statistics.clear()
+        layer._sample = None
+
+
+def _total(layer: CentroidState, main: bool) -> tuple[Tensor, ...]:
+    """Sums, counts, candidates (the main rank's alone), and whether the main rank has a sample for k-means."""
+    gathered = list(layer._statistics.values())
+    mu = layer.centroids.float()
+    sums, counts, candidates = torch.zeros_like(mu), torch.zeros_like(mu[..., 0]), torch.zeros_like(mu)
+    for one in gathered:
+        sums += one.sums
+        counts += one.counts
+    if main and gathered:
+        candidates += gathered[-1].candidates
+    return sums, counts, candidates, mu.new_full((), float(main and layer._sample is not None))
+
+
+def _start(layer: CentroidState, main: bool, ranks: int) -> None:
+    start = layer.centroids.float()
+    if main and layer._sample is not None:
+        words = (layer.spec.layer_idx, layer.heads[0], layer.num_clusters)
+        draws = seeded_uniform(layer.config.seed, words, layer.empty_steps.numel(), start.device)
+        start = kmeans(layer._sample[1], layer.num_clusters, draws.view_as(layer.empty_steps))
+    start = start.contiguous()
+    if ranks > 1:
+        dist.broadcast(start, src=0)
+    layer.centroids.copy_(start)
+    layer.initialized.fill_(True)
+    layer._is_initialized = True
+
+
+def _move(layer: CentroidState, sums: Tensor, counts: Tensor, candidates: Tensor) -> None:
+    filled = counts > 0
+    mean = sums / counts.clamp(min=1).unsqueeze(-1)
+    moved = layer.decay * layer.centroids.float() + (1 - layer.decay) * mean
+    empty = torch.where(filled, 0, layer.empty_steps + 1)
+    usable = candidates.abs().sum(-1) > 0
+    reseed = (empty >= layer.reseed_after) & usable
+    target = torch.where(filled.unsqueeze(-1), moved, layer.centroids.float())
+    layer.centroids.copy_(torch.where(reseed.unsqueeze(-1), candidates, target))
+    layer.empty_steps.copy_(empty.masked_fill(reseed, 0))

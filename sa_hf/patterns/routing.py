@@ -1,0 +1,293 @@
+"""Routing attention: tokens attend inside clusters of their queries and keys (Roy et al. 2021, TACL, arXiv 2003.05997).
+
+Centroids live in a buffer, per key head. Queries and keys are compared with them as normalised copies (LayerNorm
+without scale and bias) from before the rotary embedding; the attention itself uses the model's own.
+
+Bidirectional, as published: per centroid the ``w`` nearest queries attend the ``w`` nearest keys; a token in several
+clusters gets the mean, a token in none its local result. Causal: the published selection lets a future token displace a
+past one. Here each token belongs to its nearest centroid, and row ``i`` reads itself and the last ``w - 1`` keys
+``j < i`` of its query's cluster, which no later token changes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from sa_hf.config import SparseAttentionConfig, check_bool, check_integer, check_number, register_pattern
+from sa_hf.errors import SparseAttentionError
+from sa_hf.ops.engine import Engine, choose_engine
+from sa_hf.ops.grouped import Group, attend_plan, attend_slots, key_places, map_groups, real_queries
+from sa_hf.ops.sequences import Sequences
+from sa_hf.ops.slots import take
+from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention
+from sa_hf.patterns.centroids import CentroidState
+from sa_hf.patterns.clusters import (
+    causal_plan,
+    cluster_means,
+    cluster_members,
+    cluster_part,
+    expired,
+    last_row_plan,
+    uncovered_part,
+)
+from sa_hf.patterns.kmeans import nearest
+from sa_hf.patterns.learned import refuse_drop_diagonal
+from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
+from sa_hf.patterns.static import score_options
+
+DEFAULT_CAUSAL_WINDOW = 512
+
+
+@register_pattern
+@dataclass(frozen=True, kw_only=True)
+class RoutingAttentionConfig(SparseAttentionConfig):
+    """Attention inside learned clusters.
+
+    Args:
+        num_clusters: k, centroids per key head.
+        window: w, members of a cluster (bidirectional) or keys of a row (causal); None is ceil(n / k) per sequence
+            (bidirectional) and 512 (causal).
+        num_local_heads: the first heads of the layer, which attend a plain window of ``local_window`` instead.
+        local_window: of the local heads, and of tokens in no cluster.
+        shared_qk: the keys of the routing heads are their queries, as in the paper.
+        fallback_local: bidirectional tokens in no cluster get their local result; else 0.
+        decay: of the running mean that a centroid follows, in [0, 1].
+        commitment_coef: weight of the mean squared distance of queries and keys to their centroids in the loss, >= 0.
+        reseed_after: optimizer steps without a member after which a centroid starts anew at a token of the batch.
+    """
+
+    name: ClassVar[str] = "routing"
+
+    num_clusters: int = 8
+    window: int | None = None
+    num_local_heads: int = 0
+    local_window: int = 512
+    shared_qk: bool = False
+    fallback_local: bool = True
+    decay: float = 0.999
+    commitment_coef: float = 0.0
+    reseed_after: int = 100
+
+    def validate(self) -> None:
+        check_integer(self, "num_clusters", minimum=1, maximum=65536)
+        check_integer(self, "window", minimum=1, optional=True)
+        check_integer(self, "num_local_heads", minimum=0)
+        check_integer(self, "local_window", minimum=1)
+        check_bool(self, "shared_qk")
+        check_bool(self, "fallback_local")
+        check_number(self, "decay", minimum=0.0, maximum=1.0)
+        check_number(self, "commitment_coef", minimum=0.0)
+        check_integer(self, "reseed_after", minimum=1)
+        refuse_drop_diagonal(self, "clusters, not positions, say what is read")
+
+    @classmethod
+    def presets(cls) -> dict[str, dict[str, Any]]:
+        return {
+            "wikitext-103": {"num_clusters": 8, "window": 512},
+            "enwik8": {"num_clusters": 16, "window": 512},
+        }
+
+    def cluster_window(self, length: int, causal: bool) -> int:
+        """w for a sequence of ``length`` tokens."""
+        if self.window is not None:
+            return self.window
+        return DEFAULT_CAUSAL_WINDOW if causal else max(1, -(-length // self.num_clusters))
+
+    def check_layer(self, spec: LayerSpec) -> None:
+        heads = spec.num_heads if spec.heads is None else len(spec.heads)
+        group = heads // spec.num_key_value_heads
+        if self.shared_qk and group > 1:
+            raise SparseAttentionError(
+                f"routing.shared_qk=True makes queries the keys, but {heads} query heads share "
+                f"{spec.num_key_value_heads} key heads in layer {spec.layer_idx}; use shared_qk=False"
+            )
+        if self.shared_qk and spec.heads is not None:
+            raise SparseAttentionError(
+                "routing.shared_qk=True changes what the keys of a layer are, which a part of a mixture by heads "
+                "cannot do; use shared_qk=False"
+            )
+        if self.num_local_heads >= heads or self.num_local_heads % group:
+            choices = list(range(0, heads, group))
+            closest = min(choices, key=lambda c: abs(c - self.num_local_heads))
+            raise SparseAttentionError(
+                f"routing.num_local_heads={self.num_local_heads} must leave a routing head and whole groups of {group} "
+                f"query heads in a layer of {heads}; nearest: {closest}"
+            )
+
+    def build(self, spec: LayerSpec) -> RoutingAttention:
+        return RoutingAttention(self, spec)
+
+
+class RoutingAttention(CentroidState):
+    """The routing heads of one layer, and its local ones. State: see :class:`CentroidState`."""
+
+    config: RoutingAttentionConfig
+
+    def __init__(self, config: RoutingAttentionConfig, spec: LayerSpec) -> None:
+        config.check_layer(spec)
+        heads = tuple(range(spec.num_heads)) if spec.heads is None else spec.heads
+        group = len(heads) // spec.num_key_value_heads
+        local_keys = config.num_local_heads // group
+        super().__init__(
+            config, spec, spec.num_key_value_heads - local_keys, config.num_clusters, config.decay, config.reseed_after
+        )  # fmt: skip
+        self.group = group
+        self.local: SparseAttention | None = None
+        if local_keys:
+            part = replace(spec, heads=heads[: config.num_local_heads], num_key_value_heads=local_keys)
+            self.local = SlidingWindowAttentionConfig(window=config.local_window).build(part)
+        self._seen: tuple[Tensor, Sequences] | None = None  # clusters of all keys [B, kv, Nk] of a causal forward
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        split = self.config.num_local_heads
+        routed = self._heads(inputs, slice(split, None))
+        if self.config.shared_qk:
+            routed.key = self._remembered(inputs, "queries", routed.query, dim=2)
+        out = self._route(routed)
+        if self.local is None:
+            return out
+        return torch.cat([self.local(self._heads(inputs, slice(0, split))), out], dim=1)
+
+    def _heads(self, inputs: AttentionInputs, heads: slice) -> AttentionInputs:
+        """The call on some of the query heads (whole groups)."""
+        start, stop = heads.start // self.group, None if heads.stop is None else heads.stop // self.group
+        keys = slice(start, stop)
+        bias = inputs.distance_bias
+        return replace(
+            inputs,
+            query=inputs.query[:, heads],
+            key=inputs.key[:, keys],
+            value=inputs.value[:, keys],
+            distance_bias=None if bias is None else bias[heads],
+        )
+
+    @staticmethod
+    def _remembered(inputs: AttentionInputs, name: str, tensor: Tensor, dim: int) -> Tensor:
+        return tensor if inputs.remember is None else inputs.remember(name, tensor, dim)
+
+    def _route(self, inputs: AttentionInputs) -> Tensor:
+        new = inputs.query.shape[2]
+        query = routing_vectors(inputs.query, inputs.rotary)
+        key = query if self.config.shared_qk else routing_vectors(inputs.key[:, :, -new:], inputs.rotary)
+        mu = self.centroids
+        with torch.no_grad():
+            clusters = nearest(query, mu.repeat_interleave(self.group, 0)), nearest(key, mu)
+        real = real_queries(inputs.sequences, query.device)
+        self.gather(query, key, clusters, real)
+        if self.config.commitment_coef > 0:
+            loss = self.config.commitment_coef * self._commitment(query, key, clusters, real)
+            self._keep_loss("routing_commitment", loss)
+        options = score_options(inputs, self.heads[self.config.num_local_heads :])
+        engine = choose_engine(inputs.engine, inputs.query, options)
+        if inputs.causal:
+            of_keys = self._remembered(inputs, "clusters", clusters[1], dim=2)
+            self._seen = of_keys, inputs.sequences
+
+            def attend_group(group: Group) -> Tensor:
+                return self._causal(group, clusters[0], of_keys, inputs.band.left, engine)
+        else:
+            vectors = query.detach(), key.detach()
+
+            def attend_group(group: Group) -> Tensor:
+                return self._bidirectional(group, *vectors, inputs, engine)
+
+        return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
+
+    def _causal(self, group: Group, of_queries: Tensor, of_keys: Tensor, left: int | None, engine: Engine) -> Tensor:
+        query_cluster = group.queries(of_queries.unsqueeze(-1)).squeeze(-1)
+        key_cluster = group.keys(of_keys.unsqueeze(-1)).squeeze(-1)
+        window = self.config.cluster_window(group.key.shape[2], causal=True)
+        make = last_row_plan if group.query.shape[2] == 1 else causal_plan
+        with torch.no_grad():
+            plan = make(query_cluster, key_cluster, window, left)
+        return attend_plan(group.query, group.key, group.value, plan, group.options, engine)
+
+    def _bidirectional(
+        self, group: Group, query: Tensor, key: Tensor, inputs: AttentionInputs, engine: Engine
+    ) -> Tensor:
+        n = group.key.shape[2]
+        if group.query_offset:
+            raise SparseAttentionError(
+                "bidirectional routing attends whole sequences: query and key length must be equal"
+            )
+        window = min(n, self.config.cluster_window(n, causal=False))
+        if self.config.window is not None:
+            _warn_if_dearer_than_dense(self.config, n, window)
+        with torch.no_grad():
+            mu = self.centroids
+            rows = cluster_members(group.queries(query), mu.repeat_interleave(self.group, 0), window)
+            columns = cluster_members(group.keys(key), mu, window).repeat_interleave(self.group, 1)
+            part, filled = cluster_part(rows, columns, inputs.band)
+        listed = columns.flatten(2)
+        q, k, v = take(group.query, rows.flatten(2)), take(group.key, listed), take(group.value, listed)
+        in_clusters = attend_slots(q, k, v, part, group.options, engine)
+        out, count = cluster_means(in_clusters, rows, filled, n)
+        if self.config.fallback_local and window < n:
+            with torch.no_grad():
+                rest = uncovered_part(count, self.config.local_window, inputs.band)
+            if rest is not None:
+                out = out + attend_plan(group.query, group.key, group.value, [rest], group.options, engine)
+        return out
+
+    def _commitment(self, query: Tensor, key: Tensor, clusters: tuple[Tensor, Tensor], real: Tensor) -> Tensor:
+        """Mean squared distance of the real routing vectors to their centroids, over queries, keys and dimensions."""
+        total, count = query.new_zeros(()), 0
+        for x, cluster, repeats in ((query, clusters[0], self.group), (key, clusters[1], 1)):
+            mu = self.centroids.detach().to(x.dtype).repeat_interleave(repeats, 0)
+            head = torch.arange(x.shape[1], device=x.device)[None, :, None]
+            error = (x - mu[head, cluster]).square().mean(-1)
+            total = total + error.masked_fill(~real[:, None], 0).sum()
+            count += x.shape[1]
+        return total / (real.sum() * count).clamp(min=1)
+
+    def expired_keys(self) -> Tensor | None:
+        if self._seen is None:
+            return None
+        clusters, sequences = self._seen
+        rows = [s.row for s in sequences.spans]
+        if len(set(rows)) != len(rows):
+            return None
+        position, length = key_places(sequences, clusters.device)
+        window = self.config.cluster_window(sequences.key_length, causal=True)
+        dead = expired(clusters.masked_fill((position < 0)[:, None], self.num_clusters), window).all(1)
+        if self.local is not None:
+            dead = dead & (length - position >= self.config.local_window)
+        return dead | (position < 0)
+
+    def figures(self) -> dict[str, float]:
+        return self.cluster_figures()
+
+
+def routing_vectors(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Normalised copies ``[B, H, N, d]``, fp32 or wider, of queries or keys as they were before the rotary embedding.
+
+    Args: rotary: the ``(cos, sin)`` ``[B, N, R]`` that turned the first R dimensions (halves, as in Llama).
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if rotary is not None:
+        cos, sin = (angle.to(wide.dtype).unsqueeze(1) for angle in rotary)
+        turned, rest = wide[..., : cos.shape[-1]], wide[..., cos.shape[-1] :]
+        first, second = turned.chunk(2, dim=-1)
+        back = turned * cos - torch.cat([-second, first], dim=-1) * sin
+        wide = torch.cat([back, rest], dim=-1)
+    return layer_norm(wide, wide.shape[-1:])
+
+
+@lru_cache(maxsize=256)
+def _warn_if_dearer_than_dense(config: RoutingAttentionConfig, length: int, window: int) -> None:
+    """Once per config and length."""
+    pairs = config.num_clusters * window * window
+    if pairs > length * length:
+        best = max(1, -(-length // config.num_clusters))
+        warnings.warn(
+            f"routing with num_clusters={config.num_clusters} and a window of {window} computes {pairs} pairs at "
+            f"length {length}, dense attention {length * length}; use window=None ({best} here) or fewer clusters",
+            stacklevel=2,
+        )
