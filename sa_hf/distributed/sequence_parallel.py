@@ -26,9 +26,9 @@ from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.functional import _check
-from sa_hf.ops.attend import _merge_into, put, take
 from sa_hf.ops.engine import Engine, choose_engine
 from sa_hf.ops.parts import Band, ScoreOptions, SegmentPart
+from sa_hf.ops.slots import merge_into, put, take
 from sa_hf.patterns.base import default_scale
 from sa_hf.patterns.longnet import LongNetAttentionConfig
 from sa_hf.patterns.static import static_options
@@ -283,7 +283,7 @@ class _SequenceParallel(torch.autograd.Function):
             part = branch.part
             q, k, v = take(query, part.query_index), take(keys, branch.read), take(values, branch.read)
             part_out, part_lse = engine.forward(part, q, k, v, options)
-            _merge_into(out, lse, part_out.to(stats), part_lse.to(stats), part.query_index)
+            merge_into(out, lse, part_out.to(stats), part_lse.to(stats), part.query_index)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse, *gathered)
         ctx.call = branches, subgroups, options, engine

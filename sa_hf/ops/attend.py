@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sa_hf.ops.engine import Engine, Gradients
-from sa_hf.ops.parts import Index, Part, ScoreOptions
+from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.sequences import Sequences
+from sa_hf.ops.slots import add_slots, merge_into, take
 
 # (query_length, key_length) of a sequence -> its parts
 PlanFor = Callable[[int, int], Sequence[Part]]
@@ -21,16 +23,17 @@ def plan_forward(
 ) -> tuple[Tensor, Tensor]:
     """All parts of a plan over equal sequences, merged. Shapes as in ``Engine.forward``, in positions."""
     merged: tuple[Tensor, Tensor] | None = None
-    stats = torch.float64 if query.dtype == torch.float64 else torch.float32
+    # Merged in fp32 whatever the inputs: rounding the running result once per part would add up.
+    stats = torch.promote_types(query.dtype, torch.float32)
     for part in plan:
         q, k, v = take(query, part.query_index), take(key, part.key_index), take(value, part.key_index)
         out, lse = engine.forward(part, q, k, v, options)
-        if len(plan) == 1 and part.query_index is None:
-            return out, lse
+        if merged is None and part.query_index is None:
+            merged = out.to(stats).contiguous(), lse.contiguous()
+            continue
         if merged is None:
-            # Merged in fp32 whatever the inputs: rounding the running result once per part would add up.
             merged = query.new_zeros(query.shape, dtype=stats), lse.new_full(query.shape[:3], -torch.inf)
-        _merge_into(*merged, out.to(stats), lse, part.query_index)
+        merge_into(*merged, out.to(stats), lse, part.query_index)
     if merged is None:
         return torch.zeros_like(query), torch.full(query.shape[:3], -torch.inf, dtype=stats, device=query.device)
     return merged[0].to(query.dtype), merged[1]
@@ -41,90 +44,50 @@ def plan_backward(
     options: ScoreOptions, engine: Engine,
 ) -> Gradients:  # fmt: skip
     """Gradients of :func:`plan_forward` for all of a plan's parts, summed."""
-    total: Gradients | None = None
+    total = _Total(query, key, value)
     for part in plan:
         q, k, v = take(query, part.query_index), take(key, part.key_index), take(value, part.key_index)
         o, g = take(out, part.query_index), take(grad_out, part.query_index)
         row_lse = take(lse.unsqueeze(-1), part.query_index).squeeze(-1)
-        grads = engine.backward(part, q, k, v, o, row_lse, g, options)
-        whole = Gradients(
-            put(grads.query, part.query_index, query),
-            put(grads.key, part.key_index, key),
-            put(grads.value, part.key_index, value),
-            grads.distance_bias,
-            grads.spans,
+        total.add(engine.backward(part, q, k, v, o, row_lse, g, options), part)
+    return total.gradients(options)
+
+
+class _Total:
+    """The running sum of the parts' gradients, in fp32 where there are several."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        self.like = (query, key, value)
+        self.sums: list[Tensor | None] = [None, None, None]
+        self.bias: Tensor | None = None
+        self.spans: Tensor | None = None
+
+    def add(self, grads: Gradients, part: Part) -> None:
+        indices = (part.query_index, part.key_index, part.key_index)
+        for at, (grad, index) in enumerate(zip((grads.query, grads.key, grads.value), indices, strict=True)):
+            like, known = self.like[at], self.sums[at]
+            stats = torch.promote_types(like.dtype, torch.float32)
+            if known is None and index is None and grad.shape == like.shape:
+                self.sums[at] = grad.to(stats).contiguous()
+                continue
+            if known is None:
+                known = self.sums[at] = torch.zeros(like.shape, dtype=stats, device=like.device)
+            add_slots(known, grad, index)
+        if grads.distance_bias is not None:
+            self.bias = grads.distance_bias if self.bias is None else self.bias + grads.distance_bias
+        if grads.spans is not None:
+            self.spans = grads.spans if self.spans is None else self.spans + grads.spans
+
+    def gradients(self, options: ScoreOptions) -> Gradients:
+        query, key, value = (
+            torch.zeros_like(like) if known is None else known.to(like.dtype)
+            for known, like in zip(self.sums, self.like, strict=True)
         )
-        total = whole if total is None else _add(total, whole)
-    if total is None:
-        zero = [None if x is None else torch.zeros_like(x) for x in (options.distance_bias, options.spans)]
-        return Gradients(*(torch.zeros_like(x) for x in (query, key, value)), *zero)
-    return total
-
-
-def take(x: Tensor, index: Index) -> Tensor:
-    """The slots of ``x [G, H, N, D]`` in a part's order; empty slots are 0, heads grow to those of a tensor index."""
-    if index is None:
-        return x
-    if isinstance(index, slice):
-        return x[:, :, index]
-    heads = max(x.shape[1], index.shape[1])
-    flat = index.clamp(min=0).expand(x.shape[0], heads, -1)
-    x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-    taken = torch.gather(x, 2, flat.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
-    return taken.masked_fill_((flat_empty(index, flat)).unsqueeze(-1), 0)
-
-
-def flat_empty(index: Tensor, like: Tensor) -> Tensor:
-    return (index < 0).expand(like.shape)
-
-
-def put(x: Tensor, index: Index, like: Tensor) -> Tensor:
-    """The adjoint of :func:`take`: slots added back to positions, in the shape of ``like [G, H, N, D]``."""
-    if index is None:
-        return x
-    if isinstance(index, slice):
-        result = torch.zeros_like(like)
-        result[:, :, index] = x
-        return result
-    flat = index.clamp(min=0).expand(x.shape[:3])
-    x = x.masked_fill(flat_empty(index, flat).unsqueeze(-1), 0)
-    result = x.new_zeros(like.shape[0], x.shape[1], *like.shape[2:])
-    result.scatter_add_(2, flat.unsqueeze(-1).expand_as(x), x)
-    if x.shape[1] != like.shape[1]:
-        result = result.view(like.shape[0], like.shape[1], -1, *like.shape[2:]).sum(2)
-    return result
-
-
-def _merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, index: Index) -> None:
-    """Merge a part's slots into the running result, in place: one softmax over both sets of keys."""
-    if isinstance(index, Tensor):
-        flat = index.clamp(min=0).expand(part_lse.shape)
-        # An empty slot clamps to position 0, which another slot may hold as well: send it past the end instead.
-        slots = torch.where(flat_empty(index, flat), lse.shape[2], flat)
-        aligned_lse = lse.new_full((*lse.shape[:2], lse.shape[2] + 1), -torch.inf).scatter_(2, slots, part_lse)
-        wide = slots.unsqueeze(-1).expand_as(part_out)
-        aligned = out.new_zeros(*out.shape[:2], out.shape[2] + 1, out.shape[3]).scatter_(2, wide, part_out)
-        part_out, part_lse = aligned[:, :, :-1], aligned_lse[:, :, :-1]
-    elif index is not None:
-        out, lse = out[:, :, index], lse[:, :, index]
-    joint = torch.logaddexp(lse, part_lse)
-    safe = torch.where(torch.isfinite(joint), joint, 0.0)
-    ours, theirs = torch.exp(lse - safe).unsqueeze(-1), torch.exp(part_lse - safe).unsqueeze(-1)
-    out.copy_(out * ours + part_out * theirs)
-    lse.copy_(joint)
-
-
-def _add(a: Gradients, b: Gradients) -> Gradients:
-    def both(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-        return y if x is None else x if y is None else x + y
-
-    return Gradients(
-        a.query + b.query,
-        a.key + b.key,
-        a.value + b.value,
-        both(a.distance_bias, b.distance_bias),
-        both(a.spans, b.spans),
-    )
+        bias, spans = (
+            torch.zeros_like(source) if known is None and source is not None else known
+            for known, source in ((self.bias, options.distance_bias), (self.spans, options.spans))
+        )
+        return Gradients(query, key, value, bias, spans)
 
 
 # -- over the sequences of a batch ---------------------------------------------------------------------------------
@@ -134,7 +97,7 @@ def sequences_forward(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, plan_for: PlanFor, options: ScoreOptions,
     engine: Engine,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention over every sequence of a batch: output ``[B, H, Nq, D]``, log-sum-exp ``[B, H, Nq]``; padding is 0, -inf."""
+    """Attention over the sequences of a batch: ``[B, H, Nq, D]`` and log-sum-exp ``[B, H, Nq]`` (padding: 0, -inf)."""
     batch = Batch(sequences, plan_for, options, query.device)
     if sequences.is_full:
         return plan_forward(batch.whole_plan, query, key, value, batch.whole_options, engine)
@@ -174,13 +137,15 @@ def sequences_backward(
         group.write_queries(grads[0], part.query)
         group.write_keys(grads[1], part.key)
         group.write_keys(grads[2], part.value)
-        if bias is not None and part.distance_bias is not None:
-            bias += uncentred(part.distance_bias, bias)
+        if bias is not None:
+            whole_bias = uncentred(part.distance_bias, bias)
+            bias = bias if whole_bias is None else bias + whole_bias
         if spans is not None and part.spans is not None:
             group.write_keys(spans.unsqueeze(-1), part.spans.unsqueeze(-1))
     if spans is not None and sequences.key_gather is not None:
         spans = batch.expand_keys(spans.unsqueeze(-1)).squeeze(-1)
-    return Gradients(batch.expand_queries(grads[0]), *(batch.expand_keys(g) for g in grads[1:]), bias, spans)
+    query_grad, key_grad, value_grad = batch.expand_queries(grads[0]), *(batch.expand_keys(g) for g in grads[1:])
+    return Gradients(query_grad, key_grad, value_grad, bias, spans)
 
 
 class Batch:
@@ -305,9 +270,10 @@ def uncentred(grad: Tensor | None, table: Tensor | None) -> Tensor | None:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx, query, key, value, bias, spans, sequences, plan_for, options, engine
-    ) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, spans: Tensor | None,
+        sequences: Sequences, plan_for: PlanFor, options: ScoreOptions, engine: Engine,
+    ) -> Tensor:  # fmt: skip
         options = options.with_tensors(distance_bias=bias, spans=spans)
         out, lse = sequences_forward(query, key, value, sequences, plan_for, options, engine)
         ctx.save_for_backward(query, key, value, bias, spans, out, lse)
@@ -315,7 +281,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_out):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, spans, out, lse = ctx.saved_tensors
         sequences, plan_for, options, engine = ctx.call
         options = options.with_tensors(distance_bias=bias, spans=spans)

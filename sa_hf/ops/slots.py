@@ -1,0 +1,74 @@
+"""Between positions and a part's slots: bring slots together, put them back, merge their softmax."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sa_hf.ops.parts import Index
+
+
+def take(x: Tensor, index: Index) -> Tensor:
+    """The slots of ``x [G, H, N, D]`` in a part's order; empty slots are 0, heads grow to those of a tensor index."""
+    if index is None:
+        return x
+    if isinstance(index, slice):
+        return x[:, :, index]
+    rows, shape = _rows(index, x, max(x.shape[1], index.shape[1]))
+    taken = x.reshape(-1, x.shape[3]).index_select(0, rows).view(*shape, x.shape[3])
+    return taken.masked_fill_((index < 0).unsqueeze(-1), 0)
+
+
+def put(x: Tensor, index: Index, like: Tensor) -> Tensor:
+    """The adjoint of :func:`take`: slots added back to positions, in the shape of ``like [G, H, N, D]``."""
+    if index is None:
+        return x
+    result = x.new_zeros(like.shape)
+    add_slots(result, x, index)
+    return result
+
+
+def add_slots(target: Tensor, x: Tensor, index: Index) -> None:
+    """Add slots ``x [G, H, slots, D]`` to their positions in ``target [G, H | Hkv, N, D]`` (contiguous), in place."""
+    if index is None:
+        target += x
+    elif isinstance(index, slice):
+        target[:, :, index] += x
+    else:
+        rows, _ = _rows(index, target, x.shape[1])
+        filled = x.masked_fill((index < 0).unsqueeze(-1), 0)
+        target.view(-1, target.shape[3]).index_add_(0, rows, filled.flatten(0, 2).to(target.dtype))
+
+
+def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, index: Index) -> None:
+    """Merge a part's slots into the running result ``out [G, H, N, D]``, ``lse [G, H, N]`` (contiguous, of one dtype
+    with the part's), in place: one softmax over both sets of keys."""
+    if isinstance(index, slice):
+        out, lse = out[:, :, index], lse[:, :, index]
+    if not isinstance(index, Tensor):
+        out.lerp_(part_out, _share(lse, part_lse).unsqueeze(-1))
+        lse.copy_(torch.logaddexp(lse, part_lse))
+        return
+    rows, _ = _rows(index, out, out.shape[1])
+    # Empty slots stand at position 0 beside a real one: they may write only what changes nothing, in any order.
+    part_lse = part_lse.masked_fill(index < 0, -torch.inf).flatten()
+    flat_out, flat_lse = out.view(-1, out.shape[3]), lse.view(-1)
+    there = flat_lse[rows]
+    change = part_out.reshape(-1, out.shape[3]) - flat_out.index_select(0, rows)
+    flat_out.index_add_(0, rows, change.mul_(_share(there, part_lse).unsqueeze(-1)))
+    flat_lse.scatter_reduce_(0, rows, torch.logaddexp(there, part_lse), "amax")
+
+
+def _share(lse: Tensor, part_lse: Tensor) -> Tensor:
+    """The part's share of the joint softmax mass; 0 where neither has any."""
+    return torch.sigmoid(torch.where(torch.isneginf(part_lse), -torch.inf, part_lse - lse))
+
+
+def _rows(index: Tensor, x: Tensor, heads: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """Of each slot the row of ``x [G, H, N, D]`` viewed as ``[G * H * N, D]`` (empty slots: position 0), and the shape
+    ``(G, heads, slots)``; query heads of a group share a row of x."""
+    batch, own, length, _ = x.shape
+    device = x.device
+    lane = torch.arange(batch, device=device)[:, None] * own + torch.arange(heads, device=device) // (heads // own)
+    rows = lane.unsqueeze(-1) * length + index.clamp(min=0)
+    return rows.flatten(), (batch, heads, index.shape[2])
