@@ -10,6 +10,7 @@ from sa_hf.ops.triton.common import (
     bend_scores,
     dot_rows,
     dropout_kept,
+    in_run,
     kept_pairs,
     load_item,
     load_positions,
@@ -60,62 +61,56 @@ RUNTIME = (
 
 
 @triton.jit
-def tile_gradient(
-    s, dp, shift, delta, q_slot, k_slot, q_local, k_local, q_pos, k_pos, kind, words_ptr, low, high, skip, span,
-    bias_row, row_word, column_word, n_q, n_k, left, right, centre, extra, threshold, scale, softcap, inv_ramp,
-    keep_scale,
+def tile_probabilities(
+    s, shift, q_slot, k_slot, q_local, k_local, q_pos, k_pos, kind, words_ptr, low, high, skip, span, bias_row,
+    row_word, column_word, n_k, left, right, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
     TILE_Q: tl.constexpr, WORDS: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, HAS_RANGE: tl.constexpr,
     RANGE_ON_FULL: tl.constexpr, HAS_KEYS: tl.constexpr, DROPOUT: tl.constexpr, HAS_SPANS: tl.constexpr,
 ):  # fmt: skip
-    """From raw products of a tile to ``(p for dV, d loss / d bent score, that / d scaled product, d loss / d span)``.
+    """From a raw product to the probability ``p`` and what its gradient needs:
 
-    All vectors are shaped for the tile, either way round; ``span`` is None without a gate.
+    ``(p, p after dropout, dropout factor, d bent score / d scaled product, d p / d span before it is normalised)``; the
+    last three mean something only with their option. All vectors are shaped for the tile, either way round.
     """
     s, t = bend_scores(s, q_pos, k_pos, bias_row, centre, extra, scale, softcap, SOFTCAP)
     if MASKED:
         keep = kept_pairs(
-            q_slot,
-            k_slot,
-            q_local,
-            k_local,
-            kind,
-            words_ptr,
-            low,
-            high,
-            skip,
-            n_q,
-            n_k,
-            left,
-            right,
-            TILE_Q,
-            WORDS,
+            q_slot, k_slot, q_local, k_local, kind, words_ptr, low, high, skip, n_k, left, right, TILE_Q, WORDS,
             HAS_RANGE,
-        )
+        )  # fmt: skip
         s = tl.where(keep, s, float("-inf"))
     elif RANGE_ON_FULL:
-        s = tl.where((k_slot >= low) & (k_slot < high), s, float("-inf"))
+        s = tl.where(in_run(k_slot, low, high), s, float("-inf"))
     if HAS_KEYS:
         s = tl.where(k_pos >= 0, s, float("-inf"))
-    slope = t
     if HAS_SPANS:
         gate, ramp = span_gate(q_pos, k_pos, span, inv_ramp)
-        s = tl.where(gate > 0, s, float("-inf"))
-        bare = tl.exp2(s - shift)
+        bare = tl.exp2(tl.where(gate > 0, s, float("-inf")) - shift)
         p = bare * gate
         slope = tl.where(ramp, bare * inv_ramp, 0.0)
     else:
         p = tl.exp2(s - shift)
-    p_out = p
+        slope = p
+    p_out, factor, bend = p, p, p
     if DROPOUT:
-        kept = dropout_kept(row_word, column_word, threshold)
-        dp = tl.where(kept, dp * keep_scale, 0.0)
-        p_out = tl.where(kept, p * keep_scale, 0.0)
-    ds = p * (dp - delta)
-    d_span = slope * (dp - delta)
-    raw = ds
+        factor = tl.where(dropout_kept(row_word, column_word, threshold), keep_scale, 0.0)
+        p_out = p * factor
     if SOFTCAP:
-        raw = ds * (1.0 - t * t)
-    return p_out, ds, raw, d_span
+        bend = 1.0 - t * t
+    return p, p_out, factor, bend, slope
+
+
+@triton.jit
+def score_gradient(dp, p, factor, bend, delta, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr):
+    """``(d loss / d bent score, d loss / d scaled product, dp - delta)`` from ``dp = grad_out @ v^T``."""
+    if DROPOUT:
+        dp = dp * factor
+    excess = dp - delta
+    bent = p * excess
+    raw = bent
+    if SOFTCAP:
+        raw = bent * bend
+    return bent, raw, excess
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -198,15 +193,18 @@ def query_kernel(
             word = k_slot
             if row_words_ptr is not None:
                 word = tl.load(column_words_ptr + line * n_k + k_slot, mask=k_slot < n_k, other=0)
-            _, _, ds, _ = tile_gradient(
-                dot_rows(q0, q1, k0, k1, D1), dot_rows(g0, g1, v0, v1, D1), shift[:, None], delta[:, None],
-                q_slot[:, None], k_slot[None, :], (sub * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None],
-                (part * BLOCK_K + tl.arange(0, BLOCK_K))[None, :], q_pos[:, None], k_pos[None, :],
-                tl.load(kind_ptr + entry), words_ptr, low[:, None], high[:, None], skip[:, None], span, bias_row,
-                row_word[:, None], word[None, :], n_q, n_k, left, right, centre, extra, threshold, scale, softcap,
-                inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1, range_ptr is not None,
-                RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
+            p, _, factor, bend, _ = tile_probabilities(
+                dot_rows(q0, q1, k0, k1, D1), shift[:, None], q_slot[:, None], k_slot[None, :],
+                (sub * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None], (part * BLOCK_K + tl.arange(0, BLOCK_K))[None, :],
+                q_pos[:, None], k_pos[None, :], tl.load(kind_ptr + entry), words_ptr, low[:, None], high[:, None],
+                skip[:, None], span, bias_row, row_word[:, None], word[None, :], n_k, left, right, centre, extra,
+                threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1,
+                range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,
+                spans_ptr is not None,
             )  # fmt: skip
+            _, ds, _ = score_gradient(
+                dot_rows(g0, g1, v0, v1, D1), p, factor, bend, delta[:, None], SOFTCAP, row_words_ptr is not None
+            )
             acc0, acc1 = add_product(ds, k0, k1, acc0, acc1, D1)
     acc0 = acc0 * scale
     acc1 = acc1 * scale
@@ -294,9 +292,7 @@ def key_kernel(
             q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
             g_base_ptr = grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8
             q0, q1 = load_tile(q_base_ptr, q_first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, phase == 1)
-            g0, g1 = load_tile(g_base_ptr, q_first, sgn * 8, n_q, BLOCK_Q, D, D0, D1, phase == 1)
             line = batch.to(tl.int64) * heads + head
-            delta = tl.load(delta_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0.0)
             shift = tl.load(shift_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=float("inf"))
             q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
             k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
@@ -312,19 +308,24 @@ def key_kernel(
             if row_words_ptr is not None:
                 row_word = tl.load(row_words_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0)
                 word = tl.load(column_words_ptr + line * n_k + k_slot, mask=k_slot < n_k, other=0)
-            p, _, ds, slope = tile_gradient(
-                dot_rows(k0, k1, q0, q1, D1), dot_rows(v0, v1, g0, g1, D1), shift[None, :], delta[None, :],
-                q_slot[None, :], k_slot[:, None], (part * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :],
-                (sub * BLOCK_K + tl.arange(0, BLOCK_K))[:, None], q_pos[None, :], k_pos[:, None],
-                tl.load(kind_ptr + entry), words_ptr, low[None, :], high[None, :], skip[None, :], span, bias_row,
-                row_word[None, :], word[:, None], n_q, n_k, left, right, centre, extra, threshold, scale, softcap,
-                inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1, range_ptr is not None,
-                RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
+            p, p_out, factor, bend, slope = tile_probabilities(
+                dot_rows(k0, k1, q0, q1, D1), shift[None, :], q_slot[None, :], k_slot[:, None],
+                (part * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :], (sub * BLOCK_K + tl.arange(0, BLOCK_K))[:, None],
+                q_pos[None, :], k_pos[:, None], tl.load(kind_ptr + entry), words_ptr, low[None, :], high[None, :],
+                skip[None, :], span, bias_row, row_word[None, :], word[:, None], n_k, left, right, centre, extra,
+                threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1,
+                range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,
+                spans_ptr is not None,
             )  # fmt: skip
-            dv0, dv1 = add_product(p, g0, g1, dv0, dv1, D1)
+            g0, g1 = load_tile(g_base_ptr, q_first, sgn * 8, n_q, BLOCK_Q, D, D0, D1, phase == 1)
+            dv0, dv1 = add_product(p_out, g0, g1, dv0, dv1, D1)
+            delta = tl.load(delta_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0.0)
+            _, ds, excess = score_gradient(
+                dot_rows(v0, v1, g0, g1, D1), p, factor, bend, delta[None, :], SOFTCAP, row_words_ptr is not None
+            )
             dk0, dk1 = add_product(ds, q0, q1, dk0, dk1, D1)
             if spans_ptr is not None:
-                d_span += tl.sum(slope, 1)
+                d_span += tl.sum(slope * excess, 1)
     dk0 = dk0 * scale
     dk1 = dk1 * scale
     line_out = batch.to(tl.int64) * (heads // flat) + out_head

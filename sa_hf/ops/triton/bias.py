@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from sa_hf.ops.triton.backward import RUNTIME as BACKWARD_RUNTIME
-from sa_hf.ops.triton.backward import tile_gradient
+from sa_hf.ops.triton.backward import score_gradient, tile_probabilities
 from sa_hf.ops.triton.common import dot_rows, load_item, load_positions, load_range, load_tile
 
 RUNTIME = (*BACKWARD_RUNTIME, "key_tiles")
@@ -82,15 +82,17 @@ def bias_kernel(
         if row_words_ptr is not None:
             row_word = tl.load(row_words_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0)
             word = tl.load(column_words_ptr + line * n_k + k_slot, mask=k_slot < n_k, other=0)
-        _, ds, _, _ = tile_gradient(
-            dot_rows(q0, q1, k0, k1, D1), dot_rows(g0, g1, v0, v1, D1), shift[:, None], delta[:, None],
-            q_slot[:, None], k_slot[None, :], (sub_q * BLOCK + local)[:, None], (sub_k * BLOCK + local)[None, :],
-            q_pos[:, None], k_pos[None, :], tl.load(kind_ptr + entry), words_ptr, low[:, None], high[:, None],
-            skip[:, None], span, bias_row, row_word[:, None], word[None, :], n_q, n_k, left, right, centre, extra,
-            threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, True,
-            range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,
-            spans_ptr is not None,
+        p, _, factor, bend, _ = tile_probabilities(
+            dot_rows(q0, q1, k0, k1, D1), shift[:, None], q_slot[:, None], k_slot[None, :],
+            (sub_q * BLOCK + local)[:, None], (sub_k * BLOCK + local)[None, :], q_pos[:, None], k_pos[None, :],
+            tl.load(kind_ptr + entry), words_ptr, low[:, None], high[:, None], skip[:, None], span, bias_row,
+            row_word[:, None], word[None, :], n_k, left, right, centre, extra, threshold, scale, softcap, inv_ramp,
+            keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, True, range_ptr is not None, RANGE_ON_FULL,
+            k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
         )  # fmt: skip
+        ds, _, _ = score_gradient(
+            dot_rows(g0, g1, v0, v1, D1), p, factor, bend, delta[:, None], SOFTCAP, row_words_ptr is not None
+        )
         ds = tl.where((q_pos >= extra)[:, None] & (k_pos >= extra)[None, :], ds, 0.0)
         if ALIGNED:
             total += ds

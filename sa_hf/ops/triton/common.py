@@ -94,9 +94,11 @@ def add_product(p, x0, x1, acc0, acc1, D1: tl.constexpr):
 def load_positions(pointer, batch, head, batch_stride, head_stride, slots, limit, base):
     """int32 positions of slots; -1 is an empty slot. Without an index tensor, ``slot + base``."""
     if pointer is None:
-        return slots + base
-    row = pointer + batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
-    return tl.load(row + slots, mask=(slots >= 0) & (slots < limit), other=-1)
+        positions = slots + base
+    else:
+        row = pointer + batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
+        positions = tl.load(row + slots, mask=(slots >= 0) & (slots < limit), other=-1)
+    return positions
 
 
 @triton.jit
@@ -127,22 +129,33 @@ def span_gate(q_pos, k_pos, span, inv_ramp):
 
 
 @triton.jit
+def in_run(x, first, last):
+    """``first <= x < last`` by one comparison."""
+    return (x - first).to(tl.uint32, bitcast=True) < tl.maximum(last - first, 0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def kept_pairs(
-    q_slot, k_slot, q_local, k_local, kind, words_ptr, low, high, skip, n_q, n_k, left, right,
+    q_slot, k_slot, q_local, k_local, kind, words_ptr, low, high, skip, n_k, left, right,
     TILE_Q: tl.constexpr, WORDS: tl.constexpr, HAS_RANGE: tl.constexpr,
 ):  # fmt: skip
     """The predicate of a tile that is not full: end of the slots, band or element mask, key range."""
-    keep = (q_slot < n_q) & (k_slot < n_k)
-    distance = q_slot - k_slot
-    keep = keep & ((kind != BAND_TILE) | ((distance <= left) & (distance >= -right)))
+    # The keys of a query are a run: two vectors and one unsigned comparison per pair. Rows past the last query need no
+    # test: the forward never stores them, and in the backward their log-sum-exp is +inf.
+    first = tl.where(kind == BAND_TILE, q_slot - left, 0)
+    last = tl.minimum(tl.where(kind == BAND_TILE, q_slot + right + 1, n_k), n_k)
+    if HAS_RANGE:
+        first = tl.maximum(first, low)
+        last = tl.minimum(last, high)
+    keep = in_run(k_slot, first, last)
     if words_ptr is not None:
-        row = words_ptr + (tl.maximum(kind, 0).to(tl.int64) * TILE_Q + q_local) * WORDS
+        row = words_ptr + tl.maximum(kind, 0).to(tl.int64) * (TILE_Q * WORDS) + q_local * WORDS
         word = tl.load(row)
         for w in tl.static_range(1, WORDS):
             word = tl.where(k_local >= w * 32, tl.load(row + w), word)
         keep = keep & ((kind < 0) | (((word >> (k_local & 31)) & 1) != 0))
     if HAS_RANGE:
-        keep = keep & (k_slot >= low) & (k_slot < high) & (k_slot != skip)
+        keep = keep & (k_slot != skip)
     return keep
 
 

@@ -11,6 +11,7 @@ from sa_hf.ops.triton.common import (
     bend_scores,
     dot_rows,
     dropout_kept,
+    in_run,
     kept_pairs,
     load_item,
     load_positions,
@@ -135,12 +136,12 @@ def forward_step(
         keep = kept_pairs(
             q_slot[:, None], k_slot[None, :], (sub * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None],
             (part * BLOCK_K + tl.arange(0, BLOCK_K))[None, :], tl.load(kind_ptr + entry), words_ptr,
-            low[:, None], high[:, None], skip[:, None], n_q, n_k, left, right, TILE_Q, (TILE_K + 31) // 32,
+            low[:, None], high[:, None], skip[:, None], n_k, left, right, TILE_Q, (TILE_K + 31) // 32,
             range_ptr is not None,
         )  # fmt: skip
         s = tl.where(keep, s, float("-inf"))
     elif RANGE_ON_FULL:
-        s = tl.where((k_slot[None, :] >= low[:, None]) & (k_slot[None, :] < high[:, None]), s, float("-inf"))
+        s = tl.where(in_run(k_slot[None, :], low[:, None], high[:, None]), s, float("-inf"))
     if k_pos_ptr is not None:
         s = tl.where((k_pos >= 0)[None, :], s, float("-inf"))
     if spans_ptr is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from sa_hf.ops.triton.backward import tile_gradient
+from sa_hf.ops.triton.backward import score_gradient, tile_probabilities
 from sa_hf.ops.triton.common import (
     LN2,
     bend_scores,
@@ -104,21 +104,23 @@ def offsets_forward_kernel(
 
 @triton.jit
 def pair_gradient(
-    q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_row, row_word, word, centre,
-    extra, threshold, scale, softcap, inv_ramp, keep_scale,
+    q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_row, row_word, word,
+    centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
     D1: tl.constexpr, SOFTCAP: tl.constexpr, HAS_KEYS: tl.constexpr, DROPOUT: tl.constexpr, HAS_SPANS: tl.constexpr,
 ):  # fmt: skip
-    """``tile_gradient`` of one key per row."""
+    """One key per row: ``(p after dropout, d loss / d bent score, d loss / d scaled product, d loss / d span)``."""
     s = tl.sum(q0.to(tl.float32) * k0.to(tl.float32), 1)
     dp = tl.sum(g0.to(tl.float32) * v0.to(tl.float32), 1)
     if D1 > 0:
         s += tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1)
         dp += tl.sum(g1.to(tl.float32) * v1.to(tl.float32), 1)
-    return tile_gradient(
-        s, dp, shift, delta, key, key, key, key, q_pos, k_pos, 0, None, begin, stop, begin, span, bias_row, row_word,
-        word, 0, 0, 0, 0, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, 1, 1, SOFTCAP, False, True,
-        True, HAS_KEYS, DROPOUT, HAS_SPANS,
+    p, p_out, factor, bend, slope = tile_probabilities(
+        s, shift, key, key, key, key, q_pos, k_pos, 0, None, begin, stop, begin, span, bias_row, row_word, word, 0, 0, 0,
+        centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, 1, 1, SOFTCAP, False, True, True, HAS_KEYS,
+        DROPOUT, HAS_SPANS,
     )  # fmt: skip
+    bent, raw, excess = score_gradient(dp, p, factor, bend, delta, SOFTCAP, DROPOUT)
+    return p_out, bent, raw, slope * excess
 
 
 @triton.jit(do_not_specialize=BACKWARD_RUNTIME)
@@ -130,7 +132,7 @@ def offsets_query_kernel(
     scale, softcap, inv_ramp, keep_scale,
     ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """dQ, and the gradient of the distance table as in ``bias_kernel`` (``table_ptr``, ``unit_ptr``). Grid as forward."""
+    """dQ; the distance table's gradient as in ``bias_kernel`` (``table_ptr``, ``unit_ptr``). Grid as in the forward."""
     first = tl.program_id(0) * ROWS
     line = tl.program_id(1)
     batch, head = line // heads, line % heads
@@ -168,8 +170,8 @@ def offsets_query_kernel(
         if row_words_ptr is not None:
             word = tl.load(column_words_ptr + at + key, mask=keep, other=0)
         _, bent, ds, _ = pair_gradient(
-            q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_row, row_word, word,
-            centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
+            q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_row, row_word,
+            word, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
             D1, SOFTCAP, k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
         )  # fmt: skip
         acc0 += ds[:, None] * k0.to(tl.float32)
