@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -57,10 +57,10 @@ def package_sources(packages: Sequence[str]) -> dict[str, list[Source]]:
     return found
 
 
-def stdlib_docstrings(minimum: int = 80) -> list[Source]:
+def docstrings(sources: Iterable[Source], minimum: int = 80) -> list[Source]:
     """Docstrings of modules, classes and functions with at least ``minimum`` characters; ``path`` is ``file:line``."""
     found = []
-    for source in stdlib_sources():
+    for source in sources:
         for line, text in _docstrings(source.text):
             if len(text) >= minimum:
                 found.append(Source(f"{source.path}:{line}", text))

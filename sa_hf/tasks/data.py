@@ -17,7 +17,8 @@ from sa_hf.tasks.synthetic import CorridorTask, MaskedSummationTask
 from sa_hf.tasks.topic import TopicTask
 
 Rows = Sequence[dict[str, Any]]
-STDLIB, SECTIONS, CORRIDOR, SUMMATION = "stdlib", "stdlib-sections", "corridor", "summation"
+STDLIB, SECTIONS, DOCSTRINGS = "stdlib", "stdlib-sections", "stdlib-docstrings"
+CORRIDOR, SUMMATION = "corridor", "summation"
 CLASSIFICATION = "sequence-classification"
 # Where the source of rows has no end of its own.
 DEFAULT_TRAIN_ROWS, DEFAULT_EVALUATION_ROWS = 256, 64
@@ -64,7 +65,8 @@ def load_source(
 
     Args:
         dataset: "stdlib" (the embedded corpus), "stdlib-sections" (its excerpts one by one, for classification),
-            "corridor", "summation", a local text/json/parquet/csv file or a folder of such, or a hub name.
+            "stdlib-docstrings" (for language models), "corridor", "summation", a local text/json/parquet/csv file or
+            a folder of such, or a hub name.
         train_rows, evaluation_rows: at most so many rows; None is all, or 256 and 64 where rows are made.
 
     Raises:
@@ -92,7 +94,9 @@ def load_source(
             topic = TopicTask()
             rows, held_out = topic.documents("train", train, seed), topic.documents("evaluation", evaluation, seed)
             return Source(rows, held_out, list(topic.topics))
-        return Source([{"text": t} for t in stdlib_texts("train")], [{"text": t} for t in stdlib_texts("evaluation")])
+        return _stdlib_texts("source")
+    if dataset == DOCSTRINGS:
+        return _stdlib_texts("docstrings")
     return _from_datasets(task, dataset, dataset_config, text_column, label_column, (train_rows, evaluation_rows), seed)
 
 
@@ -144,6 +148,11 @@ def _causal_batch(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
     batch.setdefault("labels", batch["input_ids"].clone())
     return batch
+
+
+def _stdlib_texts(kind: str) -> Source:
+    train, evaluation = ([{"text": t} for t in stdlib_texts(split, kind)] for split in ("train", "evaluation"))
+    return Source(train, evaluation)
 
 
 def _documents(rows: Rows, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--dataset",
         default="stdlib",
-        help="stdlib (embedded), corridor, summation, a local file or folder, or a hub name",
+        help="stdlib, stdlib-sections, stdlib-docstrings, corridor, summation, a local file or folder, or a hub name",
     )
     data.add_argument("--dataset_config", help="configuration of a hub data set")
     data.add_argument("--text_column", help="default: text, content, ...")

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sa_hf.tasks.corpus import stdlib_sources
+from sa_hf.tasks.corpus import docstrings, stdlib_sources
 
 
-def stdlib_texts(split: str) -> list[str]:
-    """Whole files of the standard library; every tenth one is for evaluation (``split`` "train" or "evaluation")."""
-    sources = stdlib_sources()
-    return [s.text for i, s in enumerate(sources) if (i % 10 == 9) == (split == "evaluation")]
+def stdlib_texts(split: str, kind: str = "source") -> list[str]:
+    """Whole files of the standard library, or their docstrings (``kind`` "source" or "docstrings").
+
+    Every tenth file is for evaluation (``split`` "train" or "evaluation").
+    """
+    sources = [s for i, s in enumerate(stdlib_sources()) if (i % 10 == 9) == (split == "evaluation")]
+    return [s.text for s in (sources if kind == "source" else docstrings(sources))]
 
 
 def token_chunks(texts: Iterable[str], tokenizer: Any, length: int, limit: int | None = None) -> list[dict[str, Any]]:
