@@ -158,10 +158,10 @@ class SparseAttentionConfig:
         )
 
     def preview(self, length: int, causal: bool = False, *, num_heads: int = 1, layer_idx: int = 0) -> str:
-        """The mask drawn for the terminal, at most 64 characters wide: one line per row of cells."""
-        from sa_hf.patterns.drawing import preview
+        """The mask of head 0 drawn for the terminal, at most 64 characters wide: one line per row of cells."""
+        from sa_hf.patterns.drawing import preview_pattern
 
-        return preview(self.mask(length, num_heads, layer_idx, causal)[0], title=f"{self.name}, n = {length}")
+        return preview_pattern(self, length, causal, num_heads, layer_idx)
 
     def density(self, length: int, num_heads: int = 1, layer_idx: int = 0, causal: bool = False) -> float:
         """Kept pairs divided by the pairs of dense attention (``length**2``, causal: ``length*(length+1)/2``)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
+from sa_hf.ops.counts import row_counts
 from sa_hf.ops.layout import Predicate, build_layout
 from sa_hf.ops.parts import Band, BlockPart, Part, SegmentPart, shift
 from sa_hf.ops.sequences import Sequences
@@ -200,18 +201,33 @@ class StaticPatternConfig(SparseAttentionConfig):
 
     def multiplicity(self, length: int, num_heads: int = 1, layer_idx: int = 0, causal: bool = False) -> Tensor:
         """How often each pair is read, int64 ``[num_heads, length, length]``; above 1 for LongNet alone."""
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise SparseAttentionError(f"length={length!r} must be an integer >= 1; nearest: 1")
-        geometry = Geometry(length, length, tuple(range(num_heads)), num_heads, layer_idx, causal)
-        return dense_multiplicity(self, geometry)
+        return dense_multiplicity(self, whole_geometry(length, num_heads, layer_idx, causal))
 
     def mask(self, length: int, num_heads: int = 1, layer_idx: int = 0, causal: bool = False) -> Tensor:
         return self.multiplicity(length, num_heads, layer_idx, causal) > 0
+
+    def row_sizes(self, geometry: Geometry) -> Tensor:
+        """Distinct keys of each query, int64 ``[len(heads), query_length]``, without an n x n tensor."""
+        parts = pattern_parts(self, geometry, torch.device("cpu"))
+        return row_counts(parts, geometry.query_length, len(geometry.heads))
+
+    def density(self, length: int, num_heads: int = 1, layer_idx: int = 0, causal: bool = False) -> float:
+        geometry = whole_geometry(length, num_heads, layer_idx, causal)
+        dense = length * (length + 1) // 2 if causal else length * length
+        return int(self.row_sizes(geometry).sum()) / (dense * num_heads)
 
     def build(self, spec: LayerSpec) -> SparseAttention:
         from sa_hf.patterns.static import StaticSparseAttention
 
         return StaticSparseAttention(self, spec)
+
+
+def whole_geometry(length: int, num_heads: int, layer_idx: int, causal: bool) -> Geometry:
+    """A layer of all its heads over a whole sequence; raises ``SparseAttentionError`` for numbers out of range."""
+    for label, value, minimum in (("length", length, 1), ("num_heads", num_heads, 1), ("layer_idx", layer_idx, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise SparseAttentionError(f"{label}={value!r} must be an integer >= {minimum}; nearest: {minimum}")
+    return Geometry(length, length, tuple(range(num_heads)), num_heads, layer_idx, causal)
 
 
 def dense_multiplicity(config: StaticPatternConfig, geometry: Geometry) -> Tensor:
@@ -232,8 +248,11 @@ def dense_multiplicity(config: StaticPatternConfig, geometry: Geometry) -> Tenso
 
 def finished_plan(config: StaticPatternConfig, geometry: Geometry, device: torch.device) -> list[Part]:
     """The pattern's parts for a geometry, lonely rows and extra tokens included."""
-    from sa_hf.ops.counts import row_counts
+    return with_extra_tokens(pattern_parts(config, geometry, device), config.extra_tokens, geometry)
 
+
+def pattern_parts(config: StaticPatternConfig, geometry: Geometry, device: torch.device) -> list[Part]:
+    """The pattern's parts over the sequence alone, lonely rows included."""
     if geometry.query_offset == 0:
         parts = config.plan(geometry, device)
     else:
@@ -246,7 +265,7 @@ def finished_plan(config: StaticPatternConfig, geometry: Geometry, device: torch
         for branch in config.branches(geometry):
             own += branch(heads, position[None], position[None]).long()
         parts = [*parts, *own_key_parts(own.where(counts == 0, 0), geometry.query_offset)]
-    return with_extra_tokens(parts, config.extra_tokens, geometry)
+    return parts
 
 
 def own_key_parts(times: Tensor, query_offset: int) -> list[Part]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -160,6 +161,46 @@ class LongNetAttentionConfig(StaticPatternConfig):
             if position % w % r == s:
                 keys.append(torch.arange(begin + s, end, r))
         return torch.cat(keys).sort().values
+
+    def row_sizes(self, geometry: Geometry) -> Tensor:
+        """The union of the branches, counted per run of rows that share their segments and active branches."""
+        sizes = torch.zeros(len(geometry.heads), geometry.key_length, dtype=torch.int64)
+        known: dict[tuple[int, ...], Tensor] = {}
+        for index, head in enumerate(geometry.heads):
+            offsets = tuple(int(self.offset(torch.tensor(head), r, geometry.num_heads)) for r in self.dilated_ratio)
+            if offsets not in known:
+                known[offsets] = self._union_sizes(offsets, geometry)
+            sizes[index] = known[offsets]
+        if self.drop_diagonal:
+            sizes = torch.where(sizes > 1, sizes - 1, sizes)
+        return sizes[:, geometry.query_offset :]
+
+    def _union_sizes(self, offsets: tuple[int, ...], geometry: Geometry) -> Tensor:
+        """Distinct keys per row of a head with these offsets, int64 ``[key_length]``."""
+        n, band = geometry.key_length, geometry.full_band
+        branches = list(zip(self.segment_length, self.dilated_ratio, offsets, strict=True))
+        cuts = sorted({*(at for w, _, _ in branches for at in range(0, n, w)), n})
+        sizes = torch.zeros(n, dtype=torch.int64)
+        for start, stop in pairwise(cuts):
+            rows = torch.arange(start, stop)
+            active = torch.stack([rows % w % r == s for w, r, s in branches], dim=1)
+            kinds, kind = torch.unique(active, dim=0, return_inverse=True)
+            for number, chosen in enumerate(kinds.tolist()):
+                running = [branch for branch, on in zip(branches, chosen, strict=True) if on]
+                if not running:
+                    continue
+                begin = min(start // w * w for w, _, _ in running)
+                end = max(min(n, start // w * w + w) for w, _, _ in running)
+                kept = torch.zeros(end - begin, dtype=torch.int64)
+                for w, r, s in running:
+                    kept[start // w * w + s - begin : start // w * w + w - begin : r] = 1
+                before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+                own = rows[kind == number]
+                low = own - n if band.left is None else own - band.left
+                high = own + n if band.right is None else own + band.right + 1
+                low, high = ((x - begin).clamp(0, end - begin) for x in (low, high))
+                sizes[own] = before[high] - before[low]
+        return sizes
 
     def keep(self, position: int, geometry: Geometry) -> Tensor:
         kept = torch.zeros(position, dtype=torch.bool)
