@@ -16,7 +16,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.conv import ConvTaps
 from sa_hf.hf.layer_cache import LayerMemory, absolute_keys
+from sa_hf.hf.layers import active_child
 from sa_hf.hf.masks import FORWARD, MaskRequest, ids_from_lengths, sparse_mask
 from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
 from sa_hf.ops.parts import Band
@@ -24,6 +26,8 @@ from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention, default_scale
 
 IMPLEMENTATION = "sparse_sa_hf"
+# On an attention module, beside its child: PEFT may wrap and copy the child itself.
+PLACE = "sa_hf_place"
 
 # Keywords that models hand down to their attention and that change nothing here.
 HARMLESS = {
@@ -34,27 +38,25 @@ HARMLESS = {
 
 
 @dataclass(eq=False)
-class Place:
-    """Where a ``sparse`` child stands and how its layer runs; shared by reference with the model's patch."""
-
-    spec: LayerSpec | None
-    engine: str
-    original: str
-    extra_tokens: int = 0
-    active: Activity | None = None
-
-
-@dataclass(eq=False)
 class Activity:
     """Whether a patched model's hooks act; off inside ``dense(model)``."""
 
     on: bool = True
 
 
+@dataclass(eq=False)
+class Place:
+    """How one attention module runs. ``spec`` is None for cross-attention."""
+
+    spec: LayerSpec | None
+    engine: str
+    original: str
+    activity: Activity
+    extra_tokens: int = 0
+
+
 class DenseMarker(nn.Module):
     """The ``sparse`` child of a layer that stays dense, and of cross-attention: no parameters, no buffers."""
-
-    place: Place
 
 
 @dataclass(eq=False)
@@ -73,13 +75,13 @@ def register() -> None:
 
 
 def place_of(module: nn.Module) -> Place:
-    """The place of an attention module's ``sparse`` child.
+    """How an attention module of a patched model runs.
 
     Raises:
         SparseAttentionError: the module has none, so the model's patterns are missing.
     """
-    place = getattr(getattr(module, "sparse", None), "place", None)
-    if not isinstance(place, Place):
+    place = getattr(module, PLACE, None)
+    if not isinstance(place, Place) or getattr(module, "sparse", None) is None:
         raise SparseAttentionError(
             f"{type(module).__name__} is set to sparse attention but carries no pattern: the model was built from the "
             "config of a patched one. Load it with `trust_remote_code=True`, or call `sa_hf.patch_model(model, ...)`"
@@ -106,7 +108,7 @@ def sparse_attention_forward(
             "2-D mask [batch, length] (1 real, 0 padding), given to the model"
         )
     request: MaskRequest | None = attention_mask
-    child = module.sparse
+    child = active_child(module)
     if not isinstance(child, SparseAttention):
         return _dense_forward(module, place, query, key, value, request, scaling, dropout, kwargs)
     bias = kwargs.pop("position_bias", None)
@@ -135,9 +137,14 @@ def sparse_attention_forward(
         rotary=call.rotary,
         remember=None if call.memory is None else call.memory.remember,
     )
+    if call.memory is not None:
+        call.memory.settle()
     out = child(inputs)
     if call.memory is not None:
         call.memory.evict(child, inputs)
+    conv = getattr(child, "conv", None)
+    if isinstance(conv, ConvTaps):
+        conv.forget()
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -210,18 +217,29 @@ def _dense_forward(
 def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hands the layer's input, rotary angles and cache to the adapter, through one extra keyword."""
     place = place_of(module)
-    if place.active is None or not place.active.on:
+    if not place.activity.on:
         return None
-    hidden = args[0] if args else kwargs.get("hidden_states")
+    hidden: Any = args[0] if args else kwargs.get("hidden_states")
     rotary = kwargs.get("position_embeddings")
     if rotary is None and len(args) > 1 and isinstance(args[1], tuple):
         rotary = args[1]
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     memory = None if cache is None else LayerMemory.of(cache, module)
     kwargs = {**kwargs, "sparse_call": LayerCall(hidden, rotary, memory)}
+    conv = getattr(active_child(module), "conv", None)
+    if isinstance(conv, ConvTaps):
+        request = next((x for x in (*args, *kwargs.values()) if isinstance(x, MaskRequest)), None)
+        conv.prepare(hidden, _layer_sequences(place, request, hidden), memory)
     if has_bias_table(module) and kwargs.get("position_bias") is None:
         kwargs["position_bias"] = bias_table(module, _positions(kwargs.get("mask"), hidden))
     return args, kwargs
+
+
+def _layer_sequences(place: Place, request: MaskRequest | None, hidden: Any) -> Sequences:
+    if request is not None:
+        return request.sequences(place.extra_tokens)
+    length = int(hidden.shape[1]) - place.extra_tokens
+    return Sequences.full(hidden.shape[0], length, length).with_extra_tokens(place.extra_tokens)
 
 
 def _positions(request: Any, hidden: Any) -> int:

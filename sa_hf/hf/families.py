@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sa_hf.errors import UnsupportedModelError
+from sa_hf.hf.positions import position_limit
 from sa_hf.ops.parts import Band
 from sa_hf.patterns.base import LayerSpec
 
@@ -69,8 +70,8 @@ def calls_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def find_sites(model: PreTrainedModel) -> Sites:
-    """The attention layers of a model.
+def find_sites(model: PreTrainedModel, max_length: int | None = None) -> Sites:
+    """The attention layers of a model, described for inputs up to ``max_length`` (None: the model's limit).
 
     Raises:
         UnsupportedModelError: no attention goes through the interface, or there are two stacks of one kind.
@@ -88,9 +89,10 @@ def find_sites(model: PreTrainedModel) -> Sites:
         raise UnsupportedModelError(
             f"{type(model).__name__} (model_type {model.config.model_type!r}) computes its attention itself instead of "
             "asking transformers' AttentionInterface for it, so no layer can be replaced; models that ask: Llama, "
-            "Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, BERT, RoBERTa, DistilBERT, ModernBERT, ALBERT, ELECTRA, BART, T5, "
-            "ViT"
+            "Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, BERT, RoBERTa, DistilBERT, ModernBERT, ALBERT, ELECTRA, "
+            "BART, T5, ViT"
         )
+    limit = position_limit(model) if max_length is None else max_length
     stacks: dict[str, list[Site]] = {}
     for path, modules in found.items():
         stack = "decoder" if _is_causal(modules[0][1]) else "encoder"
@@ -101,7 +103,7 @@ def find_sites(model: PreTrainedModel) -> Sites:
                 f"patch_model(model.get_submodule({path.rpartition('.')[0]!r}), ...)"
             )
         stacks[stack] = [
-            Site(name, _block(name), stack, _layer_spec(model, module, index, len(modules)))
+            Site(name, _block(name), stack, _layer_spec(module, index, len(modules), limit))
             for index, (name, module) in enumerate(modules)
         ]
     return Sites(dict(sorted(stacks.items(), reverse=True)), cross)
@@ -140,9 +142,7 @@ def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
     return None
 
 
-def _layer_spec(model: PreTrainedModel, module: nn.Module, index: int, num_layers: int) -> LayerSpec:
-    from sa_hf.hf.positions import position_limit
-
+def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | None) -> LayerSpec:
     heads = _first(module, _HEADS)
     hidden = getattr(_config(module), "hidden_size", None)
     if heads is None or hidden is None:
@@ -163,7 +163,7 @@ def _layer_spec(model: PreTrainedModel, module: nn.Module, index: int, num_layer
         head_dim=head_dim,
         hidden_size=hidden,
         causal=causal,
-        max_length=position_limit(model),
+        max_length=limit,
         band=own_window(module, index, causal),
         device=parameter.device,
         dtype=parameter.dtype if parameter.dtype.is_floating_point else torch.float32,

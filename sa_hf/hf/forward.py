@@ -9,15 +9,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sa_hf.hf.attention import Activity, refuse_attentions
+from sa_hf.hf.layers import sparse_children, tie_layers
+from sa_hf.hf.losses import add_to_loss
 from sa_hf.hf.masks import FORWARD, ForwardInputs
+from sa_hf.patterns.base import SparseAttention
 
 
 class OuterForward:
-    """Reads what the model is given about its sequences, for the masks that are built inside."""
+    """Reads what the model is given about its sequences, for the masks built inside; counts training steps once per
+    outer forward; joins the auxiliary losses to the model's own."""
 
-    def __init__(self, root: PreTrainedModel, activity: Activity) -> None:
+    def __init__(self, root: PreTrainedModel, activity: Activity, names: list[str]) -> None:
         self.activity = activity
-        self.names = list(inspect.signature(root.forward).parameters)
+        self.names = names  # of the attention modules
+        self.parameters = list(inspect.signature(root.forward).parameters)
+        self.tied: tuple[int, ...] = ()
 
     def register(self, root: PreTrainedModel) -> list[Any]:
         return [
@@ -25,20 +31,42 @@ class OuterForward:
             root.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         ]
 
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         FORWARD.set(None)
         if not self.activity.on:
             return None
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        named = self._named(args, kwargs)
         if named.get("output_attentions") or getattr(model.config, "output_attentions", False):
             refuse_attentions()
+        children = sparse_children(model, self.names)
+        self._tie(children)
+        if model.training:
+            for child in children:
+                child.advance_step()
         FORWARD.set(
             ForwardInputs(named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q"))
         )  # fmt: skip
-        if "sequence_ids" in self.names:
+        if "sequence_ids" in self.parameters:
             return None
         return args, {key: value for key, value in kwargs.items() if key != "sequence_ids"}
 
+    def _tie(self, children: list[SparseAttention]) -> None:
+        """Tie the layers again where other modules act than before: PEFT copies each of them on its own."""
+        acting = tuple(id(child) for child in children)
+        if acting != self.tied:
+            tie_layers(children)
+            self.tied = acting
+
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         FORWARD.set(None)
-        return output
+        if not self.activity.on or output is None:
+            return output
+        children = sparse_children(model, self.names)
+        try:
+            return add_to_loss(model, children, self._named(args, kwargs), output) if model.training else output
+        finally:
+            for child in children:
+                child.drop_graph()

@@ -6,7 +6,7 @@ class is swapped for a subclass that lets it follow reorder, repeat, select, cro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +46,8 @@ class Remembered:
         left = max(0, end - self.start)
         if self.need is not None and left < min(self.need, end):
             raise SparseAttentionError(
-                f"the cache was cropped to {end} tokens, which needs inputs older than those kept (from {self.start} on); "
-                f"crop by at most {SLACK} tokens, or start again from the prompt"
+                f"the cache was cropped to {end} tokens, which needs inputs from before slot {self.start}"
+                f"; crop by at most {SLACK} tokens, or start again from the prompt"
             )
         self.tensor = self.tensor.narrow(self.dim, 0, left)
 
@@ -91,10 +91,18 @@ def _remembering(cls: Any) -> type[CacheLayerMixin]:
 def memory_of(layer: Any) -> dict[str, Remembered]:
     """The remembered tensors of a cache layer; its class is swapped at the first call."""
     if not isinstance(layer, _Remembering):
-        layer.__class__ = _remembering(type(layer))
+        cls: Any = type(layer)
+        layer.__class__ = _remembering(cls)
         layer.sa_hf_memory = {}
     memory: dict[str, Remembered] = layer.sa_hf_memory
     return memory
+
+
+def _not_remembered(name: str, seen: int) -> SparseAttentionError:
+    return SparseAttentionError(
+        f"the cache holds {seen} tokens without {name!r}, which this layer's pattern needs for each; it was filled by "
+        "another model or before patching: start again from the prompt"
+    )
 
 
 @dataclass(eq=False)
@@ -103,6 +111,7 @@ class LayerMemory:
 
     cache: Cache
     layer_idx: int
+    pending: dict[str, Remembered] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cache: Any, module: nn.Module) -> LayerMemory | None:
@@ -122,15 +131,41 @@ class LayerMemory:
         old = memory.get(name)
         if old is None or seen == 0:
             if seen:
-                raise SparseAttentionError(
-                    f"the cache holds {seen} tokens without {name!r}, which this layer's pattern needs for each; it "
-                    "was filled by another model or before patching: start again from the prompt"
-                )
+                raise _not_remembered(name, seen)
             memory[name] = Remembered(tensor, dim)
             return tensor
         old.cut(seen)
         memory[name] = Remembered(torch.cat([old.tensor, tensor], dim=dim), dim)
         return memory[name].tensor
+
+    def recent(self, name: str, tensor: Tensor, need: int) -> tuple[Tensor, int]:
+        """The last inputs of the layer and the new ones, ``[batch, tokens, ...]``, and the slot of the first.
+
+        Called before the keys join the cache; ``need`` older tokens belong to it (and ``SLACK`` more stay, for crops).
+        """
+        started = self.layer_idx < len(self.cache.layers) and self.layer.is_initialized
+        seen = int(self.cache.get_seq_length(self.layer_idx)) if started else 0
+        if not started:
+            # The layer comes to be when its keys do; until then the new inputs wait here.
+            self.pending[name] = Remembered(tensor[:, -need - SLACK :], 1, max(0, tensor.shape[1] - need - SLACK), need)
+            return tensor, 0
+        memory = memory_of(self.layer)
+        old = memory.get(name)
+        if seen == 0 or old is None:
+            if seen:
+                raise _not_remembered(name, seen)
+            old = Remembered(tensor[:, :0], 1, 0, need)
+        old.cut(seen)
+        joined = torch.cat([old.tensor, tensor], dim=1)
+        kept = joined[:, -need - SLACK :]
+        memory[name] = Remembered(kept, 1, old.start + joined.shape[1] - kept.shape[1], need)
+        return joined, old.start
+
+    def settle(self) -> None:
+        """Put inputs that waited for the layer onto it; called once its keys have joined."""
+        if self.pending:
+            memory_of(self.layer).update(self.pending)
+            self.pending.clear()
 
     def evict(self, child: SparseAttention, inputs: AttentionInputs) -> None:
         """Let a ``sparse_cache`` drop what the layer's pattern can no longer read."""

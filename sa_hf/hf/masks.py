@@ -60,6 +60,10 @@ class MaskRequest:
     def dim(self) -> int:
         return self.ndim
 
+    def contiguous(self) -> MaskRequest:
+        """What ``generate`` calls on a mask that it builds ahead of the forward."""
+        return self
+
     def to(self, *args: Any, **kwargs: Any) -> MaskRequest:
         """Moved as a tensor would be: only the 2-D mask has a device. (Accelerate calls it between devices.)"""
         if self.padding is None:

@@ -22,10 +22,14 @@ from sa_hf.hf.assignment import (
     parse_assignment,
     parse_indices,
 )
-from sa_hf.hf.attention import IMPLEMENTATION, Activity, DenseMarker, Place, attention_pre_hook, register
+from sa_hf.hf.attention import IMPLEMENTATION, PLACE, Activity, DenseMarker, Place, attention_pre_hook, register
+from sa_hf.hf.conv import ConvHook, ConvTaps, check_projections
+from sa_hf.hf.extra_tokens import ExtraTokenHooks, ExtraTokens, extra_tokens_of_stack, starts_as_mean
 from sa_hf.hf.families import Site, Sites, find_sites, root_model
 from sa_hf.hf.forward import OuterForward
+from sa_hf.hf.layers import active_child, sparse_children, tie_layers
 from sa_hf.hf.position_bias import has_bias_table
+from sa_hf.hf.positions import Extension, own_configs, plan_extension
 from sa_hf.hf.probe import probe as run_probe
 from sa_hf.hf.saving import disable_saving, enable_saving
 from sa_hf.hf.versions import check_transformers
@@ -44,12 +48,26 @@ class Patch:
     assignment: Assignment
     engine: str
     sites: Sites
-    activity: Activity
-    # (module name, attribute, the config that stood there)
-    originals: list[tuple[str, str, PreTrainedConfig]]
+    activity: Activity = field(default_factory=Activity)
     handles: list[Any] = field(default_factory=list)
+    # (module name, attribute, the config that stood there)
+    originals: list[tuple[str, str, PreTrainedConfig]] = field(default_factory=list)
     # (patched config, its original implementation)
     configs: list[tuple[PreTrainedConfig, str]] = field(default_factory=list)
+    extension: Extension | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The self-attention modules, in the order of the stacks."""
+        return [site.name for site in self.sites.all_sites]
+
+    def children(self, root: nn.Module) -> list[SparseAttention]:
+        """The pattern modules of the layers that are not dense."""
+        return sparse_children(root, self.names)
+
+    def inherit(self, old: Patch) -> None:
+        """Take over what patching again leaves as it is: configs already copied, positions already lengthened."""
+        self.originals, self.configs, self.extension = old.originals, old.configs, old.extension
 
 
 def patch_of(model: nn.Module) -> Patch | None:
@@ -92,32 +110,51 @@ def patch_model(
     root = root_model(model)
     sites = find_sites(root)
     assignment = parse_assignment(pattern, sites.num_heads, layers=layers, options=options)
-    apply_assignment(root, assignment, engine=engine)
+    lengthening = None
+    if max_length is not None or rope_parameters is not None:
+        lengthening = plan_extension(root, max_length, tokenizer, rope_parameters)
+    apply_assignment(root, assignment, engine=engine, max_length=max_length)
+    if lengthening is not None:
+        patch = required_patch(root, "patch_model")
+        patch.extension = lengthening.apply(root, before=patch.extension)
     return model
 
 
-def apply_assignment(model: nn.Module, assignment: Assignment, *, engine: str = "auto", probe: bool = True) -> None:
+def apply_assignment(
+    model: nn.Module,
+    assignment: Assignment,
+    *,
+    engine: str = "auto",
+    probe: bool = True,
+    max_length: int | None = None,
+) -> None:
     """Put an assignment (in normal form) into a model, replacing the one that it has.
 
-    ``probe=False`` is for a model under construction, whose patched form has been probed before it was saved.
+    Args:
+        probe: off for a model under construction, whose patched form was probed before it was saved.
+        max_length: the input length that the patterns are built for; None is the model's limit.
     """
     check_transformers()
     root = root_model(model)
     if engine not in ENGINES:
         raise SparseAttentionError(f"engine={engine!r} must be one of {list(ENGINES)}")
     old = patch_of(root)
-    sites = find_sites(root)
+    sites = find_sites(root, max_length)
     check_assignment(assignment, sites.num_heads)
     assignment = {stack: dict(assignment.get(stack, {})) for stack in sites.stacks}
-    for site, entry in _targets(sites, assignment):
-        _check_entry(entry, site)
+    extra = _check_stacks(root, sites, assignment)
     if probe:
         run_probe(root, sites)
     children = {site.name: _build(entry, site, root) for site, entry in _targets(sites, assignment)}
+    patch = Patch(assignment, engine, sites)
     if old is not None:
         _keep_state(root, old, assignment, children)
-        _detach(root, old)
-    _attach(root, Patch(assignment, engine, sites, Activity(), []), children)
+    for stack in sites.stacks.values():
+        tie_layers([children[site.name] for site in stack if site.name in children])
+    if old is not None:
+        _remove(root, old)
+        patch.inherit(old)
+    _attach(root, patch, children, extra)
 
 
 def unpatch_model(model: Model) -> Model:
@@ -127,14 +164,20 @@ def unpatch_model(model: Model) -> Model:
         SparseAttentionError: the model is not patched.
     """
     root = root_model(model)
-    _detach(root, _required(root, "unpatch_model"))
+    patch = required_patch(root, "unpatch_model")
+    _remove(root, patch)
+    disable_saving(root)
+    for name, attribute, config in patch.originals:
+        setattr(root.get_submodule(name), attribute, config)
+    if patch.extension is not None:
+        patch.extension.undo(root)
     return model
 
 
 @contextmanager
 def dense(model: Model) -> Iterator[Model]:
     """The model's original attention inside the block."""
-    patch = _required(root_model(model), "dense")
+    patch = required_patch(root_model(model), "dense")
     before = [config._attn_implementation for config, _ in patch.configs]
     was_on, patch.activity.on = patch.activity.on, False
     for config, original in patch.configs:
@@ -147,7 +190,8 @@ def dense(model: Model) -> Iterator[Model]:
             config._attn_implementation_internal = implementation
 
 
-def _required(root: PreTrainedModel, function: str) -> Patch:
+def required_patch(root: PreTrainedModel, function: str) -> Patch:
+    """The patch of a model that ``function`` needs; raises ``SparseAttentionError`` where there is none."""
     patch = patch_of(root)
     if patch is None:
         raise SparseAttentionError(
@@ -165,11 +209,19 @@ def _targets(sites: Sites, assignment: Assignment) -> list[tuple[Site, LayerEntr
     ]
 
 
-def _check_entry(entry: LayerEntry, site: Site) -> None:
-    if isinstance(entry, SparseAttentionConfig):
-        entry.check_layer(site.spec)
-    else:
-        check_parts(_parts(entry, site), site.spec)
+def _check_stacks(root: PreTrainedModel, sites: Sites, assignment: Assignment) -> dict[str, int]:
+    """Check every entry against its layer; returns the extra tokens of each stack."""
+    for site, entry in _targets(sites, assignment):
+        if isinstance(entry, SparseAttentionConfig):
+            entry.check_layer(site.spec)
+            if getattr(entry, "conv_kernel_size", 1) > 1:
+                check_projections(root.get_submodule(site.name))
+        else:
+            check_parts(_parts(entry, site), site.spec)
+    return {
+        stack: extra_tokens_of_stack([e for e in entries.values() if isinstance(e, SparseAttentionConfig)], stack)
+        for stack, entries in assignment.items()
+    }
 
 
 def _parts(
@@ -179,8 +231,12 @@ def _parts(
 
 
 def _build(entry: LayerEntry, site: Site, root: PreTrainedModel) -> SparseAttention:
+    child: SparseAttention
     if isinstance(entry, SparseAttentionConfig):
         child = entry.build(site.spec)
+        kernel = getattr(entry, "conv_kernel_size", 1)
+        if kernel > 1:
+            child.add_module("conv", ConvTaps(kernel, site.spec))
     else:
         child = MixedSparseAttention(_parts(entry, site), site.spec)
     return child.train(root.get_submodule(site.name).training)
@@ -200,43 +256,70 @@ def _keep_state(
 # -- attaching and detaching ---------------------------------------------------------------------------------------
 
 
-def _attach(root: PreTrainedModel, patch: Patch, children: dict[str, SparseAttention]) -> None:
+def _attach(root: PreTrainedModel, patch: Patch, children: dict[str, SparseAttention], extra: dict[str, int]) -> None:
     register()
-    _rebind_configs(root, patch)
+    if not patch.configs:
+        _rebind_configs(root, patch)
     original = _original_of(root, patch)
     for site in patch.sites.all_sites:
         module = root.get_submodule(site.name)
-        child: nn.Module = children.get(site.name) or DenseMarker()
-        child.place = Place(site.spec, patch.engine, original(module), active=patch.activity)  # type: ignore[assignment]  # plain attribute
-        module.add_module("sparse", child)
+        place = Place(site.spec, patch.engine, original(module), patch.activity, extra[site.stack])
+        _put(module, children.get(site.name) or DenseMarker(), place)
         if site.name in children or has_bias_table(module):
             patch.handles.append(module.register_forward_pre_hook(attention_pre_hook, with_kwargs=True))
+        if getattr(children.get(site.name), "conv", None) is not None:
+            patch.handles += ConvHook(module, site.spec).register()
     for name in patch.sites.cross:
         module = root.get_submodule(name)
-        marker = DenseMarker()
-        marker.place = Place(None, patch.engine, original(module), active=patch.activity)
-        module.add_module("sparse", marker)
-    outer = OuterForward(root, patch.activity)
-    patch.handles += outer.register(root)
+        _put(module, DenseMarker(), Place(None, patch.engine, original(module), patch.activity))
+    for stack, count in extra.items():
+        if count:
+            _attach_extra_tokens(root, patch, stack, count)
+    patch.handles += OuterForward(root, patch.activity, patch.names).register(root)
     root.config.sa_hf = assignment_to_dict(patch.assignment)
     setattr(root, _STATE, patch)
     enable_saving(root)
 
 
+def _put(module: nn.Module, child: nn.Module, place: Place) -> None:
+    module.add_module("sparse", child)
+    setattr(module, PLACE, place)
+
+
+def _attach_extra_tokens(root: PreTrainedModel, patch: Patch, stack: str, count: int) -> None:
+    """Give the learned tokens to the first layer that asks for them, and hook every layer of the stack."""
+    sites = patch.sites.stacks[stack]
+    layer = next(i for i, e in patch.assignment[stack].items() if getattr(e, "extra_tokens", 0))
+    config = cast(SparseAttentionConfig, patch.assignment[stack][layer])
+    owner = root.get_submodule(sites[layer].name)
+    child = active_child(owner)
+    if not starts_as_mean(config) and not hasattr(child, "extra"):
+        child.add_module("extra", ExtraTokens(config, sites[layer].spec))
+    blocks = [root.get_submodule(name) for name in dict.fromkeys(site.block for site in sites)]
+    patch.handles += ExtraTokenHooks(count, owner, blocks[0], patch.activity).register(blocks)
+
+
 def _rebind_configs(root: PreTrainedModel, patch: Patch) -> None:
-    """Give the model copies of its configs, shared inside it as the originals are, and switch those over."""
-    memo: dict[int, Any] = {}
-    copies: dict[int, tuple[PreTrainedConfig, str]] = {}
-    for name, module in root.named_modules():
-        for attribute, value in list(vars(module).items()):
-            if isinstance(value, PreTrainedConfig):
-                patch.originals.append((name, attribute, value))
-                own = copy.deepcopy(value, memo)
-                copies[id(own)] = own, value._attn_implementation or "eager"
-                setattr(module, attribute, own)
-    patch.configs = list(copies.values())
+    """Give the model copies of its configs and switch those over; the originals may belong to other models, too."""
+    patch.originals = own_configs(root)
+    implementations: dict[int, tuple[PreTrainedConfig, str]] = {}
+    for name, attribute, original in patch.originals:
+        own = getattr(root.get_submodule(name), attribute)
+        implementations[id(own)] = own, original._attn_implementation or "eager"
+    patch.configs = list(implementations.values())
     for config, _ in patch.configs:
         config._attn_implementation_internal = IMPLEMENTATION
+
+
+def keep_extension(patch: Patch, extension: Extension) -> None:
+    """Make a lengthening outlast the patch: the configs that ``unpatch_model`` puts back get the new limits."""
+    memo: dict[int, Any] = {}
+    for place, (name, attribute, original) in enumerate(patch.originals):
+        kept = copy.deepcopy(original, memo)
+        for key, value in extension.changed.items():
+            if getattr(kept, key, None) is not None:
+                setattr(kept, key, value)
+        patch.originals[place] = name, attribute, kept
 
 
 def _original_of(root: PreTrainedModel, patch: Patch) -> Any:
@@ -248,12 +331,12 @@ def _original_of(root: PreTrainedModel, patch: Patch) -> Any:
     return original
 
 
-def _detach(root: PreTrainedModel, patch: Patch) -> None:
+def _remove(root: PreTrainedModel, patch: Patch) -> None:
+    """Take children and hooks out; configs and positions stay."""
     for handle in patch.handles:
         handle.remove()
-    for name in [*(site.name for site in patch.sites.all_sites), *patch.sites.cross]:
-        del root.get_submodule(name).sparse
-    for name, attribute, config in patch.originals:
-        setattr(root.get_submodule(name), attribute, config)
+    for name in [*patch.names, *patch.sites.cross]:
+        module = root.get_submodule(name)
+        del module.sparse
+        delattr(module, PLACE)
     delattr(root, _STATE)
-    disable_saving(root)

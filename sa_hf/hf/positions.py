@@ -1,11 +1,281 @@
-"""How long an input a model takes, and how to lengthen that."""
+"""How long an input a model takes, and how to lengthen that.
+
+Learned tables of absolute positions are lengthened by tiling: row ``p`` beyond the end starts as row ``p mod n`` (as
+Longformer and BigBird do with RoBERTa's). RoPE computes its angles and needs none; ``rope_parameters`` sets the
+scaling.
+"""
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+import copy
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sa_hf.errors import SparseAttentionError, UnsupportedModelError
+
+LIMIT = "max_position_embeddings"
+# Module names of learned or sinusoidal tables of absolute positions.
+TABLES = ("position_embeddings", "wpe", "embed_positions")
+# Buffers with one entry per position, and what stands at position p.
+BUFFERS = ("position_ids", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding of positions: position ``p`` is its row ``p + first``."""
+
+    name: str
+    first: int
+    rows: int
+
+    @property
+    def positions(self) -> int:
+        return self.rows - self.first
+
+
+def position_tables(model: PreTrainedModel) -> list[Table]:
+    """The tables of absolute positions of a model."""
+    found = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in TABLES and isinstance(module, nn.Embedding):
+            first = getattr(module, "offset", 0)
+            if module.padding_idx is not None and first == 0:
+                first = module.padding_idx + 1
+            found.append(Table(name, int(first), int(module.weight.shape[0])))
+    return found
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """The longest input of a model in tokens; None where nothing bounds it (T5) or its inputs are no tokens (ViT)."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    tables = position_tables(model)
+    if tables:
+        return min(table.positions for table in tables)
+    limit = getattr(model.config, LIMIT, None)
     return limit if isinstance(limit, int) else None
+
+
+def extend_positions(
+    model: nn.Module, max_length: int, tokenizer: Any = None, rope_parameters: dict[str, Any] | None = None
+) -> None:
+    """Let a model take inputs of ``max_length`` tokens, for good (``unpatch_model`` does not undo it).
+
+    Args:
+        tokenizer: gets the new limit.
+        rope_parameters: RoPE scaling, as in Transformers' configs, e.g. ``{"rope_type": "yarn", "factor": 4.0}``.
+
+    Raises:
+        UnsupportedModelError: the model's positions cannot be lengthened.
+        SparseAttentionError: a length below the model's own.
+    """
+    from sa_hf.hf.families import root_model
+    from sa_hf.hf.patching import keep_extension, patch_of
+
+    root = root_model(model)
+    plan = plan_extension(root, max_length, tokenizer, rope_parameters)
+    patch = patch_of(root)
+    if patch is None:
+        own_configs(root)
+    extension = plan.apply(root, before=None)
+    if patch is not None:
+        keep_extension(patch, extension)
+
+
+def own_configs(root: PreTrainedModel) -> list[tuple[str, str, PreTrainedConfig]]:
+    """Give a model copies of its configs, shared inside it as the originals are; returns ``(module, attribute,
+    original)`` for each place."""
+    memo: dict[int, Any] = {}
+    originals = []
+    for name, module in root.named_modules():
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                originals.append((name, attribute, value))
+                setattr(module, attribute, copy.deepcopy(value, memo))
+    return originals
+
+
+def configs_of(root: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The distinct config objects of a model."""
+    found: dict[int, PreTrainedConfig] = {}
+    for module in root.modules():
+        found.update({id(v): v for v in vars(module).values() if isinstance(v, PreTrainedConfig)})
+    return list(found.values())
+
+
+@dataclass(eq=False)
+class Extension:
+    """What lengthening changed, to be undone: table rows, buffers, rotary modules, the tokenizer's limit.
+
+    ``changed`` holds the new values of config fields.
+    """
+
+    tables: list[Table] = field(default_factory=list)
+    buffers: list[tuple[str, str, int]] = field(default_factory=list)
+    rotary: dict[str, nn.Module] = field(default_factory=dict)
+    tokenizers: list[tuple[Any, int]] = field(default_factory=list)
+    changed: dict[str, Any] = field(default_factory=dict)
+
+    def undo(self, root: PreTrainedModel) -> None:
+        """Cut the tables back (trained rows stay) and put back the rest; the configs are restored by the caller."""
+        for table in self.tables:
+            _set_table(root.get_submodule(table.name), root.get_submodule(table.name).weight[: table.rows])
+        for name, buffer, length in self.buffers:
+            module = root.get_submodule(name)
+            setattr(module, buffer, getattr(module, buffer)[..., :length].clone())
+        for name, module in self.rotary.items():
+            _set_submodule(root, name, module)
+        for tokenizer, limit in self.tokenizers:
+            tokenizer.model_max_length = limit
+
+    def merge(self, before: Extension | None) -> Extension:
+        """Undo back to where the earlier of two lengthenings started."""
+        if before is None:
+            return self
+        known = {table.name for table in before.tables}
+        before.tables += [table for table in self.tables if table.name not in known]
+        kept = {(name, buffer) for name, buffer, _ in before.buffers}
+        before.buffers += [entry for entry in self.buffers if entry[:2] not in kept]
+        before.rotary = {**self.rotary, **before.rotary}
+        before.tokenizers = [*self.tokenizers, *before.tokenizers]
+        before.changed = {**before.changed, **self.changed}
+        return before
+
+
+@dataclass(frozen=True, eq=False)
+class ExtensionPlan:
+    """A lengthening that has been checked."""
+
+    limit: int | None
+    max_length: int | None
+    tokenizer: Any
+    rope_parameters: dict[str, Any] | None
+    tables: list[Table]
+
+    def apply(self, root: PreTrainedModel, before: Extension | None) -> Extension:
+        done = Extension()
+        if self.max_length is not None and self.limit is not None:
+            self._lengthen(root, done)
+        if self.rope_parameters is not None:
+            self._scale_rope(root, done)
+        if self.tokenizer is not None and self.max_length is not None:
+            done.tokenizers.append((self.tokenizer, self.tokenizer.model_max_length))
+            self.tokenizer.model_max_length = self.max_length
+        return done.merge(before)
+
+    def _lengthen(self, root: PreTrainedModel, done: Extension) -> None:
+        assert self.max_length is not None
+        for table in self.tables:
+            module = root.get_submodule(table.name)
+            weight: Tensor = module.weight
+            index = torch.arange(self.max_length, device=weight.device) % table.positions + table.first
+            _set_table(module, torch.cat([weight[: table.first], weight[index]]))
+            done.tables.append(table)
+        old = getattr(root.config, LIMIT, None)
+        if isinstance(old, int):
+            # RoBERTa counts the rows before its first position into the limit of its config, BERT has none.
+            new = self.max_length + old - (self.limit or old)
+            done.changed[LIMIT] = new
+            for config in configs_of(root):
+                if getattr(config, LIMIT, None) == old:
+                    setattr(config, LIMIT, new)
+            self._lengthen_buffers(root, old, new, done)
+
+    def _lengthen_buffers(self, root: PreTrainedModel, old: int, new: int, done: Extension) -> None:
+        for name, module in root.named_modules():
+            for buffer, value in list(module.named_buffers(recurse=False)):
+                if buffer in BUFFERS and value.shape[-1] == old:
+                    rest = torch.arange(old, new, device=value.device) if buffer == "position_ids" else 0
+                    longer = value.new_zeros(*value.shape[:-1], new)
+                    longer[..., :old] = value
+                    longer[..., old:] = rest
+                    setattr(module, buffer, longer)
+                    done.buffers.append((name, buffer, old))
+
+    def _scale_rope(self, root: PreTrainedModel, done: Extension) -> None:
+        for config in configs_of(root):
+            if isinstance(getattr(config, "rope_parameters", None), dict):
+                merged = scaled_rope(config, self.rope_parameters or {}, self.limit)
+                config.rope_parameters = merged
+                done.changed["rope_parameters"] = merged
+        for name, module in rotary_modules(root).items():
+            fresh = type(module)(config=module.config).to(next(module.buffers()).device)
+            done.rotary[name] = module
+            _set_submodule(root, name, fresh)
+
+
+def scaled_rope(config: Any, rope_parameters: dict[str, Any], limit: int | None) -> dict[str, Any]:
+    """A config's ``rope_parameters`` with a user's on top; one entry per kind of layer where it has several."""
+    own = config.rope_parameters
+    given = dict(rope_parameters)
+    if given.get("rope_type", "default") not in ("default", "linear", "proportional") and limit is not None:
+        given.setdefault("original_max_position_embeddings", limit)
+    if any(isinstance(value, dict) for value in own.values()):
+        if any(isinstance(value, dict) for value in given.values()):
+            return {**own, **given}
+        return {kind: {**value, **given} if isinstance(value, dict) else value for kind, value in own.items()}
+    return {**own, **given}
+
+
+def rotary_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules that compute rotary angles."""
+    return {
+        name: module
+        for name, module in root.named_modules()
+        if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config")
+    }
+
+
+def plan_extension(
+    root: PreTrainedModel, max_length: int | None, tokenizer: Any, rope_parameters: dict[str, Any] | None
+) -> ExtensionPlan:
+    """Check a lengthening, before anything is changed."""
+    rotary = bool(rotary_modules(root))
+    if rope_parameters is not None and not rotary:
+        raise UnsupportedModelError(
+            f"rope_parameters are given, but {type(root).__name__} has no rotary embedding; leave them out"
+        )
+    tables, limit = position_tables(root), position_limit(root)
+    if max_length is None:
+        return ExtensionPlan(limit, None, tokenizer, rope_parameters, [])
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+        raise SparseAttentionError(f"max_length={max_length!r} must be an integer >= 1; nearest: {limit or 1}")
+    if limit is not None and max_length < limit:
+        raise SparseAttentionError(
+            f"max_length={max_length} is below the {limit} tokens that {type(root).__name__} takes already; "
+            f"nearest: {limit}. To cut inputs, truncate in the tokenizer"
+        )
+    if root.main_input_name == "pixel_values":
+        raise UnsupportedModelError(
+            f"{type(root).__name__} has a position per image patch; give it larger images with "
+            "interpolate_pos_encoding=True instead of max_length"
+        )
+    if limit is not None and max_length > limit:
+        if not tables and not rotary:
+            raise UnsupportedModelError(
+                f"{type(root).__name__} takes {limit} tokens, and neither a table of absolute positions nor a rotary "
+                "embedding that could be lengthened was found"
+            )
+        if any(root.get_submodule(table.name).weight.is_meta for table in tables):
+            raise SparseAttentionError("the position table is offloaded; lengthen the model before it is dispatched")
+        if rotary and not tables and rope_parameters is None:
+            warnings.warn(
+                f"max_length={max_length} is above the {limit} tokens that the rotary embedding was trained on; "
+                "without rope_parameters (e.g. {'rope_type': 'yarn', 'factor': 4.0}) it extrapolates",
+                stacklevel=3,
+            )
+    return ExtensionPlan(limit, max_length, tokenizer, rope_parameters, tables)
+
+
+def _set_table(module: nn.Module, rows: Tensor) -> None:
+    old: Any = module.weight
+    module.weight = nn.Parameter(rows.detach().clone(), requires_grad=old.requires_grad)
+    module.num_embeddings = rows.shape[0]  # type: ignore[assignment]  # an Embedding's number
+
+
+def _set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)

@@ -1,0 +1,49 @@
+"""The ``sparse`` children of a patched model, also where PEFT has wrapped them for training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from sa_hf.patterns.base import SparseAttention
+
+
+def active_child(module: nn.Module) -> Any:
+    """The ``sparse`` child that acts: PEFT's ``modules_to_save`` keeps a frozen one beside the one it trains."""
+    child: Any = getattr(module, "sparse", None)
+    copies = getattr(child, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return child
+    wrapper: Any = child
+    name = next((a for a in wrapper.active_adapters if a in copies), None)
+    return wrapper.original_module if wrapper.disable_adapters or name is None else copies[name]
+
+
+def sparse_children(root: nn.Module, names: list[str]) -> list[SparseAttention]:
+    """The acting pattern modules of the attention layers named, in order; dense layers have none."""
+    children = [active_child(root.get_submodule(name)) for name in names]
+    return [child for child in children if isinstance(child, SparseAttention)]
+
+
+def leaves(child: SparseAttention) -> Iterator[SparseAttention]:
+    """A pattern module, or the parts of a mixture."""
+    parts = getattr(child, "parts", None)
+    if not isinstance(parts, nn.ModuleList):
+        yield child
+        return
+    for part in parts:
+        if isinstance(part, SparseAttention):
+            yield part
+
+
+def tie_layers(children: list[SparseAttention]) -> None:
+    """Let the layers of a stack that run one config on the same heads set up what they share."""
+    groups: dict[Any, list[SparseAttention]] = {}
+    for child in children:
+        for leaf in leaves(child):
+            groups.setdefault((leaf.config, leaf.heads), []).append(leaf)
+    for group in groups.values():
+        for leaf in group:
+            leaf.tie(group)

@@ -1,0 +1,93 @@
+"""Auxiliary losses: joined to the model's own loss in training, kept as figures after every forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.families import root_model
+from sa_hf.patterns.base import SparseAttention
+
+IGNORED_LABEL = -100
+
+
+def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
+    """The auxiliary losses of the last forward, by name, summed over layers: detached fp32 scalars, unscaled.
+
+    They are there in evaluation too; the live ones join ``loss`` in training, where labels are given.
+
+    Raises:
+        SparseAttentionError: the model is not patched.
+    """
+    from sa_hf.hf.patching import required_patch
+
+    root = root_model(model)
+    patch = required_patch(root, "auxiliary_losses")
+    return {name: loss.detach() for name, loss in total_losses(patch.children(root)).items()}
+
+
+def total_losses(children: list[SparseAttention]) -> dict[str, Tensor]:
+    """The losses of all layers, summed by name."""
+    total: dict[str, Tensor] = {}
+    for child in children:
+        for name, loss in child.aux_losses().items():
+            total[name] = total[name] + loss.to(total[name].device) if name in total else loss
+    return total
+
+
+def add_to_loss(model: nn.Module, children: list[SparseAttention], given: Mapping[str, Any], output: Any) -> Any:
+    """The model's output with the live auxiliary losses added to its loss; unchanged where it has none."""
+    loss = _loss_of(output, given)
+    extra = total_losses(children)
+    if loss is None or not extra:
+        return output
+    _check_live(children)
+    factor = _share_of_step(model, given)
+    joined = loss
+    for value in extra.values():
+        joined = joined + (value * factor).to(device=loss.device, dtype=loss.dtype)
+    if isinstance(output, tuple):
+        return joined, *output[1:]
+    output["loss"] = joined
+    return output
+
+
+def _loss_of(output: Any, given: Mapping[str, Any]) -> Tensor | None:
+    if isinstance(output, tuple):
+        labelled = any(given.get(name) is not None for name in ("labels", "start_positions"))
+        first = output[0] if output else None
+        return first if labelled and isinstance(first, Tensor) and first.dim() == 0 else None
+    loss = output.get("loss") if isinstance(output, Mapping) else None
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _share_of_step(model: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
+    """This micro-batch's part of the optimizer step's auxiliary loss.
+
+    The Trainer divides each micro-batch's summed loss by the labels of the whole step (``num_items_in_batch``); the
+    same share makes the auxiliary loss a mean over the step, not a sum that grows with the accumulation steps.
+    """
+    items, labels = given.get("num_items_in_batch"), given.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    counted = given.get("shift_labels")
+    if counted is None:
+        counted = labels[..., 1:] if getattr(model, "loss_type", None) == "ForCausalLM" else labels
+    return (counted != IGNORED_LABEL).sum() / torch.as_tensor(items, device=labels.device)
+
+
+def _check_live(children: list[SparseAttention]) -> None:
+    """A loss without a graph although its layer is trained means that the layer ran without one."""
+    if not torch.is_grad_enabled():
+        return
+    for child in children:
+        trained = any(p.requires_grad for p in child.parameters(recurse=False))
+        if trained and any(not loss.requires_grad for loss in child.aux_losses().values()):
+            raise SparseAttentionError(
+                f"the auxiliary loss of {child.config.name!r} has no gradient: reentrant gradient checkpointing runs "
+                "layers without a graph; use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
