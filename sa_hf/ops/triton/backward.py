@@ -12,6 +12,7 @@ from sa_hf.ops.triton.common import (
     dropout_kept,
     in_run,
     kept_pairs,
+    load_entry,
     load_item,
     load_positions,
     load_range,
@@ -116,7 +117,7 @@ def score_gradient(dp, p, factor, bend, delta, SOFTCAP: tl.constexpr, DROPOUT: t
 @triton.jit(do_not_specialize=RUNTIME)
 def query_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dq_ptr, part_ptr,
-    items_ptr, entries_ptr, kind_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
+    items_ptr, entries_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
     row_words_ptr, column_words_ptr,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sob, soh, son, pqb, pqh, pkb, pkh, seb, seh, srb, srh,
     n_q, n_k, heads, group, list_heads, rep_heads, reps, slots, query_tiles, left, right, q_base, k_base, centre, extra,
@@ -178,7 +179,8 @@ def query_kernel(
         for step in range((begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS):
             entry = step // STEPS
             part = step % STEPS
-            k_first = tl.load(entries_ptr + entry) * TILE_K + part * BLOCK_K
+            tile, kind = load_entry(entries_ptr, entry)
+            k_first = tile * TILE_K + part * BLOCK_K
             k_slot = k_first + tl.arange(0, BLOCK_K)
             k0, k1 = load_tile(k_base_ptr, k_first, skn * 8, n_k, BLOCK_K, D, D0, D1, phase == 1)
             v0, v1 = load_tile(v_base_ptr, k_first, svn * 8, n_k, BLOCK_K, D, D0, D1, phase == 1)
@@ -196,7 +198,7 @@ def query_kernel(
             p, _, factor, bend, _ = tile_probabilities(
                 dot_rows(q0, q1, k0, k1, D1), shift[:, None], q_slot[:, None], k_slot[None, :],
                 (sub * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None], (part * BLOCK_K + tl.arange(0, BLOCK_K))[None, :],
-                q_pos[:, None], k_pos[None, :], tl.load(kind_ptr + entry), words_ptr, low[:, None], high[:, None],
+                q_pos[:, None], k_pos[None, :], kind, words_ptr, low[:, None], high[:, None],
                 skip[:, None], span, bias_row, row_word[:, None], word[None, :], n_k, left, right, centre, extra,
                 threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1,
                 range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,
@@ -220,7 +222,7 @@ def query_kernel(
 def key_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dk_ptr, dv_ptr, d_span_ptr,
     part_k_ptr, part_v_ptr, part_span_ptr,
-    items_ptr, entries_ptr, kind_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
+    items_ptr, entries_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
     row_words_ptr, column_words_ptr,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sob, soh, son, pqb, pqh, pkb, pkh, seb, seh, srb, srh,
     n_q, n_k, heads, group, list_heads, rep_heads, reps, slots, query_tiles, left, right, q_base, k_base, centre, extra,
@@ -285,7 +287,7 @@ def key_kernel(
         for step in range((begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS):
             entry = step // STEPS
             part = step % STEPS
-            packed = tl.load(entries_ptr + entry)
+            packed, kind = load_entry(entries_ptr, entry)
             head = out_head * flat + packed // query_tiles
             q_first = packed % query_tiles * TILE_Q + part * BLOCK_Q
             q_slot = q_first + tl.arange(0, BLOCK_Q)
@@ -311,7 +313,7 @@ def key_kernel(
             p, p_out, factor, bend, slope = tile_probabilities(
                 dot_rows(k0, k1, q0, q1, D1), shift[None, :], q_slot[None, :], k_slot[:, None],
                 (part * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :], (sub * BLOCK_K + tl.arange(0, BLOCK_K))[:, None],
-                q_pos[None, :], k_pos[:, None], tl.load(kind_ptr + entry), words_ptr, low[None, :], high[None, :],
+                q_pos[None, :], k_pos[:, None], kind, words_ptr, low[None, :], high[None, :],
                 skip[None, :], span, bias_row, row_word[None, :], word[:, None], n_k, left, right, centre, extra,
                 threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1,
                 range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,

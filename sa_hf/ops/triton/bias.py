@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from sa_hf.ops.triton.backward import RUNTIME as BACKWARD_RUNTIME
 from sa_hf.ops.triton.backward import score_gradient, tile_probabilities
-from sa_hf.ops.triton.common import dot_rows, load_item, load_positions, load_range, load_tile
+from sa_hf.ops.triton.common import dot_rows, load_entry, load_item, load_positions, load_range, load_tile
 
 RUNTIME = (*BACKWARD_RUNTIME, "key_tiles")
 
@@ -18,7 +18,7 @@ RUNTIME = (*BACKWARD_RUNTIME, "key_tiles")
 @triton.jit(do_not_specialize=RUNTIME)
 def bias_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, table_ptr, unit_ptr,
-    items_ptr, entries_ptr, kind_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
+    items_ptr, entries_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
     row_words_ptr, column_words_ptr,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, pqb, pqh, pkb, pkh, seb, seh, srb, srh,
     n_q, n_k, heads, group, list_heads, rep_heads, reps, left, right, q_base, k_base, centre, extra,
@@ -57,7 +57,7 @@ def bias_kernel(
     local = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for entry in range(begin, end):
-        tile = tl.load(entries_ptr + entry)
+        tile, kind = load_entry(entries_ptr, entry)
         q_first = tile * TILE_Q + sub_q * BLOCK
         k_first = (tile - row % diagonals + key_tiles - 1) * TILE_K + sub_k * BLOCK
         q_slot, k_slot = q_first + local, k_first + local
@@ -85,7 +85,7 @@ def bias_kernel(
         p, _, factor, bend, _ = tile_probabilities(
             dot_rows(q0, q1, k0, k1, D1), shift[:, None], q_slot[:, None], k_slot[None, :],
             (sub_q * BLOCK + local)[:, None], (sub_k * BLOCK + local)[None, :], q_pos[:, None], k_pos[None, :],
-            tl.load(kind_ptr + entry), words_ptr, low[:, None], high[:, None], skip[:, None], span, bias_row,
+            kind, words_ptr, low[:, None], high[:, None], skip[:, None], span, bias_row,
             row_word[:, None], word[None, :], n_k, left, right, centre, extra, threshold, scale, softcap, inv_ramp,
             keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, True, range_ptr is not None, RANGE_ON_FULL,
             k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,

@@ -190,6 +190,14 @@ def dropout_kept(row_word, column_word, threshold):
 
 
 @triton.jit
+def load_entry(entries_ptr, entry):
+    """``(tile on the other side, kind)`` of a list's entry. One word for both: a second load behind the address of K
+    would be pipelined through shared memory for a single number."""
+    word = tl.load(entries_ptr + entry)
+    return word.to(tl.int32), (word >> 32).to(tl.int32)
+
+
+@triton.jit
 def load_item(items_ptr, item):
     """``row, begin, middle, end, slot`` of a work item (``lists.WorkList``)."""
     at = items_ptr + item * 5

@@ -13,6 +13,7 @@ from sa_hf.ops.triton.common import (
     dropout_kept,
     in_run,
     kept_pairs,
+    load_entry,
     load_item,
     load_positions,
     load_range,
@@ -34,7 +35,7 @@ RUNTIME = (
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
-    items_ptr, entries_ptr, kind_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
+    items_ptr, entries_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
     row_words_ptr, column_words_ptr,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, pqb, pqh, pkb, pkh, seb, seh, srb, srh,
     n_q, n_k, heads, group, list_heads, rep_heads, reps, slots, query_tiles, left, right, q_base, k_base, centre, extra,
@@ -83,7 +84,7 @@ def forward_kernel(
     for phase in tl.static_range(2):
         for step in range((begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS):
             peak, total, acc0, acc1 = forward_step(
-                step, q0, q1, peak, total, acc0, acc1, k_base_ptr, v_base_ptr, entries_ptr, kind_ptr, words_ptr,
+                step, q0, q1, peak, total, acc0, acc1, k_base_ptr, v_base_ptr, entries_ptr, words_ptr,
                 range_ptr, k_pos_ptr, bias_row, spans_ptr, row_words_ptr, column_words_ptr, q_slot, q_pos, low, high,
                 skip, row_word, batch, head, line, skn, svn, pkb, pkh, seb, seh, sub, n_q, n_k, left, right, k_base,
                 centre, extra, threshold, scale, softcap, inv_ramp,
@@ -111,7 +112,7 @@ def forward_kernel(
 
 @triton.jit
 def forward_step(
-    step, q0, q1, peak, total, acc0, acc1, k_base_ptr, v_base_ptr, entries_ptr, kind_ptr, words_ptr, range_ptr,
+    step, q0, q1, peak, total, acc0, acc1, k_base_ptr, v_base_ptr, entries_ptr, words_ptr, range_ptr,
     k_pos_ptr, bias_row, spans_ptr, row_words_ptr, column_words_ptr, q_slot, q_pos, low, high, skip, row_word,
     batch, head, line, skn, svn, pkb, pkh, seb, seh, sub, n_q, n_k, left, right, k_base, centre, extra, threshold,
     scale, softcap, inv_ramp,
@@ -123,7 +124,8 @@ def forward_step(
     PLAIN: tl.constexpr = (not SOFTCAP) and (bias_row is None)
     entry = step // (TILE_K // BLOCK_K)
     part = step % (TILE_K // BLOCK_K)
-    first = tl.load(entries_ptr + entry) * TILE_K + part * BLOCK_K
+    tile, kind = load_entry(entries_ptr, entry)
+    first = tile * TILE_K + part * BLOCK_K
     k_slot = first + tl.arange(0, BLOCK_K)
     k0, k1 = load_tile(k_base_ptr, first, skn * 8, n_k, BLOCK_K, D, D0, D1, MASKED)
     s = dot_rows(q0, q1, k0, k1, D1)
@@ -135,7 +137,7 @@ def forward_step(
     if MASKED:
         keep = kept_pairs(
             q_slot[:, None], k_slot[None, :], (sub * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None],
-            (part * BLOCK_K + tl.arange(0, BLOCK_K))[None, :], tl.load(kind_ptr + entry), words_ptr,
+            (part * BLOCK_K + tl.arange(0, BLOCK_K))[None, :], kind, words_ptr,
             low[:, None], high[:, None], skip[:, None], n_k, left, right, TILE_Q, (TILE_K + 31) // 32,
             range_ptr is not None,
         )  # fmt: skip

@@ -221,7 +221,7 @@ def _partials(
 
 def _list_pointers(lists: TileLists, work: WorkList) -> dict[str, Tensor | None]:
     return {
-        "items_ptr": work.items, "entries_ptr": work.entries, "kind_ptr": work.kind, "words_ptr": lists.words,
+        "items_ptr": work.items, "entries_ptr": work.entries, "words_ptr": lists.words,
         "range_ptr": lists.ranges,
     }  # fmt: skip
 

@@ -35,7 +35,6 @@ class WorkList:
 
     items: Tensor
     entries: Tensor
-    kind: Tensor
     splits: Tensor
     slots: int
 
@@ -146,9 +145,8 @@ def _work_list(row: Tensor, entry: Tensor, kind: Tensor, partial: Tensor, rows: 
     items = _items(start, middle, end, pieces, torch.where(is_cut, first_slot, -1), counts[0])
     cut_rows = torch.sort((~is_cut).to(torch.uint8), stable=True).indices[: counts[1]]
     splits = torch.stack([torch.where(is_cut[cut_rows], cut_rows, -1), first_slot[cut_rows], pieces[cut_rows]], 1)
-    return WorkList(
-        items, entry[order.indices].int(), kind[order.indices].int(), splits.int().contiguous(), counts[2]
-    )  # fmt: skip
+    packed = (entry.long() | (kind.long() << 32))[order.indices]
+    return WorkList(items, packed, splits.int().contiguous(), counts[2])
 
 
 def _items(start: Tensor, middle: Tensor, end: Tensor, pieces: Tensor, slot: Tensor, count: int) -> Tensor:
