@@ -1,10 +1,13 @@
 """Models of their own. Importing this package registers them with the Auto classes of transformers.
 
-``star_transformer.py`` itself registers nothing: a saved checkpoint carries a copy of it.
+``star_transformer.py`` itself registers nothing: a saved checkpoint carries a copy of it. A ConvTrans checkpoint needs
+this package (``import sa_hf.models``), since it runs its operators.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers.models.auto.modeling_auto import AutoModelForTimeSeriesPrediction
 
+from sa_hf.models.forecasting import ConvTransConfig, ConvTransForForecasting
 from sa_hf.models.star_transformer import (
     StarTransformerConfig,
     StarTransformerForSequenceClassification,
@@ -22,7 +25,12 @@ for _auto, _model in (
     _auto.register(StarTransformerConfig, _model)
     _model.register_for_auto_class(_auto.__name__)
 
+AutoConfig.register(ConvTransConfig.model_type, ConvTransConfig)
+AutoModelForTimeSeriesPrediction.register(ConvTransConfig, ConvTransForForecasting)
+
 __all__ = [
+    "ConvTransConfig",
+    "ConvTransForForecasting",
     "StarTransformerConfig",
     "StarTransformerForSequenceClassification",
     "StarTransformerForTokenClassification",
