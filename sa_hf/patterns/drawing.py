@@ -111,19 +111,36 @@ def plot(
         ImportError: matplotlib is missing (`pip install sa_hf[tools]`).
         NotStaticError: the pattern has no mask of its own.
     """
+    panels = min(num_heads, MAX_PANELS)
+    cells = pattern_cells(config, length, (PLOT_CELLS, PLOT_CELLS), causal, num_heads, layer_idx)
+    title = _title(config, length, causal, config.density(length, num_heads, layer_idx, causal))
+    _draw([drawn for drawn, _ in zip(cells, range(panels), strict=False)], path, title, length, causal)
+
+
+def plot_mask(mask: Tensor, path: str | os.PathLike[str], title: str, *, causal: bool = False) -> None:
+    """Write a picture of given masks or gates, ``[heads, n, n]`` in [0, 1], in the same style.
+
+    Raises:
+        ImportError: matplotlib is missing (`pip install sa_hf[tools]`).
+    """
+    length = mask.shape[1]
+    cells = min(length, PLOT_CELLS)
+    _draw([mask_cells(head, cells, cells) for head in mask[:MAX_PANELS]], path, title, length, causal)
+
+
+def _draw(cells: list[Tensor], path: str | os.PathLike[str], title: str, length: int, causal: bool) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'sa_hf[tools]'") from error
-    panels = min(num_heads, MAX_PANELS)
-    cells = pattern_cells(config, length, (PLOT_CELLS, PLOT_CELLS), causal, num_heads, layer_idx)
+    panels = len(cells)
     # A Figure of its own, not pyplot: no window, no state that outlives the call.
     figure = Figure(figsize=(3.4 * panels + 0.4, 4.3), dpi=200, layout="constrained", facecolor="white")
-    for head, (axes, drawn) in enumerate(zip(figure.subplots(1, panels, squeeze=False)[0], cells, strict=False)):
+    for head, (axes, drawn) in enumerate(zip(figure.subplots(1, panels, squeeze=False)[0], cells, strict=True)):
         _panel(axes, drawn, length, causal)
         if panels > 1:
             axes.set_title(f"head {head}", fontsize=9)
-    figure.suptitle(_title(config, length, causal, config.density(length, num_heads, layer_idx, causal)), fontsize=9.5)
+    figure.suptitle(title, fontsize=9.5)
     _legend(figure, causal)
     figure.savefig(path)
 

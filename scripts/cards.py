@@ -1,0 +1,178 @@
+"""Draw the model cards' pictures and fill their generated sections from the configs and the result files.
+
+    python scripts/cards.py             # pictures, configuration and measured tables, the README's gallery
+    python scripts/cards.py --check     # exit 1 where a generated section is not up to date (pictures are not compared)
+
+The prose of a card is written by hand; between ``<!-- begin: x -->`` and ``<!-- end: x -->`` this script writes. The
+numbers come from model_cards/results/, which scripts/benchmark.py and scripts/quality.py write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sa_hf.config import SparseAttentionConfig, pattern_class
+from sa_hf.patterns.drawing import plot_mask
+
+ROOT = Path(__file__).resolve().parent.parent
+CARDS = ROOT / "model_cards"
+RESULTS = CARDS / "results"
+SYSTEMS = (
+    "longnet", "logsparse", "sparse_transformer", "sparsebert", "expire_span", "routing", "bigbird", "star",
+)  # fmt: skip
+
+# What each picture shows: small enough that single pairs are visible.
+DRAWN: dict[str, tuple[dict[str, Any], int, bool]] = {
+    "longnet": ({"segment_length": (16, 32, 64), "dilated_ratio": (1, 2, 4)}, 64, False),
+    "logsparse": ({"local_window": 3}, 64, True),
+    "sparse_transformer": ({"kind": "fixed", "stride": 8, "summary": 2}, 64, True),
+    "bigbird": ({"block_size": 16}, 512, False),
+    "star": ({"relay": "token"}, 32, False),
+}
+
+
+def pictures() -> None:
+    """One picture per system; learned patterns are drawn from a planted state, as their titles say."""
+    folder = CARDS / "pictures"
+    folder.mkdir(exist_ok=True)
+    for name, (fields, length, causal) in DRAWN.items():
+        pattern_class(name)(**fields).plot(folder / f"{name}.png", length, causal)
+    for name, (gate, title, causal) in planted().items():
+        plot_mask(gate[None], folder / f"{name}.png", title, causal=causal)
+
+
+def planted() -> dict[str, tuple[Tensor, str, bool]]:
+    """Masks of the learned patterns for a state chosen by hand, straight from their definitions."""
+    n = 64
+    i, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
+    distance = (i - j).abs()
+    kept_distances = torch.tensor([0, 1, 2, 3, 8, 16, 17, 32])
+    generator = torch.Generator().manual_seed(0)
+    spans = torch.where(torch.arange(n) % 11 == 3, 60.0, 4.0 + 6.0 * torch.rand(n, generator=generator))
+    gate = torch.clamp(1 + (spans[None, :] - (i - j)) / 8, 0, 1) * (j <= i)
+    clusters = torch.randint(0, 4, (n // 4,), generator=generator).repeat_interleave(4)
+    same = (clusters[:, None] == clusters[None, :]) & (j <= i)
+    return {
+        "sparsebert": (
+            torch.isin(distance, kept_distances).float(),
+            f"sparsebert, a frozen structured mask, n = {n}",
+            False,
+        ),
+        "expire_span": (gate, f"expire_span, planted spans with a ramp of 8, n = {n}", True),
+        "routing": (same.float(), f"routing, four planted clusters, n = {n}", True),
+    }
+
+
+def configuration(config: type[SparseAttentionConfig]) -> str:
+    """The table of fields and defaults, with what the class's docstring says of each."""
+    meaning = argument_docs(config)
+    lines = ["| field | default | meaning |", "| --- | --- | --- |"]
+    for field in dataclasses.fields(config):
+        lines.append(f"| `{field.name}` | `{field.default!r}` | {meaning.get(field.name, '')} |")
+    presets = config.presets()
+    if presets:
+        lines += ["", "Presets: " + "; ".join(f"`{name}` ({_shown(fields)})" for name, fields in presets.items()) + "."]
+    return "\n".join(lines)
+
+
+def argument_docs(config: type[SparseAttentionConfig]) -> dict[str, str]:
+    """Field descriptions from the "Args:" section of a config's docstring and of the base's."""
+    found: dict[str, str] = {}
+    for cls in (SparseAttentionConfig, config):
+        text = (cls.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
+        for match in re.finditer(r"(?:^|\s)((?:\w+, )*\w+): (.*?)(?=(?:\s(?:\w+, )*\w+: )|\Z)", text, re.S):
+            for name in match.group(1).split(", "):
+                if name in config.__dataclass_fields__:
+                    found[name] = " ".join(match.group(2).split()).rstrip(".").replace("|", "\\|")
+    return found
+
+
+def _shown(fields: dict[str, Any]) -> str:
+    return ", ".join(f"`{k}={v}`" for k, v in fields.items())
+
+
+def measured(name: str) -> str:
+    """The rows of the result files that speak of a system."""
+    blocks = []
+    for file, title in (("quality", "Quality"), ("benchmark_cpu", "Speed")):
+        path = RESULTS / f"{file}.json"
+        if not path.exists():
+            continue
+        data = json.loads(path.read_text())
+        rows = [row for row in data.get("rows", []) if row.get("system") == name or row.get("pattern") == name]
+        if rows:
+            blocks.append(f"**{title}** ({data['header']}):\n\n" + table(rows))
+    return "\n\n".join(blocks) or "Not measured yet."
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = [c for c in rows[0] if c not in {"system", "pattern"}]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def filled(text: str, section: str, content: str) -> str:
+    """``text`` with what stands between the markers of a section replaced."""
+    begin, end = f"<!-- begin: {section} -->", f"<!-- end: {section} -->"
+    head, found, rest = text.partition(begin)
+    if not found or end not in rest:
+        raise SystemExit(f"the markers of section {section!r} are missing")
+    return f"{head}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
+
+
+def gallery() -> str:
+    """Four pictures per row, each linked to its card."""
+    cells = [f"[![{n}](model_cards/pictures/{n}.png)](model_cards/{n}.md)" for n in SYSTEMS]
+    names = [f"[{n}](model_cards/{n}.md)" for n in SYSTEMS]
+    rows = []
+    for at in range(0, len(cells), 4):
+        rows += ["| " + " | ".join(cells[at : at + 4]) + " |", "| " + " | ".join(names[at : at + 4]) + " |"]
+    return "\n".join([rows[0], "| :---: | :---: | :---: | :---: |", *rows[1:]])
+
+
+def pages() -> dict[Path, str]:
+    """Every page that has generated sections, as it should be."""
+    result = {}
+    for name in SYSTEMS:
+        path = CARDS / f"{name}.md"
+        text = filled(path.read_text(), "configuration", configuration(pattern_class(name)))
+        result[path] = filled(text, "measured", measured(name))
+    readme = ROOT / "README.md"
+    result[readme] = filled(readme.read_text(), "gallery", gallery())
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where something is out of date")
+    args = parser.parse_args()
+    stale = [path for path, text in pages().items() if path.read_text() != text]
+    if args.check:
+        missing = [n for n in SYSTEMS if not (CARDS / "pictures" / f"{n}.png").exists()]
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is out of date: run python scripts/cards.py")
+        for name in missing:
+            print(f"model_cards/pictures/{name}.png is missing: run python scripts/cards.py")
+        return 1 if stale or missing else 0
+    pictures()
+    for path, text in pages().items():
+        path.write_text(text)
+    print(f"wrote {len(SYSTEMS)} pictures and {len(stale)} pages")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
