@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sa_hf.config import SparseAttentionConfig, available_patterns
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.data import Source, collator, load_source, metrics_of, tokenize
@@ -147,7 +149,10 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, Source]:
 def training_arguments(args: argparse.Namespace) -> Any:
     from transformers import TrainingArguments
 
+    # Transformers 5.23 calls it activation_checkpointing and warns; the older name serves the whole supported range.
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
+        **(checkpointing if args.gradient_checkpointing else {}),
         output_dir=args.output_dir,
         num_train_epochs=args.epochs,
         max_steps=args.max_steps,
@@ -160,7 +165,6 @@ def training_arguments(args: argparse.Namespace) -> Any:
         lr_scheduler_type=args.scheduler,
         seed=args.seed,
         bf16=args.bf16,
-        gradient_checkpointing=args.gradient_checkpointing,
         logging_steps=args.logging_steps,
         eval_strategy="steps" if args.eval_steps else "no",
         eval_steps=args.eval_steps,
@@ -168,6 +172,7 @@ def training_arguments(args: argparse.Namespace) -> Any:
         save_steps=args.save_steps or 500,
         report_to=args.report_to,
         use_cpu=args.cpu,
+        dataloader_pin_memory=torch.cuda.is_available() and not args.cpu,
         remove_unused_columns=False,
         prediction_loss_only=args.task == "causal-lm",
         # Buffers of learned patterns are equal on all ranks already, or gathered by their own reduction.

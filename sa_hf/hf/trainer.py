@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sa_hf.hf.losses import auxiliary_losses
+from sa_hf.hf.families import root_model
+from sa_hf.hf.losses import total_losses
+from sa_hf.hf.patching import patch_of
 from sa_hf.hf.training import parameter_groups
 from sa_hf.patterns.base import SparseAttention
 
@@ -20,11 +22,11 @@ def training_figures(model: nn.Module) -> dict[str, float]:
     """What a patched model reports of its last forward, flat: ``{"sparse/<name>": value}``.
 
     The auxiliary losses as :func:`sa_hf.auxiliary_losses` names them, and the mean over the layers of each figure of
-    the patterns (spans, density, cluster entropy).
+    the patterns (spans, density, cluster entropy). Empty for a model that is not patched.
     """
-    figures = {f"sparse/{name}": float(loss) for name, loss in auxiliary_losses(model).items()}
+    figures = {f"sparse/{name}": float(loss) for name, loss in total_losses(_layers(model)).items()}
     by_name: dict[str, list[float]] = defaultdict(list)
-    for module in _sparse_modules(model):
+    for module in _layers(model):
         for name, value in module.figures().items():
             by_name[name].append(value)
     return figures | {f"sparse/{name}": sum(values) / len(values) for name, values in by_name.items()}
@@ -91,11 +93,13 @@ def update_centroids(model: nn.Module) -> None:
 
     For plain training loops: call it once after each ``optimizer.step()``. The callback does so by itself.
     """
-    for module in _sparse_modules(model):
+    for module in _layers(model):
         move = getattr(module, "update_centroids", None)
         if move is not None:
             move()
 
 
-def _sparse_modules(model: nn.Module) -> list[SparseAttention]:
-    return [module for module in model.modules() if isinstance(module, SparseAttention)]
+def _layers(model: nn.Module) -> list[SparseAttention]:
+    root = root_model(model)
+    patch = patch_of(root)
+    return [] if patch is None else patch.children(root)

@@ -1,0 +1,174 @@
+"""scripts/finetune.py: every pattern trains, saves and reloads; resuming, checkpointing, LoRA, data and flags."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_cases import CASES, DECODER, FEW_STEPS, script
+from safetensors.torch import load_file, save_file
+
+from sa_hf import SparseAttentionError, available_patterns
+
+finetune = script("finetune")
+
+
+def run(output: Path, *flags: str) -> dict:
+    return finetune.main([*FEW_STEPS, "--verify", "same", "--output_dir", str(output), *flags])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("pattern", CASES)
+def test_every_pattern_trains_saves_and_reloads(pattern: str, tmp_path: Path) -> None:
+    metrics = run(tmp_path, "--pattern", pattern, *CASES[pattern])
+    assert metrics["reload_verified"]
+    assert metrics["global_step"] == 2
+    assert math.isfinite(metrics["eval_loss"])
+    saved = json.loads((tmp_path / "metrics.json").read_text())
+    assert saved["eval_loss"] == metrics["eval_loss"]
+    assert saved["arguments"]["pattern"] == pattern
+    layers = json.loads((tmp_path / "config.json").read_text())["sa_hf"]["layers"]
+    assert {entry["name"] for stack in layers.values() for entry in stack.values()} == {pattern}
+    figures = {name for record in metrics["log"] for name in record if name.startswith("sparse/")}
+    expected = {"sparsebert": "sparse/sparsebert_density", "expire_span": "sparse/expire_span"}
+    assert pattern not in expected or expected[pattern] in figures
+
+
+def test_the_matrix_covers_every_system() -> None:
+    assert set(CASES) == set(available_patterns()) - {"dense", "sliding_window", "frozen_mask"}
+
+
+def test_masks_and_spans_learn_at_their_own_rate(tmp_path: Path) -> None:
+    run(
+        tmp_path,
+        "--pattern",
+        "expire_span",
+        *CASES["expire_span"],
+        "--sparse_lr",
+        "0.5",
+        "--lr",
+        "0",
+        "--weight_decay",
+        "1",
+    )
+    trained = weights(tmp_path)
+    spans = {n: x for n, x in trained.items() if ".sparse." in n and n.endswith("bias")}
+    assert spans
+    # Started at b = 4; Adam's first steps are about the rate.
+    assert all((x - 4).abs().max() > 0.1 for x in spans.values())
+    assert torch.equal(trained["model.norm.weight"], torch.ones(64))
+
+
+def test_a_longer_input_lengthens_the_model_and_its_tokenizer(tmp_path: Path) -> None:
+    """From a folder of 32 positions to 80, verified in a process of its own."""
+    short = ["--model", "tiny-bert", "--task", "masked-lm", "--max_length", "32", "--pattern", "none"]
+    run(tmp_path / "short", *short)
+    flags = ["--pattern", "bigbird", "--set", "block_size=16", "--max_length", "80", "--task", "masked-lm"]
+    metrics = run(tmp_path / "long", "--model", str(tmp_path / "short"), *flags, "--verify", "fresh")
+    assert metrics["reload_verified"]
+    assert json.loads((tmp_path / "long" / "config.json").read_text())["max_position_embeddings"] == 80
+    assert json.loads((tmp_path / "long" / "tokenizer_config.json").read_text())["model_max_length"] == 80
+
+
+def test_a_checkpoint_that_is_not_what_was_trained_is_found_out(tmp_path: Path) -> None:
+    from sa_hf.tasks.verify import load_saved, verify_reload
+
+    run(tmp_path, "--pattern", "sliding_window", *DECODER)
+    model = load_saved(tmp_path, "causal-lm")
+    batch = {"input_ids": torch.arange(20)[None]}
+    verify_reload(model, tmp_path, "causal-lm", batch, fresh=False)
+    changed = weights(tmp_path)
+    changed["model.norm.weight"][0] += 0.5
+    save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SparseAttentionError, match="differs from the one saved"):
+        verify_reload(model, tmp_path, "causal-lm", batch, fresh=False)
+
+
+def test_resuming_ends_where_an_uninterrupted_run_ends(tmp_path: Path) -> None:
+    flags = ["--pattern", "sliding_window", "--set", "window=8", *DECODER, "--save_steps", "1", "--max_steps", "3"]
+    run(tmp_path / "whole", *flags)
+    run(tmp_path / "cut", *flags)
+    resumed = run(tmp_path / "cut", *flags, "--resume", str(tmp_path / "cut" / "checkpoint-1"))
+    assert resumed["global_step"] == 3
+    # The record of the steps goes on behind the checkpoint's.
+    assert [r["step"] for r in resumed["log"] if "loss" in r] == [1, 2, 3]
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=0, atol=1e-6)
+
+
+def test_resume_auto_starts_afresh_where_there_is_no_checkpoint(tmp_path: Path) -> None:
+    assert run(tmp_path, "--pattern", "sliding_window", *DECODER, "--resume", "auto")["global_step"] == 2
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    flags = ["--pattern", "expire_span", *CASES["expire_span"]]
+    plain = run(tmp_path / "plain", *flags)
+    checkpointed = run(tmp_path / "checkpointed", *flags, "--gradient_checkpointing")
+    for a, b in zip(plain["log"], checkpointed["log"], strict=True):
+        assert a.get("grad_norm") == pytest.approx(b.get("grad_norm"), rel=1e-5)
+    a, b = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+def test_lora_trains_the_sparse_state_along(tmp_path: Path) -> None:
+    metrics = run(tmp_path, "--pattern", "expire_span", *CASES["expire_span"], "--lora_rank", "2")
+    assert metrics["reload_verified"]
+    assert not (tmp_path / "model.safetensors").exists()
+    names = set(load_file(tmp_path / "adapter_model.safetensors"))
+    assert any("lora_A" in name for name in names)
+    assert any(".sparse." in name for name in names)
+    assert "sa_hf" in json.loads((tmp_path / "base" / "config.json").read_text())
+
+
+def test_bf16_trains_and_reloads(tmp_path: Path) -> None:
+    metrics = run(tmp_path, "--pattern", "bigbird", "--set", "block_size=16", *DECODER, "--bf16")
+    assert metrics["reload_verified"]
+    assert all(x.dtype == torch.float32 for x in weights(tmp_path).values() if x.is_floating_point())
+
+
+def test_yaml_holds_flags_and_the_command_line_wins(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("pattern: bigbird\nset: {block_size: 16, num_random_blocks: 2}\nmax_length: 64\ntask: causal-lm\n")
+    args = finetune.parse_arguments(["--config", str(path), "--max_length", "32", "--set", "num_random_blocks=1"])
+    assert (args.max_length, args.task) == (32, "causal-lm")
+    config = finetune.chosen_pattern(args)
+    assert (config.name, config.block_size, config.num_random_blocks) == ("bigbird", 16, 1)
+
+
+def test_a_yaml_may_hold_a_pattern_by_layers(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("pattern: {'0': dense, '1': {name: sliding_window, window: 8}}\n")
+    run(tmp_path / "out", "--config", str(path), *DECODER)
+    layers = json.loads((tmp_path / "out" / "config.json").read_text())["sa_hf"]["layers"]["decoder"]
+    assert (layers["0"]["name"], layers["1"]["window"]) == ("dense", 8)
+
+
+def test_a_flag_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("max_lenght: 64\n")
+    with pytest.raises(SparseAttentionError, match="max_lenght.*did you mean 'max_length'"):
+        finetune.parse_arguments(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pattern", "bigbrid"], "did you mean 'bigbird'"),
+        (["--set", "block_size=48"], "block_size=48"),
+        (["--set", "block_size"], "must have the form"),
+        (["--task", "causal-lm", "--dataset", "summation"], "sequence-classification"),
+        (["--task", "causal-lm", "--dataset", "corridor", "--model", "minilm"], "token ids of its own"),
+        (["--model_set", "no_such_field=1"], "no_such_field"),
+    ],
+)
+def test_bad_flags_stop_before_training(flags: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SparseAttentionError, match=message):
+        run(tmp_path, "--model", "tiny-bert", "--max_length", "64", *flags)
+    assert not (tmp_path / "config.json").exists()
