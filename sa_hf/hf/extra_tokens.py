@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
@@ -20,6 +22,8 @@ from sa_hf.hf.masks import MaskRequest
 from sa_hf.patterns.base import LayerSpec
 
 ATTRIBUTE = "sa_hf_extra_tokens"
+# Marks a layer's input with its extra tokens: Transformers records the first layer's as a hidden state.
+JOINED = "sa_hf_joined"
 # The standard deviation that BERT and its kin initialise embeddings with.
 INITIAL_STD = 0.02
 
@@ -64,11 +68,13 @@ class ExtraTokenHooks:
         self.first = first
         self.activity = activity
 
-    def register(self, blocks: list[nn.Module]) -> list[Any]:
-        handles: list[Any] = []
+    def register(self, blocks: list[nn.Module], models: list[PreTrainedModel]) -> list[Any]:
+        """Hook the layers of the stack, and the models that may return what was recorded in them."""
+        handles: list[Any] = [model.register_forward_hook(self.trim) for model in models]
         for block in blocks:
             handles.append(block.register_forward_pre_hook(self.before, with_kwargs=True))
-            handles.append(block.register_forward_hook(self.after))
+            # First, so that a layer's output is recorded without them.
+            handles.append(block.register_forward_hook(self.after, prepend=True))
         return handles
 
     def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -84,6 +90,7 @@ class ExtraTokenHooks:
                 )
             extra = self._initial(hidden, [*args, *kwargs.values()])
         joined = torch.cat([extra.to(hidden.device), hidden], dim=1)
+        setattr(joined, JOINED, self.count)
         kwargs = dict(kwargs)
         if args:
             args = (joined, *args[1:])
@@ -100,6 +107,18 @@ class ExtraTokenHooks:
         rest = hidden[:, self.count :].contiguous()
         setattr(rest, ATTRIBUTE, hidden[:, : self.count])
         return (rest, *output[1:]) if isinstance(output, tuple) else rest
+
+    def trim(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Take the extra tokens off recorded inputs of a layer."""
+        if isinstance(output, Tensor):
+            return output[:, getattr(output, JOINED) :] if hasattr(output, JOINED) else output
+        if isinstance(output, tuple):
+            return tuple(self.trim(model, args, item) for item in output)
+        if isinstance(output, ModelOutput):
+            for key in ("hidden_states", "encoder_hidden_states"):
+                if output.get(key) is not None:
+                    output[key] = self.trim(model, args, output[key])
+        return output
 
     def _initial(self, hidden: Tensor, given: list[Any]) -> Tensor:
         child = active_child(self.owner)

@@ -93,17 +93,18 @@ def find_sites(model: PreTrainedModel, max_length: int | None = None) -> Sites:
             "BART, T5, ViT"
         )
     limit = position_limit(model) if max_length is None else max_length
+    recorded = _recorded_layers(model)
     stacks: dict[str, list[Site]] = {}
     for path, modules in found.items():
         stack = "decoder" if _is_causal(modules[0][1]) else "encoder"
         if stack in stacks:
-            other = stacks[stack][0].block.rpartition(".")[0]
+            other = _stack_path(stacks[stack][0].name)
             raise UnsupportedModelError(
                 f"{type(model).__name__} has two {stack} stacks, {other!r} and {path!r}; patch one of its parts, e.g. "
                 f"patch_model(model.get_submodule({path.rpartition('.')[0]!r}), ...)"
             )
         stacks[stack] = [
-            Site(name, _block(name), stack, _layer_spec(module, index, len(modules), limit))
+            Site(name, _block(model, name, recorded), stack, _layer_spec(module, index, len(modules), limit))
             for index, (name, module) in enumerate(modules)
         ]
     return Sites(dict(sorted(stacks.items(), reverse=True)), cross)
@@ -114,10 +115,29 @@ def _stack_path(name: str) -> str:
     return re.split(r"\.\d+(?:\.|$)", name, maxsplit=1)[0]
 
 
-def _block(name: str) -> str:
-    """The name of the layer in its list: ``encoder.block.3`` of ``encoder.block.3.layer.0.SelfAttention``."""
+def _block(model: nn.Module, name: str, recorded: tuple[type, ...]) -> str:
+    """The name of the layer around an attention module: what the model records hidden states of, else its place in
+    the first list (``encoder.block.3`` of ``encoder.block.3.layer.0.SelfAttention``)."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        outer = ".".join(parts[:end])
+        if isinstance(model.get_submodule(outer), recorded):
+            return outer
     match = re.match(r".*?\.\d+(?=\.|$)", name)
     return match[0] if match else name
+
+
+def _recorded_layers(model: PreTrainedModel) -> tuple[type, ...]:
+    """The classes whose outputs Transformers records as hidden states."""
+    found: list[type] = []
+    for module in model.modules():
+        specs = getattr(type(module), "_can_record_outputs", None) or {}
+        listed = specs.get("hidden_states", ())
+        for spec in listed if isinstance(listed, list | tuple) else [listed]:
+            target = getattr(spec, "target_class", spec)
+            if isinstance(target, type):
+                found.append(target)
+    return tuple(found)
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from sa_hf.errors import SparseAttentionError
 
@@ -52,47 +52,49 @@ class Remembered:
         self.tensor = self.tensor.narrow(self.dim, 0, left)
 
 
-class _Remembering:
-    """Mixed in front of a cache layer's class."""
-
-    sa_hf_memory: dict[str, Remembered]
-
-    def _each(self, change: Any) -> None:
-        for entry in self.sa_hf_memory.values():
-            entry.tensor = change(entry.tensor)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]  # of the cache layer behind
-        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self._each(lambda x: x[indices, ...])
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        super().crop(*args, **kwargs)  # type: ignore[misc]
-        for entry in self.sa_hf_memory.values():
-            entry.cut(int(self.get_seq_length()))  # type: ignore[attr-defined]
-
-    def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
-        self.sa_hf_memory.clear()
-
-
 @lru_cache(maxsize=64)
-def _remembering(cls: Any) -> type[CacheLayerMixin]:
-    return type(cls.__name__, (_Remembering, cls), {"_layer_type": None, "__module__": cls.__module__})
+def _remembering(base: Any) -> Any:
+    """A cache layer's class whose remembered tensors follow what happens to its keys."""
+
+    class Remembering(base):  # type: ignore[misc]  # the base is known at run time
+        # Transformers would enter a class with a layer type into its tables.
+        _layer_type = None
+        sa_hf_memory: dict[str, Remembered]
+
+        def _each(self, change: Any) -> None:
+            for entry in self.sa_hf_memory.values():
+                entry.tensor = change(entry.tensor)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._each(lambda x: x[indices, ...])
+
+        def crop(self, *args: Any, **kwargs: Any) -> None:
+            super().crop(*args, **kwargs)
+            for entry in self.sa_hf_memory.values():
+                entry.cut(int(self.get_seq_length()))
+
+        def reset(self) -> None:
+            super().reset()
+            self.sa_hf_memory.clear()
+
+    Remembering.__name__ = Remembering.__qualname__ = base.__name__
+    return Remembering
 
 
 def memory_of(layer: Any) -> dict[str, Remembered]:
     """The remembered tensors of a cache layer; its class is swapped at the first call."""
-    if not isinstance(layer, _Remembering):
-        cls: Any = type(layer)
-        layer.__class__ = _remembering(cls)
+    if "sa_hf_memory" not in vars(layer):
+        # A plain subclass: with a mixin in front, the layouts would differ and the class could not be swapped.
+        layer.__class__ = _remembering(type(layer))
         layer.sa_hf_memory = {}
     memory: dict[str, Remembered] = layer.sa_hf_memory
     return memory

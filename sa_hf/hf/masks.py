@@ -129,7 +129,7 @@ class MaskRequest:
             build = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
             mask = None if build is None else build(**self.arguments)
             if extra_tokens and mask is not None:
-                mask = torch.nn.functional.pad(mask, (extra_tokens, 0, extra_tokens, 0), value=mask.dtype == torch.bool)
+                mask = with_extra_tokens(mask, extra_tokens, self.padding)
             self._dense[key] = mask
         return self._dense[key]
 
@@ -144,6 +144,17 @@ def sparse_mask(*, attention_mask: Any = None, **arguments: Any) -> MaskRequest:
             "[batch, length] (1 real, 0 padding)"
         )
     return MaskRequest({**arguments, "attention_mask": attention_mask})
+
+
+def with_extra_tokens(mask: Tensor, count: int, padding: Tensor | None) -> Tensor:
+    """A dense mask ``[B, 1, n, n]`` (bool or additive) with ``count`` tokens in front: all see them, they see all that
+    is not padding."""
+    seen = mask.dtype == torch.bool
+    mask = torch.nn.functional.pad(mask, (count, 0, count, 0), value=seen)
+    if padding is not None:
+        hidden = ~padding[:, None, None, : mask.shape[-1] - count].bool()
+        mask[:, :, :count, count:] = ~hidden if seen else hidden * torch.finfo(mask.dtype).min
+    return mask
 
 
 def ids_from_lengths(cu_seq_lens: Tensor, batch: int, total: int) -> Tensor:

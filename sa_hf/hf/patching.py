@@ -296,7 +296,8 @@ def _attach_extra_tokens(root: PreTrainedModel, patch: Patch, stack: str, count:
     if not starts_as_mean(config) and not hasattr(child, "extra"):
         child.add_module("extra", ExtraTokens(config, sites[layer].spec))
     blocks = [root.get_submodule(name) for name in dict.fromkeys(site.block for site in sites)]
-    patch.handles += ExtraTokenHooks(count, owner, blocks[0], patch.activity).register(blocks)
+    models = [module for module in root.modules() if isinstance(module, PreTrainedModel)]
+    patch.handles += ExtraTokenHooks(count, owner, blocks[0], patch.activity).register(blocks, models)
 
 
 def _rebind_configs(root: PreTrainedModel, patch: Patch) -> None:
