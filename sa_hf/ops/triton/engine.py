@@ -37,7 +37,7 @@ class TritonEngine:
         from sa_hf.ops.triton.scores import Scores
 
         scores = Scores.of(options, part.query_index, part.key_index, query, key)
-        with _on(query.device):
+        with on_device(query.device):
             if isinstance(part, OffsetsPart):
                 return launch_offsets.offsets_forward(part, query, key, value, scores)
             return launch_block.block_forward(_lists(part, query.device), query, key, value, scores)
@@ -50,7 +50,7 @@ class TritonEngine:
         from sa_hf.ops.triton.scores import Scores
 
         scores = Scores.of(options, part.query_index, part.key_index, query, key)
-        with _on(query.device):
+        with on_device(query.device):
             if isinstance(part, OffsetsPart):
                 return launch_offsets.offsets_backward(part, query, key, value, out, lse, grad_out, scores)
             return launch_block.block_backward(
@@ -96,6 +96,6 @@ def _input_reason(query: Tensor, options: ScoreOptions) -> str | None:
     return None
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Kernels are launched on the current device: make it the tensor's."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -69,3 +69,9 @@ def _active_target() -> int | str:
         return 0
     target = triton.runtime.driver.active.get_current_target()
     return target.arch if target.backend == "cuda" else "hip"
+
+
+def build_options(config: Launch | None = None) -> dict[str, int | bool]:
+    """Compiler options of a launch; fused multiply-add is named because Triton's default for it changes with 3.10."""
+    warps, stages = (4, 1) if config is None else (config.warps, config.stages)
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}

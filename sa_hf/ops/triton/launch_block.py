@@ -16,7 +16,7 @@ from sa_hf.ops.triton.backward import key_kernel, prepare_kernel, query_kernel
 from sa_hf.ops.triton.bias import bias_kernel
 from sa_hf.ops.triton.configs import Launch
 from sa_hf.ops.triton.forward import combine_kernel, forward_kernel
-from sa_hf.ops.triton.launch import aligned, chunks, configuration, empty_like, packed, strides
+from sa_hf.ops.triton.launch import aligned, build_options, chunks, configuration, empty_like, packed, strides
 from sa_hf.ops.triton.lists import TileLists, WorkList
 from sa_hf.ops.triton.scores import Scores, position_spans
 
@@ -38,7 +38,7 @@ def block_forward(lists: TileLists, query: Tensor, key: Tensor, value: Tensor, s
         **strides("q", query), **strides("k", key), **strides("v", value), **strides("o", out),
         **_sizes(lists, query, key, reps), **scores.scalars, slots=work.slots, query_tiles=lists.query_tiles,
         TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK_Q=block_q, BLOCK_K=block_k, **chunks(d),
-        **_flags(lists, scores), num_warps=config.warps, num_stages=config.stages,
+        **_flags(lists, scores), **build_options(config),
     )  # fmt: skip
     _combine(
         work, reps, part, part_lse, out, lse, lists.tile_q, lists.query_tiles, list_heads=lists.heads, softmax=True
@@ -76,7 +76,7 @@ def prepare(query: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scores: S
     pqb, pqh = scores.query.strides
     prepare_kernel[-(-n_q // PREPARE_ROWS), batch * heads](
         out, grad_out, packed(lse), scores.query.index, delta, shift, **strides("o", out), **strides("g", grad_out),
-        pqb=pqb, pqh=pqh, n_q=n_q, heads=heads, ROWS=PREPARE_ROWS, **chunks(d), num_warps=4,
+        pqb=pqb, pqh=pqh, n_q=n_q, heads=heads, ROWS=PREPARE_ROWS, **chunks(d), **build_options(),
     )  # fmt: skip
     return delta, shift
 
@@ -102,7 +102,7 @@ def _query_gradient(
         **strides("q", query), **strides("k", key), **strides("v", value), **strides("g", grad_out), **strides("o", dq),
         **_sizes(lists, query, key, reps), **scores.scalars, slots=work.slots, query_tiles=lists.query_tiles,
         TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK_Q=block_q, BLOCK_K=block_k, **chunks(d),
-        **_flags(lists, scores), num_warps=config.warps, num_stages=config.stages,
+        **_flags(lists, scores), **build_options(config),
     )  # fmt: skip
     _combine(work, reps, part, None, dq, None, lists.tile_q, lists.query_tiles, list_heads=lists.heads, softmax=False)
     return dq
@@ -142,7 +142,7 @@ def _key_gradient(
         **sizes, **scores.scalars, slots=work.slots, flat=flat,
         query_tiles=lists.query_tiles, key_tiles=lists.key_tiles,
         TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK_Q=block_q, BLOCK_K=block_k, **chunks(d),
-        **_flags(lists, scores), num_warps=config.warps, num_stages=config.stages,
+        **_flags(lists, scores), **build_options(config),
     )  # fmt: skip
     tiles = lists.tile_k, lists.key_tiles
     spans = None if d_span is None else part_span
@@ -180,7 +180,7 @@ def _bias_gradient(
         **_sizes(lists, query, key, reps), **scores.scalars, query_tiles=lists.query_tiles, key_tiles=lists.key_tiles,
         TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK=block, **chunks(d), **_flags(lists, scores),
         ALIGNED=aligned_slots,
-        num_warps=config.warps, num_stages=config.stages,
+        **build_options(config),
     )  # fmt: skip
     return (table.double() / unit).to(bias.dtype)
 
@@ -258,5 +258,5 @@ def _combine(
     combine_kernel[(len(work.splits) * (tile // rows) * reps[0] * reps[1],)](
         part, part_vector, whole, vector, work.splits, **strides("o", whole), n=whole.shape[2], heads=whole.shape[1],
         list_heads=list_heads, rep_heads=reps[0], reps=reps[0] * reps[1], slots=work.slots, tiles=tiles,
-        TILE=tile, ROWS=rows, **chunks(whole.shape[3]), SOFTMAX=softmax, num_warps=4,
+        TILE=tile, ROWS=rows, **chunks(whole.shape[3]), SOFTMAX=softmax, **build_options(),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.parts import OffsetsPart
-from sa_hf.ops.triton.launch import aligned, chunks, configuration, empty_like, strides
+from sa_hf.ops.triton.launch import aligned, build_options, chunks, configuration, empty_like, strides
 from sa_hf.ops.triton.launch_block import bias_table, prepare
 from sa_hf.ops.triton.offsets import offsets_forward_kernel, offsets_key_kernel, offsets_query_kernel
 from sa_hf.ops.triton.scores import Scores, position_spans
@@ -31,7 +31,7 @@ def offsets_forward(
     offsets_forward_kernel[-(-n // config.rows), batch * heads](
         query, key, value, out, lse, **scores.pointers, **_arguments(part, query, key, scores),
         **strides("q", query), **strides("k", key), **strides("v", value), **strides("o", out),
-        ROWS=config.rows, **chunks(d), SOFTCAP=scores.softcapped, num_warps=config.warps, num_stages=config.stages,
+        ROWS=config.rows, **chunks(d), SOFTCAP=scores.softcapped, **build_options(config),
     )  # fmt: skip
     return out, lse
 
@@ -64,12 +64,12 @@ def offsets_backward(
     config = configuration("offsets", query)
     offsets_query_kernel[-(-n // config.rows), batch * heads](
         query, key, value, grad_out, delta, shift, dq, table, unit, **shared, **strides("o", dq),
-        ROWS=config.rows, num_warps=config.warps, num_stages=config.stages,
+        ROWS=config.rows, **build_options(config),
     )  # fmt: skip
     config = configuration("offsets_key", query)
     offsets_key_kernel[-(-n // config.rows), batch * key.shape[1]](
         query, key, value, grad_out, delta, shift, dk, dv, d_span, **shared, **strides("o", dk),
-        ROWS=config.rows, num_warps=config.warps, num_stages=config.stages,
+        ROWS=config.rows, **build_options(config),
     )  # fmt: skip
     bias = spans = None
     if options.distance_bias is not None and table is not None and unit is not None:

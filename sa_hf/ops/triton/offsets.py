@@ -115,8 +115,8 @@ def pair_gradient(
         s += tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1)
         dp += tl.sum(g1.to(tl.float32) * v1.to(tl.float32), 1)
     p, p_out, factor, bend, slope = tile_probabilities(
-        s, shift, key, key, key, key, q_pos, k_pos, 0, None, begin, stop, begin, span, bias_row, row_word, word, 0, 0, 0,
-        centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, 1, 1, SOFTCAP, False, True, True, HAS_KEYS,
+        s, shift, key, key, key, key, q_pos, k_pos, 0, None, begin, stop, begin, span, bias_row, row_word, word, 0, 0,
+        0, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, 1, 1, SOFTCAP, False, True, True, HAS_KEYS,
         DROPOUT, HAS_SPANS,
     )  # fmt: skip
     bent, raw, excess = score_gradient(dp, p, factor, bend, delta, SOFTCAP, DROPOUT)

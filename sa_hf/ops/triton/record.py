@@ -63,7 +63,7 @@ def record_launches(target: GPUTarget) -> Iterator[list[Recorded]]:
     found: dict[str, Recorded] = {}
 
     def hook(*, key: Any, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        options = {"num_warps": compile["num_warps"], "num_stages": compile["num_stages"]}
+        options = {name: compile[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
         identity = json.dumps([fn.name, str(key)])
         if identity not in found:
             found[identity] = Recorded(
