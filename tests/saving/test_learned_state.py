@@ -82,7 +82,9 @@ EDITS = {
 def test_what_does_not_fit_is_loud(tmp_path, edit, auto, options):
     learned().save_pretrained(tmp_path / "m")
     edit_weights(tmp_path / "m", EDITS[edit])
-    with pytest.raises((SparseAttentionError, RuntimeError), match=r"layer\.1\.attention\.self\.sparse|MISMATCH|mismatch"):
+    with pytest.raises(
+        (SparseAttentionError, RuntimeError), match=r"layer\.1\.attention\.self\.sparse|MISMATCH|mismatch"
+    ):
         load(tmp_path / "m", auto, **options)
 
 

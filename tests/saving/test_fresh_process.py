@@ -1,0 +1,90 @@
+"""Fresh processes, with sa_hf and without it: the same bits, the same files at a re-save, training, unpatching."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, inputs, output
+
+from sa_hf.hf.patching import patch_model, unpatch_model
+
+CASES = {
+    "llama": ("AutoModelForCausalLM", {"0": "sliding_window", "1": "bigbird"}),
+    "bert": ("AutoModelForSequenceClassification", "sparsebert"),
+    "t5": ("AutoModelForSeq2SeqLM", {"encoder": "bigbird", "decoder": "sliding_window"}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cases")
+    for family, (auto, pattern) in CASES.items():
+        model = FAMILIES[family]()
+        options = {"window": 5} if pattern == "sliding_window" else {}
+        patch_model(model, pattern, **options)
+        model.save_pretrained(folder / family / "model")
+        given = inputs(model)
+        targets = given.get("decoder_input_ids", given["input_ids"])
+        expected = {
+            "auto": auto,
+            "given": given,
+            "output": output(model, given),
+            "dense": output(unpatch_model(copy.deepcopy(model)), given),
+            "generated": model.generate(**given, max_new_tokens=6, do_sample=False) if family == "llama" else None,
+            "labels": {"labels": torch.tensor([0, 1]) if family == "bert" else targets},
+            "learned": pattern == "sparsebert",
+        }
+        assert family == "bert" or not torch.equal(expected["output"], expected["dense"])
+        torch.save(expected, folder / family / "expected.pt")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["with sa_hf", "without sa_hf"])
+def test_fresh_process(tmp_path, folder, how):
+    script = Path(__file__).with_name("without_package.py")
+    copied = tmp_path / "cases"
+    for source in folder.rglob("*"):
+        if source.is_file():
+            target = copied / source.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", str(script), str(copied), *(["block"] if how == "without sa_hf" else [])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [w for family in sorted(CASES) for w in ("served", family)] + ["done"]
+
+
+def test_another_version_uses_the_carried_code(tmp_path):
+    """Beside an installed sa_hf of another version, which may be in use, the checkpoint's own code runs."""
+    model = patch_model(FAMILIES["llama"](), "sliding_window", window=3)
+    given = inputs(model)
+    expected = output(model, given)
+    model.save_pretrained(tmp_path / "m")
+    script = f"""
+import torch, sa_hf
+from sa_hf.hf.patching import patch_model
+from transformers import AutoModelForCausalLM
+sa_hf.__version__ = "999"
+given, expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
+def load(name="m"):
+    return AutoModelForCausalLM.from_pretrained({str(tmp_path)!r} + "/" + name, trust_remote_code=True)
+models = [load(), load()]
+models[0].save_pretrained({str(tmp_path / "copy")!r})
+models.append(load("copy"))
+mine = patch_model(load().unpatch_model(), "sliding_window", window=3)
+for model in [*models, mine, models[0]]:
+    with torch.no_grad():
+        assert torch.equal(model(**given)[0], expected)
+assert "sa_hf_carried" not in type(mine).__init__.__module__
+assert len({{type(m).__init__ for m in models}}) == 1 and type(mine).__init__ is not type(models[0]).__init__
+assert {{m.config._attn_implementation for m in models}} != {{mine.config._attn_implementation}}
+"""
+    torch.save((given, expected), tmp_path / "expected.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
