@@ -46,7 +46,7 @@ def save_whole(
     options.update(options.pop("kwargs", {}))
     target = Path(options.pop("save_directory"))
     adapter_alone = bool(getattr(model, "_hf_peft_config_loaded", False))
-    if adapter_alone or target.is_file() or not model.should_save_on_this_rank(options["is_main_process"]):
+    if adapter_alone or target.is_file() or not _writes(model, options["is_main_process"]):
         save(target, **options)
     elif options.get("distributed_checkpoint", False):
         # Rank-local shards: every process writes its own into this folder, which serves resuming alone.
@@ -60,7 +60,14 @@ def save_whole(
         if push:
             _upload(target, names, options.get("token"), hub)
     # Where the ranks have gathered the weights together, none may read them before they are in place.
-    model.barrier_after_gathered_checkpoint_save(getattr(model.config, "distributed_config", None))
+    if hasattr(model, "barrier_after_gathered_checkpoint_save"):
+        model.barrier_after_gathered_checkpoint_save(getattr(model.config, "distributed_config", None))
+
+
+def _writes(model: PreTrainedModel, is_main_process: bool) -> bool:
+    """Whether this process writes, as Transformers decides it; the oldest versions go by the caller's word."""
+    decide = getattr(model, "should_save_on_this_rank", bool)
+    return bool(decide(is_main_process))
 
 
 def _staged(

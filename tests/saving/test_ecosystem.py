@@ -63,7 +63,8 @@ def test_pipeline_tasks(minilm, task):
     """Pipelines choose and check classes by name."""
     _, _, folder = minilm
     made = pipeline(task, model=str(folder), trust_remote_code=True)
-    assert "sa_hf" in vars(made.model.config) and made.model.sa_hf_patch
+    assert "sa_hf" in vars(made.model.config)
+    assert made.model.sa_hf_patch
     assert made("A [MASK] sentence.") is not None
 
 
@@ -210,7 +211,8 @@ def test_killed_process_leaves_no_loadable_mixture(tmp_path):
             model.save_pretrained(tmp_path)
             assert not list(tmp_path.glob(f"{STAGE}*"))
             after = (tmp_path / "config.json").read_text()
-            assert after != before and (after == dense_config) == (direction == "to dense")
+            assert after != before
+            assert (after == dense_config) == (direction == "to dense")
             if direction == "to sparse":
                 unpatch_model(model)
             else:

@@ -5,6 +5,7 @@ import importlib
 import re
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_code_and_comments_stay(folder):
     """A carried module differs from the package's own in its import lines and registered names alone."""
     import sa_hf.ops.sequences as module
 
-    text = open(module.__file__, encoding="utf-8").read()
+    text = Path(module.__file__).read_text("utf-8")
     carried = carried_files()["sa_hf_ops_sequences.py"].removeprefix(HEADER)
     assert carried == re.sub(r"from sa_hf\.(\w+)", r"from .sa_hf_\1", text).replace(".sa_hf_ops.", ".sa_hf_ops_")
 
@@ -83,7 +84,7 @@ def test_code_and_comments_stay(folder):
 def test_nothing_of_the_tools(folder):
     names = " ".join(carried_files())
     assert not re.search("tools|tasks|models|drawing|flatten|cli|bench", names)
-    with pytest.raises(ImportError, match="does not carry sa_hf.patterns.drawing"):
+    with pytest.raises(ImportError, match=r"does not carry sa_hf\.patterns\.drawing"):
         exec_in_copy(folder, "sa_hf_config").SparseAttentionConfig.preview(sa_hf.SlidingWindowAttentionConfig(), 8)
 
 
@@ -98,10 +99,11 @@ def test_lives_beside_the_package(folder):
     copy = exec_in_copy(folder, "sa_hf_patterns")
     attention = exec_in_copy(folder, "sa_hf_hf_attention")
     from sa_hf.hf.attention import IMPLEMENTATION
-    from sa_hf.patterns.base import AttentionInputs, LayerSpec
     from sa_hf.ops.sequences import Sequences
+    from sa_hf.patterns.base import AttentionInputs, LayerSpec
 
-    assert attention.IMPLEMENTATION != IMPLEMENTATION and attention.IMPLEMENTATION.startswith(IMPLEMENTATION)
+    assert attention.IMPLEMENTATION != IMPLEMENTATION
+    assert attention.IMPLEMENTATION.startswith(IMPLEMENTATION)
     q = torch.randn(1, 2, 70, 8, generator=torch.Generator().manual_seed(0))
     outputs = []
     base, sequences = exec_in_copy(folder, "sa_hf_patterns_base"), exec_in_copy(folder, "sa_hf_ops_sequences")

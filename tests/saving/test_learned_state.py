@@ -92,7 +92,7 @@ def test_dense_weights_under_a_sparse_config_are_loud(tmp_path):
     learned().save_pretrained(tmp_path / "m")
     bert().save_pretrained(tmp_path / "dense")
     (tmp_path / "dense" / "model.safetensors").replace(tmp_path / "m" / "model.safetensors")
-    with pytest.raises(SparseAttentionError, match="missing.*layer.0.*layer.1"):
+    with pytest.raises(SparseAttentionError, match=r"missing.*layer\.0.*layer\.1"):
         load(tmp_path / "m")
 
 

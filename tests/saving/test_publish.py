@@ -89,7 +89,8 @@ def test_stale_shards_and_code_go_and_other_files_stay(tmp_path):
     for name, text in kept.items():
         (tmp_path / name).write_text(text)
     save(bert(2.0), tmp_path, code={})
-    assert shards and not any(path.exists() for path in shards)
+    assert shards
+    assert not any(path.exists() for path in shards)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors", *kept}
     assert {name: (tmp_path / name).read_text() for name in kept} == kept
     assert loaded(tmp_path) == (2.0, 2.0)
@@ -107,7 +108,8 @@ def test_variant(tmp_path):
     save(bert(2.0), tmp_path, variant="fp16")
     save(bert(3.0), tmp_path, variant="fp16", max_shard_size="1KB")
     names = {p.name for p in tmp_path.iterdir()}
-    assert "model.safetensors" in names and "model.safetensors.index.fp16.json" in names
+    assert "model.safetensors" in names
+    assert "model.safetensors.index.fp16.json" in names
     assert "model.fp16.safetensors" not in names
     model = AutoModel.from_pretrained(tmp_path, variant="fp16", add_pooling_layer=False)
     assert model.embeddings.word_embeddings.weight[0, 0].item() == 3.0
@@ -155,7 +157,9 @@ def test_push_to_hub(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "private.txt").write_text("not uploaded")
     save(bert(2.0), tmp_path / "mine", push_to_hub=True, private=True, token="t", commit_message="c")
-    assert calls["token"] == "t" and calls["config"] == 2.0
+    assert calls["token"] == "t"
+    assert calls["config"] == 2.0
     assert calls["create"] == ("mine", {"exist_ok": True, "private": True})
-    assert calls["upload"]["repo_id"] == "me/mine" and calls["upload"]["commit_message"] == "c"
+    assert calls["upload"]["repo_id"] == "me/mine"
+    assert calls["upload"]["commit_message"] == "c"
     assert set(calls["upload"]["allow_patterns"]) == {"config.json", "model.safetensors", *CODE}

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import FAMILIES, inputs, llama, output
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 from transformers.models.auto import modeling_auto
 
@@ -74,7 +74,8 @@ def test_what_the_config_holds(saved):
     assert config["sa_hf"] == model.config.sa_hf
     assert config["sa_hf"]["layers"]["decoder"]["0"] == WINDOW.to_dict()
     assert config["attn_implementation"] == REMEDY
-    assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLM"]
+    assert config["model_type"] == "llama"
+    assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["auto_map"] == {
         "AutoModel": "modeling_sa_hf.LlamaModel",
         "AutoModelForCausalLM": "modeling_sa_hf.LlamaForCausalLM",
@@ -99,12 +100,14 @@ def test_every_auto_class(tmp_path, family):
         dense, dense_info = auto.from_pretrained(tmp_path / "dense", **options)
         assert info == dense_info
         assert f"modeling_sa_hf.{type(sparse).__name__}" == reference
-        assert type(sparse).__name__ == type(dense).__name__ and isinstance(sparse, type(dense))
+        assert type(sparse).__name__ == type(dense).__name__
+        assert isinstance(sparse, type(dense))
         new = info["missing_keys"] | {entry[0] for entry in info["mismatched_keys"]}
         own, dense_weights = sparse.state_dict(), dense.state_dict()
         assert own.keys() == dense_weights.keys()
         assert all(torch.equal(own[key], dense_weights[key]) for key in own if key not in new)
-        assert sparse.sa_hf_patch.assignment and "sa_hf" in vars(sparse.config)
+        assert sparse.sa_hf_patch.assignment
+        assert "sa_hf" in vars(sparse.config)
 
 
 def test_base_model_and_inner_model(tmp_path):
@@ -174,7 +177,7 @@ def test_from_config_with_trust(saved):
 
 
 @pytest.mark.parametrize(
-    "changes, error, message",
+    ("changes", "error", "message"),
     [
         ({"version": 99}, ConfigVersionError, "version 99.*upgrade"),
         ({"news": 1}, ConfigVersionError, "news"),
@@ -242,7 +245,7 @@ def test_tied_weights_and_shards(tmp_path):
     model.save_pretrained(tmp_path / "m", max_shard_size="8KB")
     shards = list((tmp_path / "m").glob("model-*.safetensors"))
     assert len(shards) > 3
-    keys = {key for shard in shards for key in safe_open(shard, "pt").keys()}
+    keys = {key for shard in shards for key in load_file(shard)}
     assert "lm_head.weight" not in keys
     loaded = load(tmp_path / "m")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -307,7 +310,8 @@ def test_deepcopy_and_pickle(saved):
     given = inputs(model)
     expected = output(model, given)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(other) is type(model) and other is not model
+        assert type(other) is type(model)
+        assert other is not model
         assert torch.equal(output(other, given), expected)
         unpatch_model(other)
     assert torch.equal(output(model, given), expected)

@@ -7,12 +7,13 @@ with "block" sa_hf cannot be imported, so the carried code must serve alone.
 import sys
 from pathlib import Path
 
-folder, blocked = Path(sys.argv[1]), "block" in sys.argv[2:]
-if blocked:
-    sys.modules["sa_hf"] = None
-
 import torch
 from transformers.models.auto import modeling_auto
+
+folder, blocked = Path(sys.argv[1]), "block" in sys.argv[2:]
+if blocked:
+    assert "sa_hf" not in sys.modules
+    sys.modules["sa_hf"] = None
 
 for case in sorted(folder.iterdir()):
     seen = torch.load(case / "expected.pt", weights_only=True)
