@@ -1,7 +1,7 @@
 """Where a model's attention is: its stacks of self-attention, its cross-attention, and the shape of each layer.
 
-Nothing here names a model. An attention module can be replaced when its ``forward`` asks transformers'
-``AttentionInterface`` for the function to call; what it is called with is then checked by the probe.
+Nothing here names a model but BigBird (``switch_over``). An attention module can be replaced when its ``forward`` asks
+transformers' ``AttentionInterface`` for the function to call; what it is called with is then checked by the probe.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def find_sites(model: PreTrainedModel, max_length: int | None = None) -> Sites:
     Raises:
         UnsupportedModelError: no attention goes through the interface, or there are two stacks of one kind.
     """
+    switch_over(model)
     found: dict[str, list[tuple[str, nn.Module]]] = {}
     cross: list[str] = []
     for name, module in model.named_modules():
@@ -108,6 +109,26 @@ def find_sites(model: PreTrainedModel, max_length: int | None = None) -> Sites:
             for index, (name, module) in enumerate(modules)
         ]
     return Sites(dict(sorted(stacks.items(), reverse=True)), cross)
+
+
+def switch_over(model: nn.Module) -> None:
+    """Let attention that computes the same as the interface's ask the interface: BigBird's own architecture."""
+    if _has_bigbird(model):
+        from sa_hf.hf.big_bird import ask_interface
+
+        ask_interface(model)
+
+
+def switch_back(model: nn.Module) -> None:
+    """Undo :func:`switch_over`."""
+    if _has_bigbird(model):
+        from sa_hf.hf.big_bird import ask_no_more
+
+        ask_no_more(model)
+
+
+def _has_bigbird(model: nn.Module) -> bool:
+    return any(type(module).__name__ == "BigBirdAttention" for module in model.modules())
 
 
 def _stack_path(name: str) -> str:

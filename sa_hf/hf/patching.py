@@ -25,7 +25,7 @@ from sa_hf.hf.assignment import (
 from sa_hf.hf.attention import IMPLEMENTATION, PLACE, Activity, DenseMarker, Place, attention_pre_hook, register
 from sa_hf.hf.conv import ConvHook, ConvTaps, check_projections
 from sa_hf.hf.extra_tokens import ExtraTokenHooks, ExtraTokens, extra_tokens_of_stack, starts_as_mean
-from sa_hf.hf.families import Site, Sites, find_sites, root_model
+from sa_hf.hf.families import Site, Sites, find_sites, root_model, switch_back
 from sa_hf.hf.forward import OuterForward
 from sa_hf.hf.layers import active_child, sparse_children, tie_layers
 from sa_hf.hf.position_bias import has_bias_table
@@ -171,6 +171,7 @@ def unpatch_model(model: Model) -> Model:
         setattr(root.get_submodule(name), attribute, config)
     if patch.extension is not None:
         patch.extension.undo(root)
+    switch_back(root)
     return model
 
 

@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
-from sa_hf.hf.families import Site, Sites
+from sa_hf.hf.families import Site, Sites, switch_over
 from sa_hf.hf.masks import MaskRequest, sparse_mask
 from sa_hf.hf.saving import dense_class
 
@@ -63,6 +63,7 @@ def _run(model: PreTrainedModel, sites: Sites) -> dict[str, _Seen]:
     with torch.device("meta"):
         skeleton = dense_class(type(model))(config)
     skeleton.eval()
+    switch_over(skeleton)
     for module in skeleton.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = PROBE
