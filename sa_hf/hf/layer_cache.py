@@ -56,7 +56,7 @@ class Remembered:
 def _remembering(base: Any) -> Any:
     """A cache layer's class whose remembered tensors follow what happens to its keys."""
 
-    class Remembering(base):  # type: ignore[misc]  # the base is known at run time
+    class Remembering(base):
         # Transformers would enter a class with a layer type into its tables.
         _layer_type = None
         sa_hf_memory: dict[str, Remembered]
@@ -93,8 +93,9 @@ def _remembering(base: Any) -> Any:
 def memory_of(layer: Any) -> dict[str, Remembered]:
     """The remembered tensors of a cache layer; its class is swapped at the first call."""
     if "sa_hf_memory" not in vars(layer):
+        kind: Any = type(layer)
         # A plain subclass: with a mixin in front, the layouts would differ and the class could not be swapped.
-        layer.__class__ = _remembering(type(layer))
+        layer.__class__ = _remembering(kind)
         layer.sa_hf_memory = {}
     memory: dict[str, Remembered] = layer.sa_hf_memory
     return memory

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sa_hf.ops.decode import decode_attention
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs, Geometry, SparseAttention, StaticPatternConfig
@@ -41,23 +42,24 @@ class StaticSparseAttention(SparseAttention):
     config: StaticPatternConfig
 
     def forward(self, inputs: AttentionInputs) -> Tensor:
-        new, held = inputs.query.shape[2], inputs.key.shape[2]
-        if inputs.causal and new < held and new <= DECODE_QUERIES and inputs.dropout == 0:
-            return self._decode(inputs)
+        options = score_options(inputs, self.heads)
+        if self._decodes(inputs):
+            at = Geometry(1, 1, self.heads, self.spec.num_heads, self.spec.layer_idx, True, inputs.band)
+            index = decode_index(self.config, at, inputs.sequences).to(inputs.query.device)
+            return decode_attention(inputs.query, inputs.key, inputs.value, index, options, inputs.engine)
         layer = layer_key(
             self.config, self.heads, self.spec.num_heads, self.spec.layer_idx, inputs.causal, inputs.band, inputs.engine
         )  # fmt: skip
-        options = score_options(inputs, self.heads)
         return static_attention(inputs.query, inputs.key, inputs.value, inputs.sequences, layer, options)
 
-    def _decode(self, inputs: AttentionInputs) -> Tensor:
-        """A few new queries against a long cache: each reads its own keys and no others."""
-        at = Geometry(1, 1, self.heads, self.spec.num_heads, self.spec.layer_idx, True, inputs.band)
-        slots, distance = decode_index(self.config, at, inputs.sequences)
-        device = inputs.query.device
-        return gathered_attention(
-            inputs.query, inputs.key, inputs.value, slots.to(device), distance.to(device), score_options(inputs)
-        )
+    def _decodes(self, inputs: AttentionInputs) -> bool:
+        """Whether a few new queries meet a cache: each then reads its own keys and no others."""
+        new, held = inputs.query.shape[2], inputs.key.shape[2]
+        if not inputs.causal or new == held or new > DECODE_QUERIES or inputs.dropout > 0:
+            return False
+        # Distances there are between slots, which zeros inside a mask set apart from positions.
+        moved = inputs.sequences.key_gather is not None and inputs.distance_bias is not None
+        return inputs.engine != "reference" and not moved
 
 
 @lru_cache(maxsize=DECODE_CACHED)
@@ -69,65 +71,28 @@ def _row(config: StaticPatternConfig, at: Geometry, position: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-def decode_index(config: StaticPatternConfig, at: Geometry, sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """Key slots of each new query and their distance to it (key minus query), int64 ``[B | 1, H | 1, Nq, keys]``.
-
-    -1 is an empty place; a query slot of padding has no key.
-    """
+def decode_index(config: StaticPatternConfig, at: Geometry, sequences: Sequences) -> Tensor:
+    """Key slots that each new query reads, int64 ``[B | 1, H | 1, Nq, keys]``; -1 is an empty place, and a query slot
+    of padding has no key."""
     spans = sequences.spans[:1] if sequences.is_full else sequences.spans
-    rows: list[tuple[int, int, Tensor, Tensor]] = []
+    rows: list[tuple[int, int, Tensor]] = []
     for span in spans:
         first = span.key_length - span.query_length
         for new in range(span.query_length):
             keys = _row(config, at, first + new)
             slots = torch.where(keys >= 0, keys + span.key_start, -1)
-            if sequences.key_gather is not None:
+            query = span.query_start + new
+            if sequences.key_gather is not None and sequences.query_gather is not None:
                 order = sequences.key_gather[span.row].cpu()
                 slots = torch.where(keys >= 0, order[slots.clamp(min=0)], -1)
-            rows.append((span.row, span.query_start + new, slots, keys - first - new))
-    batch = 1 if sequences.is_full else sequences.batch_size
-    heads = max((slots.shape[0] for _, _, slots, _ in rows), default=1)
-    width = max((slots.shape[1] for _, _, slots, _ in rows), default=1)
-    index = torch.full((batch, heads, sequences.query_length, width), -1)
-    distance = torch.zeros_like(index)
-    for row, query, slots, apart in rows:
-        at_query = query
-        if sequences.query_gather is not None:
-            at_query = int(sequences.query_gather[row, query])
-        index[row, :, at_query, : slots.shape[1]] = slots
-        distance[row, :, at_query, : slots.shape[1]] = apart
-    return index, distance
-
-
-def gathered_attention(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, distance: Tensor, options: ScoreOptions
-) -> Tensor:
-    """Attention of each query over its own list of key slots (repeats count); differentiable.
-
-    Args:
-        query: ``[B, H, Nq, D]``; key, value: ``[B, Hkv, Nk, D]``.
-        index: int64 ``[B | 1, H | 1, Nq, keys]``, -1 where empty; distance: key minus query position, in its shape.
-    """
-    batch, heads, new, _ = query.shape
-    group = heads // key.shape[1]
-    slots = index.expand(batch, heads, new, -1)
-    row = torch.arange(batch, device=query.device)[:, None, None, None]
-    key_head = (torch.arange(heads, device=query.device) // group)[None, :, None, None]
-    stats = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys, values = (x[row, key_head, slots.clamp(min=0)].to(stats) for x in (key, value))
-    scores = torch.einsum("bhqd,bhqkd->bhqk", query.to(stats), keys) * options.scale
-    if options.softcap is not None:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    if options.distance_bias is not None:
-        centre = options.distance_bias.shape[1] // 2
-        head = torch.arange(heads, device=query.device)[None, :, None, None]
-        scores = scores + options.distance_bias[head, distance.expand_as(slots) + centre]
-    empty = slots < 0
-    scores = scores.masked_fill(empty, -torch.inf)
-    # A query without a key would be 0 / 0: it gets one key of weight 0 instead.
-    alone = empty.all(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(alone, 0), dim=-1).masked_fill(empty, 0)
-    return torch.einsum("bhqk,bhqkd->bhqd", weights, values).to(query.dtype)
+                query = int(sequences.query_gather[span.row, query])
+            rows.append((span.row, query, slots))
+    heads = max((slots.shape[0] for _, _, slots in rows), default=1)
+    width = max((slots.shape[1] for _, _, slots in rows), default=1)
+    index = torch.full((1 if sequences.is_full else sequences.batch_size, heads, sequences.query_length, width), -1)
+    for row, query, slots in rows:
+        index[row, :, query, : slots.shape[1]] = slots
+    return index
 
 
 __all__ = ["StaticSparseAttention", "cached_plan", "score_options"]
