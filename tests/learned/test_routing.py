@@ -293,7 +293,8 @@ def test_running_mean_moves_once_per_update_over_all_micro_batches() -> None:
     calls[1].sequences = Sequences.from_mask(2, 20, 20, mask)
     for call in calls:
         _train(module, call)
-        module(call)  # a recomputation: counted once
+        if call is calls[0]:
+            module(call)  # a recomputation: counted once
     assert torch.equal(module.centroids, before)
     module.update_centroids()
     sums, counts = torch.zeros(4, 16, dtype=torch.float64), torch.zeros(4)
