@@ -1,0 +1,131 @@
+"""Every static pattern's mask equals its definition, whatever else was called before; and a plan is that mask."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pattern_cases import CASES, every_case, label, static_patterns
+from pattern_definitions import DEFINITIONS, Layer, expected
+
+from sa_hf.ops.counts import row_counts
+from sa_hf.ops.parts import Band, BlockPart
+from sa_hf.ops.reference import part_multiplicity
+from sa_hf.patterns.base import Geometry, StaticPatternConfig, pattern_parts
+
+pytestmark = pytest.mark.filterwarnings("ignore:longnet")
+
+LENGTHS = (1, 2, 7, 16, 63, 64, 96, 128, 257)
+CPU = torch.device("cpu")
+cases = pytest.mark.parametrize("config", every_case(), ids=label)
+directions = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+
+
+def summed(parts: list, geometry: Geometry) -> torch.Tensor:
+    """The multiset sum of a plan's parts, int64 ``[heads, query_length, key_length]``."""
+    heads = len(geometry.heads)
+    total = torch.zeros(heads, geometry.query_length, geometry.key_length, dtype=torch.int64)
+    for part in parts:
+        total += part_multiplicity(part, geometry.query_length, geometry.key_length)[0].expand(heads, -1, -1)
+    return total
+
+
+def test_every_static_pattern_has_a_definition_and_cases() -> None:
+    assert set(DEFINITIONS) == set(CASES) == set(static_patterns())
+
+
+@cases
+@directions
+def test_mask_is_the_definition(config: StaticPatternConfig, causal: bool) -> None:
+    for n in LENGTHS:
+        for num_heads in (1, 2, 3, 8):
+            for layer in (0, 1):
+                want = expected(config, tuple(range(num_heads)), Layer(n, causal, num_heads, layer))
+                got = config.multiplicity(n, num_heads, layer, causal)
+                assert torch.equal(got, want), (n, num_heads, layer)
+                assert torch.equal(config.mask(n, num_heads, layer, causal), want > 0)
+
+
+@cases
+@directions
+def test_plan_is_the_definition(config: StaticPatternConfig, causal: bool) -> None:
+    """The parts' multiset sum, under the model's own window, a dropped diagonal and a mixture's subset of heads."""
+    for n in LENGTHS:
+        for num_heads, heads in ((1, (0,)), (3, (0, 1, 2)), (8, tuple(range(8))), (8, (1, 3, 6))):
+            for window, drop in ((None, False), (None, True), (40, False), (3, True)):
+                chosen = replace(config, drop_diagonal=drop)
+                geometry = Geometry(n, n, heads, num_heads, 1, causal, Band(window, window))
+                want = expected(config, heads, Layer(n, causal, num_heads, 1), window=window, drop_diagonal=drop)
+                parts = pattern_parts(chosen, geometry, CPU)
+                at = (n, num_heads, heads, window, drop)
+                assert torch.equal(summed(parts, geometry), want), at
+                assert torch.equal(row_counts(parts, n, len(heads)), want.sum(-1)), at
+
+
+@cases
+@directions
+def test_plan_of_the_last_queries_is_their_rows(config: StaticPatternConfig, causal: bool) -> None:
+    """Prefill in chunks: fewer queries than keys."""
+    for n, queries in ((2, 1), (70, 5), (128, 64), (257, 100)):
+        for window, drop in ((None, False), (40, True)):
+            chosen = replace(config, drop_diagonal=drop)
+            geometry = Geometry(n, queries, (0, 1, 2), 3, 0, causal, Band(window, window))
+            want = expected(config, (0, 1, 2), Layer(n, causal, 3), window=window, drop_diagonal=drop)
+            got = summed(pattern_parts(chosen, geometry, CPU), geometry)
+            assert torch.equal(got, want[:, n - queries :]), (n, queries, window, drop)
+
+
+@cases
+def test_causal_rows_do_not_depend_on_what_follows(config: StaticPatternConfig) -> None:
+    longest = config.multiplicity(257, 3, 1, causal=True)
+    for n in LENGTHS[:-1]:
+        assert torch.equal(config.multiplicity(n, 3, 1, causal=True), longest[:, :n, :n]), n
+    assert not config.length_dependent(causal=True)
+
+
+@cases
+def test_a_pattern_that_ignores_the_length_says_so(config: StaticPatternConfig) -> None:
+    if config.length_dependent(causal=False):
+        return
+    longest = config.multiplicity(257, 3)
+    for n in LENGTHS[:-1]:
+        assert torch.equal(config.multiplicity(n, 3), longest[:, :n, :n]), n
+
+
+@cases
+def test_a_pattern_that_ignores_the_head_says_so(config: StaticPatternConfig) -> None:
+    for layer in (0, 1):
+        geometry = Geometry(257, 257, (0, 1, 2), 3, layer)
+        counts = config.multiplicity(257, 3, layer)
+        if config.same_for_all_heads(geometry):
+            assert torch.equal(counts, counts[:1].expand_as(counts))
+
+
+@cases
+def test_no_global_randomness_and_no_history(config: StaticPatternConfig) -> None:
+    """The same mask whatever was asked before, and torch's generator neither read nor moved."""
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = config.multiplicity(96, 3, 1, causal=True)
+    pattern_parts(config, Geometry(96, 96, (0, 1, 2), 3, 1), CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+    for length, heads, layer in ((257, 8, 0), (7, 1, 1), (128, 3, 1)):
+        config.multiplicity(length, heads, layer, causal=True)
+    torch.manual_seed(2)
+    assert torch.equal(type(config).from_dict(config.to_dict()).multiplicity(96, 3, 1, causal=True), first)
+
+
+@pytest.mark.parametrize("n", [4096, 16384])
+@cases
+def test_layouts_list_tiles_in_proportion_to_what_is_kept(config: StaticPatternConfig, n: int) -> None:
+    """Block lists never hold n x n tiles: each listed tile has a kept pair, and rows of tiles are as the pattern is."""
+    if config.name in ("dense", "sparse_transformer"):  # their columns are many: covered by the cost formulas
+        return
+    for causal in (False, True):
+        for part in pattern_parts(config, Geometry(n, n, (0, 1), 2, 0, causal), CPU):
+            if isinstance(part, BlockPart):
+                layout = part.layout
+                per_row = layout.row_count.float().mean()
+                assert per_row <= 24, (causal, per_row)
+                assert layout.masks.shape[0] <= 64
