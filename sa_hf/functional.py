@@ -56,7 +56,7 @@ def sparse_attention(
             f"pattern {config.name!r} has learned state or routes by data: use patch_model(model, config); "
             "sparse_attention serves the static patterns"
         )
-    _check(query, key, value, scale, dropout)
+    check_inputs(query, key, value, scale, dropout)
     if config.extra_tokens:
         raise SparseAttentionError(
             f"{config.name} with {config.extra_tokens} extra tokens needs a model that carries them: use patch_model"
@@ -71,7 +71,8 @@ def sparse_attention(
     return static_attention(query, key, value, sequences, layer, static_options(query, scale, dropout))
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> None:
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> None:
+    """Raise ``SparseAttentionError`` where the tensors and options of a call do not fit together."""
     for label, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.dim() != 4 or not x.dtype.is_floating_point:
             raise SparseAttentionError(

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.functional import _check
+from sa_hf.functional import check_inputs
 from sa_hf.ops.engine import Engine, choose_engine
 from sa_hf.ops.parts import Band, ScoreOptions, SegmentPart
 from sa_hf.ops.slots import merge_into, put, take
@@ -72,7 +72,7 @@ def sequence_parallel_longnet(
     """
     if not isinstance(config, LongNetAttentionConfig):
         raise SparseAttentionError(f"config must be a LongNetAttentionConfig, not {type(config).__name__}")
-    _check(query, key, value, scale, dropout)
+    check_inputs(query, key, value, scale, dropout)
     if query.shape[2] != key.shape[2]:
         raise SparseAttentionError(
             f"query has {query.shape[2]} tokens and key {key.shape[2]}; a rank's queries and keys are the same tokens"
