@@ -57,12 +57,18 @@ class BlockTiles:
             kept = inside if kept is None else kept & inside
         return kept
 
-    @cached_property
+    @property
     def _tile_mask(self) -> Tensor | None:
         if self.masks is None:
             return None
-        # [T | 1, c, block_q, block_k] -> [T | 1, block_q, c * block_k]
-        return self.masks[self.mask_id].transpose(1, 2).flatten(2)
+        if len(self.mask_id) == 1:
+            return self._shared_mask
+        return _joined(self.masks, self.mask_id)
+
+    @cached_property
+    def _shared_mask(self) -> Tensor | None:
+        """Kept with the tiles: masks of their own would hold a byte per pair of the whole pattern."""
+        return None if self.masks is None else _joined(self.masks, self.mask_id)
 
     def _in_range(self, key_range: Tensor) -> Tensor:
         batch, heads, slots, _ = key_range.shape
@@ -97,6 +103,11 @@ class BlockTiles:
     def add_keys(self, target: Tensor, x: Tensor) -> None:
         tiles = target.view(-1, self.block_k, *target.shape[2:])
         tiles.index_add_(0, self.key_tiles, x.reshape(-1, *tiles.shape[1:]))
+
+
+def _joined(masks: Tensor, mask_id: Tensor) -> Tensor:
+    """``[T, c, block_q, block_k]`` as ``[T, block_q, c * block_k]``."""
+    return masks[mask_id].transpose(1, 2).flatten(2)
 
 
 def list_of(all_lanes: Lanes, lanes: Tensor, batch: int, heads: int) -> Tensor:

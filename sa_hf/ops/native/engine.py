@@ -50,11 +50,11 @@ class NativeEngine:
         else:
             out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
             fast = flash.serves(q, options)
-            for tile in _tiles(part, lanes, q.shape[-1], fast):
+            for tile in _tiles(part, rules, q.shape[-1], fast):
                 operands = tile.queries(q), tile.keys(k), tile.keys(v)
                 if fast:
-                    kept, causal = _flash_mask(rules, tile)
-                    tile_out, tile_lse = flash.flash_forward(*operands, kept, options.scale, causal=causal)
+                    kept = kept_pairs(rules, tile)
+                    tile_out, tile_lse = flash.flash_forward(*operands, kept, options.scale, causal=tile.triangular)
                 else:
                     tile_out, tile_lse = tile_forward(options, tile_pairs(rules, tile, q.dtype), *operands)
                 tile.write_queries(out, tile_out)
@@ -81,13 +81,13 @@ class NativeEngine:
         else:
             grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
             fast = flash.serves(q, options)
-            for tile in _tiles(part, lanes, q.shape[-1], fast):
+            for tile in _tiles(part, rules, q.shape[-1], fast):
                 operands = tile.queries(q), tile.keys(k), tile.keys(v)
                 tile_out, tile_lse, tile_grad = tile.queries(o), tile.queries(lse), tile.queries(grad)
                 if fast:
-                    kept, causal = _flash_mask(rules, tile)
+                    kept = kept_pairs(rules, tile)
                     tile_q, tile_k, tile_v = flash.flash_backward(
-                        tile_grad, *operands, tile_out, tile_lse, kept, options.scale, causal=causal
+                        tile_grad, *operands, tile_out, tile_lse, kept, options.scale, causal=tile.triangular
                     )
                 else:
                     pairs = tile_pairs(rules, tile, q.dtype)
@@ -120,18 +120,11 @@ def _simplest(part: Part) -> Part:
     return part
 
 
-def _tiles(part: BlockPart | SegmentPart, lanes: Lanes, head_dim: int, fast: bool) -> Iterable[TileBatch]:
+def _tiles(part: BlockPart | SegmentPart, rules: ScoreRules, head_dim: int, fast: bool) -> Iterable[TileBatch]:
     budget = Budget(scores=2**40, keys=FLASH_KEY_ELEMENTS // head_dim) if fast else PLAIN
     if isinstance(part, BlockPart):
-        return block_tiles(part.layout, lanes, budget)
-    return segment_tiles(part, lanes, budget, whole_segments=fast)
-
-
-def _flash_mask(rules: ScoreRules, tile: TileBatch) -> tuple[Tensor | None, bool]:
-    """The element mask for the flash op, or that its own causal form says the same."""
-    if tile.triangular and rules.key_filled is None:
-        return None, True
-    return kept_pairs(rules, tile), False
+        return block_tiles(part.layout, rules.lanes, budget)
+    return segment_tiles(part, rules.lanes, budget, whole_segments=fast and rules.key_filled is None)
 
 
 def _flat(part: Part, x: Tensor, side: str) -> Tensor:

@@ -44,7 +44,7 @@ class TileBatch(Protocol):
 
     @property
     def triangular(self) -> bool:
-        """The tiles are square and keep the pairs ``key slot <= query slot``; ``mask`` says the same."""
+        """The tiles are square and keep the pairs ``key slot <= query slot``, without a mask that says so."""
         ...
 
     def mask(self) -> Tensor | None:
