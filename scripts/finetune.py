@@ -149,6 +149,7 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, Source]:
 def training_arguments(args: argparse.Namespace) -> Any:
     from transformers import TrainingArguments
 
+    on_cpu = args.cpu or not torch.accelerator.is_available()
     # Transformers 5.23 calls it activation_checkpointing and warns; the older name serves the whole supported range.
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
@@ -171,8 +172,9 @@ def training_arguments(args: argparse.Namespace) -> Any:
         save_strategy="steps" if args.save_steps else "no",
         save_steps=args.save_steps or 500,
         report_to=args.report_to,
-        use_cpu=args.cpu,
-        dataloader_pin_memory=torch.cuda.is_available() and not args.cpu,
+        # Said aloud: left to find out, ranks that a launcher starts on CPUs would each train alone.
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
         prediction_loss_only=args.task == "causal-lm",
         # Buffers of learned patterns are equal on all ranks already, or gathered by their own reduction.

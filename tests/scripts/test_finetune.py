@@ -111,8 +111,9 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     flags = ["--pattern", "expire_span", *CASES["expire_span"]]
     plain = run(tmp_path / "plain", *flags)
     checkpointed = run(tmp_path / "checkpointed", *flags, "--gradient_checkpointing")
-    for a, b in zip(plain["log"], checkpointed["log"], strict=True):
-        assert a.get("grad_norm") == pytest.approx(b.get("grad_norm"), rel=1e-5)
+    norms = [[r["grad_norm"] for r in metrics["log"] if "grad_norm" in r] for metrics in (plain, checkpointed)]
+    assert len(norms[0]) == 2
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     a, b = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
@@ -147,13 +148,13 @@ def test_a_yaml_may_hold_a_pattern_by_layers(tmp_path: Path) -> None:
     path.write_text("pattern: {'0': dense, '1': {name: sliding_window, window: 8}}\n")
     run(tmp_path / "out", "--config", str(path), *DECODER)
     layers = json.loads((tmp_path / "out" / "config.json").read_text())["sa_hf"]["layers"]["decoder"]
-    assert (layers["0"]["name"], layers["1"]["window"]) == ("dense", 8)
+    assert {index: entry.get("window") for index, entry in layers.items()} == {"1": 8}
 
 
 def test_a_flag_that_is_none_is_named(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("max_lenght: 64\n")
-    with pytest.raises(SparseAttentionError, match="max_lenght.*did you mean 'max_length'"):
+    with pytest.raises(SparseAttentionError, match=r"max_lenght.*did you mean 'max_length'"):
         finetune.parse_arguments(["--config", str(path)])
 
 
