@@ -69,6 +69,11 @@ def __getattr__(name):
     if name.startswith("_"):
         raise AttributeError(name)
     return _runtime().remote_attribute(name)
+
+
+def _files():
+    """Never called: Transformers copies the files that it sees imported, the older ones only those of this file."""
+{imports}
 '''
 
 
@@ -91,7 +96,9 @@ def carried_files() -> dict[str, str]:
         waiting += imported
     digest = hashlib.sha256("".join(f"{n}\n{modules[n]}" for n in sorted(modules)).encode()).hexdigest()[:12]
     files = {f"{flat(name)}.py": _renamed(text, f"{PACKAGE}_{digest}") for name, text in sorted(modules.items())}
-    return {REMOTE_FILE: HEADER + _REMOTE.format(version=__version__, digest=digest, root=flat(ROOT)), **files}
+    imports = "\n".join(f"    from .{flat(name)} import __name__  # noqa: F401" for name in sorted(modules))
+    remote = _REMOTE.format(version=__version__, digest=digest, root=flat(ROOT), imports=imports)
+    return {REMOTE_FILE: HEADER + remote, **files}
 
 
 def flat(module: str) -> str:

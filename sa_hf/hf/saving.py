@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MethodType
@@ -286,4 +287,6 @@ def code_files() -> dict[str, str]:
 
         return carried_files()
     folder = Path(__file__).parent
-    return {path.name: path.read_text("utf-8") for path in [folder / REMOTE_FILE, *folder.glob("sa_hf_*.py")]}
+    remote = (folder / REMOTE_FILE).read_text("utf-8")
+    names = [f"{name}.py" for name in sorted(set(re.findall(r"from \.(sa_hf_\w+) import", remote)))]
+    return {REMOTE_FILE: remote, **{name: (folder / name).read_text("utf-8") for name in names}}
