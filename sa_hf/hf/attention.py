@@ -19,7 +19,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.conv import ConvTaps
 from sa_hf.hf.layer_cache import LayerMemory, absolute_keys
 from sa_hf.hf.layers import active_child
-from sa_hf.hf.masks import FORWARD, MaskRequest, ids_from_lengths, sparse_mask
+from sa_hf.hf.masks import MaskRequest, handed_over, ids_from_lengths, sparse_mask
 from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
 from sa_hf.ops.parts import Band
 from sa_hf.ops.sequences import Sequences
@@ -189,7 +189,7 @@ def _sequences(
         return Sequences.from_mask(
             query.shape[0], request.query_length, request.query_length, request.padding, ids
         ).with_extra_tokens(extra)
-    outer = FORWARD.get()
+    outer = handed_over()
     if ids is not None or lengths is not None or (outer is not None and outer.sequence_ids is not None):
         raise SparseAttentionError(
             "sequence_ids and cu_seq_lens_q need a model that builds an attention mask; this one has none"

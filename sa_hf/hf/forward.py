@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from sa_hf.hf.attention import Activity, refuse_attentions
 from sa_hf.hf.layers import sparse_children, tie_layers
 from sa_hf.hf.losses import add_to_loss
-from sa_hf.hf.masks import FORWARD, ForwardInputs
+from sa_hf.hf.masks import ForwardInputs, hand_over
 from sa_hf.patterns.base import SparseAttention
 
 
@@ -35,7 +35,7 @@ class OuterForward:
         return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        FORWARD.set(None)
+        hand_over(None)
         if not self.activity.on:
             return None
         named = self._named(args, kwargs)
@@ -46,9 +46,7 @@ class OuterForward:
         if model.training:
             for child in children:
                 child.advance_step()
-        FORWARD.set(
-            ForwardInputs(named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q"))
-        )  # fmt: skip
+        hand_over(ForwardInputs(named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q")))
         if "sequence_ids" in self.parameters:
             return None
         return args, {key: value for key, value in kwargs.items() if key != "sequence_ids"}
@@ -61,7 +59,7 @@ class OuterForward:
             self.tied = acting
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        FORWARD.set(None)
+        hand_over(None)
         if not self.activity.on or output is None:
             return output
         children = sparse_children(model, self.names)

@@ -130,7 +130,8 @@ class LayerMemory:
     def remember(self, name: str, tensor: Tensor, dim: int) -> Tensor:
         """``AttentionInputs.remember``: called after the keys joined the cache; batch is dimension 0 of the tensor."""
         memory = memory_of(self.layer)
-        seen = int(self.layer.get_seq_length()) - tensor.shape[dim]
+        total = int(self.layer.get_seq_length())
+        seen = total - tensor.shape[dim]
         old = memory.get(name)
         if old is None or seen == 0:
             if seen:
@@ -138,8 +139,10 @@ class LayerMemory:
             memory[name] = Remembered(tensor, dim)
             return tensor
         old.cut(seen)
-        memory[name] = Remembered(torch.cat([old.tensor, tensor], dim=dim), dim)
-        return memory[name].tensor
+        joined = torch.cat([old.tensor, tensor], dim=dim)
+        memory[name] = Remembered(joined, dim)
+        slots = getattr(self.layer, "slots", None)
+        return joined if slots is None else placed(joined, slots, total, dim)
 
     def recent(self, name: str, tensor: Tensor, need: int) -> tuple[Tensor, int]:
         """The last inputs of the layer and the new ones, ``[batch, tokens, ...]``, and the slot of the first.
@@ -196,7 +199,7 @@ def absolute_keys(
     held = key.shape[2]
     slots = None if memory is None else getattr(memory.layer, "slots", None)
     if slots is not None:
-        return Keys(*(_placed(x, slots, length) for x in (key, value)))
+        return Keys(*(placed(x, slots, length, dim=2) for x in (key, value)))
     first = 0 if request is None else request.key_offset
     if first:
         key, value = (nn.functional.pad(x, (0, 0, first, 0)) for x in (key, value))
@@ -208,7 +211,12 @@ def absolute_keys(
     return Keys(key[:, :, :length], value[:, :, :length])
 
 
-def _placed(x: Tensor, slots: Tensor, length: int) -> Tensor:
-    if x.shape[2] == length:
+def placed(x: Tensor, slots: Tensor, length: int, dim: int) -> Tensor:
+    """``x`` with its entries along ``dim`` at their slots; tokens that a sparse cache dropped are 0, or -1 where the
+    tensor counts something (no cluster)."""
+    if x.shape[dim] == length:
         return x
-    return x.new_zeros(*x.shape[:2], length, x.shape[3]).index_copy(2, slots.to(x.device), x)
+    shape = list(x.shape)
+    shape[dim] = length
+    empty = x.new_full(shape, 0 if x.is_floating_point() else -1)
+    return empty.index_copy(dim, slots.to(x.device), x)

@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+)
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 from sa_hf.ops.parts import Band
@@ -30,7 +34,26 @@ class ForwardInputs:
     cu_seq_lens: Tensor | None = None
 
 
-FORWARD: ContextVar[ForwardInputs | None] = ContextVar("sa_hf_forward", default=None)
+_FORWARD: ContextVar[ForwardInputs | None] = ContextVar("sa_hf_forward", default=None)
+
+
+def hand_over(inputs: ForwardInputs | None) -> None:
+    """Keep what the outer call was given for the masks built inside it.
+
+    Raises:
+        SparseAttentionError: packed sequences under torch.compile, which cannot trace the way they are handed over.
+    """
+    if not torch.compiler.is_compiling():
+        _FORWARD.set(inputs)
+    elif inputs is not None and (inputs.sequence_ids is not None or inputs.cu_seq_lens is not None):
+        raise SparseAttentionError(
+            "sequence_ids and cu_seq_lens_q do not pass through torch.compile; pad the batch, or run uncompiled"
+        )
+
+
+def handed_over() -> ForwardInputs | None:
+    """What the outer call was given; None outside of one, and under torch.compile."""
+    return None if torch.compiler.is_compiling() else _FORWARD.get()
 
 
 class MaskRequest:
@@ -48,7 +71,7 @@ class MaskRequest:
         self.query_offset = int(arguments.get("q_offset", 0))
         self.key_offset = int(arguments.get("kv_offset", 0))
         self.padding: Tensor | None = arguments.get("attention_mask")
-        self.given = FORWARD.get()
+        self.given = handed_over()
         self._dense: dict[tuple[str, int], Any] = {}
         self._sequences: dict[int, Sequences] = {}
         self._rules: _Rules | None = None
@@ -182,12 +205,12 @@ class _Rules:
         Raises:
             UnsupportedModelError: a union of masks, a chunked or block mask, or a function of the model's own.
         """
+        if function is causal_mask_function:
+            return cls(causal=True)
+        if function is bidirectional_mask_function:
+            return cls()
         kind = function.__qualname__
         held = _closure(function)
-        if kind == "causal_mask_function":
-            return cls(causal=True)
-        if kind == "bidirectional_mask_function":
-            return cls()
         if kind == "and_masks.<locals>.and_mask":
             parts = [cls.read(part) for part in held["mask_functions"]]
             return cls._joined(parts)

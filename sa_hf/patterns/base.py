@@ -322,6 +322,10 @@ class SparseAttention(nn.Module):
         """Figures of the last forward to report: spans, cluster sizes, mask density."""
         return {}
 
+    def expired_keys(self) -> Tensor | None:
+        """Which key slots of the last forward no later query can read, bool ``[B, Nk]`` (padding is); None: not known."""
+        return None
+
     def tie(self, layers: Sequence[SparseAttention]) -> None:
         """Called once all layers are built (again is harmless), on each module of a stack that runs this config, with
         all of them in layer order: what layers share is set up here."""
