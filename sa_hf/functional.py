@@ -111,7 +111,7 @@ def _oracle(inputs: AttentionInputs, config: StaticPatternConfig, layer_idx: int
     heads = inputs.query.shape[1]
     seqs = inputs.sequences
     query, key, value = inputs.query, inputs.key, inputs.value
-    if seqs.key_gather is not None:
+    if seqs.key_gather is not None and seqs.query_gather is not None:  # both or none
         query = query.gather(2, seqs.query_gather[:, None, :, None].expand_as(query))
         key, value = (x.gather(2, seqs.key_gather[:, None, :, None].expand_as(x)) for x in (key, value))
     out = torch.zeros_like(query)
