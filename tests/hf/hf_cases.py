@@ -1,0 +1,141 @@
+"""Tiny random models of each family, with a ragged batch for each."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import transformers as tf
+
+transformers_logging = tf.logging
+transformers_logging.set_verbosity_error()
+
+VOCABULARY = 99
+LENGTHS = (20, 15, 9)
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 64,
+}  # fmt: skip
+_GROUPED = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8}
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: tf.LlamaConfig(**_GROUPED, **_TOKENS),
+    "qwen3": lambda: tf.Qwen3Config(**_GROUPED, **_TOKENS),
+    "mistral": lambda: tf.MistralConfig(**_GROUPED, **_TOKENS, sliding_window=8),
+    "gemma2": lambda: tf.Gemma2Config(
+        **_GROUPED, **_TOKENS, sliding_window=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=16
+    ),
+    "gemma3": lambda: tf.Gemma3TextConfig(
+        **_GROUPED, **_TOKENS, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "gpt2": lambda: tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, **_TOKENS),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**_SIZES, **_TOKENS),
+    "opt": lambda: tf.OPTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, vocab_size=VOCABULARY,
+        max_position_embeddings=64, word_embed_proj_dim=32, **_TOKENS,
+    ),
+    "bert": lambda: tf.BertConfig(**_SIZES),
+    "roberta": lambda: tf.RobertaConfig(**{**_SIZES, "max_position_embeddings": 66}),
+    "xlm_roberta": lambda: tf.XLMRobertaConfig(**{**_SIZES, "max_position_embeddings": 66}),
+    "albert": lambda: tf.AlbertConfig(**_SIZES, embedding_size=16),
+    "electra": lambda: tf.ElectraConfig(**_SIZES, embedding_size=16),
+    "distilbert": lambda: tf.DistilBertConfig(
+        dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=VOCABULARY, max_position_embeddings=64
+    ),
+    "modernbert": lambda: tf.ModernBertConfig(
+        **_SIZES, **_TOKENS, cls_token_id=1, sep_token_id=1, local_attention=8, global_attn_every_n_layers=2
+    ),
+    "bart": lambda: tf.BartConfig(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=VOCABULARY, max_position_embeddings=64,
+        decoder_start_token_id=1, forced_eos_token_id=None, **_TOKENS,
+    ),
+    "t5": lambda: tf.T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0,
+        eos_token_id=1, pad_token_id=0, relative_attention_num_buckets=8, relative_attention_max_distance=16,
+    ),
+    "vit": lambda: tf.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8
+    ),
+}  # fmt: skip
+
+CLASSES: dict[str, Any] = {
+    "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM", "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM", "opt": "OPTForCausalLM", "bert": "BertModel", "roberta": "RobertaModel",
+    "xlm_roberta": "XLMRobertaModel", "albert": "AlbertModel", "electra": "ElectraModel",
+    "distilbert": "DistilBertModel", "modernbert": "ModernBertModel", "bart": "BartForConditionalGeneration",
+    "t5": "T5ForConditionalGeneration", "vit": "ViTModel",
+}  # fmt: skip
+
+FAMILIES = sorted(CONFIGS)
+DECODERS = ["llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neox", "opt"]
+ENCODERS = ["bert", "roberta", "xlm_roberta", "albert", "electra", "distilbert", "modernbert"]
+BOTH = ["bart", "t5"]
+
+
+@dataclass
+class Case:
+    """A model in evaluation mode, its inputs, and which outputs are of real tokens (None: all)."""
+
+    model: Any
+    inputs: dict[str, Tensor]
+    real: Tensor | None
+
+    def output(self, **changed: Any) -> Tensor:
+        """The first output on the real tokens, ``[tokens, features]``."""
+        with torch.no_grad():
+            out: Tensor = self.model(**{**self.inputs, **changed})[0]
+        return out.flatten(0, -2) if self.real is None else out[self.real]
+
+
+def tiny_model(family: str, seed: int = 0, **changed: Any) -> Any:
+    """A model with random weights large enough that attention matters."""
+    config = CONFIGS[family]()
+    for name, value in changed.items():
+        setattr(config, name, value)
+    torch.manual_seed(seed)
+    model = getattr(tf, CLASSES[family])(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3 if family != "t5" else 0.15)
+    return model
+
+
+def tokens(*shape: int, seed: int = 1) -> Tensor:
+    """Token ids without the special ones."""
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def right_padded() -> Tensor:
+    mask = torch.ones(len(LENGTHS), max(LENGTHS), dtype=torch.long)
+    for row, length in enumerate(LENGTHS):
+        mask[row, length:] = 0
+    return mask
+
+
+def case(family: str, seed: int = 0, **changed: Any) -> Case:
+    model = tiny_model(family, seed, **changed)
+    if family == "vit":
+        pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+        return Case(model, {"pixel_values": pixels}, None)
+    mask = right_padded()
+    inputs = {"input_ids": tokens(*mask.shape), "attention_mask": mask}
+    if family in BOTH:
+        inputs["decoder_input_ids"] = tokens(len(LENGTHS), 13, seed=3)
+        return Case(model, inputs, None)
+    return Case(model, inputs, mask.bool())
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """Root-mean-square error relative to the expected tensor's own."""
+    return float((got - expected).double().square().mean().sqrt() / expected.double().square().mean().sqrt())
