@@ -4,6 +4,9 @@ import pytest
 import torch
 import transformers.dynamic_module_utils
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -75,6 +78,33 @@ def t5():
 
 
 FAMILIES = {"llama": llama, "bert": bert, "bart": bart, "t5": t5}
+AUTO = {
+    "llama": AutoModelForCausalLM,
+    "bert": AutoModelForSequenceClassification,
+    "bart": AutoModelForSeq2SeqLM,
+    "t5": AutoModelForSeq2SeqLM,
+}
+# Where each pattern has the state that it can learn; patterns that are not listed have none.
+LEARNED = {
+    "sparsebert": ("bert", {"mask_length": 96}),
+    "expire_span": ("llama", {"max_span": 64, "ramp": 8}),
+    "routing": ("llama", {"num_clusters": 4}),
+    "logsparse": ("llama", {"conv_kernel_size": 3}),
+    "bigbird": ("bert", {"num_extra_tokens": 2}),
+    "star": ("bert", {"relay": "virtual"}),
+}
+WITHOUT_STATE = {"dense", "longnet", "sliding_window", "sparse_transformer", "star"}
+
+
+def one_step(model):
+    """Train a patched model for one step, so that no state is where it began."""
+    given = inputs(model)
+    targets = torch.tensor([0, 1]) if "bert" in model.config.model_type else given["input_ids"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model.train()(**given, labels=targets).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model.eval()
 
 
 def made(cls, config):

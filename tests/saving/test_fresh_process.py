@@ -1,6 +1,5 @@
 """Fresh processes, with sa_hf and without it: the same bits, the same files at a re-save, training, unpatching."""
 
-import copy
 import os
 import subprocess
 import sys
@@ -8,38 +7,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, inputs, output
+from conftest import AUTO, FAMILIES, LEARNED, inputs, one_step, output
 
+from sa_hf import SlidingWindowAttentionConfig, available_patterns
 from sa_hf.hf.patching import patch_model, unpatch_model
 
-CASES = {
-    "llama": ("AutoModelForCausalLM", {"0": "sliding_window", "1": "bigbird"}),
-    "bert": ("AutoModelForSequenceClassification", "sparsebert"),
-    "t5": ("AutoModelForSeq2SeqLM", {"encoder": "bigbird", "decoder": "sliding_window"}),
-}
+# Every pattern, and one model with two stacks.
+CASES = {name: (*LEARNED.get(name, ("llama", {})), name) for name in available_patterns()}
+CASES["two_stacks"] = ("t5", {}, {"encoder": "bigbird", "decoder": SlidingWindowAttentionConfig(window=5)})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cases")
-    for family, (auto, pattern) in CASES.items():
-        model = FAMILIES[family]()
-        options = {"window": 5} if pattern == "sliding_window" else {}
-        patch_model(model, pattern, **options)
-        model.save_pretrained(folder / family / "model")
+    for case, (family, options, pattern) in CASES.items():
+        model = patch_model(FAMILIES[family](), pattern, **options)
+        if family != "t5":
+            one_step(model)
         given = inputs(model)
+        model.save_pretrained(folder / case / "model")
+        learned = any(".sparse." in name for name, _ in model.named_parameters())
         targets = given.get("decoder_input_ids", given["input_ids"])
         expected = {
-            "auto": auto,
+            "auto": AUTO[family].__name__,
             "given": given,
             "output": output(model, given),
-            "dense": output(unpatch_model(copy.deepcopy(model)), given),
             "generated": model.generate(**given, max_new_tokens=6, do_sample=False) if family == "llama" else None,
             "labels": {"labels": torch.tensor([0, 1]) if family == "bert" else targets},
-            "learned": pattern == "sparsebert",
+            "learned": learned,
         }
-        assert family == "bert" or not torch.equal(expected["output"], expected["dense"])
-        torch.save(expected, folder / family / "expected.pt")
+        expected["dense"] = output(unpatch_model(model), given)
+        torch.save(expected, folder / case / "expected.pt")
     return folder
 
 
@@ -56,7 +54,7 @@ def test_fresh_process(tmp_path, folder, how):
     command = [sys.executable, "-P", str(script), str(copied), *(["block"] if how == "without sa_hf" else [])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == [w for family in sorted(CASES) for w in ("served", family)] + ["done"]
+    assert done.stdout.split() == [w for case in sorted(CASES) for w in ("served", case)] + ["done"]
 
 
 def test_another_version_uses_the_carried_code(tmp_path):

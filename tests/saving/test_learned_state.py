@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import bert, inputs, output
+from conftest import AUTO, FAMILIES, LEARNED, WITHOUT_STATE, bert, inputs, llama, one_step, output
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from sa_hf import SparseAttentionError
+from sa_hf import ExpireSpanAttentionConfig, RoutingAttentionConfig, SparseAttentionError, available_patterns
 from sa_hf.hf.patching import patch_model, unpatch_model
 
 
@@ -29,6 +29,37 @@ def load(folder, auto=AutoModelForSequenceClassification, **options):
 
 def sparse_state(model):
     return {name: value for name, value in model.state_dict().items() if ".sparse." in name}
+
+
+@pytest.mark.parametrize("name", available_patterns())
+def test_every_pattern(tmp_path, name):
+    """Whatever a pattern learns or counts comes back, after a step of training."""
+    family, options = LEARNED.get(name, ("llama", {}))
+    model = one_step(patch_model(FAMILIES[family](), name, **options))
+    given = inputs(model)
+    model.save_pretrained(tmp_path / "m")
+    loaded = load(tmp_path / "m", AUTO[family])
+    state, again = model.state_dict(), loaded.state_dict()
+    assert any(".sparse." in key for key in state) == (name not in WITHOUT_STATE)
+    assert state.keys() == again.keys()
+    assert all(torch.equal(state[key], again[key]) for key in state)
+    assert torch.equal(output(loaded, given), output(model, given))
+    one_step(loaded).save_pretrained(tmp_path / "m")
+    final = load(tmp_path / "m", AUTO[family]).state_dict()
+    assert all(torch.equal(final[key], value) for key, value in loaded.state_dict().items())
+
+
+def test_patterns_by_heads(tmp_path):
+    """State below ``sparse.parts.<i>``."""
+    spans, routes = ExpireSpanAttentionConfig(max_span=64, ramp=8), RoutingAttentionConfig(num_clusters=4)
+    model = one_step(
+        patch_model(llama(), {"0-1": {"heads": {"0-1": spans, "2": routes, "3": "dense"}}, "2": "bigbird"})
+    )
+    model.save_pretrained(tmp_path / "m")
+    loaded = load(tmp_path / "m", AUTO["llama"])
+    assert any(".sparse.parts.0." in key for key in loaded.state_dict())
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(output(loaded, inputs(model)), output(model, inputs(model)))
 
 
 @pytest.mark.parametrize("share_layers", [False, True])

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import FAMILIES, inputs, llama, output
+from conftest import AUTO, FAMILIES, inputs, llama, output
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 from transformers.models.auto import modeling_auto
@@ -16,12 +16,6 @@ from sa_hf import ConfigVersionError, SparseAttentionError
 from sa_hf.hf.patching import patch_model, unpatch_model
 from sa_hf.hf.saving import REMEDY, sparse_class
 
-AUTO = {
-    "llama": AutoModelForCausalLM,
-    "bert": AutoModelForSequenceClassification,
-    "bart": modeling_auto.AutoModelForSeq2SeqLM,
-    "t5": modeling_auto.AutoModelForSeq2SeqLM,
-}
 WINDOW = sa_hf.SlidingWindowAttentionConfig(window=5, num_sink_tokens=1)
 PATTERN = {"0": WINDOW, "1": "bigbird"}
 
