@@ -13,6 +13,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 BAND_TILE = tl.constexpr(-2)
+# The interpreter keeps bfloat16 as raw bits and would multiply those: there, products get fp32 copies of the operands.
+WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -74,9 +76,9 @@ def store_tile(
 @triton.jit
 def dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
     """``a @ b^T`` of two chunked tiles, fp32."""
-    s = tl.dot(a0, tl.trans(b0), input_precision="ieee")
+    s = product(a0, tl.trans(b0), None)
     if D1 > 0:
-        s = tl.dot(a1, tl.trans(b1), s, input_precision="ieee")
+        s = product(a1, tl.trans(b1), s)
     return s
 
 
@@ -84,10 +86,17 @@ def dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
 def add_product(p, x0, x1, acc0, acc1, D1: tl.constexpr):
     """``acc + p @ x`` for a chunked tile x; p is rounded to x's dtype."""
     p = p.to(x0.dtype)
-    acc0 = tl.dot(p, x0, acc0, input_precision="ieee")
+    acc0 = product(p, x0, acc0)
     if D1 > 0:
-        acc1 = tl.dot(p, x1, acc1, input_precision="ieee")
+        acc1 = product(p, x1, acc1)
     return acc0, acc1
+
+
+@triton.jit
+def product(a, b, acc):
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
