@@ -11,9 +11,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sa_hf.ops.parts import BAND, FULL, Band, BlockLayout
+from sa_hf.ops.parts import BAND, FULL, Band, BlockLayout, BlockPart, Part
+from sa_hf.ops.planned import PlanData, plan_rule
 
 BLOCK = 64
+EXPIRING = "expiring"
 
 
 @lru_cache(maxsize=64)
@@ -68,6 +70,15 @@ def expiring_layout(spans: Tensor, query_slots: int, ramp: float, left: int, blo
         query_slots, key_slots, block, block, batch, heads, row_start, columns.int(), kinds.int(),
         torch.zeros(0, block, block, dtype=torch.bool, device=spans.device), band=Band(left - offset, offset),
     )  # fmt: skip
+
+
+@plan_rule(EXPIRING)
+def _expiring_parts(data: PlanData) -> list[Part]:
+    """Numbers: left. The spans are those of the options."""
+    spans, left = data.options.spans, data.numbers[0]
+    if spans is None or left is None:
+        raise RuntimeError("the rule needs spans and a bound on the distance")
+    return [BlockPart(expiring_layout(spans, data.query_length, data.options.ramp, left))]
 
 
 def range_layout(low: Tensor, high: Tensor, key_slots: int, width: int, block: int = BLOCK) -> BlockLayout:

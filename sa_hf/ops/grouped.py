@@ -6,16 +6,15 @@ one softmax (the mean over clusters, a learned gate), a pattern works on each gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.ops.attend import Batch, plan_backward, plan_forward
-from sa_hf.ops.engine import Engine
-from sa_hf.ops.parts import Part, ScoreOptions
+from sa_hf.ops.attend import Batch
+from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.sequences import Sequences
 
 
@@ -102,59 +101,3 @@ def key_places(sequences: Sequences, device: torch.device) -> tuple[Tensor, Tens
         gather = sequences.key_gather.cpu()
         position, length = (torch.zeros_like(x).scatter(1, gather, x) for x in (position, length))
     return position.to(device), length.to(device)
-
-
-class _Plan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, bias, spans, plan, options, engine):  # type: ignore[no-untyped-def]
-        options = options.with_tensors(distance_bias=bias, spans=spans)
-        out, lse = plan_forward(plan, query, key, value, options, engine)
-        ctx.save_for_backward(query, key, value, bias, spans, out, lse)
-        ctx.call = plan, options.with_tensors(distance_bias=None, spans=None), engine
-        return out
-
-    @staticmethod
-    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
-        query, key, value, bias, spans, out, lse = ctx.saved_tensors
-        plan, options, engine = ctx.call
-        options = options.with_tensors(distance_bias=bias, spans=spans)
-        grads = plan_backward(plan, query, key, value, out, lse, grad_out, options, engine)
-        return grads.query, grads.key, grads.value, grads.distance_bias, grads.spans, None, None, None
-
-
-def attend_plan(
-    query: Tensor, key: Tensor, value: Tensor, plan: Sequence[Part], options: ScoreOptions, engine: Engine
-) -> Tensor:
-    """One plan over equal sequences (one softmax over its parts); differentiable in query, key, value, the distance
-    bias and the spans of ``options``. Shapes as in :class:`Group`."""
-    bare = options.with_tensors(distance_bias=None, spans=None)
-    result: Tensor = _Plan.apply(query, key, value, options.distance_bias, options.spans, tuple(plan), bare, engine)
-    return result
-
-
-class _Slots(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, bias, part, options, engine):  # type: ignore[no-untyped-def]
-        options = options.with_tensors(distance_bias=bias)
-        out, lse = engine.forward(part, query, key, value, options)
-        ctx.save_for_backward(query, key, value, bias, out, lse)
-        ctx.call = part, options.with_tensors(distance_bias=None), engine
-        return out
-
-    @staticmethod
-    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
-        query, key, value, bias, out, lse = ctx.saved_tensors
-        part, options, engine = ctx.call
-        options = options.with_tensors(distance_bias=bias)
-        grads = engine.backward(part, query, key, value, out, lse, grad_out, options)
-        return grads.query, grads.key, grads.value, grads.distance_bias, None, None, None
-
-
-def attend_slots(
-    query: Tensor, key: Tensor, value: Tensor, part: Part, options: ScoreOptions, engine: Engine
-) -> Tensor:
-    """One part over slots that are already gathered: output ``[G, H, query_slots, D]``, a softmax of its own per slot
-    (a position may stand in several slots). Differentiable in the slots and the distance bias."""
-    bare = options.with_tensors(distance_bias=None)
-    result: Tensor = _Slots.apply(query, key, value, options.distance_bias, part, bare, engine)
-    return result

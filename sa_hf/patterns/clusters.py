@@ -8,6 +8,9 @@ from torch.nn.functional import normalize
 
 from sa_hf.ops.data_layout import range_layout
 from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, Part, SegmentPart
+from sa_hf.ops.planned import PlanData, plan_rule
+
+CLUSTERS, MEMBERS, UNCOVERED = "clusters", "members", "uncovered"  # rules of plans
 
 # -- causal --------------------------------------------------------------------------------------------------------
 
@@ -56,6 +59,17 @@ def last_row_plan(query_cluster: Tensor, key_cluster: Tensor, window: int, left:
     return [SegmentPart(1, count + 1, 1, count + 1, key_index=index)]
 
 
+@plan_rule(CLUSTERS)
+def _causal_parts(data: PlanData) -> list[Part]:
+    """Tensors: clusters of the queries and of the keys. Numbers: window, left."""
+    query_cluster, key_cluster = data.tensors
+    window, left = data.numbers
+    if window is None:
+        raise RuntimeError("the rule needs a window")
+    make = last_row_plan if data.query_length == 1 else causal_plan
+    return make(query_cluster, key_cluster, window, left)
+
+
 def expired(key_cluster: Tensor, window: int) -> Tensor:
     """Which keys have ``window - 1`` later ones in their cluster, so that no row to come reads them; bool of the shape
     ``[B, Hkv, N]``."""
@@ -77,26 +91,31 @@ def cluster_members(vectors: Tensor, centroids: Tensor, window: int) -> Tensor:
     return order[..., :window].sort(dim=-1).values
 
 
-def cluster_part(rows: Tensor, columns: Tensor, band: Band) -> tuple[Part, Tensor]:
-    """Attention inside the clusters, over slots ``[G, H, k * window]``, and which query slots have a key (bool).
+def cluster_ranges(rows: Tensor, columns: Tensor, band: Band) -> tuple[Tensor, Tensor]:
+    """The key slots ``low <= slot < high`` of each query slot's cluster that the band allows, ``[G, H, k * window]``.
 
     Args: rows, columns: the positions of the members, int64 ``[G, H, k, window]``.
     """
     window = rows.shape[-1]
-    slots = rows.shape[-2] * window
-    query_index, key_index = rows.flatten(2), columns.flatten(2)
-    if band.unbounded:
-        part = SegmentPart(slots, slots, window, window, query_index=query_index, key_index=key_index)
-        return part, torch.ones_like(query_index, dtype=torch.bool)
-    first = torch.arange(0, slots, window, device=rows.device)[:, None]
+    first = torch.arange(0, rows.shape[-2] * window, window, device=rows.device)[:, None]
     low, high = first.expand_as(rows), (first + window).expand_as(rows)
     if band.left is not None:
         low = first + torch.searchsorted(columns, rows - band.left)
     if band.right is not None:
         high = first + torch.searchsorted(columns, rows + band.right, right=True)
-    low, high = low.flatten(2), torch.maximum(low, high).flatten(2)
-    layout = range_layout(low, high, slots, window)
-    return BlockPart(layout, query_index=query_index, key_index=key_index), high > low
+    return low.flatten(2), torch.maximum(low, high).flatten(2)
+
+
+@plan_rule(MEMBERS)
+def _member_parts(data: PlanData) -> list[Part]:
+    """Attention inside the clusters. Tensors: rows and columns as in :func:`cluster_ranges`. Numbers: the band."""
+    rows, columns = data.tensors
+    band, window, slots = Band(*data.numbers), rows.shape[-1], data.query_length
+    query_index, key_index = rows.flatten(2), columns.flatten(2)
+    if band.unbounded:
+        return [SegmentPart(slots, slots, window, window, query_index=query_index, key_index=key_index)]
+    layout = range_layout(*cluster_ranges(rows, columns, band), slots, window)
+    return [BlockPart(layout, query_index=query_index, key_index=key_index)]
 
 
 def cluster_means(out: Tensor, rows: Tensor, filled: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -113,18 +132,22 @@ def cluster_means(out: Tensor, rows: Tensor, filled: Tensor, length: int) -> tup
     return (total / count.clamp(min=1).unsqueeze(-1)).to(out.dtype), count
 
 
-def uncovered_part(count: Tensor, local_window: int, band: Band) -> BlockPart | None:
-    """The window ``|i - j| < local_window`` for the positions with ``count [G, H, n]`` 0; None where there is none."""
-    covered, n = count > 0, count.shape[-1]
+@plan_rule(UNCOVERED)
+def _uncovered_parts(data: PlanData) -> list[Part]:
+    """The window of the positions that are in no cluster. Tensors: their number of clusters ``[G, H, n]``. Numbers:
+    the window ``|i - j| < w``, the band."""
+    covered, n = data.tensors[0] > 0, data.key_length
+    local_window, left, right = data.numbers
+    if local_window is None:
+        raise RuntimeError("the rule needs a window")
     # The host knows the number of rows on the CPU; elsewhere any of them may need a slot.
-    rows = int((~covered).sum(-1).max()) if count.device.type == "cpu" else n
+    rows = int((~covered).sum(-1).max()) if covered.device.type == "cpu" else n
     if rows == 0:
-        return None
+        return []
     order = torch.sort(covered.to(torch.uint8), dim=-1, stable=True).indices[..., :rows]
     listed = ~covered.gather(-1, order)
-    behind = local_window - 1 if band.left is None else min(band.left, local_window - 1)
-    ahead = local_window - 1 if band.right is None else min(band.right, local_window - 1)
+    behind, ahead = (local_window - 1 if side is None else min(side, local_window - 1) for side in (left, right))
     low = torch.where(listed, (order - behind).clamp(min=0), n)
     high = torch.where(listed, (order + ahead + 1).clamp(max=n), n)
     layout = range_layout(low, high, n, behind + ahead + 1)
-    return BlockPart(layout, query_index=torch.where(listed, order, -1))
+    return [BlockPart(layout, query_index=torch.where(listed, order, -1))]

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from sa_hf.config import SparseAttentionConfig, check_bool, check_integer, check_number, register_pattern
 from sa_hf.errors import SparseAttentionError
-from sa_hf.ops.data_layout import expiring_layout
-from sa_hf.ops.engine import choose_engine
-from sa_hf.ops.grouped import Group, attend_plan, key_places, map_groups, real_queries
-from sa_hf.ops.parts import BlockPart
+from sa_hf.ops.data_layout import EXPIRING
+from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
+from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs, LayerSpec
 from sa_hf.patterns.learned import LearnedAttention, refuse_drop_diagonal
@@ -152,16 +151,14 @@ class ExpireSpanAttention(LearnedAttention):
             limit = self.uniform(1, layer=SHORTENING_LAYER).float() * self.config.max_span
             spans = torch.minimum(spans, limit)
         options = replace(score_options(inputs, self.heads), spans=spans, ramp=float(self.config.ramp))
-        engine = choose_engine(inputs.engine, inputs.query, options)
         left = self.config.max_span + self.config.ramp - 1
         if inputs.band.left is not None:
             left = min(left, inputs.band.left)
 
         def attend_group(group: Group) -> Tensor:
-            of_keys = group.options.spans
-            assert of_keys is not None  # set above
-            layout = expiring_layout(of_keys.detach(), group.query.shape[2], self.config.ramp, left)
-            return attend_plan(group.query, group.key, group.value, [BlockPart(layout)], group.options, engine)
+            return planned_attention(
+                group.query, group.key, group.value, EXPIRING, group.options, inputs.engine, numbers=[left]
+            )
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
 

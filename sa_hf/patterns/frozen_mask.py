@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sa_hf.ops.counts import row_counts
 from sa_hf.ops.layout import build_layout
 from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, Part, SegmentPart
+from sa_hf.ops.planned import PlanData, plan_rule
 from sa_hf.patterns.base import DEFAULT_BLOCK, own_key_parts
 
 # On the CPU 15 offsets took 0.046 s where a causal window of 512 in tiles took 0.16 s (n = 16384, 8 heads, d = 64):
 # one offset costs about as much as 10 keys of a tile.
 TILE_KEYS_PER_OFFSET = 10
+
+
+FROZEN_MASK = "frozen_mask"
+# Plans of the frozen masks that live, by (shape of the call, band, version of the table).
+PLANS_KEPT = 64
+_PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@plan_rule(FROZEN_MASK)
+def _frozen_parts(data: PlanData) -> tuple[Part, ...]:
+    """Tensors: the table of :func:`frozen_plan`. Numbers: the band, whether the diagonal is left out."""
+    (kept,) = data.tensors
+    left, right, drop_diagonal = data.numbers
+    plans: dict[object, tuple[Part, ...]] = _PLANS.setdefault(kept, {})
+    version = None if kept.is_inference() else kept._version
+    key = data.query_length, data.key_length, left, right, drop_diagonal, version
+    if key not in plans:
+        while len(plans) >= PLANS_KEPT:
+            del plans[next(iter(plans))]
+        parts = frozen_plan(kept, data.query_length, data.key_length, Band(left, right), bool(drop_diagonal))
+        plans[key] = tuple(parts)
+    return plans[key]
 
 
 def frozen_plan(kept: Tensor, query_length: int, key_length: int, band: Band, drop_diagonal: bool) -> list[Part]:

@@ -22,20 +22,20 @@ from torch.nn.functional import layer_norm
 
 from sa_hf.config import SparseAttentionConfig, check_bool, check_integer, check_number, register_pattern
 from sa_hf.errors import SparseAttentionError
-from sa_hf.ops.engine import Engine, choose_engine
-from sa_hf.ops.grouped import Group, attend_plan, attend_slots, key_places, map_groups, real_queries
+from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
+from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences
 from sa_hf.ops.slots import take
 from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention
 from sa_hf.patterns.centroids import CentroidState
 from sa_hf.patterns.clusters import (
-    causal_plan,
+    CLUSTERS,
+    MEMBERS,
+    UNCOVERED,
     cluster_means,
     cluster_members,
-    cluster_part,
+    cluster_ranges,
     expired,
-    last_row_plan,
-    uncovered_part,
 )
 from sa_hf.patterns.kmeans import nearest
 from sa_hf.patterns.learned import refuse_drop_diagonal
@@ -185,34 +185,30 @@ class RoutingAttention(CentroidState):
             loss = self.config.commitment_coef * self._commitment(query, key, clusters, real)
             self._keep_loss("routing_commitment", loss)
         options = score_options(inputs, self.heads[self.config.num_local_heads :])
-        engine = choose_engine(inputs.engine, inputs.query, options)
         if inputs.causal:
             of_keys = self._remembered(inputs, "clusters", clusters[1], dim=2)
             self._seen = of_keys, inputs.sequences
 
             def attend_group(group: Group) -> Tensor:
-                return self._causal(group, clusters[0], of_keys, inputs.band.left, engine)
+                return self._causal(group, clusters[0], of_keys, inputs)
         else:
             vectors = query.detach(), key.detach()
 
             def attend_group(group: Group) -> Tensor:
-                return self._bidirectional(group, *vectors, inputs, engine)
+                return self._bidirectional(group, *vectors, inputs)
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
 
-    def _causal(self, group: Group, of_queries: Tensor, of_keys: Tensor, left: int | None, engine: Engine) -> Tensor:
-        query_cluster = group.queries(of_queries.unsqueeze(-1)).squeeze(-1)
-        key_cluster = group.keys(of_keys.unsqueeze(-1)).squeeze(-1)
+    def _causal(self, group: Group, of_queries: Tensor, of_keys: Tensor, inputs: AttentionInputs) -> Tensor:
+        clusters = (group.queries(of_queries.unsqueeze(-1)).squeeze(-1), group.keys(of_keys.unsqueeze(-1)).squeeze(-1))
         window = self.config.cluster_window(group.key.shape[2], causal=True)
-        make = last_row_plan if group.query.shape[2] == 1 else causal_plan
-        with torch.no_grad():
-            plan = make(query_cluster, key_cluster, window, left)
-        return attend_plan(group.query, group.key, group.value, plan, group.options, engine)
+        return planned_attention(
+            group.query, group.key, group.value, CLUSTERS, group.options, inputs.engine,
+            tensors=clusters, numbers=[window, inputs.band.left],
+        )  # fmt: skip
 
-    def _bidirectional(
-        self, group: Group, query: Tensor, key: Tensor, inputs: AttentionInputs, engine: Engine
-    ) -> Tensor:
-        n = group.key.shape[2]
+    def _bidirectional(self, group: Group, query: Tensor, key: Tensor, inputs: AttentionInputs) -> Tensor:
+        n, band = group.key.shape[2], inputs.band
         if group.query_offset:
             raise SparseAttentionError(
                 "bidirectional routing attends whole sequences: query and key length must be equal"
@@ -224,16 +220,18 @@ class RoutingAttention(CentroidState):
             mu = self.centroids
             rows = cluster_members(group.queries(query), mu.repeat_interleave(self.group, 0), window)
             columns = cluster_members(group.keys(key), mu, window).repeat_interleave(self.group, 1)
-            part, filled = cluster_part(rows, columns, inputs.band)
+            low, high = cluster_ranges(rows, columns, band)
         listed = columns.flatten(2)
         q, k, v = take(group.query, rows.flatten(2)), take(group.key, listed), take(group.value, listed)
-        in_clusters = attend_slots(q, k, v, part, group.options, engine)
-        out, count = cluster_means(in_clusters, rows, filled, n)
+        in_clusters = planned_attention(
+            q, k, v, MEMBERS, group.options, inputs.engine, tensors=(rows, columns), numbers=band, gathered=True
+        )  # fmt: skip
+        out, count = cluster_means(in_clusters, rows, high > low, n)
         if self.config.fallback_local and window < n:
-            with torch.no_grad():
-                rest = uncovered_part(count, self.config.local_window, inputs.band)
-            if rest is not None:
-                out = out + attend_plan(group.query, group.key, group.value, [rest], group.options, engine)
+            out = out + planned_attention(
+                group.query, group.key, group.value, UNCOVERED, group.options, inputs.engine,
+                tensors=(count,), numbers=[self.config.local_window, *band],
+            )  # fmt: skip
         return out
 
     def _commitment(self, query: Tensor, key: Tensor, clusters: tuple[Tensor, Tensor], real: Tensor) -> Tensor:

@@ -11,28 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sa_hf.config import SparseAttentionConfig, check_bool, check_choice, check_integer, check_number, register_pattern
 from sa_hf.errors import NotStaticError, SparseAttentionError
-from sa_hf.ops.attend import attend
-from sa_hf.ops.engine import choose_engine
 from sa_hf.ops.gated import gated_attention
 from sa_hf.ops.grouped import Group, map_groups
-from sa_hf.ops.parts import Band, Part
+from sa_hf.ops.parts import Band
+from sa_hf.ops.planned import planned_attention
 from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention
-from sa_hf.patterns.frozen_mask import frozen_plan
+from sa_hf.patterns.frozen_mask import FROZEN_MASK
 from sa_hf.patterns.learned import LearnedAttention
 from sa_hf.patterns.static import score_options
 
 INITIAL_LOGIT = 4.0  # kept with probability 0.98 under the noise: training starts from the pretrained function
 # mask_length ** 2 logits per head: 4096 are 805 MB for 12 heads.
 MAX_UNSTRUCTURED_LENGTH = 4096
-PLANS_KEPT = 64  # frozen plans of a layer, one per length
 
 
 @register_pattern
@@ -110,7 +107,6 @@ class SparseBertAttention(LearnedAttention):
         self._owner: tuple[SparseBertAttention, ...] = ()
         self._layers_averaged = 1
         self._seen: list[tuple[int, int, int, Band]] = []  # (sequences, query length, key length, band) of the forward
-        self._plans: dict[object, tuple[Part, ...]] = {}
 
     # -- sharing ---------------------------------------------------------------------------------------------------
 
@@ -208,35 +204,22 @@ class SparseBertAttention(LearnedAttention):
             self._check_length(key_length)
         self._seen = [(len(rows), *shape, band) for shape, rows in inputs.sequences.groups]
         options = score_options(inputs, self.heads)
-        if self.config.frozen:
-            return self._run_frozen(inputs, band)
-        gate = self.gate()
+        kept = self.owner.kept
+        gate = self.gate() if kept is None else kept
 
         def attend_group(group: Group) -> Tensor:
+            if kept is not None:
+                return planned_attention(
+                    group.query, group.key, group.value, FROZEN_MASK, group.options, inputs.engine,
+                    tensors=(kept,), numbers=[*band, int(self.config.drop_diagonal)],
+                )  # fmt: skip
+
             def rows(begin: int, end: int) -> Tensor:
                 return self._gate_rows(gate, begin, end, group.key.shape[2], band)
 
             return gated_attention(group, rows, (gate,))
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
-
-    def _run_frozen(self, inputs: AttentionInputs, band: Band) -> Tensor:
-        options = score_options(inputs, self.heads)
-        engine = choose_engine(inputs.engine, inputs.query, options)
-        plan_for = partial(self.plan, band=band)
-        return attend(inputs.query, inputs.key, inputs.value, inputs.sequences, plan_for, options, engine)
-
-    def plan(self, query_length: int, key_length: int, band: Band) -> tuple[Part, ...]:
-        """The parts of the frozen mask (kept: a mask does not change once it is frozen or loaded)."""
-        kept = _present(self.owner.kept)
-        key = query_length, key_length, band, kept.data_ptr(), kept.device, 0 if kept.is_inference() else kept._version
-        if key not in self._plans:
-            while len(self._plans) >= PLANS_KEPT:
-                del self._plans[next(iter(self._plans))]
-            with torch.no_grad():
-                parts = frozen_plan(kept, query_length, key_length, band, self.config.drop_diagonal)
-            self._plans[key] = tuple(parts)
-        return self._plans[key]
 
     # -- losses, figures, freezing ---------------------------------------------------------------------------------
 
@@ -291,9 +274,6 @@ class SparseBertAttention(LearnedAttention):
             self.register_parameter("logits", None)
             self.register_buffer("kept", kept)
         self.config = replace(self.config, frozen=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_plans": {}}
 
 
 def _present(tensor: Tensor | None) -> Tensor:

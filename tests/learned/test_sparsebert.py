@@ -14,6 +14,7 @@ import sa_hf
 from sa_hf.errors import NotStaticError, SparseAttentionError
 from sa_hf.ops.parts import Band, OffsetsPart
 from sa_hf.ops.sequences import Sequences
+from sa_hf.patterns.frozen_mask import frozen_plan
 from sa_hf.patterns.sparsebert import SparseBertAttention, SparseBertAttentionConfig
 
 
@@ -133,7 +134,9 @@ def test_frozen_equals_deterministic_and_the_oracle(causal: bool, structure: str
         assert rms_ratio(ours, theirs) < 1e-5
     assert torch.equal(frozen.mask(75), module.mask(75))
     if structure == "structured":
-        assert isinstance(frozen.plan(75, 75, Band(None, 0 if causal else None))[0], OffsetsPart)
+        assert isinstance(
+            frozen_plan(frozen.keep_table(), 75, 75, Band(None, 0 if causal else None), drop_diagonal)[0], OffsetsPart
+        )
 
     restored = frozen.config.build(module.spec)
     restored.load_state_dict(frozen.state_dict())

@@ -1,0 +1,154 @@
+"""Attention whose plan depends on data, as a registered operator that ``torch.compile`` sees as one opaque call.
+
+An operator's arguments are tensors, numbers and strings: the plan travels as the name of a rule, its numbers and at
+most two tensors, and is made again in the backward. A rule has no host sync off the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sa_hf.ops.attend import plan_backward, plan_forward
+from sa_hf.ops.engine import Engine, choose_engine
+from sa_hf.ops.parts import Part, ScoreOptions
+
+UNBOUNDED = -1  # stands for None among the numbers of a rule
+
+
+@dataclass(frozen=True, eq=False)
+class PlanData:
+    """What a rule makes its parts from: the shapes of the call, the rule's tensors and numbers, the call's options."""
+
+    query_length: int
+    key_length: int
+    tensors: tuple[Tensor, ...]
+    numbers: tuple[int | None, ...]
+    options: ScoreOptions
+
+
+Rule = Callable[[PlanData], Sequence[Part]]
+_RULES: dict[str, Rule] = {}
+
+
+def plan_rule(name: str) -> Callable[[Rule], Rule]:
+    """Decorator: register a rule under the name that the operator's arguments carry."""
+
+    def register(rule: Rule) -> Rule:
+        _RULES[name] = rule
+        return rule
+
+    return register
+
+
+def _call(
+    query: Tensor, key: Tensor, bias: Tensor | None, spans: Tensor | None, tensors: tuple[Tensor | None, Tensor | None],
+    seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int], heads: list[int], engine: str,
+    scalars: list[float],
+) -> tuple[Sequence[Part], ScoreOptions, Engine]:  # fmt: skip
+    scale, softcap, dropout, ramp = scalars
+    n_q, n_k = query.shape[2], key.shape[2]
+    options = ScoreOptions(
+        scale, softcap or None, bias, spans, ramp, dropout, seed, sequence_ids, heads=tuple(heads) or None,
+        query_offset=n_k - n_q,
+    )  # fmt: skip
+    given = tuple(x for x in tensors if x is not None)
+    data = PlanData(n_q, n_k, given, tuple(None if x == UNBOUNDED else x for x in numbers), options)
+    return _RULES[rule](data), options, choose_engine(engine, query, options)
+
+
+@torch.library.custom_op("sa_hf::planned_attention", mutates_args=())
+def _planned(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, spans: Tensor | None, first: Tensor | None,
+    second: Tensor | None, seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int],
+    heads: list[int], engine: str, gathered: bool, scalars: list[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    plan, options, runs = _call(
+        query, key, bias, spans, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
+    )  # fmt: skip
+    if gathered:
+        (part,) = plan
+        out, lse = runs.forward(part, query, key, value, options)
+    else:
+        out, lse = plan_forward(plan, query, key, value, options, runs)
+    return out.contiguous(), lse.contiguous()
+
+
+@_planned.register_fake
+def _(query, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
+    stats = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=stats)
+
+
+@torch.library.custom_op("sa_hf::planned_attention_backward", mutates_args=())
+def _planned_backward(
+    grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    spans: Tensor | None, first: Tensor | None, second: Tensor | None, seed: Tensor | None,
+    sequence_ids: Tensor | None, rule: str, numbers: list[int], heads: list[int], engine: str, gathered: bool,
+    scalars: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    plan, options, runs = _call(
+        query, key, bias, spans, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
+    )  # fmt: skip
+    if gathered:
+        (part,) = plan
+        grads = runs.backward(part, query, key, value, out, lse, grad, options)
+    else:
+        grads = plan_backward(plan, query, key, value, out, lse, grad, options, runs)
+    of_bias, of_spans = (
+        query.new_empty(0) if x is None else x.contiguous() for x in (grads.distance_bias, grads.spans)
+    )
+    return grads.query.contiguous(), grads.key.contiguous(), grads.value.contiguous(), of_bias, of_spans
+
+
+@_planned_backward.register_fake
+def _(grad, out, lse, query, key, value, bias, spans, *rest):  # type: ignore[no-untyped-def]  # fixed by the operator
+    present = (query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, spans))
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), *present
+
+
+TENSORS = 9  # the leading arguments of the operator that are tensors
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
+    ctx.save_for_backward(*output, *inputs[:TENSORS])
+    ctx.rest = inputs[TENSORS:]
+
+
+def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
+    out, lse, *tensors = ctx.saved_tensors
+    bias, spans = tensors[3], tensors[4]
+    *main, of_bias, of_spans = _planned_backward(grad_out, out, lse, *tensors, *ctx.rest)
+    optional = (None if bias is None else of_bias, None if spans is None else of_spans)
+    return *main, *optional, *(None for _ in range(len(tensors) - 5 + len(ctx.rest)))
+
+
+_planned.register_autograd(_backward, setup_context=_setup)
+
+
+def planned_attention(
+    query: Tensor, key: Tensor, value: Tensor, rule: str, options: ScoreOptions, engine: str, *,
+    tensors: Sequence[Tensor] = (), numbers: Sequence[int | None] = (), gathered: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention over equal sequences by the parts that a rule makes, one softmax over all of them.
+
+    Args:
+        query: ``[G, H, nq, D]``; key, value: ``[G, Hkv, nk, D]``.
+        rule: a name given to :func:`plan_rule`; ``tensors`` (two at most, without gradient) and ``numbers``
+            are its own.
+        gathered: the rule makes one part and query, key and value already stand in its slots: a softmax of its own per
+            slot, where a position may stand in several.
+
+    Returns:
+        ``[G, H, nq, D]``, differentiable in query, key, value, and the distance bias and spans of ``options``.
+    """
+    first, second = (*tensors, None, None)[:2]
+    out: Tensor = _planned(
+        query, key, value, options.distance_bias, options.spans, first, second, options.seed, options.sequence_ids,
+        rule, [UNBOUNDED if x is None else x for x in numbers], list(options.heads or ()), engine, gathered,
+        [options.scale, options.softcap or 0.0, options.dropout, options.ramp],
+    )[0]  # fmt: skip
+    return out
