@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,10 +107,11 @@ def test_star_pairs_are_linear() -> None:
 @pytest.mark.parametrize("config", every_case(), ids=label)
 def test_density_is_the_share_of_kept_pairs(config: StaticPatternConfig) -> None:
     for n in (1, 7, 129):
-        for causal in (False, True):
-            mask = config.mask(n, 3, 1, causal)
+        for causal, drop in ((False, False), (True, False), (False, True), (True, True)):
+            chosen = replace(config, drop_diagonal=drop)
+            mask = chosen.mask(n, 3, 1, causal)
             dense = n * (n + 1) / 2 if causal else n * n
-            assert config.density(n, 3, 1, causal) == pytest.approx(int(mask.sum()) / (3 * dense), abs=1e-12)
+            assert chosen.density(n, 3, 1, causal) == pytest.approx(int(mask.sum()) / (3 * dense), abs=1e-12)
 
 
 def test_density_at_65536() -> None:
