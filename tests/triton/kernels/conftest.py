@@ -1,5 +1,8 @@
-"""These tests need triton imported with TRITON_INTERPRET=1, which a process decides once: ``test_interpreter.py`` in
-the folder above runs them in processes of their own, and ``TRITON_INTERPRET=1 pytest tests/triton/kernels`` directly."""
+"""These tests need triton imported with TRITON_INTERPRET=1, which a process decides once.
+
+``test_interpreter.py`` in the folder above runs them in processes of their own, and
+``TRITON_INTERPRET=1 pytest tests/triton/kernels`` runs them directly.
+"""
 
 import os
 from typing import Any

@@ -156,12 +156,12 @@ def test_low_precision_within_twice_the_dense_error(dtype: torch.dtype) -> None:
     wide = [x.repeat_interleave(2, 1) for x in (k, v)]
     dense = torch.nn.functional.scaled_dot_product_attention(q, *wide, attn_mask=mask)
     dense.backward(inputs[3])
+    # The interpreter cuts fp32 to bfloat16 instead of rounding it: twice the error, with a bias.
+    slack = 2.5 if dtype == torch.bfloat16 else 1.0
     for name, theirs, times in (("out", dense, 2), ("query", q.grad, 3), ("key", k.grad, 3), ("value", v.grad, 3)):
-        reference = float(
-            (theirs.detach().double() - expected[name]).pow(2).mean().sqrt() / expected[name].pow(2).mean().sqrt()
-        )
-        assert ours[name] < max(times * reference, 1e-3), (name, ours[name], reference)
-        assert ours[name] < 0.005 if dtype == torch.float16 else ours[name] < 0.01
+        reference = error(theirs.detach(), expected[name])
+        assert ours[name] < slack * times * reference, (name, ours[name], reference)
+        assert ours[name] < slack * 0.005
 
 
 def test_long_lists_are_cut_and_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
