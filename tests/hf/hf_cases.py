@@ -105,7 +105,7 @@ def tiny_model(family: str, seed: int = 0, **changed: Any) -> Any:
     torch.manual_seed(seed)
     model = getattr(tf, CLASSES[family])(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.3 if family != "t5" else 0.15)
     return model

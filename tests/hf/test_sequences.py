@@ -119,7 +119,7 @@ def test_masks_that_cannot_be_kept_raise(family: str) -> None:
     n = c.inputs["input_ids"].shape[1]
     with pytest.raises(SparseAttentionError, match=r"2-D"):
         c.output(attention_mask=torch.ones(3, 1, n, n))
-    with pytest.raises(SparseAttentionError, match="reached|2-D"):
+    with pytest.raises(SparseAttentionError, match=r"reached|2-D"):
         c.output(attention_mask=torch.ones(3, 3, n))
     c.output()
 
