@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -19,7 +20,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.conv import ConvTaps
 from sa_hf.hf.layer_cache import LayerMemory, absolute_keys
 from sa_hf.hf.layers import active_child
-from sa_hf.hf.masks import MaskRequest, handed_over, ids_from_lengths, sparse_mask
+from sa_hf.hf.masks import ForwardInputs, MaskRequest, handed_over, ids_from_lengths, sparse_mask, traced_sequences
 from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
 from sa_hf.ops.parts import Band
 from sa_hf.ops.sequences import Sequences
@@ -39,9 +40,11 @@ HARMLESS = {
 
 @dataclass(eq=False)
 class Activity:
-    """Whether a patched model's hooks act; off inside ``dense(model)``."""
+    """Whether a patched model's hooks act; off inside ``dense(model)``. ``traced`` is what the outer call was given,
+    under torch.compile, which traces an attribute and no context variable."""
 
     on: bool = True
+    traced: ForwardInputs | None = None
 
 
 @dataclass(eq=False)
@@ -116,10 +119,17 @@ def sparse_attention_forward(
     window = kwargs.pop("sliding_window", None)
     causal = kwargs.pop("is_causal", None)
     _refuse(module, kwargs)
-    if causal is None:
-        causal = request.causal if request is not None else bool(getattr(module, "is_causal", False))
-    band = request.band if request is not None else _window(window, causal)
-    sequences = _sequences(place, request, query, key, kwargs)
+    if request is not None and torch.compiler.is_compiling():
+        causal = bool(getattr(module, "is_causal", False)) if causal is None else causal
+        band, sequences = (
+            _window(window, causal),
+            traced_sequences(request, place.activity.traced, causal, place.extra_tokens),
+        )
+    else:
+        if causal is None:
+            causal = request.causal if request is not None else bool(getattr(module, "is_causal", False))
+        band = request.band if request is not None else _window(window, causal)
+        sequences = _sequences(place, request, query, key, kwargs)
     keys = absolute_keys(key, value, sequences.key_length, request, call.memory)
     inputs = AttentionInputs(
         query=query,

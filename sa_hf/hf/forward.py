@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -46,7 +47,10 @@ class OuterForward:
         if model.training:
             for child in children:
                 child.advance_step()
-        hand_over(ForwardInputs(named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q")))
+        given = ForwardInputs(named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q"))
+        hand_over(given)
+        if torch.compiler.is_compiling():
+            self.activity.traced = given
         if "sequence_ids" in self.parameters:
             return None
         return args, {key: value for key, value in kwargs.items() if key != "sequence_ids"}

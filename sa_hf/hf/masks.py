@@ -22,7 +22,7 @@ from transformers.masking_utils import (
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 from sa_hf.ops.parts import Band
-from sa_hf.ops.sequences import Sequences
+from sa_hf.ops.sequences import PendingSequences, Sequences
 
 
 @dataclass(eq=False)
@@ -38,17 +38,9 @@ _FORWARD: ContextVar[ForwardInputs | None] = ContextVar("sa_hf_forward", default
 
 
 def hand_over(inputs: ForwardInputs | None) -> None:
-    """Keep what the outer call was given for the masks built inside it.
-
-    Raises:
-        SparseAttentionError: packed sequences under torch.compile, which cannot trace the way they are handed over.
-    """
+    """Keep what the outer call was given for the masks built inside it (torch.compile has a way of its own)."""
     if not torch.compiler.is_compiling():
         _FORWARD.set(inputs)
-    elif inputs is not None and (inputs.sequence_ids is not None or inputs.cu_seq_lens is not None):
-        raise SparseAttentionError(
-            "sequence_ids and cu_seq_lens_q do not pass through torch.compile; pad the batch, or run uncompiled"
-        )
 
 
 def handed_over() -> ForwardInputs | None:
@@ -155,6 +147,40 @@ class MaskRequest:
                 mask = with_extra_tokens(mask, extra_tokens, self.padding)
             self._dense[key] = mask
         return self._dense[key]
+
+
+def traced_sequences(
+    request: MaskRequest, given: ForwardInputs | None, causal: bool, extra_tokens: int
+) -> Sequences | PendingSequences:
+    """The sequences of a call that torch.compile traces: what needs a device read waits for the operator.
+
+    Raises:
+        UnsupportedModelError: a mask of the model's own beside causality and its window, or a cache.
+    """
+    arguments = request.arguments
+    function, config = arguments["mask_function"], arguments.get("config")
+    plain = function is causal_mask_function or function is bidirectional_mask_function
+    joined = plain or function.__qualname__ == "and_masks.<locals>.and_mask"
+    if not joined or arguments.get("use_vmap") or getattr(config, "attention_chunk_size", None):
+        raise UnsupportedModelError(
+            "under torch.compile a model's mask may be causality, its window and padding; this one joins others: "
+            "run it uncompiled"
+        )
+    batch, length = int(arguments["batch_size"]), request.query_length
+    if request.query_offset or request.key_offset:
+        raise UnsupportedModelError("a cache does not pass through fullgraph compilation; compile with use_cache=False")
+    ids = None
+    if given is not None and given.sequence_ids is not None:
+        ids = given.sequence_ids
+    elif given is not None and given.cu_seq_lens is not None:
+        ids = ids_from_lengths(given.cu_seq_lens, batch, length)
+    elif causal and given is not None and given.position_ids is not None and request.padding is None:
+        positions = given.position_ids
+        ids = (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1).expand(batch, -1)
+    if ids is None and request.padding is None:
+        return Sequences.full(batch, length, length).with_extra_tokens(extra_tokens)
+    total = length + extra_tokens
+    return PendingSequences(batch, total, total, request.padding, ids, extra_tokens)
 
 
 def sparse_mask(*, attention_mask: Any = None, **arguments: Any) -> MaskRequest:

@@ -150,6 +150,33 @@ class Sequences:
         return max((s.key_length for s in self.spans), default=0)
 
 
+@dataclass(frozen=True, eq=False)
+class PendingSequences:
+    """Sequences whose masks cannot be read yet: torch.compile traces with them, the operator reads them when it runs.
+
+    ``attention_mask`` and ``sequence_ids`` are those of :meth:`Sequences.from_mask`, over the real tokens.
+    """
+
+    batch_size: int
+    query_length: int
+    key_length: int
+    attention_mask: Tensor | None
+    sequence_ids: Tensor | None
+    extra_tokens: int = 0
+    query_gather: None = None
+    key_gather: None = None
+    is_full: bool = False
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        raise SparseAttentionError(
+            "a pattern with learned state does not trace with an attention_mask or packed sequences: compile it on "
+            "whole rows, or leave this model uncompiled"
+        )
+
+    groups = spans
+
+
 def _from_host(whole: Sequences, keep: Tensor, ids: Tensor | None, device: torch.device) -> Sequences:
     """Spans (and gather indices where real tokens are not contiguous) from host masks."""
     batch_size, key_length = keep.shape

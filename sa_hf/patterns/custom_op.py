@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,12 +18,15 @@ from sa_hf.errors import NotStaticError
 from sa_hf.ops.attend import PlanFor, sequences_backward, sequences_forward
 from sa_hf.ops.engine import choose_engine
 from sa_hf.ops.parts import Band, Part, ScoreOptions
-from sa_hf.ops.sequences import Sequences, Span
+from sa_hf.ops.sequences import PendingSequences, Sequences, Span
 from sa_hf.patterns.base import Geometry, StaticPatternConfig, finished_plan
 
 # Plans of one model: at most (distinct layers) x (distinct lengths) of a run; the oldest go first.
 PLANS_CACHED = 256
 _SPAN_FIELDS = 5
+AnySequences: TypeAlias = Sequences | PendingSequences
+# Leading arguments of the operator that are tensors: query, key, value, bias, seed, two gathers, mask, ids.
+TENSORS = 9
 
 
 @lru_cache(maxsize=PLANS_CACHED)
@@ -71,17 +75,20 @@ def _plan_for(key: str, device: torch.device) -> PlanFor:
 
 
 def _sequences(
-    query: Tensor, key: Tensor, spans: list[int], extra: int, query_gather: Tensor | None, key_gather: Tensor | None
+    query: Tensor, key: Tensor, spans: list[int], extra: int, tensors: tuple[Tensor | None, ...]
 ) -> Sequences:
+    query_gather, key_gather, mask, ids = tensors
     batch, n_q, n_k = query.shape[0], query.shape[2], key.shape[2]
+    if mask is not None or ids is not None:
+        return Sequences.from_mask(batch, n_q - extra, n_k - extra, mask, ids).with_extra_tokens(extra)
     if not spans:  # the common case: whole rows
         return Sequences.full(batch, n_q - extra, n_k - extra).with_extra_tokens(extra)
     rows = (Span(*spans[at : at + _SPAN_FIELDS]) for at in range(0, len(spans), _SPAN_FIELDS))
     return Sequences(batch, n_q, n_k, tuple(rows), query_gather, key_gather, extra)
 
 
-def _flat(sequences: Sequences) -> list[int]:
-    if sequences.is_full:
+def _flat(sequences: AnySequences) -> list[int]:
+    if isinstance(sequences, PendingSequences) or sequences.is_full:
         return []
     return [x for s in sequences.spans for x in (s.row, s.query_start, s.query_length, s.key_start, s.key_length)]
 
@@ -98,17 +105,18 @@ def _options(
 @torch.library.custom_op("sa_hf::static_attention", mutates_args=())
 def _static_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, seed: Tensor | None, query_gather: Tensor | None,
-    key_gather: Tensor | None, layer: str, spans: list[int], extra: int, scale: float, softcap: float, dropout: float,
+    key_gather: Tensor | None, mask: Tensor | None, ids: Tensor | None, layer: str, spans: list[int], extra: int,
+    scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     options = _options(layer, scale, softcap, dropout, bias, seed, extra)
-    sequences = _sequences(query, key, spans, extra, query_gather, key_gather)
+    sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
     engine = choose_engine(_layer(layer)[2], query, options)
     out, lse = sequences_forward(query, key, value, sequences, _plan_for(layer, query.device), options, engine)
     return out.contiguous(), lse.contiguous()
 
 
 @_static_attention.register_fake
-def _(query, key, value, bias, seed, query_gather, key_gather, layer, spans, extra, scale, softcap, dropout):  # type: ignore[no-untyped-def]  # signature fixed by the operator
+def _(query, key, value, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
     stats = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=stats)
 
@@ -116,11 +124,11 @@ def _(query, key, value, bias, seed, query_gather, key_gather, layer, spans, ext
 @torch.library.custom_op("sa_hf::static_attention_backward", mutates_args=())
 def _static_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None,
-    seed: Tensor | None, query_gather: Tensor | None, key_gather: Tensor | None, layer: str, spans: list[int],
-    extra: int, scale: float, softcap: float, dropout: float,
+    seed: Tensor | None, query_gather: Tensor | None, key_gather: Tensor | None, mask: Tensor | None,
+    ids: Tensor | None, layer: str, spans: list[int], extra: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     options = _options(layer, scale, softcap, dropout, bias, seed, extra)
-    sequences = _sequences(query, key, spans, extra, query_gather, key_gather)
+    sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
     engine = choose_engine(_layer(layer)[2], query, options)
     grads = sequences_backward(
         query, key, value, out, lse, grad, sequences, _plan_for(layer, query.device), options, engine
@@ -136,29 +144,35 @@ def _(grad, query, key, value, out, lse, bias, *rest):  # type: ignore[no-untype
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
-    query, key, value, bias, seed, query_gather, key_gather, *rest = inputs
-    ctx.save_for_backward(query, key, value, *output, bias, seed, query_gather, key_gather)
-    ctx.rest = rest
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:TENSORS])
+    ctx.rest = inputs[TENSORS:]
 
 
 def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
     query, key, value, out, lse, bias, *tensors = ctx.saved_tensors
     grads = _static_attention_backward(grad_out, query, key, value, out, lse, bias, *tensors, *ctx.rest)
-    return *grads[:3], None if bias is None else grads[3], None, None, None, *(None for _ in ctx.rest)
+    return *grads[:3], None if bias is None else grads[3], *(None for _ in [*tensors, *ctx.rest])
 
 
 _static_attention.register_autograd(_backward, setup_context=_setup)
 
 
 def static_attention(
-    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, layer: str, options: ScoreOptions
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences | PendingSequences,
+    layer: str,
+    options: ScoreOptions,
 ) -> Tensor:
     """A static pattern over the sequences of a batch; differentiable in query, key, value and the distance bias.
 
     ``layer`` comes from :func:`layer_key`; shapes as in ``ops.attend.attend``.
     """
+    pending = isinstance(sequences, PendingSequences)
+    mask, ids = (sequences.attention_mask, sequences.sequence_ids) if pending else (None, None)
     out: Tensor = _static_attention(
-        query, key, value, options.distance_bias, options.seed, sequences.query_gather, sequences.key_gather, layer,
-        _flat(sequences), sequences.extra_tokens, options.scale, options.softcap or 0.0, options.dropout,
+        query, key, value, options.distance_bias, options.seed, sequences.query_gather, sequences.key_gather, mask, ids,
+        layer, _flat(sequences), sequences.extra_tokens, options.scale, options.softcap or 0.0, options.dropout,
     )[0]  # fmt: skip
     return out

@@ -50,11 +50,13 @@ def test_operator_passes_opcheck() -> None:
     key = layer_key(config, (0, 1), 2, 0, True, UNBOUNDED, "native")
     q, k, v = (torch.randn(1, 2, 12, 16, requires_grad=True) for _ in range(3))
     torch.library.opcheck(
-        torch.ops.sa_hf.static_attention.default, (q, k, v, None, None, None, None, key, [], 0, 0.25, 0.0, 0.0)
+        torch.ops.sa_hf.static_attention.default,
+        (q, k, v, None, None, None, None, None, None, key, [], 0, 0.25, 0.0, 0.0),
     )
 
 
-def test_patched_model_compiles_whole() -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_patched_decoder_compiles_whole(padded: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -64,8 +66,32 @@ def test_patched_model_compiles_whole() -> None:
     )  # fmt: skip
     model = patch_model(LlamaForCausalLM(config).eval(), "sliding_window", window=9)
     ids = torch.randint(64, (2, 40))
-    with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        ours = compiled(input_ids=ids, use_cache=False).logits
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    call = {"input_ids": ids, "use_cache": False} | ({"attention_mask": mask} if padded else {})
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected, ours = model(**call).logits, compiled(**call).logits
     torch.testing.assert_close(ours, expected)
+    for theirs, mine in zip(
+        *([*torch.autograd.grad(x.square().sum(), list(model.parameters()))] for x in (expected, ours)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_packing_follows_the_position_ids() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=32, max_position_embeddings=128,
+    )  # fmt: skip
+    model = patch_model(LlamaForCausalLM(config).eval(), "logsparse")
+    ids = torch.randint(64, (1, 30))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for cut in (11, 17):  # the same graph, other sequences
+            positions = torch.cat([torch.arange(cut), torch.arange(30 - cut)])[None]
+            packed = compiled(input_ids=ids, position_ids=positions, use_cache=False).logits
+            alone = model(input_ids=ids[:, cut:], use_cache=False).logits
+            torch.testing.assert_close(packed[:, cut:], alone)
