@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from sa_hf.config import SparseAttentionConfig, check_bool, check_choice, check_integer, check_number, register_pattern
 from sa_hf.errors import NotStaticError, SparseAttentionError
 from sa_hf.ops.gated import gated_attention
-from sa_hf.ops.grouped import Group, map_groups
+from sa_hf.ops.grouped import Group, key_places, map_groups
 from sa_hf.ops.parts import Band
 from sa_hf.ops.planned import planned_attention
+from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention
 from sa_hf.patterns.frozen_mask import FROZEN_MASK
 from sa_hf.patterns.learned import LearnedAttention
@@ -106,6 +107,7 @@ class SparseBertAttention(LearnedAttention):
         # In a tuple, so that it does not become a child: the first layer alone saves the mask.
         self._owner: tuple[SparseBertAttention, ...] = ()
         self._layers_averaged = 1
+        self._sequences: Sequences | None = None
         self._seen: list[tuple[int, int, int, Band]] = []  # (sequences, query length, key length, band) of the forward
 
     # -- sharing ---------------------------------------------------------------------------------------------------
@@ -202,6 +204,7 @@ class SparseBertAttention(LearnedAttention):
         band = inputs.band.intersect(Band(None, 0)) if inputs.causal else inputs.band
         for (_, key_length), _ in inputs.sequences.groups:
             self._check_length(key_length)
+        self._sequences = inputs.sequences
         self._seen = [(len(rows), *shape, band) for shape, rows in inputs.sequences.groups]
         options = score_options(inputs, self.heads)
         kept = self.owner.kept
@@ -220,6 +223,20 @@ class SparseBertAttention(LearnedAttention):
             return gated_attention(group, rows, (gate,))
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
+
+    def expired_keys(self) -> Tensor | None:
+        if self.training or self._sequences is None:
+            return None
+        table = self.keep_table().any(0)
+        position, length = key_places(self._sequences, table.device)
+        size = self.config.mask_length
+        if self.config.structured:
+            kept = torch.nonzero(table).flatten()
+            farthest = int(kept[-1]) if len(kept) else 0
+            return (length - position > farthest) | (position < 0)
+        # Row n of ``later``: which keys some query at position n or later keeps.
+        later = torch.nn.functional.pad(table.flip(0).cummax(0).values.flip(0), (0, 0, 0, 1))
+        return ~later[length.clamp(max=size), position.clamp(0, size - 1)] | (position < 0)
 
     # -- losses, figures, freezing ---------------------------------------------------------------------------------
 

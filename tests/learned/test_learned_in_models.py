@@ -112,6 +112,36 @@ def test_generation_equals_the_forward(name: str, frozen: bool) -> None:
     torch.testing.assert_close(torch.stack(made.scores, 1), rows, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "structure"),
+    [("sparsebert", "structured"), ("sparsebert", "unstructured"), ("expire_span", None), ("routing", None)],
+)
+def test_eviction_is_lossless(name: str, structure: str | None) -> None:
+    if structure is not None:
+        model = llama(name, structure=structure, mask_length=80, share_layers=False)
+        for module in model.modules():
+            if isinstance(module, SparseBertAttention) and module.logits is not None:
+                # Sparse, and nothing kept at distances above 11 (structured) or of keys 4 to 29 (unstructured).
+                module.logits.data = torch.randn(module.logits.shape, generator=torch.Generator().manual_seed(2))
+                module.logits.data[..., 12:] = -1
+                module.logits.data[..., 4:12] -= 0.0 if structure == "structured" else 9.0
+        sa_hf.freeze_masks(model)
+    else:
+        model = patched(name)
+    mask = torch.ones_like(tokens(24))
+    mask[0, :7] = 0
+    options = {
+        "attention_mask": mask, "max_new_tokens": 50, "do_sample": False, "output_scores": True,
+        "return_dict_in_generate": True, "pad_token_id": 0, "eos_token_id": None,
+    }  # fmt: skip
+    cache = sa_hf.sparse_cache(model)
+    kept = model.generate(tokens(24), past_key_values=cache, **options)
+    plain = model.generate(tokens(24), **options)
+    assert torch.equal(kept.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(kept.scores), torch.stack(plain.scores), rtol=1e-4, atol=1e-5)
+    assert all(layer["kept"] < layer["seen"] == 73 for layer in cache.report().values())
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 def test_state_is_saved_and_reloaded(name: str, tmp_path: Path) -> None:
     model = patched(name).train()
