@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from transformers import (
     pipeline,
 )
 
+import sa_hf
 from sa_hf.hf.patching import patch_model, unpatch_model
 from sa_hf.hf.publish import STAGE
 
@@ -235,3 +238,52 @@ def _killed_at(model, folder, name):
         patch.setattr(os, "replace", stopping)
         with pytest.raises(_Killed):
             model.save_pretrained(folder)
+
+
+def test_fsdp2_two_processes(tmp_path):
+    """Sharded, trained and saved by two processes, loaded by one."""
+    script = Path(__file__).with_name("fsdp_save.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    command += ["--rdzv_endpoint=localhost:0", str(script), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = load(tmp_path / "m", AutoModelForCausalLM)
+    expected = torch.load(tmp_path / "expected.pt", weights_only=True)
+    assert torch.allclose(output(model, inputs(model)), expected, atol=1e-5)
+    assert any(".sparse." in name for name, _ in model.named_parameters())
+    assert not list((tmp_path / "m").glob(f"{STAGE}*"))
+
+
+def test_from_a_hub_repository(tmp_path, monkeypatch):
+    """By a repository's name, out of a download cache laid out as the hub's client does: code file by file."""
+    model = patch_model(llama(), "bigbird")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--me--sparse.model-1"
+    model.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    options = {"cache_dir": tmp_path, "local_files_only": True}
+    loaded = load("me/sparse.model-1", AutoModelForCausalLM, **options)
+    assert torch.equal(output(loaded, inputs(model)), output(model, inputs(model)))
+    with pytest.raises(ValueError, match="sa_hf: load with trust_remote_code=True"):
+        AutoModelForCausalLM.from_pretrained("me/sparse.model-1", **options)
+
+
+def test_adapter_folder_loads_onto_its_sparse_base(tmp_path):
+    """Transformers' own route: the adapter's folder is given, and the base that it names is loaded below it."""
+    from peft import LoraConfig, get_peft_model
+
+    base = patch_model(bert(), "sparsebert", mask_length=96)
+    base.save_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base, sa_hf.prepare_peft(config, base)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".sparse." in name and parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape))
+    expected = output(model, inputs(base))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load(tmp_path / "adapter")
+    assert torch.allclose(output(loaded, inputs(base)), expected, atol=1e-6)
