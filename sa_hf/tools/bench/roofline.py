@@ -55,7 +55,8 @@ class Work:
     def tile_ms(self, ceilings: Ceilings, head_dim: int) -> float:
         """What the shipped tiles should take forward: executed pairs at the matrix rate, or K and V tiles from L2."""
         executed = self.executed_pairs * FORWARD_FLOPS_PER_PAIR * head_dim
-        return max(executed / ceilings.tflops / 1e9, self.tile_bytes / ceilings.l2_gbs / 1e6)
+        tiles = max(executed / ceilings.tflops / 1e9, self.tile_bytes / ceilings.l2_gbs / 1e6)
+        return max(tiles, self.floor_ms(ceilings))
 
 
 def work(
