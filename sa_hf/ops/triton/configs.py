@@ -1,8 +1,12 @@
 """Launch configurations: tile, warps and stages per kernel, head_dim, element width and architecture.
 
-The shipped table comes from ahead-of-time compilation (no spills, most resident blocks); ``tune`` measures on a GPU and
-writes ``tuned.json`` beside this file, which is read first. A JSON file named by ``SA_HF_TRITON_CONFIGS`` takes its
-place. Its form: ``{"forward|128|16|90": {"rows": 64, "columns": 64, "warps": 4, "stages": 2}}``.
+The shipped table comes from ahead-of-time compilation (``scripts/compile_gate.py``: no spills, then most resident blocks
+and the widest matrix instruction); ``tune`` measures on a GPU and writes ``tuned.json`` beside this file, which is read
+first. A JSON file named by ``SA_HF_TRITON_CONFIGS`` takes its place. Its form:
+``{"forward|128|16|90": {"rows": 64, "columns": 64, "warps": 4, "stages": 2}}``.
+
+Variants of a kernel's name: ``forward`` is the plain one; ``forward+`` has options that cost registers (softcap, bias,
+spans, dropout, gathered slots); ``forward@128`` is plain on tiles of 128 rows.
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ from pathlib import Path
 
 from sa_hf.errors import SparseAttentionError
 
-KERNELS = ("forward", "query", "key", "bias", "offsets", "offsets_key", "decode")
 TUNED = Path(__file__).with_name("tuned.json")
 
 
@@ -33,27 +36,33 @@ class Launch:
 _SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
     ("forward", 64, 16): {0: Launch(64, 64, 4, 2)},
     ("forward", 128, 16): {0: Launch(64, 64, 4, 2)},
-    ("forward", 256, 16): {0: Launch(64, 32, 4, 2)},
-    ("forward", 64, 32): {0: Launch(32, 32, 4, 2)},
-    ("forward", 128, 32): {0: Launch(32, 32, 4, 2)},
+    ("forward", 256, 16): {0: Launch(64, 32, 8, 2)},
+    ("forward@128", 64, 16): {0: Launch(128, 64, 8, 2)},
+    ("forward@128", 128, 16): {0: Launch(128, 64, 8, 2), 80: Launch(64, 64, 4, 2)},
+    ("forward+", 128, 16): {0: Launch(64, 32, 4, 2)},
+    ("forward", 128, 32): {0: Launch(32, 32, 4, 1)},
     ("forward", 256, 32): {0: Launch(16, 16, 4, 1)},
     ("query", 64, 16): {0: Launch(64, 64, 4, 2)},
-    ("query", 128, 16): {0: Launch(64, 64, 4, 2)},
-    ("query", 256, 16): {0: Launch(64, 32, 8, 1)},
-    ("query", 64, 32): {0: Launch(32, 32, 4, 1)},
+    ("query", 128, 16): {0: Launch(64, 32, 4, 2)},
+    ("query", 256, 16): {0: Launch(32, 32, 8, 2)},
+    ("query@128", 64, 16): {0: Launch(128, 64, 8, 2)},
+    ("query@128", 128, 16): {0: Launch(128, 32, 8, 2)},
+    ("query+", 128, 16): {0: Launch(64, 32, 4, 2)},
     ("query", 128, 32): {0: Launch(32, 16, 4, 1)},
     ("query", 256, 32): {0: Launch(16, 16, 4, 1)},
-    ("key", 64, 16): {0: Launch(64, 64, 8, 2)},
-    ("key", 128, 16): {0: Launch(64, 64, 8, 2)},
+    ("key", 64, 16): {0: Launch(64, 32, 4, 2)},
+    ("key", 128, 16): {0: Launch(64, 32, 8, 2)},
     ("key", 256, 16): {0: Launch(32, 32, 8, 1)},
+    ("key@128", 64, 16): {0: Launch(128, 32, 8, 2), 80: Launch(64, 32, 4, 2)},
+    ("key@128", 128, 16): {0: Launch(128, 32, 8, 2), 80: Launch(64, 32, 8, 2)},
+    ("key+", 64, 16): {0: Launch(64, 32, 8, 2)},
+    ("key+", 128, 16): {0: Launch(64, 16, 8, 2), 80: Launch(64, 32, 8, 2)},
     ("key", 64, 32): {0: Launch(32, 32, 8, 1)},
     ("key", 128, 32): {0: Launch(16, 16, 4, 1)},
     ("key", 256, 32): {0: Launch(16, 16, 8, 1)},
-    ("bias", 64, 16): {0: Launch(64, 64, 8, 1)},
     ("bias", 128, 16): {0: Launch(64, 64, 8, 1)},
     ("bias", 256, 16): {0: Launch(32, 32, 8, 1)},
     ("bias", 64, 32): {0: Launch(32, 32, 8, 1)},
-    ("bias", 128, 32): {0: Launch(16, 16, 4, 1)},
     ("bias", 256, 32): {0: Launch(16, 16, 4, 1)},
     ("offsets", 64, 16): {0: Launch(64, 1, 4, 1)},
     ("offsets", 128, 16): {0: Launch(32, 1, 4, 1)},
@@ -65,26 +74,29 @@ _SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
     ("offsets_key", 128, 16): {0: Launch(16, 1, 4, 1)},
     ("offsets_key", 256, 16): {0: Launch(16, 1, 8, 1)},
     ("offsets_key", 64, 32): {0: Launch(16, 1, 4, 1)},
-    ("offsets_key", 128, 32): {0: Launch(16, 1, 8, 1)},
     ("offsets_key", 256, 32): {0: Launch(16, 1, 8, 1)},
-    ("decode", 64, 16): {0: Launch(16, 64, 4, 2)},
     ("decode", 128, 16): {0: Launch(16, 64, 4, 2)},
     ("decode", 256, 16): {0: Launch(16, 32, 4, 2)},
     ("decode", 64, 32): {0: Launch(16, 32, 4, 2)},
     ("decode", 128, 32): {0: Launch(16, 32, 4, 1)},
     ("decode", 256, 32): {0: Launch(16, 16, 4, 1)},
-}
+}  # fmt: skip
 
 
 def launch(kernel: str, head_dim: int, bits: int, arch: int | str) -> Launch:
-    """The configuration of a kernel; ``arch`` 0 is the interpreter."""
-    bucket = next(d for d in (64, 128, 256) if head_dim <= d)
+    """The configuration of a kernel or variant; ``arch`` 0 is the interpreter."""
+    buckets = [d for d in (64, 128, 256) if head_dim <= d]
     tuned = _tuned(os.environ.get("SA_HF_TRITON_CONFIGS", str(TUNED)))
-    found = tuned.get(f"{kernel}|{bucket}|{bits}|{arch}")
+    found = tuned.get(f"{kernel}|{buckets[0]}|{bits}|{arch}")
     if found is not None:
         return found
-    table = _SHIPPED[kernel, bucket, bits]
-    return table.get(arch, table[0])
+    plain = kernel.rstrip("+").removesuffix("@128")
+    for name in (kernel, plain):
+        for bucket in buckets:
+            table = _SHIPPED.get((name, bucket, bits))
+            if table is not None:
+                return table.get(arch, table[0])
+    raise KeyError(f"no launch configuration for {kernel} at head_dim={head_dim}, {bits} bits")
 
 
 def write(path: Path, table: dict[str, Launch]) -> None:

@@ -29,7 +29,7 @@ def block_forward(lists: TileLists, query: Tensor, key: Tensor, value: Tensor, s
     query, key, value = aligned(query), aligned(key), aligned(value)
     batch, heads, n_q, d = query.shape
     out, lse = empty_like(query), torch.empty(batch, heads, n_q, device=query.device)
-    work, config = lists.by_query(), configuration("forward", query)
+    work, config = lists.by_query(), configuration(variant("forward", lists, scores), query)
     reps = _repeats(lists, batch, heads)
     part, part_lse = _partials(work, reps, lists.tile_q, (d, 1), query.device)
     block_q, block_k = _blocks(config, lists.tile_q, lists.tile_k)
@@ -92,7 +92,7 @@ def _query_gradient(
     scores: Scores,
 ) -> Tensor:
     batch, heads, _, d = query.shape
-    work, config = lists.by_query(), configuration("query", query)
+    work, config = lists.by_query(), configuration(variant("query", lists, scores), query)
     reps = _repeats(lists, batch, heads)
     dq = empty_like(query)
     (part,) = _partials(work, reps, lists.tile_q, (d,), query.device)
@@ -123,7 +123,7 @@ def _key_gradient(
     group = heads // kv_heads
     # The gate differs by query head, and so does its gradient: then a list is one query head's, summed afterwards.
     flat = 1 if scores.spans is not None else group
-    work, config = lists.by_key(flat, group), configuration("key", query)
+    work, config = lists.by_key(flat, group), configuration(variant("key", lists, scores), query)
     out_heads = heads // flat
     rep_heads, rep_batch = (out_heads if lists.heads == 1 else 1), (batch if lists.batch == 1 else 1)
     reps = (rep_heads, rep_batch)
@@ -196,6 +196,13 @@ def bias_table(bias: Tensor, value: Tensor, grad_out: Tensor, scores: Scores) ->
     )
     unit = torch.exp2(torch.floor(61.0 - torch.log2(bound.clamp(min=1e-30)))).clamp(max=2.0**100)
     return torch.zeros(bias.shape, dtype=torch.int64, device=bias.device), unit.reshape(1)
+
+
+def variant(kernel: str, lists: TileLists, scores: Scores) -> str:
+    """The name of a kernel in the table of launch configurations."""
+    if scores.demanding or lists.ranges is not None:
+        return kernel + "+"
+    return kernel + "@128" if min(lists.tile_q, lists.tile_k) >= 128 else kernel
 
 
 def _repeats(lists: TileLists, batch: int, heads: int) -> tuple[int, int]:

@@ -98,6 +98,11 @@ class Scores:
         }  # fmt: skip
 
     @property
+    def demanding(self) -> bool:
+        """Whether an option is set that costs a kernel registers."""
+        return self.softcapped or any(x is not None for x in self.pointers.values())
+
+    @property
     def softcapped(self) -> bool:
         return self.options.softcap is not None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import assert_exact, errors, make, oracle
+from parity import assert_exact, error, errors, make, oracle
 
 from sa_hf.ops.layout import build_layout
 from sa_hf.ops.parts import BAND, FULL, Band, BlockLayout, BlockPart, ScoreOptions, SegmentPart
