@@ -22,8 +22,9 @@ import torch
 from tqdm import tqdm
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tasks.data import collator, load_source, tokenize
-from sa_hf.tasks.flags import add_data_flags, parse_flags
+from sa_hf.tasks.data import collator, tokenize
+from sa_hf.tasks.flags import add_data_flags, parse_flags, source_of
+from sa_hf.tasks.forecast import forecast_figures
 from sa_hf.tasks.metrics import accuracy, perplexity
 from sa_hf.tasks.synthetic import IGNORED
 from sa_hf.tasks.verify import load_saved
@@ -38,7 +39,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--attention", default="sparse", choices=("sparse", "dense"), help="dense: the original attention"
     )
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="write the figures to this JSON file, too")
     return parser
 
@@ -71,6 +71,14 @@ def evaluate(model: Any, rows: Any, collate: Any, task: str, batch_size: int) ->
     }
 
 
+def show(figures: dict[str, float], args: argparse.Namespace) -> dict[str, float]:
+    """Print the figures, and write them where --output says."""
+    print(json.dumps(figures, indent=2))
+    if args.output:
+        Path(args.output).write_text(json.dumps({"arguments": vars(args), **figures}, indent=2) + "\n")
+    return figures
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     import transformers
 
@@ -78,27 +86,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     args = parse_flags(build_parser(), argv)
     # Masks of the masked language model come from the collator's seed, so two models see the same ones.
-    source = load_source(
-        args.task,
-        args.dataset,
-        max_length=args.max_length,
-        dataset_config=args.dataset_config,
-        text_column=args.text_column,
-        label_column=args.label_column,
-        train_rows=args.train_rows,
-        evaluation_rows=args.eval_rows,
-        seed=args.seed,
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    source = source_of(args)
     model = load_saved(args.model, args.task)
+    if args.task == "forecasting":
+        return show(forecast_figures(model, source.evaluation), args)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     _, rows = tokenize(source, args.task, tokenizer, args.max_length, 1, args.eval_rows)
     collate = collator(args.task, tokenizer, args.seed)
     with sa_hf.dense(model) if args.attention == "dense" else contextlib.nullcontext():
         figures = evaluate(model, rows, collate, args.task, args.batch_size)
-    print(json.dumps(figures, indent=2))
-    if args.output:
-        Path(args.output).write_text(json.dumps({"arguments": vars(args), **figures}, indent=2) + "\n")
-    return figures
+    return show(figures, args)
 
 
 if __name__ == "__main__":

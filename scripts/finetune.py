@@ -19,9 +19,10 @@ import torch
 
 from sa_hf.config import SparseAttentionConfig, available_patterns
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tasks.data import Source, collator, load_source, metrics_of, tokenize
-from sa_hf.tasks.flags import add_data_flags, parse_flags
-from sa_hf.tasks.models import TOYS, load_for_task
+from sa_hf.tasks.data import Source, collator, metrics_of, tokenize
+from sa_hf.tasks.flags import add_data_flags, parse_flags, source_of
+from sa_hf.tasks.forecast import forecast_figures
+from sa_hf.tasks.models import CONV_TRANS, TOYS, load_for_task
 from sa_hf.tasks.verify import verify_reload
 from sa_hf.tools.load import make_config, parse_options
 
@@ -33,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML file of flags")
     what = parser.add_argument_group("model and pattern")
     what.add_argument(
-        "--model", default="minilm", help=f"hub name, folder, 'minilm' (embedded), or a toy: {', '.join(TOYS)}"
+        "--model",
+        default="minilm",
+        help=f"hub name, folder, 'minilm' (embedded), a toy: {', '.join(TOYS)}, or {CONV_TRANS}",
     )
     what.add_argument(
         "--model_set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the model's config"
@@ -65,7 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--weight_decay", type=float, default=0.01)
     run.add_argument("--warmup_steps", type=float, default=0.1, help="steps, or below 1 a share of all steps")
     run.add_argument("--scheduler", default="linear")
-    run.add_argument("--seed", type=int, default=0)
     run.add_argument("--bf16", action="store_true")
     run.add_argument("--gradient_checkpointing", action="store_true")
     run.add_argument("--logging_steps", type=int, default=10)
@@ -105,41 +107,33 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, Source]:
     """The patched model, its tokenizer, and the data."""
     import sa_hf
 
-    source = load_source(
-        args.task,
-        args.dataset,
-        max_length=args.max_length,
-        dataset_config=args.dataset_config,
-        text_column=args.text_column,
-        label_column=args.label_column,
-        train_rows=args.train_rows,
-        evaluation_rows=args.eval_rows,
-        seed=args.seed,
-    )
+    source = source_of(args)
     if source.vocab_size is not None and args.model not in TOYS:
         raise SparseAttentionError(f"dataset {args.dataset!r} has token ids of its own: use --model with one of {TOYS}")
+    options = {**(source.model_options or {}), **parse_options(args.model_set)}
+    if args.model == CONV_TRANS and args.pattern != "none":
+        options["attention"] = chosen_pattern(args)
     model, tokenizer = load_for_task(
         args.model,
         args.task,
         max_length=args.max_length,
         labels=source.labels,
         vocab_size=source.vocab_size,
-        model_options=parse_options(args.model_set),
+        model_options=options,
         trust_remote_code=args.trust_remote_code,
     )
-    if args.pattern == "none":
+    if args.pattern == "none" or args.model == CONV_TRANS:
         return model, tokenizer, source
     limit = getattr(model.config, "max_position_embeddings", None)
     longer = args.max_length if limit is not None and args.max_length > limit else None
-    options = {"rope_parameters": args.rope_parameters} if args.rope_parameters else {}
     sa_hf.patch_model(
         model,
         chosen_pattern(args),
         layers=args.layers,
         max_length=longer,
         tokenizer=tokenizer,
+        rope_parameters=args.rope_parameters,
         engine=args.engine,
-        **options,
     )
     if not isinstance(args.pattern, dict):
         print(sa_hf.summary(model, args.max_length))
@@ -176,7 +170,7 @@ def training_arguments(args: argparse.Namespace) -> Any:
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
-        prediction_loss_only=args.task == "causal-lm",
+        prediction_loss_only=args.task in ("causal-lm", "forecasting"),
         # Buffers of learned patterns are equal on all ranks already, or gathered by their own reduction.
         ddp_broadcast_buffers=False,
     )
@@ -229,6 +223,8 @@ def train(args: argparse.Namespace, model: Any, tokenizer: Any, source: Source) 
     result = trainer.train(resume_from_checkpoint=resume)
     metrics = {**result.metrics, **clock.figures(), "global_step": trainer.state.global_step}
     metrics |= {"train_peak_memory_mb": peak_memory_mb(), **trainer.evaluate()}
+    if args.task == "forecasting":
+        metrics |= forecast_figures(trainer.accelerator.unwrap_model(trainer.model), evaluation)
     trainer.save_model()
     if arguments.process_index == 0:
         if args.verify != "none":

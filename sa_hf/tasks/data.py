@@ -13,13 +13,13 @@ from torch import Tensor
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.language import stdlib_texts, token_chunks
 from sa_hf.tasks.metrics import accuracy
-from sa_hf.tasks.synthetic import CorridorTask, MaskedSummationTask
+from sa_hf.tasks.synthetic import CorridorTask, MaskedSummationTask, SeriesTask
 from sa_hf.tasks.topic import TopicTask
 
 Rows = Sequence[dict[str, Any]]
 STDLIB, SECTIONS, DOCSTRINGS = "stdlib", "stdlib-sections", "stdlib-docstrings"
-CORRIDOR, SUMMATION = "corridor", "summation"
-CLASSIFICATION = "sequence-classification"
+CORRIDOR, SUMMATION, SERIES = "corridor", "summation", "series"
+CLASSIFICATION, FORECASTING = "sequence-classification", "forecasting"
 # Where the source of rows has no end of its own.
 DEFAULT_TRAIN_ROWS, DEFAULT_EVALUATION_ROWS = 256, 64
 MASKED_SHARE = 0.15
@@ -38,15 +38,17 @@ _LABEL_COLUMNS = ("label", "labels", "class", "target")
 
 @dataclass(frozen=True)
 class Source:
-    """Rows before tokenizing: ``{"text"}`` with ``"label"`` for classification, or ready ``{"input_ids", ...}``.
+    """Rows before tokenizing: ``{"text"}`` with ``"label"`` for classification, or ready inputs of the model.
 
-    ``labels`` are the class names; ``vocab_size`` is set for synthetic token ids, which a freshly made model reads.
+    ``labels`` are the class names; ``vocab_size`` is set for synthetic token ids, which a freshly made model reads;
+    ``model_options`` are fields that the data asks of such a model's config.
     """
 
     train: Rows
     evaluation: Rows
     labels: list[str] | None = None
     vocab_size: int | None = None
+    model_options: dict[str, Any] | None = None
 
 
 def load_source(
@@ -65,8 +67,8 @@ def load_source(
 
     Args:
         dataset: "stdlib" (the embedded corpus), "stdlib-sections" (its excerpts one by one, for classification),
-            "stdlib-docstrings" (for language models), "corridor", "summation", a local text/json/parquet/csv file or
-            a folder of such, or a hub name.
+            "stdlib-docstrings" (for language models), "corridor", "summation", "series", a local
+            text/json/parquet/csv file or a folder of such, or a hub name.
         train_rows, evaluation_rows: at most so many rows; None is all, or 256 and 64 where rows are made.
 
     Raises:
@@ -83,6 +85,10 @@ def load_source(
         names = [str(i) for i in range(summation.num_labels)]
         rows, held_out = summation.rows(train, seed), summation.rows(evaluation, seed + 1)
         return Source(rows, held_out, names, summation.vocab_size)
+    if (dataset == SERIES) != (task == FORECASTING):
+        raise SparseAttentionError(f"dataset {dataset!r} does not serve task {task!r}: {FORECASTING} takes {SERIES!r}")
+    if dataset == SERIES:
+        return _series(max_length, train, evaluation, seed)
     if dataset == SECTIONS:
         _needs(task, CLASSIFICATION, dataset)
         topic = TopicTask()
@@ -104,7 +110,7 @@ def tokenize(
     source: Source, task: str, tokenizer: Any, max_length: int, train_rows: int | None, evaluation_rows: int | None
 ) -> tuple[Rows, Rows]:
     """Rows of token ids for the Trainer, at most ``max_length``: chunks for language models, else documents."""
-    if source.vocab_size is not None:
+    if "text" not in source.train[0]:
         return source.train, source.evaluation
     if task == CLASSIFICATION:
         return _documents(source.train, tokenizer, max_length), _documents(source.evaluation, tokenizer, max_length)
@@ -124,7 +130,7 @@ def collator(task: str, tokenizer: Any, seed: int = 0) -> Callable[[list[dict[st
     """What makes a batch: padding, labels, and for masked language models the masks."""
     import transformers
 
-    batch: Callable[[list[dict[str, Any]]], Any] = _causal_batch
+    batch: Callable[[list[dict[str, Any]]], Any] = _stacked
     if task == "masked-lm":
         batch = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED_SHARE, seed=seed)
     elif task == CLASSIFICATION:
@@ -134,7 +140,7 @@ def collator(task: str, tokenizer: Any, seed: int = 0) -> Callable[[list[dict[st
 
 def metrics_of(task: str) -> tuple[Callable[[Any], dict[str, float]] | None, Callable[[Any, Any], Tensor] | None]:
     """The Trainer's ``compute_metrics`` and ``preprocess_logits_for_metrics``: accuracy, from the classes predicted."""
-    if task == "causal-lm":
+    if task in ("causal-lm", FORECASTING):
         return None, None
 
     def compute(prediction: Any) -> dict[str, float]:
@@ -143,11 +149,23 @@ def metrics_of(task: str) -> tuple[Callable[[Any], dict[str, float]] | None, Cal
     return compute, lambda logits, labels: (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
-def _causal_batch(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    # Rows are chunks of one length, so there is nothing to pad; the model shifts the labels.
-    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
-    batch.setdefault("labels", batch["input_ids"].clone())
+def _stacked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    # Rows are of one length, so there is nothing to pad; a causal language model shifts the labels itself.
+    batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+    if "labels" not in batch:
+        batch["labels"] = batch["input_ids"].clone()
     return batch
+
+
+def _series(length: int, train: int, evaluation: int, seed: int) -> Source:
+    """Series of ``length`` values, the last eighth of which is the forecast."""
+    task = SeriesTask(context=length - max(1, length // 8), horizon=max(1, length // 8))
+    parts = []
+    for count, part_seed in ((train, seed), (evaluation, seed + 1)):
+        values, covariates = task.series(count, part_seed)
+        parts.append([{"values": v, "covariates": c, "labels": v} for v, c in zip(values, covariates, strict=True)])
+    options = {"context_length": task.context, "num_covariates": task.num_covariates}
+    return Source(parts[0], parts[1], model_options=options)
 
 
 def _stdlib_texts(kind: str) -> Source:

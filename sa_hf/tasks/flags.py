@@ -11,6 +11,7 @@ from typing import Any
 
 from sa_hf.config import did_you_mean
 from sa_hf.errors import SparseAttentionError
+from sa_hf.tasks.data import Source, load_source
 from sa_hf.tasks.models import AUTO_CLASSES
 
 
@@ -21,14 +22,30 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--dataset",
         default="stdlib",
-        help="stdlib, stdlib-sections, stdlib-docstrings, corridor, summation, a local file or folder, or a hub name",
+        help="stdlib, stdlib-sections, stdlib-docstrings, corridor, summation, series, a file or folder, or a hub name",
     )
     data.add_argument("--dataset_config", help="configuration of a hub data set")
     data.add_argument("--text_column", help="default: text, content, ...")
     data.add_argument("--label_column", help="default: label, labels, ...")
     data.add_argument("--train_rows", type=int, help="at most so many rows for training")
     data.add_argument("--eval_rows", type=int, help="at most so many rows for evaluation")
+    data.add_argument("--seed", type=int, default=0)
     data.add_argument("--max_length", type=int, default=512, help="tokens per row")
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """The rows that the data flags name."""
+    return load_source(
+        args.task,
+        args.dataset,
+        max_length=args.max_length,
+        dataset_config=args.dataset_config,
+        text_column=args.text_column,
+        label_column=args.label_column,
+        train_rows=args.train_rows,
+        evaluation_rows=args.eval_rows,
+        seed=args.seed,
+    )
 
 
 def parse_flags(

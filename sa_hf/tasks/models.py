@@ -12,9 +12,12 @@ AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
+    "forecasting": "AutoModelForTimeSeriesPrediction",
 }
 # Freshly initialised, for tests: they read bytes, so no vocabulary file is needed.
 TOYS = ("tiny-llama", "tiny-gpt2", "tiny-bert")
+# The forecaster of this package, freshly initialised: its pattern is a field of its config.
+CONV_TRANS = "convtrans"
 _TOY_SIZE = {"hidden": 64, "layers": 2, "heads": 4, "intermediate": 128}
 
 
@@ -28,10 +31,10 @@ def load_for_task(
     model_options: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """A model with the task's head, and its tokenizer.
+    """A model with the task's head, and its tokenizer (None for the forecaster).
 
     Args:
-        name: a hub name, a folder, "minilm" (the embedded pretrained BERT) or one of ``TOYS``.
+        name: a hub name, a folder, "minilm" (the embedded pretrained BERT), "convtrans" or one of ``TOYS``.
         max_length: tokens per row; a toy is made for it.
         labels: the class names, for classification.
         vocab_size: of a toy on synthetic token ids (None: bytes).
@@ -46,6 +49,10 @@ def load_for_task(
     options = dict(model_options or {})
     if labels is not None:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if name == CONV_TRANS:
+        from sa_hf.models import ConvTransConfig
+
+        return auto_class.from_config(ConvTransConfig(max_position_embeddings=max_length, **options)), None
     if name in TOYS:
         tokenizer = transformers.ByT5Tokenizer(mask_token="<extra_id_0>", model_max_length=max_length)
         config = _toy_config(name, vocab_size or len(tokenizer), max_length, options)
@@ -67,12 +74,16 @@ def load_for_task(
 def auto_class_of(task: str) -> Any:
     """The Auto class of a task; raises ``SparseAttentionError`` for an unknown task."""
     import transformers
+    from transformers.models.auto.modeling_auto import AutoModelForTimeSeriesPrediction
+
+    import sa_hf.models  # noqa: F401  (registers the models of this package with the Auto classes)
 
     if task not in AUTO_CLASSES:
         raise SparseAttentionError(
             f"unknown task {task!r}{did_you_mean(task, AUTO_CLASSES)}; tasks: {sorted(AUTO_CLASSES)}"
         )
-    return getattr(transformers, AUTO_CLASSES[task])
+    # Transformers does not export this one at its top.
+    return AutoModelForTimeSeriesPrediction if task == "forecasting" else getattr(transformers, AUTO_CLASSES[task])
 
 
 def _set(config: Any, options: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_cases import CASES, DECODER, FEW_STEPS, script
+from finetune_cases import CASES, DECODER, FEW_STEPS, SCRIPTS, script
 from safetensors.torch import load_file, save_file
 
 from sa_hf import SparseAttentionError, available_patterns
@@ -128,6 +128,19 @@ def test_lora_trains_the_sparse_state_along(tmp_path: Path) -> None:
     assert "sa_hf" in json.loads((tmp_path / "base" / "config.json").read_text())
 
 
+def test_forecasting_with_logsparse(tmp_path: Path) -> None:
+    flags = ["--model", "convtrans", "--task", "forecasting", "--dataset", "series", "--max_length", "32"]
+    metrics = run(tmp_path, *flags, "--pattern", "logsparse", "--set", "conv_kernel_size=2", "--set", "local_window=4")
+    assert metrics["reload_verified"]
+    assert 0 < metrics["R_0.5"] < 10
+    attention = json.loads((tmp_path / "config.json").read_text())["attention"]
+    assert (attention["name"], attention["local_window"]) == ("logsparse", 4)
+    evaluated = script("evaluate").main(["--model", str(tmp_path), *flags[2:], "--eval_rows", "2"])
+    assert evaluated["R_0.9"] == pytest.approx(metrics["R_0.9"], rel=0.5)
+    with pytest.raises(SparseAttentionError, match="forecasting takes 'series'"):
+        run(tmp_path, *flags, "--dataset", "stdlib")
+
+
 def test_bf16_trains_and_reloads(tmp_path: Path) -> None:
     metrics = run(tmp_path, "--pattern", "bigbird", "--set", "block_size=16", *DECODER, "--bf16")
     assert metrics["reload_verified"]
@@ -173,3 +186,12 @@ def test_bad_flags_stop_before_training(flags: list[str], message: str, tmp_path
     with pytest.raises(SparseAttentionError, match=message):
         run(tmp_path, "--model", "tiny-bert", "--max_length", "64", *flags)
     assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPTS / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_config_is_valid(path: Path) -> None:
+    args = finetune.parse_arguments(["--config", str(path)])
+    pattern = finetune.chosen_pattern(args)
+    named = pattern.values() if isinstance(pattern, dict) else [pattern]
+    assert path.stem in {"mixture", *(getattr(config, "name", config) for config in named)}
+    assert args.output_dir == f"runs/{path.stem}"

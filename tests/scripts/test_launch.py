@@ -28,7 +28,18 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
 
     There are two rows in all, so the order in which they come does not matter.
     """
-    flags = ["--pattern", "sliding_window", "--set", "window=8", *DECODER, *FEW_STEPS, "--lr", "1e-3", "--train_rows", "2"]
+    flags = [
+        "--pattern",
+        "sliding_window",
+        "--set",
+        "window=8",
+        *DECODER,
+        *FEW_STEPS,
+        "--lr",
+        "1e-3",
+        "--train_rows",
+        "2",
+    ]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launch += ["--config_file", str(SCRIPTS / "accelerate" / "ddp_cpu.yaml"), str(SCRIPTS / "finetune.py")]
     call(*launch, *flags, "--batch_size", "1", "--output_dir", str(tmp_path / "two"))
