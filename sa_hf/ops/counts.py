@@ -14,7 +14,10 @@ TILES_AT_ONCE = 1 << 16
 
 
 def row_counts(parts: Sequence[Part], query_length: int, num_heads: int, device: torch.device | str = "cpu") -> Tensor:
-    """Keys per query position, repeats counted, int64 ``[num_heads, query_length]`` (for plans without a batch)."""
+    """Keys per query position, repeats counted, int64 ``[num_heads, query_length]``.
+
+    For the plans of static patterns: no batch dimension, and empty key slots (-1) in segment parts alone.
+    """
     total = torch.zeros(num_heads, query_length, dtype=torch.int64, device=device)
     for part in parts:
         counts = _slot_counts(part, device).expand(num_heads, -1)
