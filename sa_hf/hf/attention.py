@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,10 +121,9 @@ def sparse_attention_forward(
     _refuse(module, kwargs)
     if request is not None and torch.compiler.is_compiling():
         causal = bool(getattr(module, "is_causal", False)) if causal is None else causal
-        band, sequences = (
-            _window(window, causal),
-            traced_sequences(request, place.activity.traced, causal, place.extra_tokens),
-        )
+        band = _window(window, causal)
+        # What waits for the operator stands in for sequences: static patterns alone take it, the others raise.
+        sequences = cast(Sequences, traced_sequences(request, place.activity.traced, causal, place.extra_tokens))
     else:
         if causal is None:
             causal = request.causal if request is not None else bool(getattr(module, "is_causal", False))

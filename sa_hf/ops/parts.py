@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -182,7 +182,7 @@ class ScoreOptions:
     heads: tuple[int, ...] | None = None
     query_offset: int = 0
 
-    def with_tensors(self, **tensors: Tensor | None) -> ScoreOptions:
+    def with_tensors(self, **tensors: Any) -> ScoreOptions:
         return replace(self, **tensors)
 
 

@@ -323,7 +323,7 @@ class SparseAttention(nn.Module):
         return {}
 
     def expired_keys(self) -> Tensor | None:
-        """Which key slots of the last forward no later query can read, bool ``[B, Nk]`` (padding is); None: not known."""
+        """Key slots of the last forward that no later query can read, bool ``[B, Nk]`` (padding is); None: not known."""
         return None
 
     def tie(self, layers: Sequence[SparseAttention]) -> None:

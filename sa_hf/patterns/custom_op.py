@@ -169,8 +169,9 @@ def static_attention(
 
     ``layer`` comes from :func:`layer_key`; shapes as in ``ops.attend.attend``.
     """
-    pending = isinstance(sequences, PendingSequences)
-    mask, ids = (sequences.attention_mask, sequences.sequence_ids) if pending else (None, None)
+    mask = ids = None
+    if isinstance(sequences, PendingSequences):
+        mask, ids = sequences.attention_mask, sequences.sequence_ids
     out: Tensor = _static_attention(
         query, key, value, options.distance_bias, options.seed, sequences.query_gather, sequences.key_gather, mask, ids,
         layer, _flat(sequences), sequences.extra_tokens, options.scale, options.softcap or 0.0, options.dropout,

@@ -37,11 +37,11 @@ class Suggestion:
 def candidates(causal: bool, length: int) -> Iterator[StaticPatternConfig]:
     """Static patterns in their published shapes that make sense at a length."""
     for name in PURPOSE:
-        variants: list[dict[str, Any]] = {
+        variants: dict[str, list[dict[str, Any]]] = {
             "sparse_transformer": [{"kind": "fixed"}, {"kind": "strided"}],
             "star": [{"ring": not causal}],
-        }.get(name, [{}])
-        for fields in variants:
+        }
+        for fields in variants.get(name, [{}]):
             config = pattern_class(name)(**fields)
             if isinstance(config, StaticPatternConfig):
                 yield config
