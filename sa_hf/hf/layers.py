@@ -43,7 +43,8 @@ def tie_layers(children: list[SparseAttention]) -> None:
     groups: dict[Any, list[SparseAttention]] = {}
     for child in children:
         for leaf in leaves(child):
-            groups.setdefault((leaf.config, leaf.heads), []).append(leaf)
+            # Of an encoder-decoder model the decoder alone is causal, so this keeps the stacks apart.
+            groups.setdefault((leaf.config, leaf.heads, leaf.spec.causal), []).append(leaf)
     for group in groups.values():
         for leaf in group:
             leaf.tie(group)

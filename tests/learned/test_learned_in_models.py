@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import sa_hf
 from sa_hf.errors import SparseAttentionError
@@ -207,3 +207,28 @@ def test_expire_span_refuses_encoders_before_anything_changes() -> None:
     with pytest.raises(SparseAttentionError, match="causal only"):
         sa_hf.patch_model(model, "expire_span")
     assert [name for name, _ in model.named_modules()] == names
+
+
+def test_each_stack_of_an_encoder_decoder_model_has_its_own_shared_mask() -> None:
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    )
+    sa_hf.patch_model(model, "sparsebert", mask_length=64)
+    model.train()
+    model(tokens(12), labels=tokens(12)).loss.backward()
+    masks = {name: p for name, p in model.named_parameters() if name.endswith("logits")}
+    assert sorted(name.split(".")[0] for name in masks) == ["decoder", "encoder"]
+    assert all(p.grad is not None for p in masks.values())
+    assert float(sa_hf.auxiliary_losses(model)["sparsebert_density"]) > 1.8 * 20
+
+
+def test_state_stays_fp32_in_a_16_bit_model() -> None:
+    for name in PATTERNS:
+        model = patched(name)
+        before = {key: value.clone() for key, value in model.state_dict().items() if "sparse" in key}
+        model.to(torch.bfloat16).train()
+        after = model.state_dict()
+        assert all(torch.equal(after[key], value) and after[key].dtype == value.dtype for key, value in before.items())
+        assert model.lm_head.weight.dtype == torch.bfloat16
+        model(tokens(), labels=tokens()).loss.backward()
