@@ -38,7 +38,7 @@ def bias_kernel(
     rep = pid % reps
     sub_q = pid // reps % SUB_Q
     sub_k = pid // reps // SUB_Q % SUB_K
-    row, begin, middle, end, slot = load_item(items_ptr, pid // reps // (SUB_Q * SUB_K))
+    row, begin, _middle, end, _slot = load_item(items_ptr, pid // reps // (SUB_Q * SUB_K))
     if row < 0:
         return
     diagonals = query_tiles + key_tiles - 1

@@ -1,8 +1,8 @@
 """Launch configurations: tile, warps and stages per kernel, head_dim, element width and architecture.
 
-The shipped table comes from ahead-of-time compilation (``scripts/compile_gate.py``: no spills, then most resident blocks
-and the widest matrix instruction); ``tune`` measures on a GPU and writes ``tuned.json`` beside this file, which is read
-first. A JSON file named by ``SA_HF_TRITON_CONFIGS`` takes its place. Its form:
+The shipped table comes from ahead-of-time compilation (``scripts/compile_gate.py``: no spills, then most resident
+blocks and the widest matrix instruction); ``tune`` measures on a GPU and writes ``tuned.json`` beside this file, which
+is read first. A JSON file named by ``SA_HF_TRITON_CONFIGS`` takes its place. Its form:
 ``{"forward|128|16|90": {"rows": 64, "columns": 64, "warps": 4, "stages": 2}}``.
 
 Variants of a kernel's name: ``forward`` is the plain one; ``forward+`` has options that cost registers (softcap, bias,

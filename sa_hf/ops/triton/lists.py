@@ -207,8 +207,10 @@ def _segment_lists(
     n_q: int, n_k: int, q_segment: int, k_segment: int, left: int | None, right: int | None, skip: bool,
     device: torch.device,
 ) -> TileLists:  # fmt: skip
-    # 128-row tiles read K and V half as often; they fit where segments are whole multiples of them.
-    tile = 128 if q_segment % 128 == 0 and k_segment % 128 == 0 else 64
+    # 128-row tiles read K and V half as often; they fit where segments are whole multiples of them, or alone.
+    alone = q_segment >= n_q and k_segment >= n_k
+    fits = q_segment % 128 == 0 and k_segment % 128 == 0
+    tile = 128 if fits or (alone and min(n_q, n_k) >= 256) else 64
     slot = torch.arange(n_q)
     segment, place = slot // q_segment, slot % q_segment
     base = segment * k_segment
@@ -236,4 +238,9 @@ def _segment_lists(
     kind = torch.where(whole, FULL, BAND).int()
     ranges = torch.stack([low, high, own], 1).int()[None, None].contiguous()
     moved = [x.to(device) for x in (row, column, kind, ranges)]
-    return TileLists(n_q, n_k, tile, tile, 1, 1, moved[0], moved[1], moved[2], None, moved[3], False)
+    # Equal segments of whole tiles: no tile crosses a segment, and the band says all that the key range would.
+    banded = (alone or (q_segment == k_segment and q_segment % tile == 0)) and not skip
+    return TileLists(
+        n_q, n_k, tile, tile, 1, 1, moved[0], moved[1], moved[2], None, None if banded else moved[3], False,
+        left if banded and left is not None else UNBOUNDED, right if banded and right is not None else UNBOUNDED,
+    )  # fmt: skip

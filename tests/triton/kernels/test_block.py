@@ -91,6 +91,8 @@ def test_rows_and_columns_without_tiles() -> None:
         SegmentPart(70, 3, 70, 3, key_index=slice(0, 3)),
         SegmentPart(40, 40, 1, 1, query_index=torch.arange(40)[None, None], key_index=torch.arange(40)[None, None]),
         SegmentPart(60, 70, 10, 12, Band(5, 2), query_index=slice(10, 70)),
+        SegmentPart(70, 70, 64, 64, Band(None, 0)),
+        SegmentPart(70, 70, 512, 512, Band(20, 3)),
     ],
 )
 def test_segments(part: SegmentPart) -> None:
