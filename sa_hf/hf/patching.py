@@ -212,9 +212,12 @@ def _targets(sites: Sites, assignment: Assignment) -> list[tuple[Site, LayerEntr
 
 def _check_stacks(root: PreTrainedModel, sites: Sites, assignment: Assignment) -> dict[str, int]:
     """Check every entry against its layer; returns the extra tokens of each stack."""
+    for stack, layers in sites.stacks.items():
+        configs = assignment.get(stack, {})
+        for config in {c: None for c in configs.values() if isinstance(c, SparseAttentionConfig)}:
+            config.check_layers([site.spec for index, site in enumerate(layers) if configs.get(index) == config])
     for site, entry in _targets(sites, assignment):
         if isinstance(entry, SparseAttentionConfig):
-            entry.check_layer(site.spec)
             if getattr(entry, "conv_kernel_size", 1) > 1:
                 check_projections(root.get_submodule(site.name))
         else:
