@@ -90,6 +90,10 @@ class MixedSparseAttention(SparseAttention):
     def figures(self) -> dict[str, float]:
         return {f"part{i}_{k}": v for i, part in enumerate(self._parts()) for k, v in part.figures().items()}
 
+    def advance_step(self) -> None:
+        for part in self._parts():
+            part.advance_step()
+
     def drop_graph(self) -> None:
         for part in self._parts():
             part.drop_graph()
