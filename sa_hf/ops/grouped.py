@@ -81,6 +81,8 @@ def compact_keys(x: Tensor, sequences: Sequences) -> Tensor:
 
 def real_queries(sequences: Sequences, device: torch.device) -> Tensor:
     """Which query slots hold a token, bool ``[B, Nq]``."""
+    if sequences.is_full:  # no copy from the host, so that a decoding step can be captured
+        return torch.ones(sequences.batch_size, sequences.query_length, dtype=torch.bool, device=device)
     real = torch.zeros(sequences.batch_size, sequences.query_length, dtype=torch.bool)
     for s in sequences.spans:
         real[s.row, s.query_start : s.query_start + s.query_length] = True
