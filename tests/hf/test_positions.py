@@ -1,0 +1,156 @@
+"""Longer inputs: tables are tiled, RoPE is scaled, and unpatching undoes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from hf_cases import BOTH, CONFIGS, case, tiny_model, tokens
+
+import sa_hf
+from sa_hf import SparseAttentionError, UnsupportedModelError
+
+LONG = 150
+# family: (table, rows before its first position)
+TABLES = {
+    "bert": ("embeddings.position_embeddings", 0),
+    "distilbert": ("embeddings.position_embeddings", 0),
+    "albert": ("embeddings.position_embeddings", 0),
+    "electra": ("embeddings.position_embeddings", 0),
+    "roberta": ("embeddings.position_embeddings", 2),
+    "xlm_roberta": ("embeddings.position_embeddings", 2),
+    "gpt2": ("transformer.wpe", 0),
+    "opt": ("model.decoder.embed_positions", 2),
+    "bart": ("model.encoder.embed_positions", 2),
+}
+ROTARY = ["llama", "qwen3", "gpt_neox", "gemma3", "modernbert"]
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+class Tokenizer:
+    model_max_length = 64
+
+
+def run(model: Any, n: int) -> torch.Tensor:
+    ids = tokens(1, n)
+    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=ids, **extra)[0]
+    return out
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_tables_are_tiled_and_cut_back(family: str) -> None:
+    model = tiny_model(family)
+    short, config = run(model, 60), model.config
+    name, first = TABLES[family]
+    old = model.get_submodule(name).weight.detach().clone()
+    tokenizer = Tokenizer()
+    sa_hf.patch_model(model, "sliding_window", window=1000, max_length=LONG, tokenizer=tokenizer)
+    table = model.get_submodule(name).weight
+    assert table.shape == (LONG + first, old.shape[1])
+    assert torch.equal(table[: len(old)], old)
+    for position in range(LONG):
+        assert torch.equal(table[first + position], old[first + position % 64])
+    assert torch.allclose(run(model, 60), short, atol=1e-5)
+    assert run(model, LONG).shape[1] == LONG
+    assert model.config.max_position_embeddings == LONG + (first if "roberta" in family else 0)
+    assert tokenizer.model_max_length == LONG
+    assert sa_hf.summary(model).length == LONG
+    # What is saved loads into the same shapes.
+    saved = type(config)(**{k: v for k, v in model.config.to_dict().items() if k in config.to_dict()})
+    assert saved.max_position_embeddings == model.config.max_position_embeddings
+
+    sa_hf.unpatch_model(model)
+    assert torch.equal(model.get_submodule(name).weight, old)
+    assert torch.equal(run(model, 60), short)
+    assert model.config is config
+    assert tokenizer.model_max_length == 64
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        run(model, LONG)
+
+
+def test_trained_rows_stay() -> None:
+    model = tiny_model("bert")
+    sa_hf.patch_model(model, "star", max_length=LONG)
+    with torch.no_grad():
+        model.embeddings.position_embeddings.weight[5] = 3.0
+        model.embeddings.position_embeddings.weight[100] = 4.0
+    sa_hf.patch_model(model, "sliding_window", window=3)  # another pattern, the same length
+    assert sa_hf.summary(model).length == LONG
+    assert torch.equal(model.embeddings.position_embeddings.weight[100], torch.full((32,), 4.0))
+    sa_hf.patch_model(model, "star", max_length=2 * LONG)
+    assert model.embeddings.position_embeddings.weight.shape[0] == 2 * LONG
+    sa_hf.unpatch_model(model)
+    assert model.embeddings.position_embeddings.weight.shape[0] == 64
+    assert torch.equal(model.embeddings.position_embeddings.weight[5], torch.full((32,), 3.0))
+    run(model, 64)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_extend_positions_is_for_good(patched: bool) -> None:
+    config = CONFIGS["bert"]()
+    model, other = tf.BertModel(config).eval(), tf.BertModel(config).eval()
+    if patched:
+        sa_hf.patch_model(model, "star")
+    sa_hf.extend_positions(model, LONG)
+    run(model, LONG)
+    if patched:
+        sa_hf.unpatch_model(model)
+        assert run(model, LONG).shape[1] == LONG
+    assert model.config.max_position_embeddings == LONG
+    assert not hasattr(model.config, "sa_hf")
+    assert config.max_position_embeddings == other.config.max_position_embeddings == 64
+    sa_hf.patch_model(model, "star", max_length=2 * LONG)
+    run(model, 2 * LONG)
+    sa_hf.unpatch_model(model)
+    assert model.config.max_position_embeddings == LONG
+    run(model, LONG)
+
+
+@pytest.mark.parametrize("family", ROTARY)
+def test_rope_is_scaled_and_set_back(family: str) -> None:
+    model = tiny_model(family)
+    short, config = run(model, 40), model.config
+    sa_hf.patch_model(model, "sliding_window", window=1000, max_length=256, rope_parameters=YARN)
+    fresh = type(config)(**{k: v for k, v in CONFIGS[family]().to_dict().items() if k != "rope_parameters"})
+    fresh.max_position_embeddings = 256
+    fresh.rope_parameters = model.config.rope_parameters
+    expected = getattr(tf, type(model).__name__)(fresh).eval()
+    expected.load_state_dict({k: v for k, v in model.state_dict().items() if ".sparse." not in k}, strict=False)
+    assert torch.allclose(run(model, 200), run(expected, 200), atol=1e-4)
+    assert not torch.allclose(run(model, 40), short, atol=1e-3)
+    sa_hf.unpatch_model(model)
+    assert model.config is config
+    assert torch.equal(run(model, 40), short)
+
+
+def test_rope_without_scaling_warns() -> None:
+    model = tiny_model("llama")
+    with pytest.warns(UserWarning, match="extrapolates"):
+        sa_hf.patch_model(model, "star", max_length=128)
+    assert sa_hf.summary(model).length == 128
+
+
+@pytest.mark.parametrize("family", BOTH)
+def test_encoder_decoders(family: str) -> None:
+    model = tiny_model(family)
+    sa_hf.patch_model(model, "sliding_window", window=5, max_length=LONG)
+    assert run(model, LONG).shape[1] == LONG
+
+
+def test_what_cannot_be_lengthened_raises() -> None:
+    vit = case("vit")
+    before = vit.output()
+    with pytest.raises(UnsupportedModelError, match="interpolate_pos_encoding"):
+        sa_hf.patch_model(vit.model, "sliding_window", max_length=500)
+    assert torch.equal(vit.output(), before)
+    assert not hasattr(vit.model, "sa_hf_patch")
+    bert = tiny_model("bert")
+    with pytest.raises(UnsupportedModelError, match="no rotary embedding"):
+        sa_hf.extend_positions(bert, LONG, rope_parameters=YARN)
+    with pytest.raises(SparseAttentionError, match="nearest: 64"):
+        sa_hf.extend_positions(bert, 10)
+    assert bert.config.max_position_embeddings == 64
