@@ -218,7 +218,10 @@ def query_kernel(
         store_tile(part_ptr + piece * D, sub * BLOCK_Q, D, TILE_Q, acc0, acc1, BLOCK_Q, D, D0, D1)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+KEY_RUNTIME = (*RUNTIME, "flat", "key_tiles")
+
+
+@triton.jit(do_not_specialize=KEY_RUNTIME)
 def key_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dk_ptr, dv_ptr, d_span_ptr,
     part_k_ptr, part_v_ptr, part_span_ptr,

@@ -1,0 +1,95 @@
+"""The compile gate, reduced, and the kernels' identity over lengths; both in processes where triton really compiles."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed on this platform")
+
+# Every kernel that three kinds of parts and a decode step call, over lengths, batches, heads and strides: how many
+# distinct compiled entries each would be.
+COUNT_KERNELS = """
+import json
+import torch
+from triton.backends.compiler import GPUTarget
+
+from sa_hf.ops.layout import build_layout
+from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, ScoreOptions, SegmentPart
+from sa_hf.ops.triton import TritonEngine
+from sa_hf.ops.triton.launch_decode import decode
+from sa_hf.ops.triton.record import record_launches
+
+engine, options = TritonEngine(), ScoreOptions(scale=0.1)
+
+
+def window(n):
+    tiles = -(-n // 64)
+    some = torch.tensor([[0, t, s] for t in range(tiles) for s in range(tiles) if t == 0 or s == 0 or t - s in (0, 1)])
+    return BlockPart(build_layout(
+        lambda h, i, j: i >= 0 * j, n, n, heads=1, band=Band(5000, None), full_tiles=some
+    ))
+
+
+parts = {
+    "block": window,
+    "segment": lambda n: SegmentPart(n, n, 64, 64, Band(None, 0)),
+    "offsets": lambda n: OffsetsPart(n, ((0, 1, 2),)),
+}
+counts = {}
+for name, part_of in parts.items():
+    with record_launches(GPUTarget("cuda", 90, 32)) as recorded:
+        for n in (1, 16, 17, 4096, 4097):
+            for batch, heads, kv_heads in ((1, 2, 1), (3, 4, 2)):
+                # Slices of a fused projection: strides that differ from the shape's.
+                fused = torch.zeros(batch, n, heads + 2 * kv_heads, 64, dtype=torch.bfloat16).transpose(1, 2)
+                q, k, v = fused.split([heads, kv_heads, kv_heads], dim=1)
+                part = part_of(n)
+                out, lse = engine.forward(part, q, k, v, options)
+                engine.backward(part, q, k, v, out, lse, q, options)
+                if name == "block":
+                    decode(q[:, :, :1], k, v, torch.zeros(1, 1, 1, n, dtype=torch.int64), options)
+    for kernel in recorded:
+        counts[f"{name} {kernel.name}"] = counts.get(f"{name} {kernel.name}", 0) + 1
+print(json.dumps(counts))
+"""
+
+
+def run(arguments: list[str], timeout: int) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def test_a_new_length_is_not_a_new_kernel() -> None:
+    result = run(["-c", COUNT_KERNELS], 300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    counts = json.loads(result.stdout.splitlines()[-1])
+    # The combine kernel is called three ways: by log-sum-exp, and as a sum (dQ, dK, dV).
+    assert counts.pop("block combine_kernel") == 2
+    block = ("forward_kernel", "prepare_kernel", "query_kernel", "key_kernel")
+    expected = [f"{part} {name}" for part in ("block", "segment") for name in block]
+    expected += ["block decode_kernel", "block merge_kernel", "offsets prepare_kernel"]
+    expected += [f"offsets offsets_{name}_kernel" for name in ("forward", "query", "key")]
+    assert counts == dict.fromkeys(expected, 1)
+
+
+def test_compile_gate() -> None:
+    """Both architectures and one AMD target; ``scripts/compile_gate.py`` without ``--quick`` is the whole of it."""
+    targets = "sm_80,sm_90,gfx942" if os.environ.get("CI") else "sm_90"
+    result = run(["scripts/compile_gate.py", "--quick", "--targets", targets], 900)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
