@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -58,12 +60,13 @@ _SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
     ("key@128", 64, 16): {0: Launch(128, 32, 8, 2), 80: Launch(64, 32, 4, 2)},
     ("key@128", 128, 16): {0: Launch(128, 32, 8, 2), 80: Launch(64, 32, 8, 2)},
     ("key+", 64, 16): {0: Launch(64, 16, 8, 2)},
-    ("key+", 128, 16): {0: Launch(64, 16, 8, 2), 80: Launch(64, 32, 8, 2)},
+    ("key+", 128, 16): {0: Launch(64, 16, 8, 2)},
     ("key", 64, 32): {0: Launch(32, 32, 8, 1)},
     ("key", 128, 32): {0: Launch(32, 16, 8, 1)},
     ("key", 256, 32): {0: Launch(16, 16, 4, 1)},
-    ("bias", 128, 16): {0: Launch(64, 64, 8, 1)},
-    ("bias", 256, 16): {0: Launch(32, 32, 8, 1)},
+    ("bias", 64, 16): {0: Launch(64, 64, 8, 1)},
+    ("bias", 128, 16): {0: Launch(64, 64, 8, 1), 80: Launch(32, 32, 8, 1)},
+    ("bias", 256, 16): {0: Launch(32, 32, 8, 1), 80: Launch(16, 16, 4, 1)},
     ("bias", 64, 32): {0: Launch(32, 32, 8, 1)},
     ("bias", 256, 32): {0: Launch(16, 16, 4, 1)},
     ("offsets", 64, 16): {0: Launch(64, 1, 4, 1)},
@@ -89,16 +92,30 @@ def launch(kernel: str, head_dim: int, bits: int, arch: int | str) -> Launch:
     """The configuration of a kernel or variant; ``arch`` 0 is the interpreter."""
     buckets = [d for d in (64, 128, 256) if head_dim <= d]
     tuned = _tuned(os.environ.get("SA_HF_TRITON_CONFIGS", str(TUNED)))
-    found = tuned.get(f"{kernel}|{buckets[0]}|{bits}|{arch}")
-    if found is not None:
-        return found
+    key = f"{kernel}|{buckets[0]}|{bits}|{arch}"
+    for table in (_trial, tuned):
+        if key in table:
+            return table[key]
     plain = kernel.rstrip("+").removesuffix("@128")
     for name in (kernel, plain):
         for bucket in buckets:
-            table = _SHIPPED.get((name, bucket, bits))
-            if table is not None:
-                return table.get(arch, table[0])
+            shipped = _SHIPPED.get((name, bucket, bits))
+            if shipped is not None:
+                return shipped.get(arch, shipped[0])
     raise KeyError(f"no launch configuration for {kernel} at head_dim={head_dim}, {bits} bits")
+
+
+_trial: dict[str, Launch] = {}
+
+
+@contextmanager
+def trial(table: dict[str, Launch]) -> Iterator[None]:
+    """Configurations that go before all others inside the block (the tuner's; not for several threads)."""
+    _trial.update(table)
+    try:
+        yield
+    finally:
+        _trial.clear()
 
 
 def write(path: Path, table: dict[str, Launch]) -> None:
