@@ -18,6 +18,11 @@ BLOCK = 64
 EXPIRING = "expiring"
 
 
+def exact_lists(device: torch.device) -> bool:
+    """Whether reading a length costs nothing, so that lists need no spare capacity."""
+    return device.type == "cpu"
+
+
 @lru_cache(maxsize=64)
 def _band_tiles(
     query_slots: int, key_slots: int, left: int, block: int, device: torch.device
@@ -55,7 +60,7 @@ def expiring_layout(spans: Tensor, query_slots: int, ramp: float, left: int, blo
     counts = torch.zeros(batch * heads * query_blocks, dtype=torch.int64, device=spans.device)
     counts.index_add_(0, (lists + row).flatten(), alive.flatten().long())
     row_start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    if spans.device.type == "cpu":
+    if exact_lists(spans.device):
         listed = torch.nonzero(alive.flatten()).flatten() % len(row)
         columns, kinds = column[listed], kind[listed]
     else:
@@ -101,7 +106,7 @@ def range_layout(low: Tensor, high: Tensor, key_slots: int, width: int, block: i
     first, end = low_rows[:, 0] // block, (high_rows[:, -1] + block - 1) // block
     counts = torch.where(high_rows[:, -1] > low_rows[:, 0], end - first, 0)
     row_start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    if low.device.type == "cpu":
+    if exact_lists(low.device):
         capacity = int(row_start[-1])
     else:
         # Ascending ranges advance over the keys once: their lists hold each key block once, and once more per row
@@ -110,7 +115,7 @@ def range_layout(low: Tensor, high: Tensor, key_slots: int, width: int, block: i
         capacity = batch * heads * (key_blocks + query_blocks * (-(-width // block) + 2))
     entry = torch.arange(capacity, device=low.device)
     row = (torch.searchsorted(row_start, entry, right=True) - 1).clamp(max=rows - 1)
-    column = first[row] + entry - row_start[row]
+    column = torch.where(entry < row_start[-1], first[row] + entry - row_start[row], 0)
     whole = (low_rows[row, -1] <= column * block) & (high_rows[row, 0] >= (column + 1) * block)
     whole &= (row % query_blocks + 1) * block <= query_slots
     key_range = torch.stack([low, high], dim=-1).int()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sa_hf.ops.data_layout import range_layout
+from sa_hf.ops.data_layout import exact_lists, range_layout
 from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, Part, SegmentPart
 from sa_hf.ops.planned import PlanData, plan_rule
 
@@ -141,7 +141,7 @@ def _uncovered_parts(data: PlanData) -> list[Part]:
     if local_window is None:
         raise RuntimeError("the rule needs a window")
     # The host knows the number of rows on the CPU; elsewhere any of them may need a slot.
-    rows = int((~covered).sum(-1).max()) if covered.device.type == "cpu" else n
+    rows = int((~covered).sum(-1).max()) if exact_lists(covered.device) else n
     if rows == 0:
         return []
     order = torch.sort(covered.to(torch.uint8), dim=-1, stable=True).indices[..., :rows]

@@ -221,6 +221,23 @@ def test_dead_tiles_are_left_out() -> None:
     assert layout.columns[int(layout.row_start[19]) : int(layout.row_start[20])].tolist() == [0, 8, 9]
 
 
+def test_lists_of_fixed_capacity_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs: no length is read from the device, and spare entries belong to no row."""
+    module = build(per_head=True, max_span=400)
+    module.bias.data.fill_(-4.0)
+    inputs = attention_inputs(length=300, causal=True)
+    leaves = (inputs.query, inputs.key, inputs.value, module.weight, module.bias)
+    expected = module(inputs)
+    wanted = torch.autograd.grad(expected.square().sum(), leaves)
+    monkeypatch.setattr("sa_hf.ops.data_layout.exact_lists", lambda device: False)
+    layout = expiring_layout(module.spans(inputs.hidden_states), 300, 6, 405)
+    assert int(layout.row_start[-1]) < len(layout.columns)
+    out = module(inputs)
+    assert rms_ratio(out, expected) < 1e-6
+    for ours, theirs in zip(torch.autograd.grad(out.square().sum(), leaves), wanted, strict=True):
+        assert rms_ratio(ours, theirs) < 1e-6
+
+
 def test_checkpointing_gives_equal_gradients_and_one_loss() -> None:
     module = build(random_shortening=True, span_loss_coef=0.5).train()
     module.advance_step()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sa_hf.errors import NotStaticError, SparseAttentionError
 from sa_hf.ops.counts import row_counts
+from sa_hf.ops.data_layout import range_layout
 from sa_hf.ops.parts import Band, BlockPart
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs
@@ -260,6 +261,32 @@ def test_cost_is_linear_in_length_times_window() -> None:
         assert int(row_counts(parts[:1], n, 2).max()) == 1
     assert counts[8192] < 4.4 * counts[2048]
     assert counts[8192] <= 2 * (8192 // 64) * (64 // 64 + 3)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_lists_of_fixed_capacity_give_the_same(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs: no length is read from the device, and spare entries belong to no row."""
+    module = build(4, 2, causal=causal, window=9)
+    inputs = attention_inputs(2, 4, 2, 90, causal=causal)
+    leaves = (inputs.query, inputs.key, inputs.value)
+    expected = module(inputs)
+    wanted = torch.autograd.grad(expected.square().sum(), leaves)
+    for where in ("sa_hf.ops.data_layout", "sa_hf.patterns.clusters"):
+        monkeypatch.setattr(f"{where}.exact_lists", lambda device: False)
+    out = module(inputs)
+    assert rms_ratio(out, expected) < 1e-6
+    for ours, theirs in zip(torch.autograd.grad(out.square().sum(), leaves), wanted, strict=True):
+        assert rms_ratio(ours, theirs) < 1e-6
+
+
+def test_capacity_cannot_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sa_hf.ops.data_layout.exact_lists", lambda device: False)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        n, width = (int(torch.randint(1, top, (), generator=generator)) for top in (700, 300))
+        high = torch.randint(0, n + 1, (1, 1, n), generator=generator).sort().values
+        layout = range_layout((high - width).clamp(min=0), high, n, width)
+        assert int(layout.row_start[-1]) <= len(layout.columns)
 
 
 # -- centroids -----------------------------------------------------------------------------------------------------

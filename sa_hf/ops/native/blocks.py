@@ -225,10 +225,11 @@ def _mask_table(layout: BlockLayout, rows_of: Tensor) -> tuple[Tensor, Tensor]:
     tiles of one shape share one."""
     device = layout.columns.device
     bq, bk = layout.block_q, layout.block_k
-    column = layout.columns.long()
+    # Lists made from data have spare entries at the end, which belong to no row.
+    column, kind = layout.columns[: len(rows_of)].long(), layout.kind[: len(rows_of)]
     shift = (rows_of % layout.num_query_blocks) * bq - column * bk
     at_end = (column + 1) * bk > layout.key_slots
-    banded = layout.kind == BAND
+    banded = kind == BAND
     code, inverse = torch.unique(shift[banded] * 2 + at_end[banded], return_inverse=True)
     i = (code // 2)[:, None, None] + torch.arange(bq, device=device)[:, None]
     j = torch.arange(bk, device=device)
@@ -236,7 +237,7 @@ def _mask_table(layout: BlockLayout, rows_of: Tensor) -> tuple[Tensor, Tensor]:
     last = layout.key_slots - (layout.num_key_blocks - 1) * bk
     bands &= (code % 2 == 0)[:, None, None] | (j < last)
     full = torch.ones(1, bq, bk, dtype=torch.bool, device=device)
-    mask_id = torch.where(layout.kind >= 0, layout.kind.long() + 1 + len(code), 0)
+    mask_id = torch.where(kind >= 0, kind.long() + 1 + len(code), 0)
     whole = bands.flatten(1).all(1)
     mask_id[banded] = torch.where(whole[inverse], 0, inverse + 1)
     return mask_id, torch.cat([full, bands, layout.masks])
