@@ -271,6 +271,20 @@ def test_shared_mask_is_owned_by_the_first_layer() -> None:
         config.build(layer_spec(heads=4)).tie(layers)
 
 
+def test_a_shared_mask_outlives_the_layer_that_owned_it() -> None:
+    config = SparseBertAttentionConfig(mask_length=16)
+    layers = [config.build(layer_spec(layer=i)) for i in range(3)]
+    for layer in layers:
+        layer.tie(layers)
+    scatter_logits(layers[0])
+    expected = layers[2].keep_table().clone()
+    for layer in layers[1:]:
+        layer.tie(layers[1:])
+    assert [name for name, _ in torch.nn.ModuleList(layers[1:]).named_parameters()] == ["0.logits"]
+    assert torch.equal(layers[2].keep_table(), expected)
+    assert layers[2].owner is layers[1]
+
+
 def test_unshared_masks_average_their_loss() -> None:
     config = SparseBertAttentionConfig(mask_length=16, share_layers=False)
     layers = [config.build(layer_spec(layer=i)).train() for i in range(4)]
