@@ -84,6 +84,7 @@ def main() -> int:
         dense_section,
         flex_section,
         model_section,
+        option_parity_section,
         option_section,
         parity_section,
         speed_section,
@@ -118,15 +119,16 @@ def main() -> int:
         "measured",
         {"TFLOP/s": ceilings.tflops, "GB/s": ceilings.memory_gbs, "L2 GB/s": ceilings.l2_gbs},
     )
-    long = [128] if args.dry_run else [16384]
+    long = [64] if args.dry_run else [16384]
     more = [] if args.dry_run else [4096, 65536, 2048, 8192, 32768, 131072]
     dims = [16] if args.dry_run else [128, 64]
     sections: dict[str, Callable[[], None]] = {
         "parity": lambda: parity_section(suite),
+        "parity options": lambda: option_parity_section(suite),
         "dense": lambda: dense_section(suite, long, dims),
         "ours": lambda: speed_section(suite, long, dims),
         "options": lambda: option_section(suite, long[0]),
-        "decode": lambda: decode_section(suite, [128] if args.dry_run else [65536, 524288]),
+        "decode": lambda: decode_section(suite, [64] if args.dry_run else [65536, 524288]),
         "training": lambda: model_section(suite),
         "flex": lambda: flex_section(suite, [] if args.dry_run else long),
         "dense lengths": lambda: dense_section(suite, more, dims),

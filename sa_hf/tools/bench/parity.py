@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sa_hf.functional import sparse_attention
-from sa_hf.patterns.base import StaticPatternConfig
+from sa_hf.ops.attend import attend
+from sa_hf.ops.engine import choose_engine
+from sa_hf.ops.parts import Part, ScoreOptions
+from sa_hf.ops.reference import dense_attention
+from sa_hf.ops.sequences import Sequences
+from sa_hf.patterns.base import Geometry, StaticPatternConfig, dense_multiplicity
+from sa_hf.patterns.custom_op import cached_plan
+from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
 
 # Bounds of the project: RMS error over the oracle's RMS, and at most this many times the error of the dense PyTorch
 # computation in the same precision on the same inputs.
@@ -87,6 +95,60 @@ def parity(
         tuple(relative_rms(a, b) for a, b in zip(dense, oracle, strict=True)),
         all(torch.equal(a, b) for a, b in zip(first, second, strict=True)),
     )
+
+
+def option_parity(option: str, dtype: torch.dtype, device: torch.device, *, engine: str, shape: Shape) -> ParityResult:
+    """The score options, which no bare call reaches: ``softcap``, ``bias`` (T5's distance table), ``spans`` (the soft
+    gate) and ``dropout`` on a causal window; gradients of the table and of the spans too. The oracle applies the same
+    option in fp64, so the errors are held against the absolute bound alone (``dense_errors`` repeats it)."""
+    config = SlidingWindowAttentionConfig(window=max(8, shape.length // 4))
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).to(device)
+
+    length, heads = shape.length, shape.num_heads
+    qkv = [draw(shape.batch, h, length, shape.head_dim).to(dtype) for h in (heads, *[shape.num_key_value_heads] * 2)]
+    grad = draw(shape.batch, heads, length, shape.head_dim).to(dtype)
+    learned = {
+        "bias": draw(heads, 2 * length - 1),
+        "spans": torch.rand(shape.batch, 1, length, generator=generator).to(device) * config.window,
+    }.get(option)
+    plain = ScoreOptions(
+        shape.head_dim**-0.5,
+        softcap=2.0 if option == "softcap" else None,
+        ramp=config.window / 4,
+        dropout=0.2 if option == "dropout" else 0.0,
+        seed=torch.tensor(7, device=device),
+    )
+    geometry = Geometry(length, length, tuple(range(heads)), heads, 0, True)
+    counts = dense_multiplicity(config, geometry).to(device)
+
+    def run(name: str) -> tuple[Tensor, ...]:
+        exact = name == "reference"
+        leaves = [(t.double() if exact else t).detach().requires_grad_() for t in qkv]
+        extra = [] if learned is None else [(learned.double() if exact else learned).detach().requires_grad_()]
+        field = {"bias": "distance_bias"}.get(option, option)
+        options = plain.with_tensors(**{field: extra[0]}) if extra else plain
+        if exact:
+            out, _ = dense_attention(*leaves, counts, options)
+        else:
+            plan = partial(_plan_of, config, heads, device)
+            whole = Sequences.full(shape.batch, length, length)
+            out = attend(*leaves, whole, plan, options, choose_engine(name, leaves[0], options))
+        return out.detach(), *torch.autograd.grad(out, [*leaves, *extra], grad.to(out.dtype))
+
+    oracle, first, second = run("reference"), run(engine), run(engine)
+    errors = tuple(relative_rms(a, b) for a, b in zip(first, oracle, strict=True))
+    same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return ParityResult(errors, (ABSOLUTE_BOUND,) * len(errors), same)
+
+
+def _plan_of(
+    config: StaticPatternConfig, heads: int, device: torch.device, query_length: int, key_length: int
+) -> tuple[Part, ...]:
+    geometry = Geometry(key_length, query_length, tuple(range(heads)), heads, 0, True)
+    return cached_plan(config, geometry, device)
 
 
 def _dense(

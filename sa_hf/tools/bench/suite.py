@@ -22,7 +22,7 @@ from sa_hf.patterns.base import Geometry
 from sa_hf.patterns.custom_op import cached_plan
 from sa_hf.tools.bench.baselines import dense_runs, flex_run, hugging_face_bigbird
 from sa_hf.tools.bench.cases import parity_configs, timing_cases
-from sa_hf.tools.bench.parity import Shape, parity
+from sa_hf.tools.bench.parity import Shape, option_parity, parity
 from sa_hf.tools.bench.report import Report
 from sa_hf.tools.bench.roofline import Ceilings, work
 from sa_hf.tools.bench.timing import measure
@@ -65,7 +65,7 @@ class Suite:
 
 def parity_section(suite: Suite) -> None:
     dtypes = [torch.float32] if suite.dry else [torch.bfloat16, torch.float16, torch.float32]
-    shapes = [Shape(1, 2, 1, 70, 16)] if suite.dry else [Shape(), Shape(1, 4, 4, 1000, 128), Shape(2, 6, 2, 257, 80)]
+    shapes = [Shape(1, 2, 1, 40, 16)] if suite.dry else [Shape(), Shape(1, 4, 4, 1000, 128), Shape(2, 6, 2, 257, 80)]
     for number, shape in enumerate(shapes):
         for dtype in dtypes:
             for label, config in parity_configs():
@@ -82,6 +82,22 @@ def parity_section(suite: Suite) -> None:
                         return row | {f"dense {n}": e for n, e in zip(names, r.dense_errors, strict=True)}
 
                     suite.row("parity", key, measured)
+
+
+def option_parity_section(suite: Suite) -> None:
+    """Soft cap, distance table, spans and dropout, with the gradients of the table and the spans."""
+    dtypes = [torch.float32] if suite.dry else [torch.bfloat16, torch.float16, torch.float32]
+    shape = Shape(1, 2, 1, 40, 16) if suite.dry else Shape()
+    for dtype in dtypes:
+        for option in ("softcap", "bias", "spans", "dropout"):
+
+            def measured(o: str = option, d: torch.dtype = dtype) -> dict[str, Any]:
+                r = option_parity(o, d, suite.device, engine=suite.engine, shape=shape)
+                names = ("out", "dq", "dk", "dv", f"d {o}")
+                row: dict[str, Any] = {"pass": r.passed, "deterministic": r.deterministic}
+                return row | dict(zip(names, r.errors, strict=False))
+
+            suite.row("parity", f"{option}/causal/{str(dtype)[6:]}/D{shape.head_dim}/n{shape.length}", measured)
 
 
 def parity_of(suite: Suite, label: str, causal: bool) -> bool:
@@ -118,7 +134,7 @@ def timed(suite: Suite, run: Callable[..., Any], sets: list[tuple[Any, ...]], ba
             torch.autograd.grad(run(*qkv), qkv, grad)
 
         calls = [partial(both, s, torch.randn_like(s[0])) for s in sets]
-    few = {"warm_up": 1, "repeats": 3} if suite.dry else {}
+    few = {"warm_up": 0, "repeats": 1} if suite.dry else {}
     return measure(calls, suite.device, **few)
 
 
@@ -305,7 +321,7 @@ def model_section(suite: Suite) -> None:
 
     from sa_hf import patch_model
 
-    length = 256 if suite.dry else 16384
+    length = 48 if suite.dry else 16384
     sizes = (32, 2, 2, 1, 64) if suite.dry else (2048, 16, 32, 8, 8192)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     shape = dict(zip(names, sizes, strict=True))
@@ -326,7 +342,7 @@ def model_section(suite: Suite) -> None:
                 model(input_ids=ids, labels=ids).loss.backward()
                 model.zero_grad(set_to_none=True)
 
-            t = measure([step], suite.device, warm_up=1, repeats=3 if suite.dry else 5)
+            t = measure([step], suite.device, warm_up=0 if suite.dry else 1, repeats=1 if suite.dry else 5)
             return {"tokens/s": length / t.median_ms * 1e3, "ms": t.median_ms, "peak MiB": t.peak_mib}
 
         suite.row("training", f"llama-1b-shape/{label}/n{length}", measured)

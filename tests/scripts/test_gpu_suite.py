@@ -1,0 +1,50 @@
+"""The GPU suite's dry run: every section at toy sizes under Triton's interpreter, as a GPU session would start it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SUITE = Path(__file__).parents[2] / "scripts" / "gpu_suite.py"
+
+
+def test_dry_run_measures_every_section(tmp_path: Path) -> None:
+    command = [sys.executable, str(SUITE), "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=540)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    sections = json.loads((tmp_path / "dry_run.json").read_text())["sections"]
+    assert set(sections) == {"ceilings", "parity", "dense", "ours", "options", "decode", "training"}
+    parity = sections["parity"]
+    assert all(row["pass"] is True for row in parity.values())
+    tested = {key.split("/")[0] for key in parity}
+    assert {
+        "bigbird",
+        "longnet",
+        "logsparse",
+        "strided",
+        "fixed",
+        "star",
+        "softcap",
+        "bias",
+        "spans",
+        "dropout",
+    } <= tested
+    # A speed-up is printed because parity held, and for no pattern that parity did not cover.
+    assert all(isinstance(row["speed-up"], float) for row in sections["ours"].values())
+    assert "| bigbird/causal" in (tmp_path / "dry_run.md").read_text()
+
+
+def test_without_a_gpu_the_suite_says_what_runs_here(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    command = [sys.executable, str(SUITE), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2
+    assert "--dry-run" in done.stderr
