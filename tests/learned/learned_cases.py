@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs, LayerSpec
+from sa_hf.patterns.routing import RoutingAttention, RoutingAttentionConfig
 
 
 def layer_spec(
@@ -50,3 +51,20 @@ class Memory:
         joined = tensor if name not in self.kept else torch.cat([self.kept[name], tensor], dim)
         self.kept[name] = joined
         return joined
+
+
+def build_routing(
+    heads: int = 2, kv_heads: int | None = None, causal: bool = False, **fields: object
+) -> RoutingAttention:
+    config = RoutingAttentionConfig(**{"num_clusters": 4, "window": 5, "local_window": 3, **fields})
+    return config.build(layer_spec(heads, kv_heads, causal=causal))
+
+
+def normalised(x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def cosine(x: Tensor, mu: Tensor) -> Tensor:
+    """``[n, k]``"""
+    return normalised(x) @ (mu / mu.norm(dim=-1, keepdim=True)).t()
