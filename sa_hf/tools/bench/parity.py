@@ -130,12 +130,13 @@ def option_parity(option: str, dtype: torch.dtype, device: torch.device, *, engi
         extra = [] if learned is None else [(learned.double() if exact else learned).detach().requires_grad_()]
         field = {"bias": "distance_bias"}.get(option, option)
         options = plain.with_tensors(**{field: extra[0]}) if extra else plain
+        q, k, v = leaves
         if exact:
-            out, _ = dense_attention(*leaves, counts, options)
+            out, _ = dense_attention(q, k, v, counts, options)
         else:
             plan = partial(_plan_of, config, heads, device)
             whole = Sequences.full(shape.batch, length, length)
-            out = attend(*leaves, whole, plan, options, choose_engine(name, leaves[0], options))
+            out = attend(q, k, v, whole, plan, options, choose_engine(name, q, options))
         return out.detach(), *torch.autograd.grad(out, [*leaves, *extra], grad.to(out.dtype))
 
     oracle, first, second = run("reference"), run(engine), run(engine)
