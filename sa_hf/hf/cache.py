@@ -122,6 +122,9 @@ class KeptLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
+        # Older Transformers fill a layer with zeros instead of emptying it.
+        self.keys = self.values = None
+        self.is_initialized = False
         self.slots, self.seen = torch.zeros(0, dtype=torch.int64), 0
 
     def evict(self, child: SparseAttention, inputs: AttentionInputs) -> None:

@@ -31,7 +31,9 @@ CONFIGS: dict[str, Any] = {
     "qwen3": lambda: tf.Qwen3Config(**_GROUPED, **_TOKENS),
     "mistral": lambda: tf.MistralConfig(**_GROUPED, **_TOKENS, sliding_window=8),
     "gemma2": lambda: tf.Gemma2Config(
-        **_GROUPED, **_TOKENS, sliding_window=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=16
+        # Older Transformers choose sdpa, which leaves the soft cap out.
+        **_GROUPED, **_TOKENS, sliding_window=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=16,
+        attn_implementation="eager",
     ),
     "gemma3": lambda: tf.Gemma3TextConfig(
         **_GROUPED, **_TOKENS, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
