@@ -29,6 +29,8 @@ SYSTEMS = (
     "longnet", "logsparse", "sparse_transformer", "sparsebert", "expire_span", "routing", "bigbird", "star",
 )  # fmt: skip
 
+HEADLINE_LENGTH = 16384  # tokens of the README's first table
+
 # What each picture shows: small enough that single pairs are visible.
 DRAWN: dict[str, tuple[dict[str, Any], int, bool]] = {
     "longnet": ({"segment_length": (16, 32, 64), "dilated_ratio": (1, 2, 4)}, 64, False),
@@ -99,22 +101,85 @@ def _shown(fields: dict[str, Any]) -> str:
     return ", ".join(f"`{k}={v}`" for k, v in fields.items())
 
 
+# Labels of scripts/benchmark.py, by system.
+BENCHMARK_LABELS = {
+    "longnet": ("longnet",), "logsparse": ("logsparse",), "sparse_transformer": ("fixed", "strided"),
+    "expire_span": ("expire_span",), "routing": ("routing", "routing causal"),
+    "bigbird": ("bigbird", "bigbird causal"), "star": ("star",),
+}  # fmt: skip
+
+
 def measured(name: str) -> str:
     """The rows of the result files that speak of a system."""
     blocks = []
-    for file, title in (("quality", "Quality"), ("benchmark_cpu", "Speed")):
-        path = RESULTS / f"{file}.json"
-        if not path.exists():
-            continue
-        data = json.loads(path.read_text())
-        rows = [row for row in data.get("rows", []) if row.get("system") == name or row.get("pattern") == name]
-        if rows:
-            blocks.append(f"**{title}** ({data['header']}):\n\n" + table(rows))
+    quality = RESULTS / "quality.json"
+    if quality.exists():
+        data = json.loads(quality.read_text())
+        blocks += [f"{label} ({data['header']}):\n\n{table(rows)}" for label, rows in quality_rows(data, name).items()]
+    speed = speed_rows(BENCHMARK_LABELS.get(name, ()))
+    if speed:
+        blocks.append(
+            f"Speed on the CPU against dense SDPA of the same causality ({benchmark_header()}):\n\n{table(speed)}"
+        )
     return "\n\n".join(blocks) or "Not measured yet."
 
 
+def quality_rows(data: dict[str, Any], name: str) -> dict[str, list[dict[str, Any]]]:
+    """The quality rows of a system by measurement."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        if row["system"] == name:
+            rest = {k: v for k, v in row.items() if k not in {"system", "measurement"}}
+            found.setdefault(row["measurement"][0].upper() + row["measurement"][1:], []).append(rest)
+    return found
+
+
+def benchmark() -> dict[str, Any] | None:
+    path = RESULTS / "benchmark_cpu.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def benchmark_header() -> str:
+    data = benchmark() or {}
+    machine = ", ".join(f"{key} {value}" for key, value in data.get("machine", {}).items())
+    return f"{data.get('shape')}; {machine}; `{data.get('command')}`"
+
+
+def speed_rows(labels: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Seconds and speed-up over dense, of contenders of the benchmark's speed section, at every length."""
+    rows = []
+    for row in (benchmark() or {}).get("speed", []):
+        dense = row["rows"]["dense"]["median_s"]
+        for label in labels:
+            found = row["rows"].get(label)
+            if found is not None and not row["dropout"]:
+                rows.append(
+                    {
+                        "pattern": label,
+                        "tokens": f"{row['length']:,}",
+                        "pass": "forward+backward" if row["backward"] else "forward",
+                        "dense, s": dense,
+                        "sparse, s": found["median_s"],
+                        "speed-up": f"{dense / found['median_s']:.1f}x",
+                        "pairs kept": f"{found['pairs'] / found['dense_pairs']:.1%}" if "pairs" in found else "by data",
+                    }
+                )
+    return rows
+
+
+def headline() -> str:
+    """The README's first table: every pattern at the longest common length."""
+    labels = tuple(label for system in BENCHMARK_LABELS.values() for label in system)
+    rows = speed_rows(labels)
+    if not rows:
+        return "Not measured yet."
+    tokens = f"{HEADLINE_LENGTH:,}"
+    chosen = [{k: v for k, v in row.items() if k != "tokens"} for row in rows if row["tokens"] == tokens]
+    return f"Attention at {tokens} tokens on a CPU ({benchmark_header()}), against dense SDPA:\n\n{table(chosen)}"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    columns = [c for c in rows[0] if c not in {"system", "pattern"}]
+    columns = list(dict.fromkeys(c for row in rows for c in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows]
     return "\n".join(lines)
@@ -151,8 +216,16 @@ def pages() -> dict[Path, str]:
         text = filled(path.read_text(), "configuration", configuration(pattern_class(name)))
         result[path] = filled(text, "measured", measured(name))
     readme = ROOT / "README.md"
-    result[readme] = filled(readme.read_text(), "gallery", gallery())
+    text = filled(readme.read_text(), "gallery", gallery())
+    text = filled(text, "headline", headline())
+    result[readme] = filled(text, "quickstart", quickstart())
     return result
+
+
+def quickstart() -> str:
+    """The table of the last committed run of scripts/quickstart.sh."""
+    path = RESULTS / "quickstart.md"
+    return path.read_text().strip() if path.exists() else "Not measured yet."
 
 
 def main() -> int:

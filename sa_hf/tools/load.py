@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def make_config(pattern: str, pairs: Sequence[str] = (), preset: str | None = No
     options = parse_options(pairs)
     if preset is not None:
         return cls.preset(preset, **options)
-    known = set(cls.__dataclass_fields__)
+    known = {field.name for field in dataclasses.fields(cls)}
     unknown = [o for o in options if o not in known]
     if unknown:
         raise SparseAttentionError(f"pattern {pattern!r} has no field {unknown[0]!r}; fields: {sorted(known)}")
