@@ -5,8 +5,9 @@ blocks and the widest matrix instruction); ``tune`` measures on a GPU and writes
 is read first. A JSON file named by ``SA_HF_TRITON_CONFIGS`` takes its place. Its form:
 ``{"forward|128|16|90": {"rows": 64, "columns": 64, "warps": 4, "stages": 2}}``.
 
-Variants of a kernel's name: ``forward`` is the plain one; ``forward+`` has options that cost registers (softcap, bias,
-spans, dropout, gathered slots); ``forward@128`` is plain on tiles of 128 rows.
+Variants of a kernel's name: ``forward`` is the plain one; ``forward+`` has one or two options that cost registers
+(softcap, bias, spans, dropout, gathered slots, key ranges), ``forward++`` more; ``forward@128`` is plain on tiles of
+128 rows. What a variant lacks it takes from the simpler one.
 """
 
 from __future__ import annotations
@@ -41,19 +42,17 @@ _SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
     ("forward", 256, 16): {0: Launch(64, 32, 8, 2)},
     ("forward@128", 64, 16): {0: Launch(128, 64, 8, 2)},
     ("forward@128", 128, 16): {0: Launch(128, 64, 8, 2), 80: Launch(64, 64, 4, 2)},
+    ("forward+", 64, 16): {0: Launch(64, 32, 4, 2)},
     ("forward+", 128, 16): {0: Launch(64, 32, 4, 2)},
-    ("forward", 64, 32): {0: Launch(32, 32, 8, 1)},
-    ("forward", 128, 32): {0: Launch(32, 16, 8, 1)},
-    ("forward", 256, 32): {0: Launch(16, 16, 8, 1)},
+    ("forward++", 256, 16): {0: Launch(64, 16, 8, 2)},
     ("query", 64, 16): {0: Launch(64, 64, 4, 2)},
     ("query", 128, 16): {0: Launch(64, 32, 4, 2)},
     ("query", 256, 16): {0: Launch(32, 32, 8, 2)},
     ("query@128", 64, 16): {0: Launch(128, 64, 8, 2)},
     ("query@128", 128, 16): {0: Launch(128, 32, 8, 2)},
-    ("query+", 128, 16): {0: Launch(64, 32, 4, 2)},
+    ("query+", 64, 16): {0: Launch(64, 32, 4, 2)},
     ("query+", 256, 16): {0: Launch(32, 16, 8, 2)},
-    ("query", 64, 32): {0: Launch(32, 32, 8, 1)},
-    ("query", 256, 32): {0: Launch(32, 16, 8, 1)},
+    ("query++", 128, 16): {0: Launch(64, 16, 4, 2)},
     ("key", 64, 16): {0: Launch(64, 32, 4, 2)},
     ("key", 128, 16): {0: Launch(64, 32, 8, 2)},
     ("key", 256, 16): {0: Launch(32, 32, 8, 1)},
@@ -61,27 +60,38 @@ _SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
     ("key@128", 128, 16): {0: Launch(128, 32, 8, 2), 80: Launch(64, 32, 8, 2)},
     ("key+", 64, 16): {0: Launch(64, 16, 8, 2)},
     ("key+", 128, 16): {0: Launch(64, 16, 8, 2)},
-    ("key", 64, 32): {0: Launch(32, 32, 8, 1)},
-    ("key", 128, 32): {0: Launch(32, 16, 8, 1)},
-    ("key", 256, 32): {0: Launch(16, 16, 4, 1)},
+    ("key++", 128, 16): {0: Launch(32, 32, 8, 2)},
     ("bias", 64, 16): {0: Launch(64, 64, 8, 1)},
     ("bias", 128, 16): {0: Launch(64, 64, 8, 1), 80: Launch(32, 32, 8, 1)},
-    ("bias", 256, 16): {0: Launch(32, 32, 8, 1), 80: Launch(16, 16, 4, 1)},
-    ("bias", 64, 32): {0: Launch(32, 32, 8, 1)},
-    ("bias", 256, 32): {0: Launch(16, 16, 4, 1)},
+    ("bias", 256, 16): {0: Launch(16, 16, 8, 1)},
     ("offsets", 64, 16): {0: Launch(64, 1, 4, 1)},
     ("offsets", 128, 16): {0: Launch(32, 1, 4, 1)},
     ("offsets", 256, 16): {0: Launch(16, 1, 4, 1)},
-    ("offsets", 64, 32): {0: Launch(32, 1, 4, 1)},
-    ("offsets", 128, 32): {0: Launch(16, 1, 4, 1)},
-    ("offsets", 256, 32): {0: Launch(16, 1, 8, 1)},
     ("offsets_key", 64, 16): {0: Launch(32, 1, 4, 1)},
     ("offsets_key", 128, 16): {0: Launch(16, 1, 4, 1)},
     ("offsets_key", 256, 16): {0: Launch(16, 1, 8, 1)},
-    ("offsets_key", 64, 32): {0: Launch(16, 1, 4, 1)},
-    ("offsets_key", 256, 32): {0: Launch(16, 1, 8, 1)},
+    ("decode", 64, 16): {0: Launch(16, 64, 4, 2)},
     ("decode", 128, 16): {0: Launch(16, 64, 4, 2)},
     ("decode", 256, 16): {0: Launch(16, 32, 4, 2)},
+    # fp32 has no matrix units at ieee precision: small tiles, one stage.
+    ("forward", 64, 32): {0: Launch(32, 32, 8, 1)},
+    ("forward", 128, 32): {0: Launch(32, 16, 8, 1)},
+    ("forward", 256, 32): {0: Launch(16, 16, 8, 1)},
+    ("query", 64, 32): {0: Launch(32, 32, 8, 1)},
+    ("query", 128, 32): {0: Launch(32, 16, 8, 1)},
+    ("query", 256, 32): {0: Launch(32, 16, 8, 1)},
+    ("key", 64, 32): {0: Launch(32, 32, 8, 1)},
+    ("key", 128, 32): {0: Launch(32, 16, 8, 1)},
+    ("key", 256, 32): {0: Launch(16, 16, 4, 1)},
+    ("bias", 64, 32): {0: Launch(32, 32, 8, 1)},
+    ("bias", 128, 32): {0: Launch(16, 16, 4, 1)},
+    ("bias", 256, 32): {0: Launch(16, 16, 4, 1)},
+    ("offsets", 64, 32): {0: Launch(32, 1, 4, 1)},
+    ("offsets", 128, 32): {0: Launch(16, 1, 4, 1)},
+    ("offsets", 256, 32): {0: Launch(16, 1, 8, 1)},
+    ("offsets_key", 64, 32): {0: Launch(16, 1, 4, 1)},
+    ("offsets_key", 128, 32): {0: Launch(16, 1, 8, 1)},
+    ("offsets_key", 256, 32): {0: Launch(16, 1, 8, 1)},
     ("decode", 64, 32): {0: Launch(16, 32, 4, 2)},
     ("decode", 128, 32): {0: Launch(16, 32, 4, 1)},
     ("decode", 256, 32): {0: Launch(16, 16, 4, 1)},
@@ -90,18 +100,16 @@ _SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
 
 def launch(kernel: str, head_dim: int, bits: int, arch: int | str) -> Launch:
     """The configuration of a kernel or variant; ``arch`` 0 is the interpreter."""
-    buckets = [d for d in (64, 128, 256) if head_dim <= d]
+    bucket = next(d for d in (64, 128, 256) if head_dim <= d)
     tuned = _tuned(os.environ.get("SA_HF_TRITON_CONFIGS", str(TUNED)))
-    key = f"{kernel}|{buckets[0]}|{bits}|{arch}"
+    key = f"{kernel}|{bucket}|{bits}|{arch}"
     for table in (_trial, tuned):
         if key in table:
             return table[key]
-    plain = kernel.rstrip("+").removesuffix("@128")
-    for name in (kernel, plain):
-        for bucket in buckets:
-            shipped = _SHIPPED.get((name, bucket, bits))
-            if shipped is not None:
-                return shipped.get(arch, shipped[0])
+    for name in (kernel, kernel.replace("++", "+"), kernel.rstrip("+").removesuffix("@128")):
+        shipped = _SHIPPED.get((name, bucket, bits))
+        if shipped is not None:
+            return shipped.get(arch, shipped[0])
     raise KeyError(f"no launch configuration for {kernel} at head_dim={head_dim}, {bits} bits")
 
 

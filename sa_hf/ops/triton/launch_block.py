@@ -200,8 +200,9 @@ def bias_table(bias: Tensor, value: Tensor, grad_out: Tensor, scores: Scores) ->
 
 def variant(kernel: str, lists: TileLists, scores: Scores) -> str:
     """The name of a kernel in the table of launch configurations."""
-    if scores.demanding or lists.ranges is not None:
-        return kernel + "+"
+    demanding = scores.demanding + (lists.ranges is not None)
+    if demanding:
+        return kernel + ("+" if demanding <= 2 else "++")
     return kernel + "@128" if min(lists.tile_q, lists.tile_k) >= 128 else kernel
 
 

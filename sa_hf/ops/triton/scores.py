@@ -98,9 +98,10 @@ class Scores:
         }  # fmt: skip
 
     @property
-    def demanding(self) -> bool:
-        """Whether an option is set that costs a kernel registers."""
-        return self.softcapped or any(x is not None for x in self.pointers.values())
+    def demanding(self) -> int:
+        """How many options are set that cost a kernel registers."""
+        gathered = self.query.index is not None or self.key.index is not None
+        return gathered + self.softcapped + sum(x is not None for x in (self.bias, self.spans, self.row_words))
 
     @property
     def softcapped(self) -> bool:
