@@ -76,7 +76,7 @@ def run(sizes: Sizes, output: Path) -> dict[str, Any]:
         eval_rows=sizes.evaluation,
         batch_size=sizes.section_batch,
         eval_batch_size=sizes.section_batch,
-        lr=2e-4,
+        lr=3e-4,
         # Attention dropout keeps dense attention off its fused kernel (n x n in memory); all variants go without.
         model_set="attention_probs_dropout_prob=0.0",
         verify="none",

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.corpus import package_sources, sections
 
-TOPICS = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
+TOPICS = ("asyncio", "email", "multiprocessing", "unittest", "xml")
 EVALUATION_SHARE = 0.25
 
 Split = Literal["train", "evaluation"]
@@ -39,7 +39,7 @@ class TopicTask:
     """
 
     sections: int = 8
-    majority: int = 4
+    majority: int = 5
     section_size: int = 1850
     topics: tuple[str, ...] = TOPICS
 

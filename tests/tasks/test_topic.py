@@ -59,10 +59,10 @@ def test_the_first_section_alone_leaves_the_label_open() -> None:
     sources = package_sources(TopicTask().topics)
     texts = ["\0".join(s.text for s in sources[name]) for name in TopicTask().topics]
     right = sum(max(r["text"][:1500].split("\n"), key=len) in texts[r["label"]] for r in rows) / len(rows)
-    assert 0.4 < right < 0.6
+    assert 5 / 8 - 0.1 < right < 5 / 8 + 0.1
 
 
-@pytest.mark.parametrize("fields", [{"sections": 4, "majority": 1}, {"sections": 12, "majority": 2}])
+@pytest.mark.parametrize("fields", [{"sections": 4, "majority": 1}, {"sections": 9, "majority": 2}])
 def test_a_label_that_is_no_majority_is_refused(fields: dict[str, int]) -> None:
     with pytest.raises(SparseAttentionError, match=r"majority=.*nearest"):
         TopicTask(**fields)
