@@ -16,10 +16,10 @@ What remains, beyond our reach:
   ``trust_remote_code=True``, or that passes a fresh ``config=``, is dense. With trust the former raises; but a
   ``pipeline`` that is given it as a model argument then falls back to the plain class, which is dense.
 - A class of your own is not in the Auto mappings: load it by ``sparse_class(MyModel).from_pretrained(folder)``.
-- A folder that also holds a PEFT adapter loads both, and then the base's ``sparse.*`` weights are not checked for
-  being complete.
 - ``variant=`` saves leave the files of other variants in the folder; ``distributed_checkpoint=True`` (rank-local
   shards for resuming) is written in place, not all at once.
+- A PEFT adapter loads by ``PeftModel.from_pretrained(base, folder)``. Given the adapter's folder, older versions of
+  Transformers do not find what it saved of ``sparse.*``: 5.17 raises, 5.5 says nothing.
 - Overwriting a checkpoint needs room for both until the new one is complete.
 - What a checkpoint carries loads, runs, trains, saves and unpatches (``model.unpatch_model()``); drawing, the tools and
   the command line need ``pip install sa_hf``.
@@ -40,13 +40,14 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from sa_hf.errors import SparseAttentionError
+from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 from sa_hf.hf.assignment import Assignment, assignment_from_dict
 from sa_hf.hf.publish import REMOTE_FILE, save_whole
 
 CONFIG_KEY = "sa_hf"
 # Read by a load without our code, whose error then shows it; nobody registers a function under this name.
 REMEDY = "sa_hf: load with trust_remote_code=True"
+_CHECKED = "sa_hf_state_checked"
 
 
 # -- a model in memory ---------------------------------------------------------------------------------------------
@@ -102,11 +103,28 @@ class SparseModelMixin:
         _apply(self, assignment)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        loaded = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]  # as above
-        model, info = loaded
-        _check_sparse_state(model, info)
-        return loaded if output_loading_info else model
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]  # as above
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not getattr(model, _CHECKED, False):
+            raise UnsupportedModelError(
+                f"transformers {transformers.__version__} did not report which weights it found, so learned sparse "
+                "state may be missing; save without distributed_checkpoint=True, or use a tested transformers"
+            )
+        delattr(model, _CHECKED)
+        return loaded
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        info = super().load_adapter(*args, **kwargs)  # type: ignore[misc]  # as above
+        if info is not None:
+            _check_sparse_state(cast(PreTrainedModel, self), info.to_dict())
+        return info
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        # The report of from_pretrained itself will not do: with a PEFT adapter in the folder it is the adapter's.
+        super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]  # as above
+        _check_sparse_state(cast(PreTrainedModel, self), loading_info.to_dict())
+        setattr(self, _CHECKED, True)
 
     @functools.wraps(PreTrainedModel.save_pretrained)
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

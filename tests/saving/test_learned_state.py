@@ -2,11 +2,19 @@
 
 import pytest
 import torch
+import transformers
 from conftest import AUTO, FAMILIES, LEARNED, WITHOUT_STATE, bert, inputs, llama, one_step, output
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from sa_hf import ExpireSpanAttentionConfig, RoutingAttentionConfig, SparseAttentionError, available_patterns
+from sa_hf import (
+    ExpireSpanAttentionConfig,
+    RoutingAttentionConfig,
+    SparseAttentionError,
+    UnsupportedModelError,
+    available_patterns,
+    freeze_masks,
+)
 from sa_hf.hf.patching import patch_model, unpatch_model
 
 
@@ -47,6 +55,17 @@ def test_every_pattern(tmp_path, name):
     one_step(loaded).save_pretrained(tmp_path / "m")
     final = load(tmp_path / "m", AUTO[family]).state_dict()
     assert all(torch.equal(final[key], value) for key, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("structure", ["structured", "unstructured"])
+def test_frozen_masks(tmp_path, structure):
+    model = one_step(patch_model(bert(), "sparsebert", mask_length=96, structure=structure))
+    expected = output(model, inputs(model))
+    freeze_masks(model).save_pretrained(tmp_path / "m")
+    loaded = load(tmp_path / "m")
+    assert not any("logits" in name for name in loaded.state_dict())
+    assert torch.equal(output(loaded, inputs(model)), output(model, inputs(model)))
+    assert torch.allclose(output(loaded, inputs(model)), expected, atol=1e-5)
 
 
 def test_patterns_by_heads(tmp_path):
@@ -124,6 +143,14 @@ def test_dense_weights_under_a_sparse_config_are_loud(tmp_path):
     bert().save_pretrained(tmp_path / "dense")
     (tmp_path / "dense" / "model.safetensors").replace(tmp_path / "m" / "model.safetensors")
     with pytest.raises(SparseAttentionError, match=r"missing.*layer\.0.*layer\.1"):
+        load(tmp_path / "m")
+
+
+def test_a_load_that_reports_nothing_is_loud(tmp_path, monkeypatch):
+    """Should a transformers stop calling the method that is overridden, loading fails instead of going unchecked."""
+    learned().save_pretrained(tmp_path / "m")
+    monkeypatch.setattr(transformers.PreTrainedModel, "_finalize_model_loading", lambda model, config, info: info)
+    with pytest.raises(UnsupportedModelError, match="did not report"):
         load(tmp_path / "m")
 
 
