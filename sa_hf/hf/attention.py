@@ -240,7 +240,7 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         request = next((x for x in (*args, *kwargs.values()) if isinstance(x, MaskRequest)), None)
         conv.prepare(hidden, _layer_sequences(place, request, hidden), memory)
     if has_bias_table(module) and kwargs.get("position_bias") is None:
-        kwargs["position_bias"] = bias_table(module, _positions(kwargs.get("mask"), hidden))
+        kwargs["position_bias"] = bias_table(module, _positions(kwargs.get("mask"), hidden), hidden.device)
     return args, kwargs
 
 

@@ -45,8 +45,8 @@ class ConvTaps(nn.Module):
         weight: Tensor = self.query  # type: ignore[assignment]  # a Parameter
         return weight.shape[0]
 
-    def added(self, name: str, length: int) -> Tensor:
-        """What the taps add to a projection's output, ``[batch, length, heads * head_dim]``."""
+    def forward(self, name: str, length: int) -> Tensor:
+        """What the taps add to the projection of "query" or "key", ``[batch, length, heads * head_dim]``."""
         weight: Tensor = getattr(self, name)
         total = sum(nn.functional.linear(x, w) for x, w in zip(self._earlier, weight, strict=True))
         assert isinstance(total, Tensor)  # a kernel has at least two taps
@@ -133,18 +133,18 @@ class ConvHook:
 
     def query(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         conv = self._taps()
-        return output if conv is None else output + conv.added("query", output.shape[1])
+        return output if conv is None else output + conv("query", output.shape[1])
 
     def key(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         conv = self._taps()
-        return output if conv is None else output + conv.added("key", output.shape[1])
+        return output if conv is None else output + conv("key", output.shape[1])
 
     def thirds(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         conv = self._taps()
         if conv is None:
             return output
         length = output.shape[1]
-        added = torch.cat([conv.added("query", length), conv.added("key", length)], dim=-1)
+        added = torch.cat([conv("query", length), conv("key", length)], dim=-1)
         return output + nn.functional.pad(added, (0, output.shape[-1] - added.shape[-1]))
 
     def thirds_of_heads(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class ConvHook:
         if conv is None:
             return output
         length, shape = output.shape[1], (*output.shape[:2], self.num_heads, -1)
-        query, key = (conv.added(name, length).view(shape) for name in ("query", "key"))
+        query, key = (conv(name, length).view(shape) for name in ("query", "key"))
         return output + torch.cat([query, key, torch.zeros_like(key)], dim=-1).view(output.shape)
 
 

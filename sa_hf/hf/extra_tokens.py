@@ -37,6 +37,9 @@ class ExtraTokens(nn.Module):
         values = torch.randn(config.extra_tokens, spec.hidden_size, generator=generator) * INITIAL_STD
         self.tokens = nn.Parameter(values.to(device=spec.device, dtype=spec.dtype))
 
+    def forward(self) -> Tensor:
+        return self.tokens
+
 
 def starts_as_mean(config: SparseAttentionConfig) -> bool:
     """Whether the tokens start as the mean of the sequence's embeddings (the virtual relay), not as parameters."""
@@ -123,7 +126,7 @@ class ExtraTokenHooks:
     def _initial(self, hidden: Tensor, given: list[Any]) -> Tensor:
         child = active_child(self.owner)
         if not starts_as_mean(child.config):
-            tokens: Tensor = child.extra.tokens
+            tokens: Tensor = child.extra()
             return tokens.to(hidden.dtype).expand(hidden.shape[0], -1, -1)
         request = next((x for x in given if isinstance(x, MaskRequest)), None)
         if request is None or request.padding is None:

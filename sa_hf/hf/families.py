@@ -206,9 +206,19 @@ def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | Non
         causal=causal,
         max_length=limit,
         band=own_window(module, index, causal),
-        device=parameter.device,
+        device=_device(module, parameter),
         dtype=parameter.dtype if parameter.dtype.is_floating_point else torch.float32,
     )
+
+
+def _device(module: nn.Module, parameter: torch.Tensor) -> torch.device:
+    """Where a layer computes: weights that Accelerate has offloaded are on "meta" between calls."""
+    if parameter.is_meta:
+        for part in module.modules():
+            device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return parameter.device
 
 
 def own_window(module: nn.Module, index: int, causal: bool) -> Band:

@@ -19,10 +19,10 @@ def has_bias_table(module: nn.Module) -> bool:
     return bool(getattr(module, "has_relative_attention_bias", False)) and hasattr(module, "_relative_position_bucket")
 
 
-def bias_table(module: Any, length: int) -> Tensor:
+def bias_table(module: Any, length: int, device: torch.device) -> Tensor:
     """The bias of every distance within ``length`` positions, ``[1, heads, 1, 2 * length - 1]``; differentiable."""
-    weight = module.relative_attention_bias.weight
-    distance = torch.arange(1 - length, length, device=weight.device)
+    # Not the weight's device: an offloaded weight is on "meta" until its embedding is called.
+    distance = torch.arange(1 - length, length, device=device)
     bucket = module._relative_position_bucket(
         distance,
         bidirectional=not module.is_decoder,
