@@ -14,9 +14,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.parts import BAND, FULL, BlockLayout, SegmentPart
 
 UNBOUNDED = 1 << 30
+TILES = (16, 32, 64, 128)
 # A list is cut at T = max(16, min(2 * mean length, all / 32)) tiles: regular lists stay whole (no partials), a global
 # row or column becomes many items, and a layout of one long row still fills the machine (32 items per head).
 SMALLEST_CUT = 16
@@ -173,6 +175,10 @@ _LISTS: weakref.WeakKeyDictionary[BlockLayout, TileLists] = weakref.WeakKeyDicti
 def layout_lists(layout: BlockLayout) -> TileLists:
     """The lists of a layout; kept as long as the layout lives."""
     if layout not in _LISTS:
+        for name, tile in (("block_q", layout.block_q), ("block_k", layout.block_k)):
+            if tile not in TILES:
+                nearest = min(TILES, key=lambda t: abs(t - tile))
+                raise SparseAttentionError(f"{name}={tile} must be one of {TILES} for the kernels; nearest: {nearest}")
         index = torch.arange(layout.columns.numel(), device=layout.columns.device)
         _LISTS[layout] = TileLists(
             layout.query_slots, layout.key_slots, layout.block_q, layout.block_k, layout.batch, layout.heads,

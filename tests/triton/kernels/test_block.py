@@ -6,6 +6,7 @@ import pytest
 import torch
 from parity import assert_exact, error, errors, make, oracle
 
+from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.layout import build_layout
 from sa_hf.ops.parts import BAND, FULL, Band, BlockLayout, BlockPart, ScoreOptions, SegmentPart
 from sa_hf.ops.triton import TritonEngine
@@ -241,6 +242,12 @@ def test_backward_is_the_same_twice_and_views_are_served() -> None:
     for name in ("query", "key", "value", "distance_bias", "spans"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
         assert torch.equal(getattr(first, name), getattr(third, name)), name
+
+
+def test_tiles_that_no_kernel_has_are_refused() -> None:
+    layout = build_layout(speckled, 30, 30, heads=1, block=24)
+    with pytest.raises(SparseAttentionError, match="block_q=24"):
+        layout_lists(layout)
 
 
 def test_reasons() -> None:
