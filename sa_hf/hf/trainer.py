@@ -24,7 +24,7 @@ def training_figures(model: nn.Module) -> dict[str, float]:
     The auxiliary losses as :func:`sa_hf.auxiliary_losses` names them, and the mean over the layers of each figure of
     the patterns (spans, density, cluster entropy). Empty for a model that is not patched.
     """
-    figures = {f"sparse/{name}": float(loss) for name, loss in total_losses(_layers(model)).items()}
+    figures = {f"sparse/{name}": float(loss.detach()) for name, loss in total_losses(_layers(model)).items()}
     by_name: dict[str, list[float]] = defaultdict(list)
     for module in _layers(model):
         for name, value in module.figures().items():
