@@ -57,6 +57,14 @@ def sparse_attention(
             "sparse_attention serves the static patterns"
         )
     check_inputs(query, key, value, scale, dropout)
+    if isinstance(layer_idx, bool) or not isinstance(layer_idx, int) or layer_idx < 0:
+        raise SparseAttentionError(f"layer_idx={layer_idx!r} must be an integer >= 0; nearest: 0")
+    kernel = getattr(config, "conv_kernel_size", 1)
+    if kernel > 1:
+        raise NotStaticError(
+            f"{config.name}.conv_kernel_size={kernel} makes queries and keys by learned taps over the layer's "
+            "input: use patch_model, or conv_kernel_size=1 on queries and keys that are made already"
+        )
     if config.extra_tokens:
         raise SparseAttentionError(
             f"{config.name} with {config.extra_tokens} extra tokens needs a model that carries them: use patch_model"

@@ -90,7 +90,9 @@ def _sequences(
 def _flat(sequences: AnySequences) -> list[int]:
     if isinstance(sequences, PendingSequences) or sequences.is_full:
         return []
-    return [x for s in sequences.spans for x in (s.row, s.query_start, s.query_length, s.key_start, s.key_length)]
+    # No sequence at all (a batch of padding) is one empty span: an empty list means whole rows.
+    spans = sequences.spans or (Span(0, 0, 0, 0, 0),)
+    return [x for s in spans for x in (s.row, s.query_start, s.query_length, s.key_start, s.key_length)]
 
 
 def _options(

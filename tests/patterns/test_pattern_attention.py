@@ -16,7 +16,9 @@ from sa_hf import (
     BigBirdAttentionConfig,
     LogSparseAttentionConfig,
     LongNetAttentionConfig,
+    NotStaticError,
     SlidingWindowAttentionConfig,
+    SparseAttentionError,
     SparseTransformerAttentionConfig,
     StarAttentionConfig,
     sparse_attention,
@@ -105,6 +107,23 @@ def test_padding_is_as_if_cut_out(config: StaticPatternConfig, causal: bool) -> 
         alone = by_definition(*(x[row : row + 1, :, real] for x in tensors[:3]), counts)
         rows.append(torch.zeros(1, HEADS, n, HEAD_DIM, dtype=torch.float64).index_copy(2, real, alone))
     assert_same(config, tensors, torch.cat(rows), causal=causal, attention_mask=mask)
+
+
+@cases
+def test_a_batch_of_padding_is_zero(config: StaticPatternConfig) -> None:
+    tensors = inputs(2, 20)
+    out = sparse_attention(*tensors[:3], config, attention_mask=torch.zeros(2, 20))
+    assert torch.equal(out, torch.zeros_like(out))
+    for grad in torch.autograd.grad(out, tensors[:3], tensors[3]):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_calls_that_would_leave_something_out_raise() -> None:
+    query, key, value, _ = inputs(1, 20)
+    with pytest.raises(NotStaticError, match=r"conv_kernel_size=3 .*use patch_model, or conv_kernel_size=1"):
+        sparse_attention(query, key, value, LogSparseAttentionConfig(conv_kernel_size=3))
+    with pytest.raises(SparseAttentionError, match="layer_idx=-1 must be an integer >= 0; nearest: 0"):
+        sparse_attention(query, key, value, BigBirdAttentionConfig(), layer_idx=-1)
 
 
 @cases
