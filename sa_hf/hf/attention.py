@@ -129,11 +129,10 @@ def sparse_attention_forward(
             causal = request.causal if request is not None else bool(getattr(module, "is_causal", False))
         band = request.band if request is not None else _window(window, causal)
         sequences = _sequences(place, request, query, key, kwargs)
-    keys = absolute_keys(key, value, sequences.key_length, request, call.memory)
     inputs = AttentionInputs(
         query=query,
-        key=keys.key,
-        value=keys.value,
+        key=key,
+        value=value,
         sequences=sequences,
         causal=causal,
         scale=default_scale(query.shape[-1]) if scaling is None else float(scaling),
@@ -148,6 +147,10 @@ def sparse_attention_forward(
     )
     if call.memory is not None:
         call.memory.settle()
+        inputs.key_slots = call.memory.kept_slots(sequences.key_length)
+    if inputs.key_slots is None or not child.reads_listed_keys(inputs):
+        inputs.key, inputs.value = absolute_keys(key, value, sequences.key_length, request, inputs.key_slots)
+        inputs.key_slots = None
     out = child(inputs)
     if call.memory is not None:
         call.memory.evict(child, inputs)

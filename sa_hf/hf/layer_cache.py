@@ -173,6 +173,11 @@ class LayerMemory:
             memory_of(self.layer).update(self.pending)
             self.pending.clear()
 
+    def kept_slots(self, length: int) -> Tensor | None:
+        """The slots of the keys that a sparse cache handed out; None where it dropped none, or is no sparse cache."""
+        slots: Tensor | None = getattr(self.layer, "slots", None)
+        return None if slots is None or len(slots) == length else slots
+
     def evict(self, child: SparseAttention, inputs: AttentionInputs) -> None:
         """Let a ``sparse_cache`` drop what the layer's pattern can no longer read."""
         evict = getattr(self.layer, "evict", None)
@@ -180,26 +185,18 @@ class LayerMemory:
             evict(child, inputs)
 
 
-@dataclass(frozen=True, eq=False)
-class Keys:
-    """Keys and values at every position: ``[batch, key heads, positions, head_dim]``."""
-
-    key: Tensor
-    value: Tensor
-
-
 def absolute_keys(
-    key: Tensor, value: Tensor, length: int, request: MaskRequest | None, memory: LayerMemory | None
-) -> Keys:
-    """Keys and values with slot ``j`` at position ``j``, whatever the cache hands out.
+    key: Tensor, value: Tensor, length: int, request: MaskRequest | None, slots: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[batch, key heads, length, head_dim]`` with key ``j`` at slot ``j``, whatever the cache hands
+    out (the keys at ``slots``, where a sparse cache dropped others).
 
     A static cache hands out its whole capacity, a sliding one only the last keys: the keys that it dropped, which the
     model's own window excludes, come back as zeros and are never read.
     """
     held = key.shape[2]
-    slots = None if memory is None else getattr(memory.layer, "slots", None)
     if slots is not None:
-        return Keys(*(placed(x, slots, length, dim=2) for x in (key, value)))
+        return placed(key, slots, length, dim=2), placed(value, slots, length, dim=2)
     first = 0 if request is None else request.key_offset
     if first:
         key, value = (nn.functional.pad(x, (0, 0, first, 0)) for x in (key, value))
@@ -208,7 +205,7 @@ def absolute_keys(
         raise SparseAttentionError(
             f"the cache handed out {held} keys for {length} positions; this cache is not supported"
         )
-    return Keys(key[:, :, :length], value[:, :, :length])
+    return key[:, :, :length], value[:, :, :length]
 
 
 def placed(x: Tensor, slots: Tensor, length: int, dim: int) -> Tensor:

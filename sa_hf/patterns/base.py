@@ -87,7 +87,8 @@ class AttentionInputs:
     ``hidden_states [B, Nq, hidden]`` the layer's input, ``distance_bias [H, 2 * N - 1]`` as in ``ScoreOptions``,
     ``rotary`` the layer's ``(cos, sin)`` ``[B, Nq, D]`` or None. ``remember(name, tensor, dim)`` joins a per-token
     tensor of the new positions to the cached ones along ``dim`` and returns that of all key positions; it is None
-    without a cache (then ``Nq == Nk``).
+    without a cache (then ``Nq == Nk``). ``key_slots [Nk]`` are the slots of the keys, ascending, where a cache has
+    dropped others and the pattern ``reads_listed_keys``; None: key ``j`` stands at slot ``j``.
     """
 
     query: Tensor
@@ -104,6 +105,7 @@ class AttentionInputs:
     hidden_states: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     remember: Callable[..., Tensor] | None = None
+    key_slots: Tensor | None = None
 
 
 class StaticPatternConfig(SparseAttentionConfig):
@@ -321,6 +323,10 @@ class SparseAttention(nn.Module):
     def figures(self) -> dict[str, float]:
         """Figures of the last forward to report: spans, cluster sizes, mask density."""
         return {}
+
+    def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
+        """Whether this call can take the keys that a cache kept, by their slots, without those that it dropped."""
+        return False
 
     def expired_keys(self) -> Tensor | None:
         """Key slots of the last forward that no later query can read, bool ``[B, Nk]`` (padding is); None: not known."""

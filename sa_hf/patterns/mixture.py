@@ -80,6 +80,9 @@ class MixedSparseAttention(SparseAttention):
             remember=named,
         )
 
+    def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
+        return all(part.reads_listed_keys(inputs) for part in self._parts())
+
     def aux_losses(self) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
         for part in self._parts():

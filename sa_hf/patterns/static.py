@@ -46,6 +46,8 @@ class StaticSparseAttention(SparseAttention):
         if self._decodes(inputs):
             at = Geometry(1, 1, self.heads, self.spec.num_heads, self.spec.layer_idx, True, inputs.band)
             index = decode_index(self.config, at, inputs.sequences).to(inputs.query.device)
+            if inputs.key_slots is not None:
+                index = _places(index, inputs.key_slots)
             return decode_attention(inputs.query, inputs.key, inputs.value, index, options, inputs.engine)
         layer = layer_key(
             self.config, self.heads, self.spec.num_heads, self.spec.layer_idx, inputs.causal, inputs.band, inputs.engine
@@ -54,12 +56,23 @@ class StaticSparseAttention(SparseAttention):
 
     def _decodes(self, inputs: AttentionInputs) -> bool:
         """Whether a few new queries meet a cache: each then reads its own keys and no others."""
-        new, held = inputs.query.shape[2], inputs.key.shape[2]
+        new, held = inputs.query.shape[2], inputs.sequences.key_length
         if not inputs.causal or new == held or new > DECODE_QUERIES or inputs.dropout > 0:
             return False
-        # Distances there are between slots, which zeros inside a mask set apart from positions.
-        moved = inputs.sequences.key_gather is not None and inputs.distance_bias is not None
-        return inputs.engine != "reference" and not moved
+        # Distances there are between slots, which zeros inside a mask and dropped keys set apart from positions.
+        moved = inputs.sequences.key_gather is not None or inputs.key_slots is not None
+        return inputs.engine != "reference" and not (moved and inputs.distance_bias is not None)
+
+    def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
+        return self._decodes(inputs)
+
+
+def _places(index: Tensor, key_slots: Tensor) -> Tensor:
+    """Where the listed slots stand among those that a cache kept; every listed one must be there."""
+    places = torch.searchsorted(key_slots, index.clamp(min=0)).clamp(max=max(0, len(key_slots) - 1))
+    if bool(((key_slots[places] != index) & (index >= 0)).any()):
+        raise RuntimeError("the cache dropped a key that the pattern still reads: `keep` and `decode_keys` disagree")
+    return places.where(index >= 0, -1)
 
 
 @lru_cache(maxsize=DECODE_CACHED)

@@ -187,6 +187,25 @@ def test_sparse_cache_of_other_models(family: str) -> None:
     assert all(row["kept"] < row["seen"] for row in cache.report().values())
 
 
+def test_a_step_reads_the_kept_keys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sa_hf.patterns import static
+
+    lengths: list[int] = []
+    decode = static.decode_attention
+
+    def recorded(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+        lengths.append(key.shape[2])
+        return decode(query, key, *rest)
+
+    monkeypatch.setattr(static, "decode_attention", recorded)
+    model = tiny_model("llama")
+    sa_hf.patch_model(model, {"0": "star", "1": {"heads": {"0-1": "star", "2-": PATTERNS["window"]}}})
+    ids, mask = prompt()
+    out = generate(model, ids, mask, past_key_values=sa_hf.sparse_cache(model))
+    assert max(lengths) < 10
+    assert torch.equal(out.sequences, generate(model, ids, mask).sequences)
+
+
 def test_sparse_cache_keeps_dense_layers_whole_and_refuses_to_be_cropped() -> None:
     model = tiny_model("llama")
     sa_hf.patch_model(model, "sliding_window", window=4, layers="0")
