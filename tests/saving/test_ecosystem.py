@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -267,6 +268,7 @@ def test_from_a_hub_repository(tmp_path, monkeypatch):
     model.save_pretrained(repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     options = {"cache_dir": tmp_path, "local_files_only": True}
     loaded = load("me/sparse.model-1", AutoModelForCausalLM, **options)
     assert torch.equal(output(loaded, inputs(model)), output(model, inputs(model)))
