@@ -1,0 +1,201 @@
+"""CPU benchmark: time and peak memory of dense SDPA, compiled FlexAttention and every sparse pattern.
+
+    python scripts/benchmark.py                       # everything, about an hour on 2 cores
+    python scripts/benchmark.py --section speed --length 16384
+    python scripts/benchmark.py --quick               # toy sizes, one minute: does it all still run
+
+Times of one table row come from one process that calls the contenders in turn; memory from a process of its own per
+contender. Results go to ``model_cards/results/benchmark_cpu.{json,md,png}`` as they come.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RESULTS = Path(__file__).resolve().parent.parent / "model_cards" / "results"
+SECTIONS = ("speed", "training", "memory", "growth")
+SPEED_LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
+GROWTH_LENGTHS = [2048, 4096, 8192, 16384, 32768, 65536]
+QUICK_SPEED, QUICK_GROWTH = [128, 256], [128, 256, 512]
+DROPOUT = 0.1
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    section: Annotated[
+        list[str] | None, typer.Option(help=f"one or more of {', '.join(SECTIONS)}; default all")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="lengths in tokens; default 1k to 32k, growth 2k to 64k")
+    ] = None,
+    pattern: Annotated[list[str] | None, typer.Option(help="row labels; default all")] = None,
+    threads: Annotated[int, typer.Option(help="torch threads; 0 leaves torch's choice")] = 0,
+    seconds: Annotated[float, typer.Option(help="measuring time per table row, at least two rounds")] = 20.0,
+    quick: Annotated[bool, typer.Option(help="toy sizes, for CI")] = False,
+    output: Annotated[
+        Path, typer.Option(help="folder of the result files", show_default="model_cards/results")
+    ] = RESULTS,
+    child: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure and write the tables."""
+    if child is not None:
+        print(json.dumps(measure(json.loads(child))))
+        return
+    from sa_hf.tools.bench.cpu import cpu_cases
+
+    labels = list(cpu_cases(1024, toy=quick))
+    check_choices("section", section, SECTIONS)
+    check_choices("pattern", pattern, labels)
+    shared = {"threads": threads, "toy": quick, "seconds": 0.0 if quick else seconds}
+    bench = Bench(output, shared, [x for x in labels if not pattern or x in pattern])
+    wanted = section or SECTIONS
+    speed, growth = (
+        length or (QUICK_SPEED if quick else SPEED_LENGTHS),
+        length or (QUICK_GROWTH if quick else GROWTH_LENGTHS),
+    )
+    if "speed" in wanted:
+        bench.speed(speed, dropout=0.0)
+    if "training" in wanted:
+        bench.speed(speed[-2:], dropout=DROPOUT)
+    if "memory" in wanted:
+        bench.memory(speed)
+    if "growth" in wanted:
+        bench.growth(growth)
+    bench.draw()
+    print(f"wrote {bench.path('json')}, .md and .png")
+
+
+def check_choices(option: str, values: list[str] | None, choices: Iterable[str]) -> None:
+    for value in values or ():
+        if value not in choices:
+            raise typer.BadParameter(f"{value!r} is none of {sorted(choices)}", param_hint=f"--{option}")
+
+
+# -- in a process of its own ---------------------------------------------------------------------------------------
+
+
+def measure(task: dict[str, Any]) -> dict[str, Any]:
+    """Run one task; what it prints is read by the parent."""
+    import torch
+
+    from sa_hf.tools.bench import cpu
+
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    kind, length, toy = task["kind"], task["length"], task["toy"]
+    if kind == "time":
+        return cpu.time_side_by_side(
+            task["labels"], length, causal=task["causal"], backward=task["backward"], dropout=task["dropout"],
+            seconds=task["seconds"], toy=toy,
+        )  # fmt: skip
+    if kind == "memory":
+        return cpu.peak_memory(task["label"], length, causal=task["causal"], toy=toy)
+    if kind == "parity":
+        return {label: cpu.parity_error(label, length, toy=toy) for label in task["labels"]}
+    return cpu.growth(task["label"], length, toy=toy)
+
+
+class Bench:
+    """Starts the measuring processes and keeps the result files up to date."""
+
+    def __init__(self, output: Path, shared: dict[str, Any], labels: list[str]) -> None:
+        import torch
+
+        from sa_hf.tools.bench.cpu import cpu_cases
+        from sa_hf.tools.bench.report import machine
+
+        if shared["threads"]:
+            torch.set_num_threads(shared["threads"])
+        output.mkdir(parents=True, exist_ok=True)
+        self.output, self.shared = output, shared
+        self.cases = {label: case for label, case in cpu_cases(1024, shared["toy"]).items() if label in labels}
+        self.result: dict[str, Any] = {
+            "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+            "machine": machine(torch.device("cpu")),
+            "shape": "batch 1, 8 heads, head_dim 64, fp32",
+            "speed": [], "memory": [], "growth": [],
+        }  # fmt: skip
+        # Outputs and gradients against fp64; a pattern that fails shows no speed-up.
+        self.result["parity"] = self.run(kind="parity", labels=labels, length=96 if shared["toy"] else 1000)
+        self.sound = [label for label, error in self.result["parity"].items() if error < 1e-5]
+
+    def path(self, suffix: str) -> Path:
+        return self.output / f"benchmark_cpu{'_quick' if self.shared['toy'] else ''}.{suffix}"
+
+    def run(self, **task: Any) -> dict[str, Any]:
+        """One task in a process of its own; of a dry run only the first, its figures mean nothing."""
+        if self.shared["toy"] and "parity" in self.result:
+            return measure({**self.shared, **task})
+        command = [sys.executable, __file__, "--child", json.dumps({**self.shared, **task})]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+        if done.returncode:
+            raise RuntimeError(f"{task} failed:\n{done.stderr[-4000:]}")
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return found
+
+    def speed(self, lengths: list[int], dropout: float) -> None:
+        for length in lengths:
+            for causal in (True, False):
+                labels = [x for x, case in self.cases.items() if case.causal == causal and x in self.sound]
+                for backward in (False, True) if labels else ():
+                    if dropout and not backward:
+                        continue
+                    found = self.run(
+                        kind="time", labels=labels, length=length, causal=causal, backward=backward, dropout=dropout
+                    )
+                    row = {"length": length, "causal": causal, "backward": backward, "dropout": dropout, **found}
+                    self.result["speed"].append(row)
+                    self.save(f"speed n={length} causal={causal} backward={backward} dropout={dropout}")
+
+    def memory(self, lengths: list[int]) -> None:
+        for length in lengths:
+            for causal in (True, False):
+                labels = [x for x, case in self.cases.items() if case.causal == causal]
+                for label in ["dense", *labels] if labels else ():
+                    found = self.run(kind="memory", label=label, length=length, causal=causal)
+                    self.result["memory"].append({"length": length, "causal": causal, "label": label, **found})
+            self.save(f"memory n={length}")
+
+    def growth(self, lengths: list[int]) -> None:
+        for label in self.cases:
+            points = [{"length": n, **self.run(kind="growth", label=label, length=n)} for n in lengths]
+            fits = {key: exponent(points, key) for key in ("seconds", "mb", "pairs", "formula") if key in points[0]}
+            self.result["growth"].append({"label": label, "points": points, "exponents": fits})
+            self.save(f"growth {label}")
+
+    def save(self, what: str) -> None:
+        from sa_hf.tools.bench.cpu_report import markdown
+
+        self.path("json").write_text(json.dumps(self.result, indent=1) + "\n")
+        self.path("md").write_text(markdown(self.result))
+        print(f"  {what}", file=sys.stderr, flush=True)
+
+    def draw(self) -> None:
+        from sa_hf.tools.bench.cpu_report import plot
+
+        plot(self.result, self.path("png"))
+
+
+def exponent(points: list[dict[str, float]], key: str) -> float:
+    """Slope of the least-squares line through (log length, log value)."""
+    x = [math.log(p["length"]) for p in points]
+    y = [math.log(max(p[key], 1e-9)) for p in points]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    spread = sum((a - mean_x) ** 2 for a in x)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread if spread else math.nan
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,82 @@
+"""The CPU benchmark at toy sizes: every section runs and writes its tables; a pattern that fails parity has no row."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sa_hf.tools.bench import cpu
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_dry_run_writes_every_section(benchmark: ModuleType, tmp_path: Path) -> None:
+    options = ["--quick", "--output", str(tmp_path), "--length", "64", "--length", "96", "--threads", "1"]
+    done = CliRunner().invoke(benchmark.app, [*options, "--pattern", "logsparse", "--pattern", "bigbird"])
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "benchmark_cpu_quick.json").read_text())
+    assert set(result["parity"]) == {"logsparse", "bigbird"}
+    assert max(result["parity"].values()) < 1e-5
+    plain = [row for row in result["speed"] if not row["dropout"]]
+    assert len(plain) == 2 * 2 * 2  # two lengths, two directions, two passes
+    assert {row["dropout"] for row in result["speed"]} == {0.0, 0.1}
+    assert {row["label"] for row in result["memory"]} == {"dense", "logsparse", "bigbird"}
+    assert [row["label"] for row in result["growth"]] == ["bigbird", "logsparse"]
+    table = (tmp_path / "benchmark_cpu_quick.md").read_text()
+    for part in ("## Speed", "## Training mode", "## Peak memory", "## Growth", "| 96 | causal, forward | logsparse |"):
+        assert part in table
+    assert (tmp_path / "benchmark_cpu_quick.png").stat().st_size > 5000
+
+
+def test_no_speed_without_parity(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: object, **task: object) -> dict[str, float]:
+        assert task["kind"] == "parity", "a pattern that failed parity was timed"
+        return {"logsparse": 0.5}
+
+    monkeypatch.setattr(benchmark.Bench, "run", run)
+    bench = benchmark.Bench(tmp_path, {"threads": 1, "toy": True, "seconds": 0.0}, ["logsparse"])
+    bench.speed([64], dropout=0.0)
+    assert bench.result["speed"] == []
+
+
+def test_unknown_rows_are_refused(benchmark: ModuleType) -> None:
+    done = CliRunner().invoke(benchmark.app, ["--pattern", "nothing"])
+    assert done.exit_code == 2
+    assert "logsparse" in done.output
+
+
+def test_fitted_exponent(benchmark: ModuleType) -> None:
+    points = [{"length": n, "seconds": 3 * n**1.5} for n in (100, 200, 400)]
+    assert benchmark.exponent(points, "seconds") == pytest.approx(1.5)
+    assert math.isnan(benchmark.exponent(points[:1], "seconds"))
+
+
+def test_pairs_are_near_the_formulas() -> None:
+    """At 16,384 tokens the plans compute what the papers' formulas say, to the edges of the pattern."""
+    for case in cpu.cpu_cases(16384).values():
+        counts = cpu.pair_counts(case, 16384, heads=2)
+        if counts:
+            assert counts["pairs"] == pytest.approx(counts["formula"], rel=0.06), case.label
+
+
+def test_peak_memory_sees_a_large_tensor() -> None:
+    before = cpu._reset_peak()
+    torch.ones(2**24).sum()
+    assert cpu._peak() - before > 50 * 2**20
