@@ -57,9 +57,10 @@ class Case:
 
 
 def all_cases() -> Iterator[Case]:
-    for dtype in ("bfloat16", "float32"):
+    # fp32 shares the 16-bit kernels' code at other tiles: its plain and its fullest form bound the rest.
+    for dtype, chosen in (("bfloat16", OPTIONS), ("float32", ("plain", "all"))):
         for head_dim in (64, 128, 256):
-            for options in OPTIONS:
+            for options in chosen:
                 yield Case("block", head_dim, dtype, options)
             for options in ("plain", "all"):
                 yield Case("offsets", head_dim, dtype, options)
@@ -260,7 +261,7 @@ def markdown(rows: list[dict[str, Any]], versions: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the reduced set of CI; writes nothing")
-    parser.add_argument("--targets", default="sm_80,sm_90", help="comma separated (default sm_80,sm_90)")
+    parser.add_argument("--targets", default="sm_90,sm_80", help="comma separated (default sm_90,sm_80)")
     parser.add_argument("--only", default="", help="cases whose label holds this text")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--out", type=Path, help="folder for the table (default: model_cards/results of a full run)")
