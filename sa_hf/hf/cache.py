@@ -16,8 +16,8 @@ from sa_hf.hf.layer_cache import memory_of
 from sa_hf.hf.layers import active_child, leaves
 from sa_hf.patterns.base import AttentionInputs, Geometry, SparseAttention, StaticPatternConfig
 
-# What one decode step lets go differs by few keys from the last: dropping them in batches saves a copy per token.
-EVICT_AT_ONCE = 32
+# Dropping copies what stays. Decode steps wait until a sixteenth may go: at most 16 keys are copied per token then.
+EVICTED_PART = 16
 
 
 def sparse_cache(model: nn.Module) -> Cache:
@@ -133,8 +133,8 @@ class KeptLayer(DynamicLayer):
         if keep is None:
             return
         chosen = torch.nonzero(keep.to(self.slots.device)[self.slots]).flatten()
-        new = inputs.query.shape[2]
-        if len(self.slots) - len(chosen) < min(EVICT_AT_ONCE, new + 1) and new < EVICT_AT_ONCE:
+        dropped = len(self.slots) - len(chosen)
+        if dropped == 0 or (inputs.query.shape[2] == 1 and dropped * EVICTED_PART < len(chosen)):
             return
         self.slots = self.slots[chosen]
         self.keys, self.values = (x.index_select(2, chosen.to(x.device)) for x in (self.keys, self.values))

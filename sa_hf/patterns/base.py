@@ -329,7 +329,7 @@ class SparseAttention(nn.Module):
         return False
 
     def expired_keys(self) -> Tensor | None:
-        """Key slots of the last forward that no later query can read, bool ``[B, Nk]`` (padding is); None: not known."""
+        """Key slots of the last forward that no later query can read, bool ``[B, Nk]`` (padding too), or None."""
         return None
 
     def tie(self, layers: Sequence[SparseAttention]) -> None:
