@@ -23,8 +23,8 @@ from sa_hf.ops.random import splitmix64, splitmix64_tensor
 from sa_hf.patterns.base import Geometry, LayerSpec, StaticPatternConfig
 from sa_hf.patterns.tiles import band_tiles, on_lists, tiles_of
 
-# The smallest tile of the GPUs' matrix units; block sizes are powers of two so that tiles and blocks nest.
-MIN_BLOCK_SIZE = 16
+# The smallest tile of the GPUs' matrix units, whatever the block size; a power of two, as that, so that they nest.
+MIN_TILE = 16
 
 
 @register_pattern
@@ -33,7 +33,7 @@ class BigBirdAttentionConfig(StaticPatternConfig):
     """BigBird. Every count may be 0, which switches that part off; the own block is always attended.
 
     Args:
-        block_size: positions per block, a power of two >= 16.
+        block_size: positions per block, a power of two. Below 16 it costs more than its pairs: tiles stay at 16.
         num_window_blocks: blocks around the own one, itself included; odd, or 0.
         num_random_blocks: random blocks per query block, never one already attended.
         global_blocks: "ends" (half at each end, as the Hugging Face model) or "first" (leading ones, as the paper).
@@ -51,14 +51,14 @@ class BigBirdAttentionConfig(StaticPatternConfig):
     num_extra_tokens: int = 0
 
     def validate(self) -> None:
-        check_integer(self, "block_size", minimum=MIN_BLOCK_SIZE)
+        check_integer(self, "block_size", minimum=1)
         for field in ("num_window_blocks", "num_random_blocks", "num_global_blocks", "num_extra_tokens"):
             check_integer(self, field, minimum=0)
         check_choice(self, "global_blocks", ("ends", "first"))
         if self.block_size & (self.block_size - 1):
             below = 1 << (self.block_size.bit_length() - 1)
             raise SparseAttentionError(
-                f"bigbird.block_size={self.block_size} must be a power of two >= {MIN_BLOCK_SIZE}, so that "
+                f"bigbird.block_size={self.block_size} must be a power of two, so that "
                 f"tiles and blocks nest; nearest: {below} or {2 * below}"
             )
         if self.num_window_blocks and self.num_window_blocks % 2 == 0:
@@ -106,7 +106,7 @@ class BigBirdAttentionConfig(StaticPatternConfig):
 
     def block_plan(self, geometry: Geometry, device: torch.device, candidates: Tensor | None = None) -> list[Part]:
         # Tiles no larger than a block lie in one pair of blocks, so each is kept whole.
-        tile = min(geometry.block, self.block_size)
+        tile = min(geometry.block, max(self.block_size, MIN_TILE))
         geometry = replace(geometry, block=tile)
         shared = self.same_for_all_heads(geometry)
         heads = torch.tensor(geometry.heads[:1] if shared else geometry.heads)

@@ -221,7 +221,7 @@ def configs(draw: st.DrawFn) -> StaticPatternConfig:
     if kind == "bigbird":
         ends = draw(st.booleans())
         return BigBirdAttentionConfig(
-            block_size=draw(st.sampled_from([16, 32, 64, 128])),
+            block_size=draw(st.sampled_from([1, 4, 16, 32, 64, 128])),
             num_window_blocks=draw(st.sampled_from([0, 1, 3, 5])),
             num_random_blocks=draw(st.integers(0, 4)),
             global_blocks="ends" if ends else "first",

@@ -96,7 +96,7 @@ def test_presets() -> None:
 
 BAD: list[tuple[type[StaticPatternConfig], dict[str, Any], str]] = [
     (BigBirdAttentionConfig, {"block_size": 48}, r"block_size=48 .*power of two.* nearest: 32 or 64"),
-    (BigBirdAttentionConfig, {"block_size": 8}, r"block_size=8 .*\[16, .*nearest: 16"),
+    (BigBirdAttentionConfig, {"block_size": 0}, r"block_size=0 .*\[1, .*nearest: 1"),
     (BigBirdAttentionConfig, {"block_size": 64.0}, r"block_size=64.0 must be an integer"),
     (BigBirdAttentionConfig, {"num_random_blocks": -1}, r"num_random_blocks=-1 .*nearest: 0"),
     (BigBirdAttentionConfig, {"num_window_blocks": 2}, r"num_window_blocks=2 must be odd.* or 0; nearest: 1 or 3"),
