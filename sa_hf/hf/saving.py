@@ -21,8 +21,8 @@ What remains, beyond our reach:
 - A PEFT adapter loads by ``PeftModel.from_pretrained(base, folder)``. Given the adapter's folder, older versions of
   Transformers do not find what it saved of ``sparse.*``: 5.17 raises, 5.5 says nothing.
 - Overwriting a checkpoint needs room for both until the new one is complete.
-- From the hub, the first load of a checkpoint fetches dozens of small code files, and Transformers announces them; pin a
-  ``revision`` to be sure of what runs.
+- From the hub, the first load of a checkpoint fetches dozens of small code files, and Transformers announces them; pin
+  a ``revision`` to be sure of what runs.
 - What a checkpoint carries loads, runs, trains, saves and unpatches (``model.unpatch_model()``); drawing, the tools and
   the command line need ``pip install sa_hf``.
 """
