@@ -215,6 +215,9 @@ def train(args: argparse.Namespace, model: Any, tokenizer: Any, source: Source) 
         preprocess_logits_for_metrics=preprocess,
         sparse_lr=args.sparse_lr,
     )
+    if args.task != "causal-lm":
+        # Most such heads take num_items_in_batch and ignore it: the loss of accumulated batches would be their sum.
+        trainer.model_accepts_loss_kwargs = False
     clock = StepClock()
     trainer.add_callback(clock)
     resume = args.resume

@@ -118,6 +118,16 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
 
+def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
+    flags = ["--model", "tiny-bert", "--task", "sequence-classification", "--dataset", "stdlib-sections"]
+    flags += ["--max_length", "48", "--pattern", "sliding_window", "--model_set", "hidden_dropout_prob=0"]
+    flags += ["--model_set", "attention_probs_dropout_prob=0", "--max_steps", "1"]
+    whole = run(tmp_path / "whole", *flags, "--batch_size", "4")
+    cut = run(tmp_path / "cut", *flags, "--batch_size", "1", "--gradient_accumulation", "4")
+    for figure in ("loss", "grad_norm"):
+        assert cut["log"][0][figure] == pytest.approx(whole["log"][0][figure], rel=1e-4)
+
+
 def test_lora_trains_the_sparse_state_along(tmp_path: Path) -> None:
     metrics = run(tmp_path, "--pattern", "expire_span", *CASES["expire_span"], "--lora_rank", "2")
     assert metrics["reload_verified"]
