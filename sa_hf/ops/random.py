@@ -60,9 +60,21 @@ def dropout_words(seed: Tensor, sequence: Tensor, head: Tensor, position: Tensor
 
 def dropout_keep(row_word: Tensor, column_word: Tensor, dropout: float) -> Tensor:
     """Whether a probability is kept, bool: a function of (seed, sequence, head, i, j) through the two words."""
-    # 31 bits: a non-negative int32 compares with the threshold without an unsigned type.
-    value = hash32(row_word ^ column_word) & 0x7FFFFFFF
-    return value >= min(round(dropout * 2**31), 2**31 - 1)
+    return dropout_bits(row_word, column_word, dropout) == 0
+
+
+def dropout_bits(row_word: Tensor, column_word: Tensor, dropout: float) -> Tensor:
+    """:func:`dropout_keep` as int32: 0 where kept, -1 (all bits) where dropped; made in two buffers."""
+    value = row_word ^ column_word
+    shifted = torch.empty_like(value)
+    for by, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 1)):  # hash32, in place
+        torch.bitwise_right_shift(value, by, out=shifted)
+        value ^= shifted.bitwise_and_((1 << (32 - by)) - 1)
+        if factor != 1:
+            value *= factor
+    # 31 bits: the difference of two non-negative int32 has the sign of the comparison.
+    value &= 0x7FFFFFFF
+    return value.sub_(min(round(dropout * 2**31), 2**31 - 1)).bitwise_right_shift_(31)
 
 
 def _low32(x: Tensor) -> Tensor:

@@ -45,11 +45,13 @@ class NativeEngine:
         lanes = Lanes.of(query, key)
         rules = ScoreRules.of(options, lanes, part.query_index, part.key_index)
         q, k, v = (_flat(part, x, side) for x, side in ((query, "query"), (key, "key"), (value, "key")))
+        fast = not isinstance(part, OffsetsPart) and flash.serves(q, options)
+        if not fast:
+            q = q * options.scale
         if isinstance(part, OffsetsPart):
             out, lse = offsets_forward(part, rules, q, k, v)
         else:
             out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
-            fast = flash.serves(q, options)
             for tile in _tiles(part, rules, q.shape[-1], fast):
                 operands = tile.queries(q), tile.keys(k), tile.keys(v)
                 if fast:
@@ -73,6 +75,9 @@ class NativeEngine:
         lanes = Lanes.of(query, key)
         rules = ScoreRules.of(options, lanes, part.query_index, part.key_index)
         q, k, v = (_flat(part, x, side) for x, side in ((query, "query"), (key, "key"), (value, "key")))
+        fast = not isinstance(part, OffsetsPart) and flash.serves(q, options)
+        if not fast:
+            q = q * options.scale
         o, grad = _flat(part, out, "query"), _flat(part, grad_out, "query")
         lse = _flat(part, lse.unsqueeze(-1), "query").squeeze(-1)
         gathered = OptionGradients.zeros(options, q.dtype)
@@ -80,7 +85,6 @@ class NativeEngine:
             grads = offsets_backward(part, rules, q, k, v, lse, (grad * o).sum(-1), grad, gathered)
         else:
             grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-            fast = flash.serves(q, options)
             for tile in _tiles(part, rules, q.shape[-1], fast):
                 operands = tile.queries(q), tile.keys(k), tile.keys(v)
                 tile_out, tile_lse, tile_grad = tile.queries(o), tile.queries(lse), tile.queries(grad)
@@ -98,6 +102,8 @@ class NativeEngine:
                 tile.write_queries(grads[0], tile_q)
                 tile.add_keys(grads[1], tile_k)
                 tile.add_keys(grads[2], tile_v)
+        if not fast:
+            grads[0].mul_(options.scale)
         grad_query, grad_key, grad_value = (
             g[:, : x.shape[2]].reshape(x.shape).to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)
         )

@@ -100,7 +100,8 @@ def chunks(part: OffsetsPart, lanes: Lanes, head_dim: int) -> Iterator[Chunk]:
 
 
 def offsets_forward(part: OffsetsPart, rules: ScoreRules, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``q [lanes, N, D]``, ``k, v [key lanes, N, D]`` -> output ``[lanes, N, D]``, log-sum-exp ``[lanes, N]``."""
+    """``q [lanes, N, D]`` (scaled), ``k, v [key lanes, N, D]`` -> output ``[lanes, N, D]`` and log-sum-exp
+    ``[lanes, N]``."""
     lanes = rules.lanes
     queries, keys, values = grouped(q, lanes), grouped(k, lanes), grouped(v, lanes)
     out = torch.zeros_like(q)
@@ -109,7 +110,8 @@ def offsets_forward(part: OffsetsPart, rules: ScoreRules, q: Tensor, k: Tensor, 
     for chunk in chunks(part, lanes, q.shape[-1]):
         pairs = chunk.pairs(rules, q.dtype)
         scores, _ = shape_scores(rules.options, pairs, chunk.product(queries, keys, 0.0))
-        weight, row_lse = softmax_weights(pairs, scores)
+        weight, factor, row_lse = softmax_weights(rules.options, pairs, scores)
+        weight *= factor
         target = chunk.rows(grouped_lse)
         target.copy_(row_lse.view(target.shape))
         weight = weight.view(*target.shape, -1)
@@ -123,7 +125,7 @@ def offsets_backward(
     part: OffsetsPart, rules: ScoreRules, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, grad: Tensor,
     gathered: OptionGradients,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of queries, keys and values; ``lse`` and ``delta [lanes, N]`` are the whole plan's."""
+    """Gradients of (scaled) queries, keys and values; ``lse`` and ``delta [lanes, N]`` are the whole plan's."""
     lanes = rules.lanes
     queries, keys, values = grouped(q, lanes), grouped(k, lanes), grouped(v, lanes)
     upstreams, all_lse, all_delta = grouped(grad, lanes), grouped(lse, lanes), grouped(delta, lanes)

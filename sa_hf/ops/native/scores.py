@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.native.lanes import Lanes, Slots
+from sa_hf.ops.native.masks import additive, drop_
 from sa_hf.ops.native.tiles import TileBatch
 from sa_hf.ops.parts import Index, ScoreOptions
-from sa_hf.ops.random import dropout_keep, dropout_words
+from sa_hf.ops.random import dropout_bits, dropout_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class Pairs:
     gate: Tensor | None = None
     gate_slope: Tensor | None = None
     span_at: Tensor | None = None  # int64, into the flat spans
-    dropout: Tensor | None = None  # 0 or 1 / (1 - dropout)
+    dropped: Tensor | None = None  # int32: 0, or -1 where dropout drops the probability
 
 
 def tile_pairs(rules: ScoreRules, tile: TileBatch, dtype: torch.dtype) -> Pairs:
@@ -67,8 +68,10 @@ def pairs_at(rules: ScoreRules, lanes: Tensor, i: Tensor, j: Tensor, kept: Tenso
         columns = options.distance_bias.shape[1]
         centre = (columns + 1) // 2 - 1
         at = (j - i).clamp(-centre, centre) + centre + (heads * columns)[:, None, None]
-        real = (i >= options.extra_tokens) & (j >= options.extra_tokens)
-        pairs.bias_column = torch.where(real, at, -1)
+        if options.extra_tokens:
+            real = (i >= options.extra_tokens) & (j >= options.extra_tokens)
+            at = torch.where(real, at, -1)
+        pairs.bias_column = at
     if options.spans is not None:
         _, span_heads, length = options.spans.shape
         row = rules.lanes.batch_of(lanes) * span_heads
@@ -76,12 +79,12 @@ def pairs_at(rules: ScoreRules, lanes: Tensor, i: Tensor, j: Tensor, kept: Tenso
         pairs.span_at = row[:, None, None] * length + j.clamp(0, length - 1)
         ramp = 1 + (options.spans.to(dtype).flatten()[pairs.span_at] - (i - j)) / options.ramp
         own = i == j
-        pairs.gate = torch.where(own, 1.0, ramp.clamp(0, 1))
+        pairs.gate = torch.maximum(ramp.clamp(0, 1), own.to(dtype))
         pairs.gate_slope = ((ramp > 0) & (ramp < 1) & ~own).to(dtype) / options.ramp
         there = pairs.gate > 0
         pairs.kept = there if kept is None else kept & there
     if options.dropout > 0:
-        pairs.dropout = _dropout(rules, lanes, heads, i, j, dtype)
+        pairs.dropped = _dropped(rules, lanes, heads, i, j)
     return pairs
 
 
@@ -97,7 +100,7 @@ def kept_pairs(rules: ScoreRules, tile: TileBatch) -> Tensor | None:
     return kept
 
 
-def _dropout(rules: ScoreRules, lanes: Tensor, heads: Tensor, i: Tensor, j: Tensor, dtype: torch.dtype) -> Tensor:
+def _dropped(rules: ScoreRules, lanes: Tensor, heads: Tensor, i: Tensor, j: Tensor) -> Tensor:
     options = rules.options
     if options.seed is None:
         raise ValueError("dropout > 0 needs ScoreOptions.seed")
@@ -108,45 +111,49 @@ def _dropout(rules: ScoreRules, lanes: Tensor, heads: Tensor, i: Tensor, j: Tens
     sequence, heads = sequence[:, None, None], heads[:, None, None]
     rows = dropout_words(options.seed, sequence, heads, i, stream=0)
     columns = dropout_words(options.seed, sequence, heads, j, stream=1)
-    return dropout_keep(rows, columns, options.dropout).to(dtype) / (1 - options.dropout)
+    return dropout_bits(rows, columns, options.dropout)
 
 
 def shape_scores(options: ScoreOptions, pairs: Pairs, product: Tensor) -> tuple[Tensor, Tensor | None]:
-    """From query-key products ``[T, a, m]``, in place, the masked scores, and with a softcap the tanh (for the
+    """From scaled query-key products ``[T, a, m]``, in place, the masked scores, and with a softcap the tanh (for the
     gradient)."""
-    scores = product.mul_(options.scale)
-    bend = None
+    scores, bend = product, None
     if options.softcap is not None:
         bend = scores.div_(options.softcap).tanh_()
         scores = bend * options.softcap
     if pairs.bias_column is not None and options.distance_bias is not None:
-        table = options.distance_bias.to(scores.dtype).flatten()
-        bias = table[pairs.bias_column.clamp(min=0)]
-        scores += bias.masked_fill_(pairs.bias_column < 0, 0)
+        scores += _bias(options, options.distance_bias.to(scores.dtype), pairs.bias_column)
     if pairs.kept is not None:
-        scores.masked_fill_(~pairs.kept, -torch.inf)
+        scores += additive(pairs.kept, scores.dtype)
     return scores, bend
 
 
-def softmax_weights(pairs: Pairs, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities ``[T, a, m]`` (gate and dropout applied) and log-sum-exp ``[T, a]`` of scores, in place."""
+def _bias(options: ScoreOptions, table: Tensor, column: Tensor) -> Tensor:
+    if not options.extra_tokens:
+        return table.flatten()[column]
+    return table.flatten()[column.clamp(min=0)] * (column >= 0).to(table.dtype)
+
+
+def softmax_weights(options: ScoreOptions, pairs: Pairs, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From scores, in place, the weights ``[T, a, m]`` (gate and dropout applied), the factor ``[T, a, 1]`` that makes
+    them probabilities, and the log-sum-exp ``[T, a]``."""
     peak = scores.amax(-1, keepdim=True)
     peak = torch.where(torch.isfinite(peak), peak, 0.0)
     weight = scores.sub_(peak).exp_()
     if pairs.gate is not None:
         weight *= pairs.gate
     total = weight.sum(-1, keepdim=True)
-    weight /= torch.where(total > 0, total, 1.0)
-    if pairs.dropout is not None:
-        weight *= pairs.dropout
-    return weight, (torch.log(total) + peak).squeeze(-1)
+    if pairs.dropped is not None:
+        drop_(weight, pairs.dropped)
+    factor = 1 / (torch.where(total > 0, total, 1.0) * (1 - options.dropout))
+    return weight, factor, (torch.log(total) + peak).squeeze(-1)
 
 
 def tile_forward(options: ScoreOptions, pairs: Pairs, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``q [T, a, d]``, ``k, v [T, m, d]`` -> output ``[T, a, d]``, log-sum-exp ``[T, a]``."""
+    """``q [T, a, d]`` (scaled), ``k, v [T, m, d]`` -> output ``[T, a, d]``, log-sum-exp ``[T, a]``."""
     scores, _ = shape_scores(options, pairs, torch.bmm(q, k.transpose(1, 2)))
-    weight, lse = softmax_weights(pairs, scores)
-    return torch.bmm(weight, v), lse
+    weight, factor, lse = softmax_weights(options, pairs, scores)
+    return torch.bmm(weight, v).mul_(factor), lse
 
 
 @dataclass(eq=False)
@@ -168,34 +175,38 @@ def score_gradient(
     options: ScoreOptions, pairs: Pairs, product: Tensor, upstream: Tensor, lse: Tensor, delta: Tensor,
     gathered: OptionGradients,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """From query-key products and ``grad_out @ value`` (both ``[T, a, m]``, used up) the gradient of the products and
-    the probabilities as the values saw them; ``lse`` and ``delta [T, a]`` are the whole plan's."""
+    """From scaled query-key products and ``grad_out @ value`` (both ``[T, a, m]``, used up) the gradient of the
+    products, and the probabilities as the values saw them; ``lse`` and ``delta [T, a]`` are the whole plan's."""
     scores, bend = shape_scores(options, pairs, product)
     # A row without keys has lse -inf: shifted by +inf instead, all of its probabilities are 0.
     shift = torch.where(torch.isneginf(lse), torch.inf, lse).unsqueeze(-1)
     ungated = scores.sub_(shift).exp_()
     probability = ungated if pairs.gate is None else ungated * pairs.gate
-    seen = probability if pairs.dropout is None else probability * pairs.dropout
-    if pairs.dropout is not None:
-        upstream *= pairs.dropout
+    seen = probability
+    if pairs.dropped is not None:
+        scale = 1 / (1 - options.dropout)
+        seen = drop_(probability * scale, pairs.dropped)
+        drop_(upstream.mul_(scale), pairs.dropped)
     upstream -= delta.unsqueeze(-1)
     if gathered.spans is not None and pairs.gate_slope is not None and pairs.span_at is not None:
         per_key = (ungated * upstream * pairs.gate_slope).sum_to_size(pairs.span_at.shape)
         gathered.spans.scatter_add_(0, pairs.span_at.flatten(), per_key.flatten())
     grad = upstream.mul_(probability)
     if gathered.distance_bias is not None and pairs.bias_column is not None:
-        real = grad.masked_fill(pairs.bias_column < 0, 0)
-        gathered.distance_bias.scatter_add_(0, pairs.bias_column.clamp(min=0).flatten(), real.flatten())
+        column, real = pairs.bias_column, grad
+        if options.extra_tokens:
+            column, real = column.clamp(min=0), grad * (column >= 0).to(grad.dtype)
+        gathered.distance_bias.scatter_add_(0, column.expand(real.shape).flatten(), real.flatten())
     if bend is not None:
-        grad *= 1 - bend * bend
-    return grad.mul_(options.scale), seen
+        grad *= bend.square_().neg_().add_(1)
+    return grad, seen
 
 
 def tile_backward(
     options: ScoreOptions, pairs: Pairs, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, grad: Tensor,
     gathered: OptionGradients,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of queries, keys and values of a batch of tiles."""
+    """Gradients of (scaled) queries, keys and values of a batch of tiles."""
     product, upstream = torch.bmm(q, k.transpose(1, 2)), torch.bmm(grad, v.transpose(1, 2))
     grad_score, seen = score_gradient(options, pairs, product, upstream, lse, delta, gathered)
     return (
