@@ -51,7 +51,7 @@ _SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
     ("query@128", 64, 16): {0: Launch(128, 64, 8, 2)},
     ("query@128", 128, 16): {0: Launch(128, 32, 8, 2)},
     ("query+", 64, 16): {0: Launch(64, 32, 4, 2)},
-    ("query+", 256, 16): {0: Launch(32, 16, 8, 2)},
+    ("query+", 256, 16): {0: Launch(32, 16, 4, 2)},
     ("query++", 128, 16): {0: Launch(64, 16, 4, 2)},
     ("key", 64, 16): {0: Launch(64, 32, 4, 2)},
     ("key", 128, 16): {0: Launch(64, 32, 8, 2)},
