@@ -114,6 +114,17 @@ def sparse_attention_forward(
     child = active_child(module)
     if not isinstance(child, SparseAttention):
         return _dense_forward(module, place, query, key, value, request, scaling, dropout, kwargs)
+    attend = _attend
+    if call.memory is not None and torch.compiler.is_compiling():
+        attend = _attend_uncompiled
+    return attend(module, place, child, call, query, key, value, request, scaling, dropout, kwargs), None
+
+
+def _attend(
+    module: nn.Module, place: Place, child: SparseAttention, call: LayerCall, query: Tensor, key: Tensor, value: Tensor,
+    request: MaskRequest | None, scaling: float | None, dropout: float, kwargs: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """One layer's pattern: output ``[batch, queries, heads, head_dim]``."""
     bias = kwargs.pop("position_bias", None)
     softcap = kwargs.pop("softcap", None)
     window = kwargs.pop("sliding_window", None)
@@ -121,7 +132,7 @@ def sparse_attention_forward(
     _refuse(module, kwargs)
     if request is not None and torch.compiler.is_compiling():
         causal = bool(getattr(module, "is_causal", False)) if causal is None else causal
-        band = _window(window, causal)
+        band = _window(window, causal) if place.spec is None else place.spec.band
         # What waits for the operator stands in for sequences: static patterns alone take it, the others raise.
         sequences = cast(Sequences, traced_sequences(request, place.activity.traced, causal, place.extra_tokens))
     else:
@@ -151,13 +162,19 @@ def sparse_attention_forward(
     if inputs.key_slots is None or not child.reads_listed_keys(inputs):
         inputs.key, inputs.value = absolute_keys(key, value, sequences.key_length, request, inputs.key_slots)
         inputs.key_slots = None
-    out = child(inputs)
+    out: Tensor = child(inputs)
     if call.memory is not None:
         call.memory.evict(child, inputs)
     conv = getattr(child, "conv", None)
     if isinstance(conv, ConvTaps):
         conv.forget()
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
+
+
+# What a pattern reads grows with every token, so a compiled decode step runs its attention outside the graph: traced,
+# it would be compiled anew for each token.
+NO_CACHE_IN_GRAPHS = "sparse attention with a cache runs outside a graph; compile the whole with use_cache=False"
+_attend_uncompiled = torch.compiler.disable(_attend, reason=NO_CACHE_IN_GRAPHS)
 
 
 def _window(window: int | None, causal: bool) -> Band:
@@ -241,10 +258,20 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     conv = getattr(active_child(module), "conv", None)
     if isinstance(conv, ConvTaps):
         request = next((x for x in (*args, *kwargs.values()) if isinstance(x, MaskRequest)), None)
-        conv.prepare(hidden, _layer_sequences(place, request, hidden), memory)
+        prepare = _prepare_uncompiled if memory is not None and torch.compiler.is_compiling() else _prepare
+        prepare(conv, hidden, place, request, memory)
     if has_bias_table(module) and kwargs.get("position_bias") is None:
         kwargs["position_bias"] = bias_table(module, _positions(kwargs.get("mask"), hidden), hidden.device)
     return args, kwargs
+
+
+def _prepare(
+    conv: ConvTaps, hidden: Tensor, place: Place, request: MaskRequest | None, memory: LayerMemory | None
+) -> None:
+    conv.prepare(hidden, _layer_sequences(place, request, hidden), memory)
+
+
+_prepare_uncompiled = torch.compiler.disable(_prepare, reason=NO_CACHE_IN_GRAPHS)
 
 
 def _layer_sequences(place: Place, request: MaskRequest | None, hidden: Any) -> Sequences:

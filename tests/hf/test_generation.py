@@ -104,6 +104,27 @@ def test_static_cache(family: str, pattern: str) -> None:
     check(patched(family, pattern), cache_implementation="static")
 
 
+@pytest.mark.parametrize("pattern", ["window", "expire_span", "convolution"])
+def test_compiled_steps_do_not_compile_anew_for_each_token(pattern: str) -> None:
+    """What `generate` does by itself with a static cache on a GPU."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    options = tf.CompileConfig(backend="eager")
+    options._compile_all_devices = True
+    model = patched("llama", pattern)
+    check(model, cache_implementation="static", compile_config=options)
+    assert counters["stats"]["unique_graphs"] <= 12  # of 11 compiled steps, several graphs each
+
+
+def test_shared_queries_and_keys() -> None:
+    model = tiny_model("gpt2")
+    sa_hf.patch_model(model, "routing", num_clusters=3, window=4, shared_qk=True)
+    check(model)
+    check(model, cache_implementation="static")
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "mistral", "t5"])
 @pytest.mark.parametrize("pattern", ["window", "expire_span", "convolution", "routing"])
 def test_beams(family: str, pattern: str) -> None:
