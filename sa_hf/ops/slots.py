@@ -16,7 +16,7 @@ def take(x: Tensor, index: Index) -> Tensor:
         return x[:, :, index]
     rows, shape = _rows(index, x, max(x.shape[1], index.shape[1]))
     taken = x.reshape(-1, x.shape[3]).index_select(0, rows).view(*shape, x.shape[3])
-    return taken.masked_fill_((index < 0).unsqueeze(-1), 0)
+    return taken.masked_fill_((index < 0).unsqueeze(-1), 0) if _may_be_empty(index) else taken
 
 
 def put(x: Tensor, index: Index, like: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def add_slots(target: Tensor, x: Tensor, index: Index) -> None:
         target[:, :, index] += x
     else:
         rows, _ = _rows(index, target, x.shape[1])
-        filled = x.masked_fill((index < 0).unsqueeze(-1), 0)
+        filled = x.masked_fill((index < 0).unsqueeze(-1), 0) if _may_be_empty(index) else x
         target.view(-1, target.shape[3]).index_add_(0, rows, filled.flatten(0, 2).to(target.dtype))
 
 
@@ -57,6 +57,11 @@ def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, ind
     change = part_out.reshape(-1, out.shape[3]) - flat_out.index_select(0, rows)
     flat_out.index_add_(0, rows, change.mul_(_share(there, part_lse).unsqueeze(-1)))
     flat_lse.scatter_reduce_(0, rows, torch.logaddexp(there, part_lse), "amax")
+
+
+def _may_be_empty(index: Tensor) -> bool:
+    """Whether some slot is empty; not looked at on a GPU, where the answer would wait for the device."""
+    return index.device.type != "cpu" or bool((index < 0).any())
 
 
 def _share(lse: Tensor, part_lse: Tensor) -> Tensor:

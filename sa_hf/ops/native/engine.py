@@ -24,10 +24,10 @@ from sa_hf.ops.native.segments import segment_tiles
 from sa_hf.ops.native.tiles import Budget, TileBatch
 from sa_hf.ops.parts import BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
 
-# Scores of a batch of tiles in plain torch: 4 MB in fp32, which the temporaries of the softmax multiply by 2 to 6.
-PLAIN = Budget(scores=2**20, keys=2**20)
-# The flash op holds no scores; gathered keys and values of 2 MB each (d = 64) stay in the cache of 2 cores.
-FLASH_KEY_ELEMENTS = 2**19
+# Scores of a batch of tiles in plain torch: 2 MB in fp32, which the temporaries of the softmax multiply by 2 to 6.
+PLAIN = Budget(scores=2**19, keys=2**20)
+# The flash op holds no scores; gathered keys and values of 1 MB each (any head_dim) stay in the cache of 2 cores.
+FLASH_KEY_ELEMENTS = 2**18
 
 
 class NativeEngine:
