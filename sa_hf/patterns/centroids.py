@@ -18,7 +18,7 @@ from torch.nn.functional import layer_norm
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.patterns.base import LayerSpec
-from sa_hf.patterns.kmeans import cluster_sums, kmeans
+from sa_hf.patterns.kmeans import cluster_counts, cluster_sums, kmeans
 from sa_hf.patterns.learned import LearnedAttention, seeded_uniform
 
 SAMPLED_TOKENS = 2048  # of the first training batch, for k-means; its cost is tokens x clusters x iterations
@@ -80,10 +80,12 @@ class CentroidState(LearnedAttention):
         # The queries of a group and its keys side by side: [B, kv, (group + 1), N, d] -> [(B, group + 1), kv, N, d]
         vectors = torch.cat([query.unflatten(1, (kv, -1)), key.unsqueeze(2)], dim=2).transpose(1, 2)
         both = torch.cat([clusters[0].unflatten(1, (kv, -1)), clusters[1].unsqueeze(2)], dim=2).transpose(1, 2)
-        sums, counts = cluster_sums(vectors.float(), both, self.num_clusters, real[:, None, None])
-        self._sizes = counts
+        weight = real[:, None, None]
         if not self.training:
+            self._sizes = cluster_counts(both, self.num_clusters, weight)
             return
+        sums, counts = cluster_sums(vectors.float(), both, self.num_clusters, weight)
+        self._sizes = counts
         tokens = torch.sort((~real).flatten().to(torch.uint8), stable=True).indices  # the real ones first
         count = real.sum()
         u = self.uniform(counts.numel(), layer=self.spec.layer_idx, stream=RESEED_STREAM).view_as(counts)

@@ -87,8 +87,20 @@ def cluster_members(vectors: Tensor, centroids: Tensor, window: int) -> Tensor:
     cluster, int64 ``[G, H, k, window]``. Equally near ones are taken in the order of their positions."""
     with torch.autocast(vectors.device.type, enabled=False):
         scores = normalize(centroids.to(vectors.dtype), dim=-1) @ vectors.transpose(-1, -2)
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return order[..., :window].sort(dim=-1).values
+    if scores.dtype == torch.float64:
+        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :window]
+    else:
+        order = torch.topk(_ranked(scores), window, dim=-1, sorted=False).indices
+    return order.sort(dim=-1).values
+
+
+def _ranked(scores: Tensor) -> Tensor:
+    """Scores (32 bits or fewer) as int64 in the same order, equal ones by position: the upper half holds the score,
+    the lower the distance from the end. Choosing the largest of them needs no stable sort of the whole row."""
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: the two zeros are equal
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    from_end = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    return ordered.long().mul_(2**32).add_(from_end)
 
 
 def cluster_ranges(rows: Tensor, columns: Tensor, band: Band) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,14 @@ def nearest(x: Tensor, centroids: Tensor) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         scores = x @ normalize(centroids.to(x.dtype), dim=-1).transpose(-1, -2)
-    index = torch.arange(centroids.shape[-2], device=x.device)
-    best = scores == scores.amax(-1, keepdim=True)
-    return torch.where(best, index, len(index)).amin(-1).clamp(max=len(index) - 1)
+    return scores.argmax(-1)  # the first of equal ones, as documented
+
+
+def cluster_counts(cluster: Tensor, num_clusters: int, weight: Tensor) -> Tensor:
+    """The counts of :func:`cluster_sums` alone: sums of whole numbers, so their order does not matter."""
+    weight = weight.expand(cluster.shape).float()
+    counts = weight.new_zeros(*cluster.shape[:-1], num_clusters).scatter_add_(-1, cluster, weight)
+    return counts.flatten(0, -3).sum(0) if counts.dim() > 2 else counts
 
 
 def kmeans(x: Tensor, num_clusters: int, draws: Tensor) -> Tensor:
