@@ -68,7 +68,7 @@ def all_cases() -> Iterator[Case]:
                 yield Case("decode", head_dim, dtype, options)
     for head_dim in (64, 128):
         yield Case("block", head_dim, "bfloat16", "plain", 128)
-    for head_dim in (16, 80, 136):
+    for head_dim in (16, 80, 136, 192):
         yield Case("block", head_dim, "bfloat16", "plain")
     yield Case("block", 128, "float16", "plain")
 

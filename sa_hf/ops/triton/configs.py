@@ -22,6 +22,8 @@ from pathlib import Path
 
 from sa_hf.errors import SparseAttentionError
 
+# 192 is for those that run as chunks of 128 and 16 to 64; what it lacks is taken from 256.
+HEAD_DIMS = (64, 128, 192, 256)
 TUNED = Path(__file__).with_name("tuned.json")
 
 
@@ -47,6 +49,7 @@ _SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
     ("forward++", 256, 16): {0: Launch(64, 16, 8, 2)},
     ("query", 64, 16): {0: Launch(64, 64, 4, 2)},
     ("query", 128, 16): {0: Launch(64, 32, 4, 2)},
+    ("query", 192, 16): {0: Launch(64, 32, 8, 2), 80: Launch(32, 16, 4, 2)},
     ("query", 256, 16): {0: Launch(32, 32, 8, 2)},
     ("query@128", 64, 16): {0: Launch(128, 64, 8, 2)},
     ("query@128", 128, 16): {0: Launch(128, 32, 8, 2)},
@@ -55,11 +58,13 @@ _SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
     ("query++", 128, 16): {0: Launch(64, 16, 4, 2)},
     ("key", 64, 16): {0: Launch(64, 32, 4, 2)},
     ("key", 128, 16): {0: Launch(64, 32, 8, 2)},
+    ("key", 192, 16): {0: Launch(64, 16, 8, 2), 80: Launch(16, 16, 4, 1)},
     ("key", 256, 16): {0: Launch(32, 32, 8, 1)},
     ("key@128", 64, 16): {0: Launch(128, 32, 8, 2), 80: Launch(64, 32, 4, 2)},
     ("key@128", 128, 16): {0: Launch(128, 32, 8, 2), 80: Launch(64, 32, 8, 2)},
     ("key+", 64, 16): {0: Launch(64, 16, 8, 2)},
     ("key+", 128, 16): {0: Launch(64, 16, 8, 2)},
+    ("key++", 64, 16): {0: Launch(64, 16, 8, 2), 80: Launch(32, 32, 8, 2)},
     ("key++", 128, 16): {0: Launch(32, 32, 8, 2)},
     ("bias", 64, 16): {0: Launch(64, 64, 8, 1)},
     ("bias", 128, 16): {0: Launch(64, 64, 8, 1), 80: Launch(32, 32, 8, 1)},
@@ -100,16 +105,20 @@ _SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
 
 def launch(kernel: str, head_dim: int, bits: int, arch: int | str) -> Launch:
     """The configuration of a kernel or variant; ``arch`` 0 is the interpreter."""
-    bucket = next(d for d in (64, 128, 256) if head_dim <= d)
+    buckets = [d for d in HEAD_DIMS if head_dim <= d]
     tuned = _tuned(os.environ.get("SA_HF_TRITON_CONFIGS", str(TUNED)))
-    key = f"{kernel}|{bucket}|{bits}|{arch}"
+    key = f"{kernel}|{buckets[0]}|{bits}|{arch}"
     for table in (_trial, tuned):
         if key in table:
             return table[key]
-    for name in (kernel, kernel.replace("++", "+"), kernel.rstrip("+").removesuffix("@128")):
-        shipped = _SHIPPED.get((name, bucket, bits))
-        if shipped is not None:
-            return shipped.get(arch, shipped[0])
+    # Ampere and Ada have one matrix unit; what fits sm_80 fits them.
+    family = 80 if isinstance(arch, int) and 80 < arch < 90 else arch
+    names = (kernel, kernel.replace("++", "+"), kernel.rstrip("+").removesuffix("@128"))
+    for bucket in buckets:
+        for name in names:
+            shipped = _SHIPPED.get((name, bucket, bits))
+            if shipped is not None:
+                return shipped.get(family, shipped[0])
     raise KeyError(f"no launch configuration for {kernel} at head_dim={head_dim}, {bits} bits")
 
 
