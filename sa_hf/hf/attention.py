@@ -162,13 +162,26 @@ def _attend(
     if inputs.key_slots is None or not child.reads_listed_keys(inputs):
         inputs.key, inputs.value = absolute_keys(key, value, sequences.key_length, request, inputs.key_slots)
         inputs.key_slots = None
-    out: Tensor = child(inputs)
+    out = _run(child, inputs)
     if call.memory is not None:
         call.memory.evict(child, inputs)
     conv = getattr(child, "conv", None)
     if isinstance(conv, ConvTaps):
         conv.forget()
     return out.transpose(1, 2).contiguous()
+
+
+def _run(child: SparseAttention, inputs: AttentionInputs) -> Tensor:
+    """The pattern, in one precision: under autocast torch's own attention casts queries, keys and values as well."""
+    kind = inputs.query.device.type
+    if not torch.is_autocast_enabled(kind):
+        out: Tensor = child(inputs)
+        return out
+    dtype = torch.get_autocast_dtype(kind)
+    inputs.query, inputs.key, inputs.value = (x.to(dtype) for x in (inputs.query, inputs.key, inputs.value))
+    with torch.autocast(kind, enabled=False):
+        out = child(inputs)
+    return out
 
 
 # What a pattern reads grows with every token, so a compiled decode step runs its attention outside the graph: traced,

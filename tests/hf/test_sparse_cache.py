@@ -1,0 +1,97 @@
+"""The cache that keeps only what a pattern can still read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from generation_cases import LOSSLESS, PATTERNS, TOLERANCE, generate, patched, prompt
+from hf_cases import tiny_model
+from torch import Tensor
+
+import sa_hf
+from sa_hf import SparseAttentionError
+
+
+@pytest.mark.parametrize("pattern", LOSSLESS)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_sparse_cache_is_lossless(pattern: str, beams: int) -> None:
+    model = patched("llama", pattern)
+    ids, mask = prompt()
+    options = {"max_new_tokens": 45, "min_new_tokens": 45, "num_beams": beams}
+    arguments = {
+        "do_sample": False,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        **options,
+    }
+    full = model.generate(ids, attention_mask=mask, **arguments)
+    cache = sa_hf.sparse_cache(model)
+    kept = model.generate(ids, attention_mask=mask, past_key_values=cache, **arguments)
+    assert torch.equal(full.sequences, kept.sequences)
+    assert (torch.stack(full.logits) - torch.stack(kept.logits)).abs().max() < TOLERANCE
+    seen = ids.shape[1] + 44
+    for row in cache.report().values():
+        assert row["seen"] == seen
+        if pattern in ("window", "longnet", "star", "expire_span", "fixed"):
+            assert row["kept"] < seen / 2
+        if pattern in ("logsparse", "convolution"):
+            assert row["kept"] == seen  # some later query is a power of two away from every key
+
+
+@pytest.mark.parametrize("family", ["mistral", "t5"])
+def test_sparse_cache_of_other_models(family: str) -> None:
+    model = patched(family, "window")
+    ids, mask = prompt()
+    cache = sa_hf.sparse_cache(model)
+    out = generate(model, ids, mask, past_key_values=cache)
+    assert torch.equal(out.sequences, generate(model, ids, mask).sequences)
+    assert all(row["kept"] < row["seen"] for row in cache.report().values())
+
+
+def test_a_step_reads_the_kept_keys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sa_hf.patterns import static
+
+    lengths: list[int] = []
+    decode = static.decode_attention
+
+    def recorded(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+        lengths.append(key.shape[2])
+        return decode(query, key, *rest)
+
+    monkeypatch.setattr(static, "decode_attention", recorded)
+    model = tiny_model("llama")
+    sa_hf.patch_model(model, {"0": "star", "1": {"heads": {"0-1": "star", "2-": PATTERNS["window"]}}})
+    ids, mask = prompt()
+    out = generate(model, ids, mask, past_key_values=sa_hf.sparse_cache(model))
+    assert max(lengths) < 10
+    assert torch.equal(out.sequences, generate(model, ids, mask).sequences)
+
+
+def test_sparse_cache_keeps_dense_layers_whole_and_refuses_to_be_cropped() -> None:
+    model = tiny_model("llama")
+    sa_hf.patch_model(model, "sliding_window", window=4, layers="0")
+    ids, mask = prompt()
+    cache = sa_hf.sparse_cache(model)
+    out = generate(model, ids, mask, past_key_values=cache)
+    assert torch.equal(out.sequences, generate(model, ids, mask).sequences)
+    report = cache.report()
+    assert report[0]["pattern"] == "sliding_window"
+    assert report[0]["kept"] == 3  # the next query reads itself and three before it
+    assert (report[1]["pattern"], report[1]["kept"]) == ("dense", report[1]["seen"])
+    assert report[0]["bytes"] < report[1]["bytes"]
+    with pytest.raises(SparseAttentionError, match="cropped"):
+        cache.layers[0].crop(-1)
+    cache.reset()
+    assert cache.report()[0]["seen"] == cache.report()[0]["kept"] == 0
+
+
+def test_sparse_cache_needs_a_patched_decoder() -> None:
+    model = tiny_model("bert")
+    with pytest.raises(SparseAttentionError, match="not patched"):
+        sa_hf.sparse_cache(model)
+    sa_hf.patch_model(model, "star")
+    with pytest.raises(SparseAttentionError, match="no causal layers"):
+        sa_hf.sparse_cache(model)
