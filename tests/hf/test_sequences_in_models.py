@@ -162,7 +162,17 @@ def test_a_model_without_its_patterns_raises() -> None:
         run(other, tokens(1, 5))
 
 
-def test_bidirectional_decoders_follow_the_keyword() -> None:
+def test_the_keyword_makes_a_call_bidirectional() -> None:
+    model = tiny_model("llama")
+    ids = tokens(1, 20)
+    causal, both = run(model, ids, use_cache=False), run(model, ids, use_cache=False, is_causal=False)
+    sa_hf.patch_model(model, "sliding_window", window=1000)
+    assert error(run(model, ids, use_cache=False, is_causal=False), both) < 1e-5
+    assert error(run(model, ids, use_cache=False), causal) < 1e-5
+    assert error(causal, both) > 1e-2
+
+
+def test_bidirectional_decoders_are_encoders() -> None:
     c = case("llama")
     c.model.config.is_causal = False
     dense = c.output()
