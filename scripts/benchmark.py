@@ -28,6 +28,8 @@ SPEED_LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
 GROWTH_LENGTHS = [2048, 4096, 8192, 16384, 32768, 65536]
 QUICK_SPEED, QUICK_GROWTH = [128, 256], [128, 256, 512]
 DROPOUT = 0.1
+# The length whose configurations the tables name; strides and clusters grow with the square root of it.
+CONFIG_LENGTH = 16384
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -113,6 +115,7 @@ class Bench:
     def __init__(self, output: Path, shared: dict[str, Any], labels: list[str]) -> None:
         import torch
 
+        from sa_hf.tools.bench.cases import describe
         from sa_hf.tools.bench.cpu import cpu_cases
         from sa_hf.tools.bench.report import machine
 
@@ -120,11 +123,12 @@ class Bench:
             torch.set_num_threads(shared["threads"])
         output.mkdir(parents=True, exist_ok=True)
         self.output, self.shared = output, shared
-        self.cases = {label: case for label, case in cpu_cases(1024, shared["toy"]).items() if label in labels}
+        self.cases = {label: case for label, case in cpu_cases(CONFIG_LENGTH, shared["toy"]).items() if label in labels}
         self.result: dict[str, Any] = {
             "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
             "machine": machine(torch.device("cpu")),
             "shape": "batch 1, 8 heads, head_dim 64, fp32",
+            "configs": {label: describe(case.config) for label, case in self.cases.items()},
             "speed": [], "memory": [], "growth": [],
         }  # fmt: skip
         # Outputs and gradients against fp64; a pattern that fails shows no speed-up.

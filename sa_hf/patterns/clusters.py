@@ -79,6 +79,10 @@ def expired(key_cluster: Tensor, window: int) -> Tensor:
     return torch.zeros_like(later).scatter(-1, order, later) >= window - 1
 
 
+# Scores ranked at once on the CPU: 2 MB as int64 (16,384 tokens, 128 clusters, 8 heads: 0.26 s on one core, all at
+# once 0.34 s and 134 MB).
+RANKED_ON_CPU = 2**18
+
 # -- bidirectional -------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +94,10 @@ def cluster_members(vectors: Tensor, centroids: Tensor, window: int) -> Tensor:
     if scores.dtype == torch.float64:
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :window]
     else:
-        order = torch.topk(_ranked(scores), window, dim=-1, sorted=False).indices
+        rows = scores.flatten(0, -2)
+        at_once = max(1, RANKED_ON_CPU // scores.shape[-1]) if rows.device.type == "cpu" else len(rows)
+        chosen = [torch.topk(_ranked(part), window, dim=-1, sorted=False).indices for part in rows.split(at_once)]
+        order = torch.cat(chosen).view(*scores.shape[:-1], window)
     return order.sort(dim=-1).values
 
 

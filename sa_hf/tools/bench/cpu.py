@@ -82,7 +82,10 @@ def cpu_cases(length: int, toy: bool = False) -> dict[str, CpuCase]:
         ),
         CpuCase("star", config("star"), False, lambda n: 5 * n),
         CpuCase("expire_span", config("expire_span", max_span=window, ramp=32), True, lambda n: n * window),
-        CpuCase("routing", config("routing", num_clusters=clusters), False, lambda n: n * n / clusters),
+        CpuCase(
+            "routing", config("routing", num_clusters=clusters, local_window=window // 4), False,
+            lambda n: n * n / clusters,
+        ),
         CpuCase(
             "routing causal", config("routing", num_clusters=clusters, window=-(-length // clusters)), True,
             lambda n: n * n / clusters,

@@ -17,6 +17,10 @@ def markdown(result: dict[str, Any]) -> str:
         "Parity with the fp64 oracle (outputs and gradients, RMS ratio): "
         + ", ".join(f"{label} {error:.0e}" for label, error in result.get("parity", {}).items())
         + ".",
+        "",
+        "Configurations at 16,384 tokens: "
+        + "; ".join(f"*{label}* {fields}" for label, fields in result.get("configs", {}).items())
+        + ".",
     ]
     plain = [row for row in result["speed"] if not row["dropout"]]
     trained = [row for row in result["speed"] if row["dropout"]]
