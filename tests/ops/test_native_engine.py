@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -142,11 +143,30 @@ def test_a_large_causal_segment_takes_the_ops_own_causal_form(monkeypatch: pytes
     assert not any(called[1:])
 
 
+@pytest.mark.parametrize("option", ["plain", "all"])
 @pytest.mark.parametrize("name", NAMES)
-def test_backward_is_deterministic(name: str) -> None:
+def test_backward_is_deterministic(name: str, option: str) -> None:
+    options = {"plain": ScoreOptions(scale=0.3), **option_cases(2, 2, 130)}[option]
     plan = part_cases(130, 2, 2)[name]
-    first, second = (compare(plan, batch=2, query_length=130, key_length=130) for _ in range(2))
+    first, second = (compare(plan, batch=2, query_length=130, key_length=130, options=options) for _ in range(2))
     assert all(torch.equal(first.tensors[x], second.tensors[x]) for x in first.tensors)
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.parametrize("option", ["plain", "all"])
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_read_before_it_is_written(name: str, option: str) -> None:
+    assert torch.empty(3).isnan().all()
+    options = {"plain": ScoreOptions(scale=0.3), **option_cases(2, 2, 70)}[option]
+    result = compare(part_cases(70, 2, 2)[name], batch=2, query_length=70, key_length=70, options=options)
+    assert result.worst() < LIMIT, result.errors
 
 
 def test_small_batches_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

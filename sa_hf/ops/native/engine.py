@@ -51,7 +51,7 @@ class NativeEngine:
         if isinstance(part, OffsetsPart):
             out, lse = offsets_forward(part, rules, q, k, v)
         else:
-            out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
+            out, lse = torch.empty_like(q), q.new_full(q.shape[:2], -torch.inf)
             for tile in _tiles(part, rules, q.shape[-1], fast):
                 operands = tile.queries(q), tile.keys(k), tile.keys(v)
                 if fast:
@@ -63,8 +63,11 @@ class NativeEngine:
                 tile.write_queries(lse, tile_lse)
         out, lse = out[:, : query.shape[2]], lse[:, : query.shape[2]]
         if rules.query_filled is not None:
-            out.masked_fill_(~rules.query_filled.unsqueeze(-1), 0)
             lse.masked_fill_(~rules.query_filled, -torch.inf)
+        # Rows that no tile wrote are those without keys: most parts have none, so they are not filled beforehand.
+        empty = torch.isneginf(lse)
+        if empty.device.type != "cpu" or bool(empty.any()):
+            out.masked_fill_(empty.unsqueeze(-1), 0)
         return out.reshape(query.shape).to(query.dtype), lse.reshape(query.shape[:3])
 
     def backward(
