@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The main job on embedded input: take a model of 512 tokens to 4,096 with sparse attention, and compare.
 
-1. Fine-tune the real pretrained MiniLM, dense and at its own 512 tokens, on excerpts of the standard library.
+1. Fine-tune the real pretrained MiniLM, dense and at its own 512 tokens, on short texts of the standard library.
 2. Three variants start from it and are fine-tuned on the same long documents, each in a process of its own: dense at
    512 tokens (truncated), dense at 4,096, and sparse (BigBird) at 4,096. The sparse one is saved, loaded again through
    AutoModel in a fresh process, and its outputs compared bit for bit.
@@ -33,14 +33,14 @@ class Sizes:
 
     short: int = 512
     long: int = 4096
-    sections: int = 320
+    texts: int = 320
     documents: int = 16
     evaluation: int = 32
-    section_batch: int = 8
+    text_batch: int = 8
     document_batch: int = 2
 
 
-QUICK = Sizes(short=32, long=256, sections=8, documents=2, evaluation=2, section_batch=4, document_batch=1)
+QUICK = Sizes(short=32, long=256, texts=8, documents=2, evaluation=2, text_batch=4, document_batch=1)
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def run(sizes: Sizes, output: Path) -> dict[str, Any]:
     start = output / "start"
-    print(f"1. MiniLM, dense, {sizes.short} tokens: {sizes.sections} excerpts of the standard library", flush=True)
+    print(f"1. MiniLM, dense, {sizes.short} tokens: {sizes.texts} short texts of the standard library", flush=True)
     finetune(
         start,
         model="minilm",
         pattern="none",
-        dataset="stdlib-sections",
+        dataset="stdlib-short",
         max_length=sizes.short,
-        train_rows=sizes.sections,
+        train_rows=sizes.texts,
         eval_rows=sizes.evaluation,
-        batch_size=sizes.section_batch,
-        eval_batch_size=sizes.section_batch,
+        batch_size=sizes.text_batch,
+        eval_batch_size=sizes.text_batch,
         lr=3e-4,
         # Attention dropout keeps dense attention off its fused kernel (n x n in memory); all variants go without.
         model_set="attention_probs_dropout_prob=0.0",

@@ -17,7 +17,7 @@ from sa_hf.tasks.synthetic import CorridorTask, MaskedSummationTask, SeriesTask
 from sa_hf.tasks.topic import TopicTask
 
 Rows = Sequence[dict[str, Any]]
-STDLIB, SECTIONS, DOCSTRINGS = "stdlib", "stdlib-sections", "stdlib-docstrings"
+STDLIB, SHORT, DOCSTRINGS = "stdlib", "stdlib-short", "stdlib-docstrings"
 CORRIDOR, SUMMATION, SERIES = "corridor", "summation", "series"
 CLASSIFICATION, FORECASTING = "sequence-classification", "forecasting"
 # Where the source of rows has no end of its own.
@@ -66,7 +66,7 @@ def load_source(
     """Find the rows of a data set.
 
     Args:
-        dataset: "stdlib" (the embedded corpus), "stdlib-sections" (its excerpts one by one, for classification),
+        dataset: "stdlib" (the embedded corpus), "stdlib-short" (texts of 512 tokens, for classification),
             "stdlib-docstrings" (for language models), "corridor", "summation", "series", a local
             text/json/parquet/csv file or a folder of such, or a hub name.
         train_rows, evaluation_rows: at most so many rows; None is all, or 256 and 64 where rows are made.
@@ -89,11 +89,11 @@ def load_source(
         raise SparseAttentionError(f"dataset {dataset!r} does not serve task {task!r}: {FORECASTING} takes {SERIES!r}")
     if dataset == SERIES:
         return _series(max_length, train, evaluation, seed)
-    if dataset == SECTIONS:
+    if dataset == SHORT:
         _needs(task, CLASSIFICATION, dataset)
         topic = TopicTask()
-        rows = topic.single_sections("train", train, seed)
-        held_out = topic.single_sections("evaluation", evaluation, seed)
+        rows = topic.short_texts("train", train, seed)
+        held_out = topic.short_texts("evaluation", evaluation, seed)
         return Source(rows, held_out, list(topic.topics))
     if dataset == STDLIB:
         if task == CLASSIFICATION:

@@ -22,7 +22,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--dataset",
         default="stdlib",
-        help="stdlib, stdlib-sections, stdlib-docstrings, corridor, summation, series, a file or folder, or a hub name",
+        help="stdlib, stdlib-short, stdlib-docstrings, corridor, summation, series, a file or folder, or a hub name",
     )
     data.add_argument("--dataset_config", help="configuration of a hub data set")
     data.add_argument("--text_column", help="default: text, content, ...")

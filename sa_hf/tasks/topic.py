@@ -11,8 +11,9 @@ The last quarter of every file's sections serves evaluation alone: no line of an
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any, Literal
 
 from sa_hf.errors import SparseAttentionError
@@ -63,8 +64,14 @@ class TopicTask:
             rows.append({"text": "\n".join(rng.choice(pools[topic]) for topic in chosen), "label": label})
         return rows
 
-    def single_sections(self, split: Split, count: int, seed: int = 0) -> list[dict[str, Any]]:
-        """``count`` single excerpts ``{"text": str, "label": int}``: what a model of 512 tokens can be trained on."""
+    def short_texts(self, split: Split, count: int, seed: int = 0) -> list[dict[str, Any]]:
+        """``count`` texts that 512 tokens hold, ``{"text": str, "label": int}``: every other one is a single excerpt,
+        the rest are whole documents of excerpts an eighth as long."""
+        short = replace(self, section_size=self.section_size // self.sections)
+        halves = self._single(split, (count + 1) // 2, seed), short.documents(split, count // 2, seed)
+        return [row for pair in zip_longest(*halves) for row in pair if row is not None]
+
+    def _single(self, split: Split, count: int, seed: int) -> list[dict[str, Any]]:
         rng = random.Random(f"sections {split} {seed}")
         pools = _pools(self.topics, self.section_size, split)
         return [{"text": rng.choice(pools[label]), "label": label} for label in self._labels(count, rng)]

@@ -119,7 +119,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
-    flags = ["--model", "tiny-bert", "--task", "sequence-classification", "--dataset", "stdlib-sections"]
+    flags = ["--model", "tiny-bert", "--task", "sequence-classification", "--dataset", "stdlib-short"]
     flags += ["--max_length", "48", "--pattern", "sliding_window", "--model_set", "hidden_dropout_prob=0"]
     flags += ["--model_set", "attention_probs_dropout_prob=0", "--max_steps", "1"]
     whole = run(tmp_path / "whole", *flags, "--batch_size", "4")

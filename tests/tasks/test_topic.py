@@ -62,6 +62,15 @@ def test_the_first_section_alone_leaves_the_label_open() -> None:
     assert 5 / 8 - 0.1 < right < 5 / 8 + 0.1
 
 
+def test_short_texts_are_excerpts_and_documents_of_short_excerpts(packages: dict[str, str]) -> None:
+    rows = TASK.short_texts("train", 6)
+    for single in rows[::2]:
+        assert single["text"] in packages[TASK.topics[single["label"]]]
+    for document in rows[1::2]:
+        assert not any(document["text"] in text for text in packages.values())
+        assert 400 <= len(document["text"]) < 800
+
+
 @pytest.mark.parametrize("fields", [{"sections": 4, "majority": 1}, {"sections": 9, "majority": 2}])
 def test_a_label_that_is_no_majority_is_refused(fields: dict[str, int]) -> None:
     with pytest.raises(SparseAttentionError, match=r"majority=.*nearest"):
