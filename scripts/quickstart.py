@@ -34,7 +34,7 @@ class Sizes:
     short: int = 512
     long: int = 4096
     texts: int = 320
-    documents: int = 16
+    documents: int = 20
     evaluation: int = 32
     text_batch: int = 8
     document_batch: int = 2
