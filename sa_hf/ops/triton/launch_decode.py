@@ -29,7 +29,8 @@ def decode(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: Sc
     pack = 1 if index.shape[1] == heads and group > 1 else group
     _, lists, _, most = index.shape
     out = empty_like(query)
-    config = configuration("decode", query)
+    plain = all(x is None for x in (options.softcap, options.distance_bias, options.spans))
+    config = configuration("decode" if plain else "decode+", query)
     programs = batch * (heads // pack) * n_q
     splits = max(1, min(triton.cdiv(_programs(query.device), programs), most // SMALLEST_SPLIT))
     chunk = max(1, triton.cdiv(triton.cdiv(most, splits), config.columns)) * config.columns
