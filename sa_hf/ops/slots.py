@@ -60,7 +60,7 @@ def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, ind
 
 
 def _may_be_empty(index: Tensor) -> bool:
-    """Whether some slot is empty; not looked at on a GPU, where the answer would wait for the device, nor in a trace."""
+    """Whether some slot is empty; not looked at in a trace, nor on a GPU, where the answer would wait for it."""
     return torch.compiler.is_compiling() or index.device.type != "cpu" or bool((index < 0).any())
 
 
