@@ -127,6 +127,6 @@ def test_layouts_list_a_few_tiles_per_row_at_any_length(config: StaticPatternCon
                 layout = part.layout
                 per_row = layout.row_count.float().mean()
                 assert per_row <= 24, (causal, per_row)
-                # A tile of 16 holds 4 x 4 random blocks of 4: its masks are their placings, of which few blocks make few.
+                # A tile of 16 holds 4 x 4 blocks of 4: its masks are the placings of a few random blocks in it.
                 nested = getattr(config, "block_size", layout.block_q) >= layout.block_q
                 assert layout.masks.shape[0] <= (64 if nested else 256)
