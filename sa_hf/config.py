@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
@@ -25,6 +25,8 @@ CONFIG_VERSION = 1
 MAX_SEED = 2**63 - 1
 # Config files come from anywhere: no integer field may be large enough to make a layout of absurd size.
 MAX_INTEGER = 2**31 - 1
+MAX_NUMBER = 1e30  # coefficients are used in fp32
+SHOWN_CHARACTERS = 100  # of a value in an error message
 
 _REGISTRY: dict[str, type[SparseAttentionConfig]] = {}
 _Config = TypeVar("_Config", bound="SparseAttentionConfig")
@@ -82,7 +84,7 @@ class SparseAttentionConfig:
             SparseAttentionError: the name is unknown or a value is out of its range.
         """
         if not isinstance(data, Mapping):
-            raise SparseAttentionError(f"a config must be a mapping of field names to values, not {data!r}")
+            raise SparseAttentionError(f"a config must be a mapping of field names to values, not {shown(data)}")
         values = dict(data)
         name = values.pop("name", cls.name)
         version = values.pop("version", CONFIG_VERSION)
@@ -94,15 +96,15 @@ class SparseAttentionConfig:
             )
         known = {f.name for f in dataclasses.fields(target)}
         unknown = sorted(str(k) for k in values if k not in known)
-        if not isinstance(version, int) or isinstance(version, bool) or version > CONFIG_VERSION:
+        if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= CONFIG_VERSION:
             raise ConfigVersionError(
-                f"the {name!r} config has version {version!r}"
-                + (f" with the unknown keys {unknown}" if unknown else "")
-                + f"; this sa_hf reads versions up to {CONFIG_VERSION}: upgrade with `pip install -U sa_hf`"
+                f"the {name!r} config has version {shown(version)}"
+                + (f" with the unknown keys {shown(unknown)}" if unknown else "")
+                + f"; this sa_hf reads versions 1 to {CONFIG_VERSION}: upgrade with `pip install -U sa_hf`"
             )
         if unknown:
             raise ConfigVersionError(
-                f"{target.__name__} has no field {unknown[0]!r}{did_you_mean(unknown[0], known)}; "
+                f"{target.__name__} has no field {shown(unknown[0])}{did_you_mean(unknown[0], known)}; "
                 f"fields are {sorted(known)}. If a newer sa_hf wrote this config, upgrade with `pip install -U sa_hf`"
             )
         return target(**values)
@@ -121,7 +123,7 @@ class SparseAttentionConfig:
         if name not in presets:
             listed = sorted(presets) or "none"
             raise SparseAttentionError(
-                f"{cls.__name__} has no preset {name!r}{did_you_mean(name, presets)}; presets: {listed}"
+                f"{cls.__name__} has no preset {shown(name)}{did_you_mean(name, presets)}; presets: {listed}"
             )
         return cls(**{**presets[name], **overrides})
 
@@ -198,16 +200,32 @@ def pattern_class(name: Any) -> type[SparseAttentionConfig]:
     """The configuration class of a pattern's name; raises ``SparseAttentionError`` for an unknown one."""
     patterns = available_patterns()
     if not isinstance(name, str) or name not in patterns:
-        hint = did_you_mean(name, patterns) if isinstance(name, str) else ""
-        raise SparseAttentionError(f"unknown pattern {name!r}{hint}; patterns: {sorted(patterns)}")
+        raise SparseAttentionError(
+            f"unknown pattern {shown(name)}{did_you_mean(name, patterns)}; patterns: {sorted(patterns)}"
+        )
     return patterns[name]
 
 
 # -- checks shared by the patterns ---------------------------------------------------------------------------------
 
 
-def did_you_mean(value: str, choices: Any) -> str:
-    close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = SHOWN_CHARACTERS
+_SHORT.maxlist = _SHORT.maxtuple = 16
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: whatever its size, a line."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return f"<{type(value).__name__} too long to print>"
+
+
+def did_you_mean(value: Any, choices: Any) -> str:
+    if not isinstance(value, str) or len(value) > SHOWN_CHARACTERS:
+        return ""
+    close = difflib.get_close_matches(value, [str(c) for c in choices], n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -219,42 +237,44 @@ def check_integer(
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise SparseAttentionError(
-            f"{config.name}.{field}={value!r} must be an integer >= {minimum}{' or None' * optional}"
+            f"{config.name}.{field}={shown(value)} must be an integer >= {minimum}{' or None' * optional}"
         )
     if not minimum <= value <= maximum:
         nearest = minimum if value < minimum else maximum
         raise SparseAttentionError(
-            f"{config.name}.{field}={value} must lie in [{minimum}, {maximum}]{' or be None' * optional}; "
+            f"{config.name}.{field}={shown(value)} must lie in [{minimum}, {maximum}]{' or be None' * optional}; "
             f"nearest: {nearest}"
         )
 
 
 def check_number(
-    config: SparseAttentionConfig, field: str, *, minimum: float, maximum: float = math.inf, optional: bool = False
+    config: SparseAttentionConfig, field: str, *, minimum: float, maximum: float = MAX_NUMBER, optional: bool = False
 ) -> None:
     value = getattr(config, field)
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SparseAttentionError(f"{config.name}.{field}={value!r} must be a finite number >= {minimum}")
+    # An integer may be too large for isfinite, and is then out of range.
+    if isinstance(value, bool) or not isinstance(value, int | float) or (value != value):
+        raise SparseAttentionError(f"{config.name}.{field}={shown(value)} must be a finite number >= {minimum}")
     if not minimum <= value <= maximum:
-        nearest = minimum if value < minimum else maximum
         raise SparseAttentionError(
-            f"{config.name}.{field}={value} must lie in [{minimum}, {maximum}]; nearest: {nearest}"
+            f"{config.name}.{field}={shown(value)} must lie in [{minimum}, {maximum}]; "
+            f"nearest: {minimum if value < minimum else maximum}"
         )
 
 
 def check_bool(config: SparseAttentionConfig, field: str) -> None:
     value = getattr(config, field)
     if not isinstance(value, bool):
-        raise SparseAttentionError(f"{config.name}.{field}={value!r} must be True or False")
+        raise SparseAttentionError(f"{config.name}.{field}={shown(value)} must be True or False")
 
 
 def check_choice(config: SparseAttentionConfig, field: str, choices: tuple[Any, ...]) -> None:
     value = getattr(config, field)
-    if isinstance(value, bool) != any(isinstance(c, bool) for c in choices) or value not in choices:
+    # By type, too: True and 1.0 equal 1.
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise SparseAttentionError(
-            f"{config.name}.{field}={value!r} must be one of {list(choices)}{did_you_mean(str(value), choices)}"
+            f"{config.name}.{field}={shown(value)} must be one of {list(choices)}{did_you_mean(value, choices)}"
         )
 
 

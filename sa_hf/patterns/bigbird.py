@@ -25,6 +25,8 @@ from sa_hf.patterns.tiles import band_tiles, on_lists, tiles_of
 
 # The smallest tile of the GPUs' matrix units, whatever the block size; a power of two, as that, so that they nest.
 MIN_TILE = 16
+# Extra tokens read and are read by everything, in every layer: 4096 cost what dense attention over as many does.
+MAX_EXTRA_TOKENS = 4096
 
 
 @register_pattern
@@ -52,8 +54,9 @@ class BigBirdAttentionConfig(StaticPatternConfig):
 
     def validate(self) -> None:
         check_integer(self, "block_size", minimum=1)
-        for field in ("num_window_blocks", "num_random_blocks", "num_global_blocks", "num_extra_tokens"):
+        for field in ("num_window_blocks", "num_random_blocks", "num_global_blocks"):
             check_integer(self, field, minimum=0)
+        check_integer(self, "num_extra_tokens", minimum=0, maximum=MAX_EXTRA_TOKENS)
         check_choice(self, "global_blocks", ("ends", "first"))
         if self.block_size & (self.block_size - 1):
             below = 1 << (self.block_size.bit_length() - 1)
@@ -174,7 +177,7 @@ class BigBirdAttentionConfig(StaticPatternConfig):
             ]
         )
         first: Tensor = torch.unique(blocks) * self.block_size
-        return (first[:, None] + torch.arange(self.block_size)).flatten()
+        return (first[:, None] + torch.arange(min(self.block_size, geometry.key_length))).flatten()
 
     def keep(self, position: int, geometry: Geometry) -> Tensor:
         if self.num_random_blocks:  # a later row may draw any block of the past

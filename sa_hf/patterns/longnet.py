@@ -17,11 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sa_hf.config import MAX_INTEGER, check_choice, register_pattern
+from sa_hf.config import MAX_INTEGER, check_choice, register_pattern, shown
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.layout import Predicate
 from sa_hf.ops.parts import Band, Part, SegmentPart
 from sa_hf.patterns.base import Geometry, StaticPatternConfig
+
+# Each branch is a part of the plan: 31 double from 1 to the longest segment there can be.
+MAX_BRANCHES = 64
 
 
 @register_pattern
@@ -223,7 +226,12 @@ def _without_empty_end(slots: Tensor) -> Tensor:
 def _increasing(field: str, value: Any) -> tuple[int, ...]:
     """The field as a tuple of increasing positive integers."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
-    rule = f"longnet.{field}={value!r} must be increasing integers in [1, {MAX_INTEGER}], one per branch"
+    rule = f"longnet.{field}={shown(value)} must be increasing integers in [1, {MAX_INTEGER}], one per branch"
+    if len(values) > MAX_BRANCHES:
+        raise SparseAttentionError(
+            f"longnet.{field} has {len(values)} entries; at most {MAX_BRANCHES} branches: nearest: the first "
+            f"{MAX_BRANCHES}"
+        )
     if not values or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
         raise SparseAttentionError(f"{rule}; for example (512, 1024)")
     nearest = tuple(sorted({min(max(v, 1), MAX_INTEGER) for v in values}))

@@ -204,7 +204,7 @@ class SparseTransformerAttentionConfig(StaticPatternConfig):
         # Causal rows of the last block read no column of their own block (merged): it is left out.
         blocks = (n - 1) // stride if geometry.causal and self.head_mode == "merged" else -(-n // stride)
         begin = (stride - (groups[:, None, None] + 1) * summary) + torch.arange(blocks, device=device)[:, None] * stride
-        position = (begin + torch.arange(summary, device=device)).flatten(1)
+        position = (begin + torch.arange(min(summary, n), device=device)).flatten(1)
         position = torch.where(position < n, position, -1)
         position = position[:, : int((position >= 0).any(0).sum())]
         plan: list[Part] = []
@@ -286,7 +286,7 @@ class SparseTransformerAttentionConfig(StaticPatternConfig):
             keys.append(torch.arange(position % stride, n, stride))
         if COLUMN in parts and self.kind == "fixed":
             begin = stride - (self._group(head) + 1) * self.summary
-            columns = (torch.arange(-(-n // stride)) * stride + begin)[:, None] + torch.arange(self.summary)
+            columns = (torch.arange(-(-n // stride)) * stride + begin)[:, None] + torch.arange(min(self.summary, n))
             keys += [columns.flatten(), torch.tensor([position])]
         distinct: Tensor = torch.unique(torch.cat(keys))
         return distinct[distinct < n]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 from typing import Any
 
@@ -21,9 +22,10 @@ from sa_hf import (
     SparseAttentionError,
     SparseTransformerAttentionConfig,
     StarAttentionConfig,
+    available_patterns,
     sparse_attention,
 )
-from sa_hf.patterns.base import LayerSpec, StaticPatternConfig
+from sa_hf.patterns.base import LayerSpec, StaticPatternConfig, whole_geometry
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -129,6 +131,10 @@ BAD: list[tuple[type[StaticPatternConfig], dict[str, Any], str]] = [
     (SparseTransformerAttentionConfig, {"kind": "stride"}, r"did you mean 'strided'"),
     (SparseTransformerAttentionConfig, {"stride": 0}, r"stride=0 .*nearest: 1"),
     (SparseTransformerAttentionConfig, {"head_mode": "per-head"}, r"did you mean 'per_head'"),
+    (LogSparseAttentionConfig, {"conv_kernel_size": 3.0}, r"conv_kernel_size=3.0 must be one of"),
+    (LogSparseAttentionConfig, {"conv_kernel_size": True}, r"conv_kernel_size=True must be one of"),
+    (LongNetAttentionConfig, {"segment_length": tuple(range(1, 10**6))}, r"999999 entries; at most 64 branches"),
+    (BigBirdAttentionConfig, {"num_extra_tokens": 2**31 - 1}, r"num_extra_tokens=2147483647 .*nearest: 4096"),
     (StarAttentionConfig, {"relay": "tokens"}, r"did you mean 'token'"),
     (StarAttentionConfig, {"ring": "yes"}, r"ring='yes' must be True or False"),
 ]
@@ -140,6 +146,54 @@ def test_bad_values_name_the_value_the_rule_and_the_nearest(
 ) -> None:
     with pytest.raises(SparseAttentionError, match=message):
         cls(**fields)
+
+
+HOSTILE = [
+    None, True, -1, 2**63, 10**400, -(10**400), 10**5000, 1.5, math.nan, math.inf, "1", "x" * 10**6, b"1", [], [[1]],
+    {"a": 1}, list(range(10**5)), object(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(available_patterns()))
+def test_a_config_file_may_hold_anything(name: str) -> None:
+    """Whatever stands in a field, it is taken or refused by an error of this package that fits on a screen."""
+    cls = available_patterns()[name]
+    messages = []
+    for field in dataclasses.fields(cls):
+        for value in HOSTILE:
+            try:
+                cls.from_dict({"name": name, field.name: value})
+            except SparseAttentionError as error:
+                messages.append(str(error))
+    assert max(map(len, messages)) < 1000
+    for version in (0, -1, 1.0, "1", None, 10**5000):
+        with pytest.raises(ConfigVersionError, match="versions 1 to 1"):
+            cls.from_dict({"name": name, "version": version})
+    for data in ({"name": "x" * 10**6}, {"name": 10**5000}, {"name": name, "k" * 10**6: 1}):
+        with pytest.raises(SparseAttentionError) as refused:
+            SparseAttentionConfig.from_dict(data)
+        assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BigBirdAttentionConfig(block_size=2**30),
+        SparseTransformerAttentionConfig(stride=2**31 - 1, summary=2**31 - 1),
+        SparseTransformerAttentionConfig(stride=2**31 - 1, summary=2**29, num_summary_groups=2, head_mode="per_head"),
+        LogSparseAttentionConfig(local_window=2**31 - 1, restart_length=2**31 - 1),
+        LongNetAttentionConfig(segment_length=(2**31 - 1,), dilated_ratio=(1,)),
+        SlidingWindowAttentionConfig(window=2**31 - 1, num_sink_tokens=2**31 - 1),
+    ],
+    ids=lambda c: c.name,
+)
+def test_sizes_beyond_the_input_cost_what_the_input_does(config: StaticPatternConfig) -> None:
+    """Arrays of the size of such a field would be 8 to 16 GB."""
+    geometry = whole_geometry(40, 4, 0, True)
+    mask = config.mask(40, 4, causal=True)
+    for head, keys in enumerate(config.decode_keys(39, geometry)):
+        assert keys.tolist() == torch.nonzero(mask[head, 39]).flatten().tolist()
+    assert config.density(40, 4, causal=True) == pytest.approx(float(mask.sum()) / (4 * 820))
 
 
 @pytest.mark.parametrize("config", [SparseTransformerAttentionConfig(stride=8, summary=4, num_summary_groups=2)])
