@@ -45,6 +45,7 @@ class SparseAttentionConfig:
     """
 
     name: ClassVar[str] = ""
+    reads_before_rotary: ClassVar[bool] = False  # needs queries and keys from before the rotary embedding
 
     seed: int = 0
     drop_diagonal: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from sa_hf.hf.layer_cache import LayerMemory, absolute_keys
 from sa_hf.hf.layers import active_child
 from sa_hf.hf.masks import ForwardInputs, MaskRequest, handed_over, ids_from_lengths, sparse_mask, traced_sequences
 from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
+from sa_hf.hf.rotary import before_rotary
 from sa_hf.ops.parts import Band
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention, default_scale
@@ -153,7 +155,7 @@ def _attend(
         dropout=float(dropout),
         engine=place.engine,
         hidden_states=call.hidden_states,
-        rotary=call.rotary,
+        before_rotary=partial(before_rotary, module, call.rotary),
         remember=None if call.memory is None else call.memory.remember,
     )
     if call.memory is not None:

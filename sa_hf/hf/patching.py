@@ -31,6 +31,7 @@ from sa_hf.hf.layers import active_child, sparse_children, tie_layers
 from sa_hf.hf.position_bias import has_bias_table
 from sa_hf.hf.positions import Extension, own_configs, plan_extension
 from sa_hf.hf.probe import probe as run_probe
+from sa_hf.hf.rotary import rotary_function
 from sa_hf.hf.saving import disable_saving, enable_saving
 from sa_hf.hf.versions import check_transformers
 from sa_hf.ops.engine import ENGINES
@@ -217,11 +218,17 @@ def _check_stacks(root: PreTrainedModel, sites: Sites, assignment: Assignment) -
         for config in {c: None for c in configs.values() if isinstance(c, SparseAttentionConfig)}:
             config.check_layers([site.spec for index, site in enumerate(layers) if configs.get(index) == config])
     for site, entry in _targets(sites, assignment):
+        attention = root.get_submodule(site.name)
         if isinstance(entry, SparseAttentionConfig):
+            running = [entry]
             if getattr(entry, "conv_kernel_size", 1) > 1:
-                check_projections(root.get_submodule(site.name))
+                check_projections(attention)
         else:
-            check_parts(_parts(entry, site), site.spec)
+            parts = _parts(entry, site)
+            check_parts(parts, site.spec)
+            running = [config for _, config in parts]
+        if any(config.reads_before_rotary for config in running):
+            rotary_function(attention)  # raises where it cannot be undone
     return {
         stack: extra_tokens_of_stack([e for e in entries.values() if isinstance(e, SparseAttentionConfig)], stack)
         for stack, entries in assignment.items()

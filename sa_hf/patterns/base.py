@@ -85,10 +85,11 @@ class AttentionInputs:
 
     Shapes: query ``[B, H, Nq, D]``, key and value ``[B, Hkv, Nk, D]`` (after rotary embedding, cache included),
     ``hidden_states [B, Nq, hidden]`` the layer's input, ``distance_bias [H, 2 * N - 1]`` as in ``ScoreOptions``,
-    ``rotary`` the layer's ``(cos, sin)`` ``[B, Nq, D]`` or None. ``remember(name, tensor, dim)`` joins a per-token
-    tensor of the new positions to the cached ones along ``dim`` and returns that of all key positions; it is None
-    without a cache (then ``Nq == Nk``). ``key_slots [Nk]`` are the slots of the keys, ascending, where a cache has
-    dropped others and the pattern ``reads_listed_keys``; None: key ``j`` stands at slot ``j``.
+    ``before_rotary(query, key)`` gives queries and keys of the new tokens as they were before the rotary embedding,
+    None where there is none. ``remember(name, tensor, dim)`` joins a per-token tensor of the new positions to the
+    cached ones along ``dim`` and returns that of all key positions; it is None without a cache (then ``Nq == Nk``).
+    ``key_slots [Nk]`` are the slots of the keys, ascending, where a cache has dropped others and the pattern
+    ``reads_listed_keys``; None: key ``j`` stands at slot ``j``.
     """
 
     query: Tensor
@@ -103,7 +104,7 @@ class AttentionInputs:
     dropout: float = 0.0
     engine: str = "auto"
     hidden_states: Tensor | None = None
-    rotary: tuple[Tensor, Tensor] | None = None
+    before_rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     remember: Callable[..., Tensor] | None = None
     key_slots: Tensor | None = None
 

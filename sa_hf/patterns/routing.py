@@ -12,6 +12,7 @@ past one. Here each token belongs to its nearest centroid, and row ``i`` reads i
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -64,6 +65,7 @@ class RoutingAttentionConfig(SparseAttentionConfig):
     """
 
     name: ClassVar[str] = "routing"
+    reads_before_rotary: ClassVar[bool] = True
 
     num_clusters: int = 8
     window: int | None = None
@@ -174,8 +176,8 @@ class RoutingAttention(CentroidState):
 
     def _route(self, inputs: AttentionInputs) -> Tensor:
         new = inputs.query.shape[2]
-        query = routing_vectors(inputs.query, inputs.rotary)
-        key = query if self.config.shared_qk else routing_vectors(inputs.key[:, :, -new:], inputs.rotary)
+        query, key = routing_vectors(inputs.query, inputs.key[:, :, -new:], inputs.before_rotary)
+        key = query if self.config.shared_qk else key
         mu = self.centroids
         with torch.no_grad():
             clusters = nearest(query, mu.repeat_interleave(self.group, 0)), nearest(key, mu)
@@ -263,19 +265,14 @@ class RoutingAttention(CentroidState):
         return self.cluster_figures()
 
 
-def routing_vectors(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Normalised copies ``[B, H, N, d]``, fp32 or wider, of queries or keys as they were before the rotary embedding.
-
-    Args: rotary: the ``(cos, sin)`` ``[B, N, R]`` that turned the first R dimensions (halves, as in Llama).
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if rotary is not None:
-        cos, sin = (angle.to(wide.dtype).unsqueeze(1) for angle in rotary)
-        turned, rest = wide[..., : cos.shape[-1]], wide[..., cos.shape[-1] :]
-        first, second = turned.chunk(2, dim=-1)
-        back = turned * cos - torch.cat([-second, first], dim=-1) * sin
-        wide = torch.cat([back, rest], dim=-1)
-    return layer_norm(wide, wide.shape[-1:])
+def routing_vectors(
+    query: Tensor, key: Tensor, before_rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+) -> tuple[Tensor, Tensor]:
+    """Normalised copies ``[B, heads, N, d]``, fp32 or wider, of queries and keys from before the rotary embedding."""
+    query, key = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key))
+    if before_rotary is not None:
+        query, key = before_rotary(query, key)
+    return layer_norm(query, query.shape[-1:]), layer_norm(key, key.shape[-1:])
 
 
 @lru_cache(maxsize=256)

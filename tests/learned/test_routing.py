@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from learned_cases import Memory, attention_inputs, cosine, draw, layer_spec, rms_ratio
 from learned_cases import build_routing as build
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from sa_hf.errors import NotStaticError, SparseAttentionError
+from sa_hf.hf.rotary import before_rotary
 from sa_hf.ops.counts import row_counts
 from sa_hf.ops.data_layout import range_layout
 from sa_hf.ops.parts import Band, BlockPart
@@ -208,8 +212,11 @@ def test_a_shift_of_all_positions_changes_no_cluster() -> None:
     for shift in (None, 0.0, 17.0):
         call = copy.copy(plain)
         if shift is not None:
-            call.query, call.rotary = rotated(plain.query, torch.arange(30) + shift)
+            call.query, angles = rotated(plain.query, torch.arange(30) + shift)
             call.key, _ = rotated(plain.key, torch.arange(30) + shift)
+            call.before_rotary = partial(
+                before_rotary, LlamaAttention(LlamaConfig(hidden_size=32, num_attention_heads=2), 0), angles
+            )
         module(call)
     for clusters in seen[1:]:
         assert torch.equal(clusters[0], seen[0][0])
