@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sa_hf.hf.attention import Activity, refuse_attentions
+from sa_hf.hf.centroids import follow_optimizers
 from sa_hf.hf.layers import sparse_children, tie_layers
 from sa_hf.hf.losses import add_to_loss
 from sa_hf.hf.masks import ForwardInputs, hand_over
@@ -47,6 +48,7 @@ class OuterForward:
         if model.training:
             for child in children:
                 child.advance_step()
+            follow_optimizers(model, children)
         given = ForwardInputs(named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q"))
         hand_over(given)
         if torch.compiler.is_compiling():

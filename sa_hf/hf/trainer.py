@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sa_hf.hf.centroids import update_centroids
 from sa_hf.hf.families import root_model
 from sa_hf.hf.losses import total_losses
 from sa_hf.hf.patching import patch_of
@@ -86,17 +87,6 @@ class SparseTrainer(Trainer):
             groups = parameter_groups(trained, self.args.weight_decay, sparse_lr=self.sparse_lr)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
-
-
-def update_centroids(model: nn.Module) -> None:
-    """Move the centroids of every routing layer by what its forwards gathered since the last call.
-
-    For plain training loops: call it once after each ``optimizer.step()``. The callback does so by itself.
-    """
-    for module in _layers(model):
-        move = getattr(module, "update_centroids", None)
-        if move is not None:
-            move()
 
 
 def _layers(model: nn.Module) -> list[SparseAttention]:

@@ -1,7 +1,8 @@
 """The centroids of routing attention: where they start, what a forward gathers, and how they move after a step.
 
 A forward only gathers statistics. They are keyed by the micro-batch and overwritten, so a recomputation under gradient
-checkpointing counts nothing twice; the centroids move in :func:`update_centroids`, once per optimizer step after it.
+checkpointing counts nothing twice; the centroids move in :func:`update_centroids`, once per optimizer step after it
+(``sa_hf.hf.centroids`` sees to that).
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ class CentroidState(LearnedAttention):
     def advance_step(self) -> None:
         super().advance_step()
         self._micro_batch += 1
+        # Only the latest may be counted anew, so those before it are one sum, however many there are.
+        earlier = list(self._statistics.values())
+        if len(earlier) > 1:
+            self._statistics = {self._micro_batch - 1: _sum(earlier)}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -123,6 +128,14 @@ class CentroidState(LearnedAttention):
         }
 
 
+def _sum(statistics: Sequence[Statistics]) -> Statistics:
+    """Of micro-batches in their order; the candidates are the last one's."""
+    sums, counts = statistics[0].sums, statistics[0].counts
+    for one in statistics[1:]:
+        sums, counts = sums + one.sums, counts + one.counts
+    return Statistics(sums, counts, statistics[-1].candidates)
+
+
 def random_directions(seed: int, words: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Directions that depend on the seed and the words alone, with the length of normalised vectors."""
     count = math.prod(shape)
@@ -165,11 +178,10 @@ def _total(layer: CentroidState, main: bool) -> tuple[Tensor, ...]:
     gathered = list(layer._statistics.values())
     mu = layer.centroids.float()
     sums, counts, candidates = torch.zeros_like(mu), torch.zeros_like(mu[..., 0]), torch.zeros_like(mu)
-    for one in gathered:
-        sums += one.sums
-        counts += one.counts
-    if main and gathered:
-        candidates += gathered[-1].candidates
+    if gathered:
+        total = _sum(gathered)
+        sums, counts = total.sums, total.counts
+        candidates = total.candidates if main else candidates
     return sums, counts, candidates, mu.new_full((), float(main and layer._sample is not None))
 
 

@@ -7,13 +7,16 @@ import math
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from learned_cases import attention_inputs, cosine, draw, layer_spec, normalised, rms_ratio
 from learned_cases import build_routing as build
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import sa_hf
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs
 from sa_hf.patterns.centroids import update_centroids
@@ -194,3 +197,63 @@ def test_two_ranks_hold_equal_centroids(tmp_path: Path) -> None:
         _train(alone, attention_inputs(length=24, seed=10 * step))
         alone.update_centroids()
     assert not torch.equal(alone.centroids, first[0])
+
+
+def test_what_is_gathered_takes_bounded_memory() -> None:
+    kept, summed = build(2, decay=0.9), build(2, decay=0.9)
+    for module in (kept, summed):
+        module.initialized.fill_(True)
+    calls = [attention_inputs(length=20, seed=10 * s) for s in range(6)]
+    for call in calls:
+        _train(kept, call)
+        assert len(kept._statistics) <= 2
+    kept.update_centroids()
+    batch = attention_inputs(12, length=20)
+    batch.query, batch.key = (torch.cat([getattr(c, name) for c in calls]) for name in ("query", "key"))
+    _train(summed, batch)
+    summed.update_centroids()
+    assert rms_ratio(kept.centroids, summed.centroids) < 1e-6
+
+
+def small_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=4,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ["routing", {"heads": {"0-1": "sliding_window", "2-": "routing"}}], ids=str)
+def test_a_plain_loop_moves_them_with_each_step(pattern: object) -> None:
+    """By hand: micro-batches of one step count together, a step that trains another model moves nothing."""
+    model = sa_hf.patch_model(small_llama(), pattern).train()
+    other = sa_hf.patch_model(small_llama(), pattern).train()
+    ids = torch.randint(1, 32, (2, 24), generator=torch.Generator().manual_seed(1))
+    routed = [m for m in model.modules() if isinstance(m, RoutingAttention)]
+    assert len(routed) == 2
+    optimizer, elsewhere = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other))
+    seen = [m.centroids.clone() for m in routed]
+
+    def moved() -> list[bool]:
+        now = [m.centroids.clone() for m in routed]
+        changed = [not torch.equal(a, b) for a, b in zip(seen, now, strict=True)]
+        seen[:] = now
+        return changed
+
+    for step in range(2):
+        for _ in range(2):
+            model(ids, labels=ids).loss.backward()
+        other(ids, labels=ids).loss.backward()
+        elsewhere.step()
+        assert moved() == [False, False]
+        optimizer.step()
+        assert moved() == [True, True]
+        assert all(bool(m.initialized) and int(m.step) == 2 * step + 2 for m in routed)
+    assert not routed[0]._statistics
+    copied = copy.deepcopy(model)
+    copied(ids, labels=ids).loss.backward()
+    torch.optim.SGD(copied.parameters(), lr=0.1).step()
+    assert moved() == [False, False]
+    assert not torch.equal(next(m for m in copied.modules() if isinstance(m, RoutingAttention)).centroids, seen[0])
