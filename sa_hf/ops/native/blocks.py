@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from weakref import WeakKeyDictionary
@@ -13,6 +13,7 @@ from torch import Tensor
 from sa_hf.ops.native.lanes import Lanes
 from sa_hf.ops.native.tiles import Budget
 from sa_hf.ops.parts import BAND, BlockLayout
+from sa_hf.ops.slots import share_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,7 @@ class BlockTiles:
     [T | 1, c]``; None where every tile is full. ``key_range``: as in ``BlockLayout``.
     ``query_run`` is the first of the query tiles where they follow each other, ``key_run`` the first key tile and the
     step from one row's to the next where each row's key tiles do: then slices serve instead of gathers.
+    ``continues``: other key tiles of the same query tiles have been attended before.
     """
 
     all_lanes: Lanes
@@ -38,6 +40,7 @@ class BlockTiles:
     key_tiles: Tensor
     query_run: int | None
     key_run: tuple[int, int] | None
+    continues: bool
 
     triangular = False
 
@@ -83,7 +86,18 @@ class BlockTiles:
             return tiles[self.query_run : self.query_run + len(self.blocks)]
         return tiles.index_select(0, self.query_tiles)
 
-    def write_queries(self, target: Tensor, x: Tensor) -> None:
+    def write_result(self, out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None:
+        if self.continues:
+            before = self.queries(lse)
+            share = share_of(before, tile_lse).unsqueeze(-1)
+            tile_out, tile_lse = torch.lerp(self.queries(out), tile_out, share), torch.logaddexp(before, tile_lse)
+        self._write(out, tile_out)
+        self._write(lse, tile_lse)
+
+    def write_gradient(self, target: Tensor, x: Tensor) -> None:
+        self._write(target, self.queries(target) + x if self.continues else x)
+
+    def _write(self, target: Tensor, x: Tensor) -> None:
         tiles = target.view(-1, self.block_q, *target.shape[2:])
         if self.query_run is not None:
             tiles[self.query_run : self.query_run + len(self.blocks)] = x
@@ -125,6 +139,10 @@ def list_of(all_lanes: Lanes, lanes: Tensor, batch: int, heads: int) -> Tensor:
 # A layout serves the layers of one model, so calls of one or two shapes; each costs 8 bytes per listed tile and lane.
 SHAPES_CACHED = 4
 
+# A longer row is attended in runs of so many keys: its K and V stay in the cache, and rows of many lengths (those of
+# global and summary keys) fall into few batches.
+RUN_KEYS = 1024
+
 _Shape = tuple[int, int, int, Budget]
 _KNOWN: WeakKeyDictionary[BlockLayout, dict[_Shape, list[BlockTiles]]] = WeakKeyDictionary()
 
@@ -141,28 +159,57 @@ def block_tiles(layout: BlockLayout, all_lanes: Lanes, budget: Budget) -> list[B
 
 
 def _batches(layout: BlockLayout, all_lanes: Lanes, budget: Budget) -> list[BlockTiles]:
-    device = layout.columns.device
-    counts = layout.row_start.diff()
-    rows_of = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
-    mask_id, masks = _mask_table(layout, rows_of)
-    partial = torch.zeros(len(counts), dtype=torch.int64, device=device)
-    partial.scatter_reduce_(0, rows_of, (mask_id > 0).long(), "amax")
+    runs = _Runs.of(layout)
+    mask_id, masks = _mask_table(layout, runs.row_of_entry)
+    partial = torch.zeros_like(runs.row)
+    partial.scatter_reduce_(0, runs.run_of_entry, (mask_id > 0).long(), "amax")
     lists = list_of(all_lanes, all_lanes.ids, layout.batch, layout.heads)
+    kind = torch.stack([runs.number, runs.length, partial], dim=1)
     result: list[BlockTiles] = []
-    for shape in torch.unique(counts * 2 + partial).tolist():
-        count, masked = shape // 2, bool(shape % 2)
-        if count == 0:
-            continue
-        rows = torch.nonzero((counts == count) & (partial == masked)).flatten()
-        entries = layout.row_start[rows][:, None] + torch.arange(count, device=device)
+    # In ascending order: a row's first run before those that continue it.
+    for number, length, masked in torch.unique(kind, dim=0).tolist():
+        chosen = torch.nonzero((kind == torch.tensor([number, length, masked], device=kind.device)).all(1)).flatten()
+        rows = runs.row[chosen]
+        entries = runs.begin[chosen][:, None] + torch.arange(length, device=kind.device)
         lanes, at = _spread(rows // layout.num_query_blocks, lists, layout.batch * layout.heads)
         whole = BlockTiles(
             all_lanes, layout.block_q, layout.block_k, lanes, (rows % layout.num_query_blocks)[at],
             layout.columns[entries].long()[at], mask_id[entries][at], masks if masked else None, layout.key_range,
-            lanes, lanes, None, None,
+            lanes, lanes, None, None, number > 0,
         )  # fmt: skip
-        result += _cut(whole, layout, budget.tiles(layout.block_q, layout.block_k * count))
+        result += _cut(whole, layout, budget.tiles(layout.block_q, layout.block_k * length))
     return result
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """Rows cut into runs of at most ``RUN_KEYS`` keys, int64 ``[runs]`` each: the row, the first list entry, the number
+    of entries, and the run's number in its row (0, or 1 for all that are shorter than a whole run: one at most in a
+    row, so that a query tile lies once among the runs of one number and length)."""
+
+    row: Tensor
+    begin: Tensor
+    length: Tensor
+    number: Tensor
+    row_of_entry: Tensor
+    run_of_entry: Tensor
+
+    @classmethod
+    def of(cls, layout: BlockLayout) -> _Runs:
+        most = max(1, RUN_KEYS // layout.block_k)
+        counts = layout.row_start.diff()
+        runs = (counts + most - 1) // most
+        rows = torch.arange(len(counts), device=counts.device)
+        row, row_of_entry = torch.repeat_interleave(rows, runs), torch.repeat_interleave(rows, counts)
+        first = runs.cumsum(0) - runs
+        number = torch.arange(len(row), device=counts.device) - first[row]
+        begin = layout.row_start[row] + number * most
+        length = (layout.row_start[row + 1] - begin).clamp(max=most)
+        entry = torch.arange(len(row_of_entry), device=counts.device) - layout.row_start[row_of_entry]
+        run_of_entry = first[row_of_entry] + entry // most
+        return cls(
+            row, begin, length, torch.where(length < most, number.clamp(max=1), number), row_of_entry, run_of_entry
+        )
 
 
 def _cut(whole: BlockTiles, layout: BlockLayout, step: int) -> list[BlockTiles]:
@@ -179,13 +226,12 @@ def _cut(whole: BlockTiles, layout: BlockLayout, step: int) -> list[BlockTiles]:
         part = slice(begin, end)
         query_run = first_query[begin] if first_query[end - 1] - first_query[begin] == end - 1 - begin else None
         mask_id = whole.mask_id[begin : begin + 1] if all(same_mask[begin : end - 1]) else whole.mask_id[part]
-        result.append(
-            BlockTiles(
-                lanes, whole.block_q, whole.block_k, whole.lanes[part], whole.blocks[part], whole.columns[part],
-                mask_id, whole.masks, whole.key_range, query_tiles[part], key_tiles[part].flatten(), query_run,
-                _key_run(first_key[part], consecutive[part]),
-            )
+        tiles = replace(
+            whole, lanes=whole.lanes[part], blocks=whole.blocks[part], columns=whole.columns[part], mask_id=mask_id,
+            query_tiles=query_tiles[part], key_tiles=key_tiles[part].flatten(), query_run=query_run,
+            key_run=_key_run(first_key[part], consecutive[part]),
         )  # fmt: skip
+        result.append(tiles)
     return result
 
 

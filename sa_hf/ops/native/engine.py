@@ -26,9 +26,8 @@ from sa_hf.ops.parts import BlockPart, OffsetsPart, Part, ScoreOptions, SegmentP
 
 # Scores of a batch of tiles in plain torch: 2 MB in fp32, which the temporaries of the softmax multiply by 2 to 6.
 PLAIN = Budget(scores=2**19, keys=2**20)
-# The flash op holds no scores; gathered keys and values of 1 MB each (any head_dim) stay in the cache of 2 cores.
-FLASH_KEY_ELEMENTS = 2**18
-
+# The flash op holds no scores; gathered keys and values of 2 MB each (any head_dim) stay in the cache of 2 cores.
+FLASH_KEY_ELEMENTS = 2**19
 
 class NativeEngine:
     """Runs every part on every device; time and memory grow with the tiles that a part keeps."""
@@ -59,8 +58,7 @@ class NativeEngine:
                     tile_out, tile_lse = flash.flash_forward(*operands, kept, options.scale, causal=tile.triangular)
                 else:
                     tile_out, tile_lse = tile_forward(options, tile_pairs(rules, tile, q.dtype), *operands)
-                tile.write_queries(out, tile_out)
-                tile.write_queries(lse, tile_lse)
+                tile.write_result(out, lse, tile_out, tile_lse)
         out, lse = out[:, : query.shape[2]], lse[:, : query.shape[2]]
         if rules.query_filled is not None:
             lse.masked_fill_(~rules.query_filled, -torch.inf)
@@ -102,7 +100,7 @@ class NativeEngine:
                     tile_q, tile_k, tile_v = tile_backward(
                         options, pairs, *operands, tile_lse, delta, tile_grad, gathered
                     )
-                tile.write_queries(grads[0], tile_q)
+                tile.write_gradient(grads[0], tile_q)
                 tile.add_keys(grads[1], tile_k)
                 tile.add_keys(grads[2], tile_v)
         if not fast:

@@ -19,7 +19,6 @@ LEAST_ROWS = 16
 # The flash op's own causal form computes whole blocks of 256 x 512 pairs: cutting a triangle up to this size into
 # runs of 64 queries computes less (512 slots: 8.5 against 14.0 ms for 16 tiles on one core).
 LARGEST_CUT_TRIANGLE = 4096
-FEW_SEGMENTS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +62,11 @@ class SegmentTiles:
     def queries(self, x: Tensor) -> Tensor:
         return self._view(x, self.part.query_segment, self.rows, self.lane_begin, self.lane_end).flatten(0, 1)
 
-    def write_queries(self, target: Tensor, x: Tensor) -> None:
+    def write_result(self, out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None:
+        self.write_gradient(out, tile_out)
+        self.write_gradient(lse, tile_lse)
+
+    def write_gradient(self, target: Tensor, x: Tensor) -> None:
         view = self._view(target, self.part.query_segment, self.rows, self.lane_begin, self.lane_end)
         view.copy_(x.view(view.shape))
 
@@ -114,8 +117,8 @@ def segment_tiles(
             kept = None if triangular else _kept(part, a, b, all_lanes.device)
             tiles = budget.tiles(len(a), len(b))
             segments = min(count, tiles)
-            # Several segments of one lane are a view; of several lanes they would be a copy.
-            lanes = max(1, tiles // segments) if segments < FEW_SEGMENTS else 1
+            # Whole lanes, or several segments of one lane, are a view; more would be a copy.
+            lanes = max(1, tiles // count)
             for lane in range(0, all_lanes.count, lanes):
                 lane_end = min(lane + lanes, all_lanes.count)
                 for s in range(first, first + count, segments):

@@ -1,6 +1,6 @@
 """What the tile code asks of a part: batches of ``T`` equal tiles, each ``a`` query slots with their ``m`` key slots.
 
-Every query slot lies in at most one tile; a key slot may lie in many.
+Every query slot lies in at most one tile of a batch; a key slot may lie in many.
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ class TileBatch(Protocol):
         """``[T, a, ...]``"""
         ...
 
-    def write_queries(self, target: Tensor, x: Tensor) -> None: ...
+    def write_result(self, out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None:
+        """``tile_out [T, a, d]``, ``tile_lse [T, a]``; merged with what earlier tiles of these queries wrote."""
+        ...
+
+    def write_gradient(self, target: Tensor, x: Tensor) -> None: ...
 
     def keys(self, x: Tensor) -> Tensor:
         """``[T, m, ...]``"""
