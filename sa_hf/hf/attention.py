@@ -19,12 +19,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.conv import ConvTaps
+from sa_hf.hf.families import window_band
 from sa_hf.hf.layer_cache import LayerMemory, absolute_keys
-from sa_hf.hf.layers import active_child
-from sa_hf.hf.masks import ForwardInputs, MaskRequest, handed_over, ids_from_lengths, sparse_mask, traced_sequences
+from sa_hf.hf.layers import active_child, leaves
+from sa_hf.hf.masks import ForwardInputs, MaskRequest, handed_over, said_ids, sparse_mask, traced_sequences
 from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
 from sa_hf.hf.rotary import before_rotary
-from sa_hf.ops.parts import Band
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention, default_scale
 
@@ -32,6 +32,11 @@ IMPLEMENTATION = "sparse_sa_hf"
 # On an attention module, beside its child: PEFT may wrap and copy the child itself.
 PLACE = "sa_hf_place"
 
+# Keywords that the adapter reads.
+SERVED = {
+    "cu_seq_lens_q", "dropout", "is_causal", "output_attentions", "position_bias", "scaling", "sequence_ids",
+    "sliding_window", "softcap", "sparse_call",
+}  # fmt: skip
 # Keywords that models hand down to their attention and that change nothing here.
 HARMLESS = {
     "attention_mask", "cache_position", "cu_seq_lens_k", "deterministic", "is_causal", "labels", "logits_to_keep",
@@ -43,9 +48,10 @@ HARMLESS = {
 @dataclass(eq=False)
 class Activity:
     """Whether a patched model's hooks act; off inside ``dense(model)``. ``traced`` is what the outer call was given,
-    under torch.compile, which traces an attribute and no context variable."""
+    under torch.compile, which traces an attribute and no context variable. ``forwards`` counts those in training."""
 
     on: bool = True
+    forwards: int = 0
     traced: ForwardInputs | None = None
 
 
@@ -134,13 +140,13 @@ def _attend(
     _refuse(module, kwargs)
     if request is not None and torch.compiler.is_compiling():
         causal = bool(getattr(module, "is_causal", False)) if causal is None else causal
-        band = _window(window, causal) if place.spec is None else place.spec.band
+        band = window_band(window, causal) if place.spec is None else place.spec.band
         # What waits for the operator stands in for sequences: static patterns alone take it, the others raise.
         sequences = cast(Sequences, traced_sequences(request, place.activity.traced, causal, place.extra_tokens))
     else:
         if causal is None:
             causal = request.causal if request is not None else bool(getattr(module, "is_causal", False))
-        band = request.band if request is not None else _window(window, causal)
+        band = request.band if request is not None else window_band(window, causal)
         sequences = _sequences(place, request, query, key, kwargs)
     inputs = AttentionInputs(
         query=query,
@@ -158,6 +164,9 @@ def _attend(
         before_rotary=partial(before_rotary, module, call.rotary),
         remember=None if call.memory is None else call.memory.remember,
     )
+    started = None if request is None or torch.compiler.is_compiling() else request.given
+    for leaf in leaves(child):
+        leaf.steps_back = 0 if started is None else place.activity.forwards - started.number
     if call.memory is not None:
         call.memory.settle()
         inputs.key_slots = call.memory.kept_slots(sequences.key_length)
@@ -192,24 +201,22 @@ NO_CACHE_IN_GRAPHS = "sparse attention with a cache runs outside a graph; compil
 _attend_uncompiled = torch.compiler.disable(_attend, reason=NO_CACHE_IN_GRAPHS)
 
 
-def _window(window: int | None, causal: bool) -> Band:
-    """The model's own window where no mask says it: attention functions get it with the own position counted."""
-    return Band() if window is None else Band(window - 1, None if causal else window - 1)
-
-
 def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raise for keywords that ask for what sparse attention cannot give."""
     if kwargs.get("output_attentions"):
         refuse_attentions()
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("sequence_ids", "cu_seq_lens_q", "output_attentions")}
-    unknown = [
-        name for name, value in kwargs.items() if name not in HARMLESS and value is not None and value is not False
-    ]
+    unknown = unknown_keywords(kwargs)
     if unknown:
         raise SparseAttentionError(
             f"{type(module).__name__} hands {unknown[0]!r} to its attention, which sparse attention does not know and "
             "would have to drop; leave it out, or keep the layer dense"
         )
+
+
+def unknown_keywords(kwargs: dict[str, Any]) -> list[str]:
+    """The keywords of a call that ask for something which the adapter does not know."""
+    known = HARMLESS | SERVED
+    return [name for name, value in kwargs.items() if name not in known and value is not None and value is not False]
 
 
 def refuse_attentions() -> None:
@@ -225,11 +232,9 @@ def _sequences(
     extra = place.extra_tokens
     ids, lengths = kwargs.get("sequence_ids"), kwargs.get("cu_seq_lens_q")
     if request is not None:
-        given = request.given
-        if given is not None or (ids is None and lengths is None):
+        if request.given is not None or (ids is None and lengths is None):
             return request.sequences(extra)
-        if lengths is not None:
-            ids = ids_from_lengths(lengths, query.shape[0], request.query_length)
+        ids = said_ids(ForwardInputs(ids, None, lengths), query.shape[0], request.query_length)
         return Sequences.from_mask(
             query.shape[0], request.query_length, request.query_length, request.padding, ids
         ).with_extra_tokens(extra)
@@ -241,6 +246,14 @@ def _sequences(
     return Sequences.full(query.shape[0], query.shape[2] - extra, key.shape[2] - extra).with_extra_tokens(extra)
 
 
+def _given(place: Place, request: MaskRequest, kwargs: dict[str, Any]) -> ForwardInputs | None:
+    """What the call was given about the sequences of this layer; cross-attention has none."""
+    said = ForwardInputs(kwargs.pop("sequence_ids", None), None, kwargs.get("cu_seq_lens_q"))
+    if place.spec is None:
+        return None
+    return place.activity.traced if torch.compiler.is_compiling() else request.given or said
+
+
 def _dense_forward(
     module: nn.Module, place: Place, query: Tensor, key: Tensor, value: Tensor, request: MaskRequest | None,
     scaling: float | None, dropout: float, kwargs: dict[str, Any],
@@ -248,7 +261,9 @@ def _dense_forward(
     """The original attention, with the mask that it would have got."""
     if kwargs.get("output_attentions"):
         refuse_attentions()
-    mask = None if request is None else request.dense(place.original, place.extra_tokens)
+    mask = (
+        None if request is None else request.dense(place.original, place.extra_tokens, _given(place, request, kwargs))
+    )
     # Cross-attention computes its own bias, which is no table.
     if kwargs.get("position_bias") is not None and place.spec is not None:
         kwargs["position_bias"] = expanded_bias(kwargs["position_bias"], query, key, request, place.extra_tokens)

@@ -67,8 +67,8 @@ class BigBirdInterfaceAttention(BigBirdSelfAttention):
         return x.view(*x.shape[:-1], -1, self.attention_head_size).transpose(1, 2)
 
 
-def ask_interface(model: nn.Module) -> None:
-    """Let the BigBird attention in a model ask the interface; its outputs stay the same.
+def ask_interface(model: nn.Module) -> bool:
+    """Let the BigBird attention in a model ask the interface; its outputs stay the same. Returns whether any did not.
 
     Raises:
         UnsupportedModelError: an attention module is in its block-sparse form.
@@ -80,11 +80,11 @@ def ask_interface(model: nn.Module) -> None:
             "itself; convert it with `sa_hf.tools.convert.convert_bigbird(model)` (or `sa-hf convert`), "
             "which keeps its weights and blocks"
         )
-    for owner in owners:
-        module = owner.self
-        if type(module) is BigBirdSelfAttention:
-            module.__class__ = BigBirdInterfaceAttention
-            module.config, module.is_causal = owner.config, bool(owner.config.is_decoder)
+    changed = [owner for owner in owners if type(owner.self) is BigBirdSelfAttention]
+    for owner in changed:
+        owner.self.__class__ = BigBirdInterfaceAttention
+        owner.self.config, owner.self.is_causal = owner.config, bool(owner.config.is_decoder)
+    return bool(changed)
 
 
 def ask_no_more(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,14 +54,34 @@ class Sites:
 
 
 def root_model(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model in ``model`` (which may be wrapped by PEFT, DDP or ``torch.compile``)."""
-    if isinstance(model, nn.Module):
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                return module
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is no Transformers model; patch a model from `AutoModel....from_pretrained(...)`"
-    )
+    """The Transformers model in ``model`` (which may be wrapped by PEFT, DDP, ``torch.compile`` or a module of yours).
+
+    Raises:
+        UnsupportedModelError: there is none, or there are several beside each other.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    found = list(_outermost_models(model, "")) if isinstance(model, nn.Module) else []
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no Transformers model; patch a model from `AutoModel....from_pretrained(...)`"
+        )
+    if len({id(module) for _, module in found}) > 1:
+        names = [name for name, _ in found]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds several Transformers models, {names}; give them one by one, e.g. "
+            f"patch_model(model.get_submodule({names[0]!r}), ...)"
+        )
+    return found[0][1]
+
+
+def _outermost_models(module: nn.Module, name: str) -> Iterator[tuple[str, PreTrainedModel]]:
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}".removeprefix(".")
+        if isinstance(child, PreTrainedModel):
+            yield path, child
+        else:
+            yield from _outermost_models(child, path)
 
 
 def calls_interface(module: nn.Module) -> bool:
@@ -73,10 +94,20 @@ def calls_interface(module: nn.Module) -> bool:
 def find_sites(model: PreTrainedModel, max_length: int | None = None) -> Sites:
     """The attention layers of a model, described for inputs up to ``max_length`` (None: the model's limit).
 
+    Leaves the model as it is.
+
     Raises:
         UnsupportedModelError: no attention goes through the interface, or there are two stacks of one kind.
     """
-    switch_over(model)
+    switched = switch_over(model)
+    try:
+        return _sites(model, max_length)
+    finally:
+        if switched:
+            switch_back(model)
+
+
+def _sites(model: PreTrainedModel, max_length: int | None) -> Sites:
     found: dict[str, list[tuple[str, nn.Module]]] = {}
     cross: list[str] = []
     for name, module in model.named_modules():
@@ -111,12 +142,14 @@ def find_sites(model: PreTrainedModel, max_length: int | None = None) -> Sites:
     return Sites(dict(sorted(stacks.items(), reverse=True)), cross)
 
 
-def switch_over(model: nn.Module) -> None:
-    """Let attention that computes the same as the interface's ask the interface: BigBird's own architecture."""
-    if _has_bigbird(model):
-        from sa_hf.hf.big_bird import ask_interface
+def switch_over(model: nn.Module) -> bool:
+    """Let attention that computes the same as the interface's ask the interface (BigBird's own architecture); returns
+    whether any had to be changed for it."""
+    if not _has_bigbird(model):
+        return False
+    from sa_hf.hf.big_bird import ask_interface
 
-        ask_interface(model)
+    return ask_interface(model)
 
 
 def switch_back(model: nn.Module) -> None:
@@ -195,7 +228,7 @@ def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | Non
     groups = getattr(module, "num_key_value_groups", None)
     key_heads = heads // groups if isinstance(groups, int) else getattr(module, "num_key_value_heads", heads)
     causal = _is_causal(module)
-    parameter = next(module.parameters(), torch.empty(0))
+    device, dtype = computes_in(module)
     return LayerSpec(
         layer_idx=index,
         num_layers=num_layers,
@@ -206,19 +239,21 @@ def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | Non
         causal=causal,
         max_length=limit,
         band=own_window(module, index, causal),
-        device=_device(module, parameter),
-        dtype=parameter.dtype if parameter.dtype.is_floating_point else torch.float32,
+        device=device,
+        dtype=dtype,
     )
 
 
-def _device(module: nn.Module, parameter: torch.Tensor) -> torch.device:
-    """Where a layer computes: weights that Accelerate has offloaded are on "meta" between calls."""
+def computes_in(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a layer computes, and in which dtype: weights that Accelerate has offloaded are on "meta" between calls."""
+    parameter = next(module.parameters(), torch.empty(0))
+    dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.float32
     if parameter.is_meta:
         for part in module.modules():
             device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
             if device is not None:
-                return torch.device(device)
-    return parameter.device
+                return torch.device(device), dtype
+    return parameter.device, dtype
 
 
 def own_window(module: nn.Module, index: int, causal: bool) -> Band:
@@ -229,6 +264,9 @@ def own_window(module: nn.Module, index: int, causal: bool) -> Band:
     window: Any = getattr(config, "sliding_window", None) if sliding else None
     if hasattr(module, "sliding_window"):
         window = module.sliding_window
-    if not isinstance(window, int) or isinstance(window, bool):
-        return Band()
-    return Band(window - 1, None if causal else window - 1)
+    return window_band(None if isinstance(window, bool) or not isinstance(window, int) else window, causal)
+
+
+def window_band(window: int | None, causal: bool) -> Band:
+    """A window as models count it, the own position included; None is no window."""
+    return Band() if window is None else Band(window - 1, None if causal else window - 1)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.attention import Activity, refuse_attentions
 from sa_hf.hf.centroids import follow_optimizers
 from sa_hf.hf.layers import sparse_children, tie_layers
@@ -43,13 +44,23 @@ class OuterForward:
         named = self._named(args, kwargs)
         if named.get("output_attentions") or getattr(model.config, "output_attentions", False):
             refuse_attentions()
+        crossed = getattr(model.config, "is_encoder_decoder", False) or named.get("encoder_hidden_states") is not None
+        if crossed and named.get("sequence_ids") is not None:
+            raise SparseAttentionError(
+                f"sequence_ids cannot say which sequences of encoder and decoder belong together in a "
+                f"{type(model).__name__}, whose cross-attention would mix them; pad the batch instead"
+            )
         children = sparse_children(model, self.names)
         self._tie(children)
         if model.training:
             for child in children:
                 child.advance_step()
             follow_optimizers(model, children)
-        given = ForwardInputs(named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q"))
+            if not torch.compiler.is_compiling():  # a number that changes would have it compile anew
+                self.activity.forwards += 1
+        given = ForwardInputs(
+            named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q"), self.activity.forwards
+        )
         hand_over(given)
         if torch.compiler.is_compiling():
             self.activity.traced = given

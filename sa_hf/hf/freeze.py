@@ -13,6 +13,7 @@ from sa_hf.hf.assignment import HEADS, LayerEntry, assignment_to_dict
 from sa_hf.hf.families import root_model
 from sa_hf.hf.layers import leaves, sparse_children
 from sa_hf.hf.patching import patch_of
+from sa_hf.hf.saving import enable_saving
 from sa_hf.patterns.sparsebert import SparseBertAttention, SparseBertAttentionConfig
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,6 +43,7 @@ def freeze_masks(model: Model) -> Model:
         for layer, entry in entries.items():
             entries[layer] = _frozen_entry(entry)
     root.config.sa_hf = assignment_to_dict(patch.assignment)
+    enable_saving(root)  # the models inside, whose configs may be their own, save the frozen masks, too
     return model
 
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    packed_sequence_mask_function,
 )
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
@@ -27,11 +29,13 @@ from sa_hf.ops.sequences import PendingSequences, Sequences
 
 @dataclass(eq=False)
 class ForwardInputs:
-    """What the model's outer call was given about its sequences, for masks that are built inside it."""
+    """What the model's outer call was given about its sequences, for masks that are built inside it; ``number`` counts
+    the training forwards of the model, this one included."""
 
     sequence_ids: Tensor | None = None
     position_ids: Tensor | None = None
     cu_seq_lens: Tensor | None = None
+    number: int = 0
 
 
 _FORWARD: ContextVar[ForwardInputs | None] = ContextVar("sa_hf_forward", default=None)
@@ -104,6 +108,13 @@ class MaskRequest:
             self._rules = _Rules.read(self.arguments["mask_function"])
         return self._rules
 
+    def _is_known(self) -> bool:
+        try:
+            self._read()
+        except UnsupportedModelError:
+            return False
+        return True
+
     def sequences(self, extra_tokens: int = 0) -> Sequences:
         """The sequences over every position so far; one device read per forward, shared by the layers."""
         if extra_tokens not in self._sequences:
@@ -124,10 +135,9 @@ class MaskRequest:
 
     def _sequence_ids(self, batch: int, total: int) -> Tensor | None:
         given, packed = self.given, self._read().packed
-        if given is not None and given.sequence_ids is not None:
-            return given.sequence_ids
-        if given is not None and given.cu_seq_lens is not None:
-            return ids_from_lengths(given.cu_seq_lens, batch, total)
+        said = said_ids(given, batch, total)
+        if said is not None:
+            return said
         if packed is not None:
             return packed.expand(batch, -1)
         if given is None or given.position_ids is None or not self.causal or self.padding is not None:
@@ -137,16 +147,45 @@ class MaskRequest:
             return None
         return (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1).expand(batch, -1)
 
-    def dense(self, implementation: str, extra_tokens: int = 0) -> Any:
-        """The mask that the original attention would have got; ``extra_tokens`` are seen by and see everything."""
+    def dense(self, implementation: str, extra_tokens: int = 0, given: ForwardInputs | None = None) -> Any:
+        """The mask that the original attention would have got, within the packed sequences that sparse layers see;
+        ``extra_tokens`` are seen by and see everything.
+
+        Args: given: what the call was given about the sequences; None for cross-attention.
+
+        Raises:
+            SparseAttentionError: ``sequence_ids`` beside an attention that takes no mask of pairs.
+        """
         key = implementation, extra_tokens
         if key not in self._dense:
             build = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
-            mask = None if build is None else build(**self.arguments)
+            mask = None if build is None else build(**self._packed_arguments(implementation, given))
             if extra_tokens and mask is not None:
                 mask = with_extra_tokens(mask, extra_tokens, self.padding)
             self._dense[key] = mask
         return self._dense[key]
+
+    def _packed_arguments(self, implementation: str, given: ForwardInputs | None) -> dict[str, Any]:
+        batch, total = int(self.arguments["batch_size"]), self.query_offset + self.query_length
+        ids = said_ids(given, batch, total)
+        if ids is None and given is not None and given.position_ids is not None and self._is_known():
+            # A restart of the positions counts with a cache, too, where Transformers' own mask would not see it.
+            ids = None if self.sequences().is_full else self._sequence_ids(batch, total)
+        if ids is None:
+            return self.arguments
+        if "flash" in implementation:  # finds packed positions by itself, and takes no mask of pairs
+            if given is not None and given.sequence_ids is not None:
+                raise SparseAttentionError(
+                    f"sequence_ids do not reach layers left dense under attn_implementation={implementation!r}; load "
+                    "the model with 'sdpa', or give restarting position_ids"
+                )
+            return self.arguments
+        runs = _runs(ids.to(self.arguments["device"]), self.padding)
+        # A static cache has more places than tokens so far.
+        runs = torch.nn.functional.pad(runs, (0, max(0, self.key_offset + self.shape[-1] - total)), value=-1)
+        function = and_masks(self.arguments["mask_function"], packed_sequence_mask_function(runs))
+        kept = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return {**self.arguments, **kept, "mask_function": function}
 
 
 def traced_sequences(
@@ -169,12 +208,8 @@ def traced_sequences(
     batch, length = int(arguments["batch_size"]), request.query_length
     if request.query_offset or request.key_offset:
         raise UnsupportedModelError("a cache does not pass through fullgraph compilation; compile with use_cache=False")
-    ids = None
-    if given is not None and given.sequence_ids is not None:
-        ids = given.sequence_ids
-    elif given is not None and given.cu_seq_lens is not None:
-        ids = ids_from_lengths(given.cu_seq_lens, batch, length)
-    elif causal and given is not None and given.position_ids is not None and request.padding is None:
+    ids = said_ids(given, batch, length)
+    if ids is None and causal and given is not None and given.position_ids is not None and request.padding is None:
         positions = given.position_ids
         ids = (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1).expand(batch, -1)
     if ids is None and request.padding is None:
@@ -204,6 +239,32 @@ def with_extra_tokens(mask: Tensor, count: int, padding: Tensor | None) -> Tenso
         hidden = ~padding[:, None, None, : mask.shape[-1] - count].bool()
         mask[:, :, :count, count:] = ~hidden if seen else hidden * torch.finfo(mask.dtype).min
     return mask
+
+
+def said_ids(given: ForwardInputs | None, batch: int, total: int) -> Tensor | None:
+    """The sequences that a call names outright, ``sequence_ids [batch, total]``; None where it does not.
+
+    Raises:
+        SparseAttentionError: ids or lengths of another shape.
+    """
+    if given is not None and given.sequence_ids is not None:
+        if tuple(given.sequence_ids.shape) != (batch, total):
+            raise SparseAttentionError(
+                f"sequence_ids has shape {tuple(given.sequence_ids.shape)}; it must be [batch, length] = "
+                f"[{batch}, {total}]"
+            )
+        return given.sequence_ids
+    if given is not None and given.cu_seq_lens is not None:
+        return ids_from_lengths(given.cu_seq_lens, batch, total)
+    return None
+
+
+def _runs(ids: Tensor, padding: Tensor | None) -> Tensor:
+    """Ids ``[batch, length]`` as runs: equal neighbours, padding cut out, have one number."""
+    if padding is not None:
+        slots = torch.arange(ids.shape[1], device=ids.device)
+        ids = ids.gather(1, torch.where(padding[:, : ids.shape[1]].bool(), slots, 0).cummax(1).values)
+    return (ids.diff(dim=1, prepend=ids[:, :1]) != 0).cumsum(1)
 
 
 def ids_from_lengths(cu_seq_lens: Tensor, batch: int, total: int) -> Tensor:

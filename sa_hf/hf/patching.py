@@ -25,14 +25,14 @@ from sa_hf.hf.assignment import (
 from sa_hf.hf.attention import IMPLEMENTATION, PLACE, Activity, DenseMarker, Place, attention_pre_hook, register
 from sa_hf.hf.conv import ConvHook, ConvTaps, check_projections
 from sa_hf.hf.extra_tokens import ExtraTokenHooks, ExtraTokens, extra_tokens_of_stack, starts_as_mean
-from sa_hf.hf.families import Site, Sites, find_sites, root_model, switch_back
+from sa_hf.hf.families import Site, Sites, find_sites, root_model, switch_back, switch_over
 from sa_hf.hf.forward import OuterForward
 from sa_hf.hf.layers import active_child, sparse_children, tie_layers
 from sa_hf.hf.position_bias import has_bias_table
 from sa_hf.hf.positions import Extension, own_configs, plan_extension
 from sa_hf.hf.probe import probe as run_probe
 from sa_hf.hf.rotary import rotary_function
-from sa_hf.hf.saving import disable_saving, enable_saving
+from sa_hf.hf.saving import CONFIG_FIELDS, disable_saving, enable_saving
 from sa_hf.hf.versions import check_transformers
 from sa_hf.ops.engine import ENGINES
 from sa_hf.patterns.base import SparseAttention
@@ -145,7 +145,7 @@ def apply_assignment(
     assignment = {stack: dict(assignment.get(stack, {})) for stack in sites.stacks}
     extra = _check_stacks(root, sites, assignment)
     if probe:
-        run_probe(root, sites)
+        run_probe(root, sites, {site.name for site, _ in _targets(sites, assignment)})
     children = {site.name: _build(entry, site, root) for site, entry in _targets(sites, assignment)}
     patch = Patch(assignment, engine, sites)
     if old is not None:
@@ -168,8 +168,7 @@ def unpatch_model(model: Model) -> Model:
     patch = required_patch(root, "unpatch_model")
     _remove(root, patch)
     disable_saving(root)
-    for name, attribute, config in patch.originals:
-        setattr(root.get_submodule(name), attribute, config)
+    _restore_configs(root, patch)
     if patch.extension is not None:
         patch.extension.undo(root)
     switch_back(root)
@@ -269,6 +268,7 @@ def _keep_state(
 
 def _attach(root: PreTrainedModel, patch: Patch, children: dict[str, SparseAttention], extra: dict[str, int]) -> None:
     register()
+    switch_over(root)
     if not patch.configs:
         _rebind_configs(root, patch)
     original = _original_of(root, patch)
@@ -321,6 +321,26 @@ def _rebind_configs(root: PreTrainedModel, patch: Patch) -> None:
     patch.configs = list(implementations.values())
     for config, _ in patch.configs:
         config._attn_implementation_internal = IMPLEMENTATION
+
+
+def _restore_configs(root: PreTrainedModel, patch: Patch) -> None:
+    """Put the original configs back. Where something else than patching has changed the model's own since (a resized
+    vocabulary, another head), those stay, without what patching wrote into them."""
+    written = [*CONFIG_FIELDS, *(patch.extension.changed if patch.extension is not None else ())]
+    places = [(root.get_submodule(name), attribute, original) for name, attribute, original in patch.originals]
+    changed = False
+    for module, attribute, original in places:
+        own = getattr(module, attribute)
+        for key in written:
+            if hasattr(original, key):
+                setattr(own, key, getattr(original, key))
+            else:
+                vars(own).pop(key, None)
+        own._attn_implementation_internal = original._attn_implementation_internal
+        changed = changed or own.to_dict() != original.to_dict()
+    if not changed:
+        for module, attribute, original in places:
+            setattr(module, attribute, original)
 
 
 def keep_extension(patch: Patch, extension: Extension) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 
+Model = TypeVar("Model", bound=nn.Module)
 LIMIT = "max_position_embeddings"
 # Module names of learned or sinusoidal tables of absolute positions.
 TABLES = ("position_embeddings", "wpe", "embed_positions")
@@ -60,13 +61,16 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def extend_positions(
-    model: nn.Module, max_length: int, tokenizer: Any = None, rope_parameters: dict[str, Any] | None = None
-) -> None:
+    model: Model, max_length: int, tokenizer: Any = None, rope_parameters: dict[str, Any] | None = None
+) -> Model:
     """Let a model take inputs of ``max_length`` tokens, for good (``unpatch_model`` does not undo it).
 
     Args:
         tokenizer: gets the new limit.
         rope_parameters: RoPE scaling, as in Transformers' configs, e.g. ``{"rope_type": "yarn", "factor": 4.0}``.
+
+    Returns:
+        The model itself.
 
     Raises:
         UnsupportedModelError: the model's positions cannot be lengthened.
@@ -83,6 +87,7 @@ def extend_positions(
     extension = plan.apply(root, before=None)
     if patch is not None:
         keep_extension(patch, extension)
+    return model
 
 
 def own_configs(root: PreTrainedModel) -> list[tuple[str, str, PreTrainedConfig]]:

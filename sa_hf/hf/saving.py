@@ -47,6 +47,8 @@ from sa_hf.hf.assignment import Assignment, assignment_from_dict
 from sa_hf.hf.publish import REMOTE_FILE, save_whole
 
 CONFIG_KEY = "sa_hf"
+# What a patched model's config holds beside its architecture's own fields.
+CONFIG_FIELDS = (CONFIG_KEY, "auto_map", "attn_implementation")
 # Read by a load without our code, whose error then shows it; nobody registers a function under this name.
 REMEDY = "sa_hf: load with trust_remote_code=True"
 _CHECKED = "sa_hf_state_checked"
@@ -76,7 +78,7 @@ def disable_saving(model: PreTrainedModel) -> None:
 
 
 def _clear(config: PreTrainedConfig) -> None:
-    for field in (CONFIG_KEY, "auto_map", "attn_implementation"):
+    for field in CONFIG_FIELDS:
         vars(config).pop(field, None)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.attention import place_of
-from sa_hf.hf.families import Site, root_model
+from sa_hf.hf.families import Site, computes_in, root_model
 from sa_hf.hf.layers import active_child, leaves
 from sa_hf.ops.engine import choose_engine
 from sa_hf.ops.parts import ScoreOptions
@@ -88,7 +88,8 @@ def summary(model: nn.Module, length: int | None = None) -> Summary:
 def _layer(root: nn.Module, site: Site, length: int) -> LayerSummary:
     module = root.get_submodule(site.name)
     place, child = place_of(module), active_child(module)
-    spec, index = site.spec, site.spec.layer_idx
+    device, dtype = computes_in(module)  # the model may have moved since it was patched
+    spec, index = replace(site.spec, device=device, dtype=dtype), site.spec.layer_idx
     if not isinstance(child, SparseAttention):
         kept = _static_density(DenseAttentionConfig(), spec, tuple(range(spec.num_heads)), length)
         memory = _memory(spec, length, None, materialised=place.original == "eager")

@@ -306,6 +306,10 @@ class SparseAttention(nn.Module):
     Learned state is bare Parameters and buffers, never ``nn.Linear`` (LoRA's "all-linear" would wrap it).
     """
 
+    # How many training forwards ago the running call began: above 0 where a checkpointed layer is recomputed after a
+    # later forward, and has to draw the noise of its own.
+    steps_back: int = 0
+
     def __init__(self, config: SparseAttentionConfig, spec: LayerSpec, heads: Sequence[int] | None = None) -> None:
         super().__init__()
         self.config = config

@@ -148,7 +148,7 @@ class ExpireSpanAttention(LearnedAttention):
         self._keep_loss("expire_span", self.config.span_loss_coef * mean)
         self._seen = _Seen(spans.detach(), fresh.detach(), real, inputs.sequences)
         if self.training and self.config.random_shortening:
-            limit = self.uniform(1, layer=SHORTENING_LAYER).float() * self.config.max_span
+            limit = self.uniform(1, layer=SHORTENING_LAYER, steps_back=self.steps_back).float() * self.config.max_span
             spans = torch.minimum(spans, limit)
         options = replace(score_options(inputs, self.heads), spans=spans, ramp=float(self.config.ramp))
         left = self.config.max_span + self.config.ramp - 1

@@ -68,9 +68,10 @@ class LearnedAttention(SparseAttention):
         if self._may_keep_graph or not self.training:
             self._live[name] = loss if self._may_keep_graph else loss.detach()
 
-    def uniform(self, count: int, *, layer: int, stream: int = 0) -> Tensor:
+    def uniform(self, count: int, *, layer: int, stream: int = 0, steps_back: int = 0) -> Tensor:
         """``count`` draws in the open interval (0, 1), fp64: a function of (seed, step, layer, element) alone."""
-        word = splitmix64_tensor(splitmix64_tensor(self.step ^ signed64(splitmix64(self.config.seed))) ^ layer)
+        step = self.step - steps_back
+        word = splitmix64_tensor(splitmix64_tensor(step ^ signed64(splitmix64(self.config.seed))) ^ layer)
         element = torch.arange(count, device=self.step.device)
         return unit_interval(splitmix64_tensor(splitmix64_tensor(word ^ stream) ^ element))
 

@@ -156,7 +156,8 @@ class SparseBertAttention(LearnedAttention):
             return (logits.detach() > 0).float()
         # Parts of a mixture by heads that run the same config in a layer draw apart.
         streams = (2 * owner.heads[0], 2 * owner.heads[0] + 1)
-        uniform = [owner.uniform(logits.numel(), layer=owner.spec.layer_idx, stream=s) for s in streams]
+        place = {"layer": owner.spec.layer_idx, "steps_back": self.steps_back}
+        uniform = [owner.uniform(logits.numel(), stream=s, **place) for s in streams]
         first, second = (-torch.log(-torch.log(u)) for u in uniform)
         noise = (first - second).float().view_as(logits)
         soft = torch.sigmoid((logits + noise) / self.config.temperature)

@@ -149,6 +149,35 @@ def test_unsupported_models_raise_and_stay(make: object) -> None:
     assert not hasattr(model.config, "sa_hf")
 
 
+MIXTURE = {
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+def test_mixtures_of_experts(name: str) -> None:
+    extra = {"num_experts": 4, "moe_intermediate_size": 16} if name == "Qwen3Moe" else {"num_local_experts": 2}
+    torch.manual_seed(0)
+    model = getattr(tf, f"{name}ForCausalLM")(getattr(tf, f"{name}Config")(**MIXTURE, **extra)).eval()
+    ids = tokens(1, 30)
+    with torch.no_grad():
+        dense = model(ids).logits
+        sa_hf.patch_model(model, COVERING)
+        assert error(model(ids).logits, dense) < 1e-5
+
+
+def test_what_an_attention_would_lose_is_refused_at_once() -> None:
+    sinks = tf.GptOssForCausalLM(
+        tf.GptOssConfig(**MIXTURE, num_local_experts=2, head_dim=8, layer_types=["full_attention"] * 2)
+    )
+    with pytest.raises(UnsupportedModelError, match="'s_aux'"):
+        sa_hf.patch_model(sinks, "bigbird")
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+    with pytest.raises(UnsupportedModelError, match="position bias"):
+        sa_hf.patch_model(tf.UMT5Model(tf.UMT5Config(**sizes)), "bigbird")
+
+
 def test_a_plain_module_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="no Transformers model"):
         sa_hf.patch_model(torch.nn.Linear(2, 2), "bigbird")

@@ -95,7 +95,7 @@ def test_extend_positions_is_for_good(patched: bool) -> None:
     model, other = tf.BertModel(config).eval(), tf.BertModel(config).eval()
     if patched:
         sa_hf.patch_model(model, "star")
-    sa_hf.extend_positions(model, LONG)
+    assert sa_hf.extend_positions(model, LONG) is model
     run(model, LONG)
     if patched:
         sa_hf.unpatch_model(model)

@@ -78,6 +78,49 @@ def test_packed_rows_of_decoders(family: str, told_by: str) -> None:
     assert error(packed, alone) < 1e-5
 
 
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q", "sequence_ids"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_layers_left_dense_see_the_same_sequences(told_by: str, cached: bool) -> None:
+    model = tiny_model("llama")
+    sa_hf.patch_model(model, PATTERNS["window"], layers="0")
+    rows = [tokens(1, n, seed=n) for n in (7, 13)]
+    given: dict[str, Any] = {"position_ids": torch.cat([torch.arange(7), torch.arange(13)])[None], "use_cache": cached}
+    if told_by == "cu_seq_lens_q":
+        given[told_by] = torch.tensor([0, 7, 20], dtype=torch.int32)
+    if told_by == "sequence_ids":
+        given[told_by] = torch.tensor([[4] * 7 + [2] * 13])
+    alone = torch.cat([run(model, row) for row in rows], dim=1)
+    assert error(run(model, torch.cat(rows, dim=1), **given), alone) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_layers_left_dense_see_packed_rows_with_padding_inside(implementation: str) -> None:
+    """Padding is cut out before neighbours are compared: [1, 1, pad, 1, 2, 1] are three sequences."""
+    model = tiny_model("bert", _attn_implementation=implementation)
+    sa_hf.patch_model(model, PATTERNS["window"], layers="0")
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1]])
+    sequences = torch.tensor([[1, 1, 9, 1, 2, 1]])
+    positions = torch.tensor([[0, 1, 0, 2, 0, 0]])
+    ids = tokens(1, 6)
+    packed = run(model, ids, attention_mask=mask, sequence_ids=sequences, position_ids=positions)
+    for at in ([0, 1, 3], [4], [5]):
+        assert error(packed[:, at], run(model, ids[:, at])) < 1e-5
+
+
+def test_sequence_ids_of_the_wrong_shape_raise_in_dense_layers_too() -> None:
+    model = tiny_model("bert")
+    sa_hf.patch_model(model, "dense")
+    with pytest.raises(SparseAttentionError, match=r"\[1, 9\]"):
+        run(model, tokens(1, 9), sequence_ids=torch.zeros(1, 8, dtype=torch.long))
+
+
+def test_sequence_ids_beside_cross_attention_raise() -> None:
+    c = case("t5")
+    sa_hf.patch_model(c.model, PATTERNS["window"])
+    with pytest.raises(SparseAttentionError, match="cross-attention"):
+        c.output(sequence_ids=torch.zeros(3, 20, dtype=torch.long))
+
+
 @pytest.mark.parametrize("family", ENCODERS)
 def test_packed_rows_of_encoders_by_sequence_ids(family: str) -> None:
     model = tiny_model(family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,22 @@ def test_gradient_checkpointing_changes_nothing(family: str, pattern: Any) -> No
         assert torch.allclose(gradient, recomputed[name], rtol=1e-4, atol=1e-6), name
     buffers = dict(twin.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in c.model.named_buffers())
+
+
+@pytest.mark.parametrize("pattern", [MASKS, replace(EXPIRING, random_shortening=True)], ids=["masks", "spans"])
+def test_recomputation_draws_the_noise_of_its_own_forward(pattern: Any) -> None:
+    """Two forwards before one backward, as contrastive losses have it."""
+    found = []
+    for checkpointed in (False, True):
+        model = sa_hf.patch_model(tiny_model("llama"), pattern).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        outputs = [model(tokens(2, 20, seed=seed), use_cache=False).logits for seed in (1, 2)]
+        (outputs[0] * outputs[1].detach() + outputs[1].tanh()).sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "vit"])
