@@ -14,7 +14,7 @@ def take(x: Tensor, index: Index) -> Tensor:
         return x
     if isinstance(index, slice):
         return x[:, :, index]
-    rows, shape = _rows(index, x, max(x.shape[1], index.shape[1]))
+    rows, shape = slot_rows(index, x, max(x.shape[1], index.shape[1]))
     taken = x.reshape(-1, x.shape[3]).index_select(0, rows).view(*shape, x.shape[3])
     return taken.masked_fill_((index < 0).unsqueeze(-1), 0) if _may_be_empty(index) else taken
 
@@ -29,15 +29,23 @@ def put(x: Tensor, index: Index, like: Tensor) -> Tensor:
 
 
 def add_slots(target: Tensor, x: Tensor, index: Index) -> None:
-    """Add slots ``x [G, H, slots, D]`` to their positions in ``target [G, H | Hkv, N, D]`` (contiguous), in place."""
+    """Add slots ``x [G, H, slots, D]`` to their positions in ``target [G, H | Hkv, N, D]`` (contiguous), in place.
+
+    A position stands in one slot of a head at most (``ops.members`` serves those that stand in several).
+    """
     if index is None:
         target += x
     elif isinstance(index, slice):
         target[:, :, index] += x
     else:
-        rows, _ = _rows(index, target, x.shape[1])
+        rows, shape = slot_rows(index, target, x.shape[1])
         filled = x.masked_fill((index < 0).unsqueeze(-1), 0) if _may_be_empty(index) else x
-        target.view(-1, target.shape[3]).index_add_(0, rows, filled.flatten(0, 2).to(target.dtype))
+        # A GPU adds in any order what one call adds to a row: there the heads of a group follow one another.
+        turns = 1 if target.device.type == "cpu" else x.shape[1] // target.shape[1]
+        for turn in range(turns):
+            heads = slice(turn, None, turns)
+            added = filled[:, heads].flatten(0, 2).to(target.dtype)
+            target.view(-1, target.shape[3]).index_add_(0, rows.view(shape)[:, heads].flatten(), added)
 
 
 def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, index: Index) -> None:
@@ -46,16 +54,16 @@ def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, ind
     if isinstance(index, slice):
         out, lse = out[:, :, index], lse[:, :, index]
     if not isinstance(index, Tensor):
-        out.lerp_(part_out, _share(lse, part_lse).unsqueeze(-1))
+        out.lerp_(part_out, share_of(lse, part_lse).unsqueeze(-1))
         lse.copy_(torch.logaddexp(lse, part_lse))
         return
-    rows, _ = _rows(index, out, out.shape[1])
+    rows, _ = slot_rows(index, out, out.shape[1])
     # Empty slots stand at position 0 beside a real one: they may write only what changes nothing, in any order.
     part_lse = part_lse.masked_fill(index < 0, -torch.inf).flatten()
     flat_out, flat_lse = out.view(-1, out.shape[3]), lse.view(-1)
     there = flat_lse[rows]
     change = part_out.reshape(-1, out.shape[3]) - flat_out.index_select(0, rows)
-    flat_out.index_add_(0, rows, change.mul_(_share(there, part_lse).unsqueeze(-1)))
+    flat_out.index_add_(0, rows, change.mul_(share_of(there, part_lse).unsqueeze(-1)))
     flat_lse.scatter_reduce_(0, rows, torch.logaddexp(there, part_lse), "amax")
 
 
@@ -64,12 +72,12 @@ def _may_be_empty(index: Tensor) -> bool:
     return torch.compiler.is_compiling() or index.device.type != "cpu" or bool((index < 0).any())
 
 
-def _share(lse: Tensor, part_lse: Tensor) -> Tensor:
+def share_of(lse: Tensor, part_lse: Tensor) -> Tensor:
     """The part's share of the joint softmax mass; 0 where neither has any."""
     return torch.sigmoid(torch.where(torch.isneginf(part_lse), -torch.inf, part_lse - lse))
 
 
-def _rows(index: Tensor, x: Tensor, heads: int) -> tuple[Tensor, tuple[int, int, int]]:
+def slot_rows(index: Tensor, x: Tensor, heads: int) -> tuple[Tensor, tuple[int, int, int]]:
     """Of each slot the row of ``x [G, H, N, D]`` viewed as ``[G * H * N, D]`` (empty slots: position 0), and the shape
     ``(G, heads, slots)``; query heads of a group share a row of x."""
     batch, own, length, _ = x.shape
