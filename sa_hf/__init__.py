@@ -17,7 +17,7 @@ from sa_hf.patterns import __all__ as _patterns
 
 __version__ = "0.1.0"
 
-# Public names that need transformers: loaded on first use.
+# Public names that need transformers, or more than one process: loaded on first use.
 _LAZY = {
     "patch_model": "sa_hf.hf.patching",
     "unpatch_model": "sa_hf.hf.patching",
@@ -33,6 +33,10 @@ _LAZY = {
     "StarTransformerModel": "sa_hf.models.star_transformer",
     "StarTransformerForSequenceClassification": "sa_hf.models.star_transformer",
     "StarTransformerForTokenClassification": "sa_hf.models.star_transformer",
+    "ConvTransConfig": "sa_hf.models.conv_trans",
+    "ConvTransForForecasting": "sa_hf.models.forecasting",
+    "convert_bigbird": "sa_hf.tools.convert",
+    "sequence_parallel_longnet": "sa_hf.distributed.sequence_parallel",
 }
 
 __all__ = [

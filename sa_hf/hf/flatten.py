@@ -20,9 +20,9 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.publish import HEADER, REMOTE_FILE
 
 PACKAGE = "sa_hf"
-ROOT = "sa_hf.hf.saving"
+ROOT = "sa_hf.hf.saving"  # of patched models; a model of this package's own has its own module
 # Tools that draw, measure or prepare: no loaded model needs them.
-LEFT_OUT = ("sa_hf.tools", "sa_hf.tasks", "sa_hf.models", "sa_hf.patterns.drawing", "sa_hf.hf.flatten")
+LEFT_OUT = ("sa_hf.tools", "sa_hf.tasks", "sa_hf.patterns.drawing", "sa_hf.hf.flatten")
 # Whatever transformers itself requires; other packages must not become a condition of loading.
 ALWAYS_THERE = {
     "torch",
@@ -52,9 +52,9 @@ def _runtime():
         import sa_hf
 
         if getattr(sa_hf, "__version__", None) == VERSION:
-            from sa_hf.hf import saving
+            from {package} import {module}
 
-            return saving
+            return {module}
     except ImportError:
         pass
     if _SHARED not in sys.modules:
@@ -65,10 +65,10 @@ def _runtime():
 
 
 def __getattr__(name):
-    """The sparse class of a Transformers class, by that class's name."""
+    """{offers}"""
     if name.startswith("_"):
         raise AttributeError(name)
-    return _runtime().remote_attribute(name)
+    return {lookup}
 
 
 def _files():
@@ -77,9 +77,15 @@ def _files():
 '''
 
 
-@lru_cache(maxsize=1)
-def carried_files() -> dict[str, str]:
-    """The remote-code file and the flat modules: ``{file name: text}``, the same for every checkpoint.
+_SPARSE_CLASS = "The sparse class of a Transformers class, by that class's name.", "_runtime().remote_attribute(name)"
+_OWN_CLASS = "A class of the model, by its name.", "getattr(_runtime(), name)"
+
+
+@lru_cache(maxsize=8)
+def carried_files(root: str = ROOT) -> dict[str, str]:
+    """The remote-code file and the flat modules: ``{file name: text}``, the same for every checkpoint of a root.
+
+    Args: root: the module that the remote-code file hands out classes of.
 
     Raises:
         SparseAttentionError: a module imports in a way that cannot be made flat.
@@ -87,7 +93,7 @@ def carried_files() -> dict[str, str]:
     from sa_hf import __version__
 
     modules: dict[str, str] = {}
-    waiting = [ROOT]
+    waiting = [root]
     while waiting:
         name = waiting.pop()
         if name in modules:
@@ -97,7 +103,12 @@ def carried_files() -> dict[str, str]:
     digest = hashlib.sha256("".join(f"{n}\n{modules[n]}" for n in sorted(modules)).encode()).hexdigest()[:12]
     files = {f"{flat(name)}.py": _renamed(text, f"{PACKAGE}_{digest}") for name, text in sorted(modules.items())}
     imports = "\n".join(f"    from .{flat(name)} import __name__  # noqa: F401" for name in sorted(modules))
-    remote = _REMOTE.format(version=__version__, digest=digest, root=flat(ROOT), imports=imports)
+    offers, lookup = _SPARSE_CLASS if root == ROOT else _OWN_CLASS
+    package, _, module = root.rpartition(".")
+    remote = _REMOTE.format(
+        version=__version__, digest=digest, root=flat(root), imports=imports, package=package, module=module,
+        offers=offers, lookup=lookup,
+    )  # fmt: skip
     return {REMOTE_FILE: HEADER + remote, **files}
 
 

@@ -105,6 +105,22 @@ def _replaced(target: Path, variant: str | None) -> list[Path]:
     return [path for path in files if weights.fullmatch(path.name) or _is_carried_code(path)]
 
 
+def code_files(module: str, file: str) -> dict[str, str]:
+    """The files that go with the weights of a model whose classes a module gives, ``{name: text}``; in a carried copy
+    of this package the copy's own.
+
+    Args: module, file: the ``__name__`` and ``__file__`` of that module.
+    """
+    if module.startswith("sa_hf."):
+        from sa_hf.hf.flatten import carried_files
+
+        return carried_files(module)
+    folder = Path(file).parent
+    remote = (folder / REMOTE_FILE).read_text("utf-8")
+    names = [f"{name}.py" for name in sorted(set(re.findall(r"from \.(sa_hf_\w+) import", remote)))]
+    return {REMOTE_FILE: remote, **{name: (folder / name).read_text("utf-8") for name in names}}
+
+
 def _is_carried_code(path: Path) -> bool:
     if path.name != REMOTE_FILE and not re.fullmatch(r"sa_hf_\w+\.py", path.name):
         return False

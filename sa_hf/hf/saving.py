@@ -31,9 +31,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import MethodType
 from typing import Any, cast
 
@@ -44,7 +42,7 @@ from transformers.models.auto import modeling_auto
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 from sa_hf.hf.assignment import Assignment, assignment_from_dict
-from sa_hf.hf.publish import REMOTE_FILE, save_whole
+from sa_hf.hf.publish import REMOTE_FILE, code_files, save_whole
 
 CONFIG_KEY = "sa_hf"
 # What a patched model's config holds beside its architecture's own fields.
@@ -133,7 +131,7 @@ class SparseModelMixin:
     @functools.wraps(PreTrainedModel.save_pretrained)
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         save = super().save_pretrained  # type: ignore[misc]  # as above
-        save_whole(self, save, code_files, save_directory, args, kwargs)
+        save_whole(self, save, functools.partial(code_files, __name__, __file__), save_directory, args, kwargs)
 
     def unpatch_model(self) -> Any:
         """``sa_hf.unpatch_model`` of this model, for where sa_hf is not installed."""
@@ -258,7 +256,7 @@ def _owners(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
     return owner, owner.removeprefix(prefix), prefix + owner
 
 
-# -- config.json and the code files --------------------------------------------------------------------------------
+# -- config.json --------------------------------------------------------------------------------
 
 
 def auto_classes() -> list[Any]:
@@ -300,15 +298,3 @@ def remote_attribute(name: str) -> Any:
     if cls is None:
         raise AttributeError(f"{name!r} is no model class of the Auto mappings of this Transformers")
     return sparse_class(cls)
-
-
-def code_files() -> dict[str, str]:
-    """The files that go with the weights, ``{name: text}``; a carried copy of this package gives itself."""
-    if __name__.startswith("sa_hf."):
-        from sa_hf.hf.flatten import carried_files
-
-        return carried_files()
-    folder = Path(__file__).parent
-    remote = (folder / REMOTE_FILE).read_text("utf-8")
-    names = [f"{name}.py" for name in sorted(set(re.findall(r"from \.(sa_hf_\w+) import", remote)))]
-    return {REMOTE_FILE: remote, **{name: (folder / name).read_text("utf-8") for name in names}}

@@ -1,13 +1,13 @@
 """Models of their own. Importing this package registers them with the Auto classes of transformers.
 
-``star_transformer.py`` itself registers nothing: a saved checkpoint carries a copy of it. A ConvTrans checkpoint needs
-this package (``import sa_hf.models``), since it runs its operators.
+The modules themselves register nothing: saved checkpoints carry copies of them.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 from transformers.models.auto.modeling_auto import AutoModelForTimeSeriesPrediction
 
-from sa_hf.models.forecasting import ConvTransConfig, ConvTransForForecasting
+from sa_hf.models.conv_trans import ConvTransConfig
+from sa_hf.models.forecasting import ConvTransForForecasting
 from sa_hf.models.star_transformer import (
     StarTransformerConfig,
     StarTransformerForSequenceClassification,

@@ -89,9 +89,16 @@ class StarTransformerConfig(PreTrainedConfig):
                 f"star_transformer.num_attention_heads={self.num_attention_heads} must divide "
                 f"hidden_size={self.hidden_size}; nearest: {nearest}"
             )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        types = self.type_vocab_size
+        if isinstance(types, bool) or not isinstance(types, int) or types < 0:
+            raise StarTransformerError(
+                f"star_transformer.type_vocab_size={types!r} must be an integer >= 0; nearest: 0"
+            )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             value = getattr(self, name)
-            if not 0 <= value < 1:
+            if value is None and name == "classifier_dropout":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
                 raise StarTransformerError(f"star_transformer.{name}={value!r} must lie in [0, 1); nearest: 0.0")
 
 
@@ -297,13 +304,16 @@ class StarTransformerModel(StarTransformerPreTrainedModel):
         return real
 
 
-class StarTransformerForSequenceClassification(StarTransformerPreTrainedModel):
-    """A Star-Transformer with a linear head on ``(s + max_i h_i) / 2`` (the paper's section 3.3)."""
+class StarTransformerWithHead(StarTransformerPreTrainedModel):
+    """A Star-Transformer with a linear head; what it stands on and its loss are the subclass's."""
+
+    output_class: type[ModelOutput]
 
     def __init__(self, config: StarTransformerConfig) -> None:
         super().__init__(config)
         self.star_transformer = StarTransformerModel(config)
-        self.dropout = nn.Dropout(_head_dropout(config))
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
         self.post_init()
 
@@ -316,57 +326,49 @@ class StarTransformerForSequenceClassification(StarTransformerPreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
-        """As :class:`StarTransformerModel`, with ``labels [B]`` (multi-label: ``[B, num_labels]``).
-
-        Returns ``logits [B, num_labels]`` and, with labels, ``loss``.
-        """
+    ) -> ModelOutput | tuple[Tensor, ...]:
+        """As :class:`StarTransformerModel`, with ``labels``; returns ``logits`` and, with labels, ``loss``."""
         encoded = self.star_transformer(
             input_ids, attention_mask, token_type_ids, inputs_embeds, output_hidden_states, return_dict=True
         )
-        logits = self.classifier(self.dropout(encoded.pooler_output))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        result = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        logits = self.classifier(self.dropout(self.features(encoded)))
+        loss = None if labels is None else self.loss(logits, labels)
+        result = self.output_class(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
         return result if _as_dict(self.config, return_dict) else result.to_tuple()
 
+    def features(self, encoded: StarTransformerModelOutput) -> Any:
+        """What the head reads, ``[..., hidden]``."""
+        raise NotImplementedError
 
-class StarTransformerForTokenClassification(StarTransformerPreTrainedModel):
-    """A Star-Transformer with a linear head on every satellite."""
-
-    def __init__(self, config: StarTransformerConfig) -> None:
-        super().__init__(config)
-        self.star_transformer = StarTransformerModel(config)
-        self.dropout = nn.Dropout(_head_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> TokenClassifierOutput | tuple[Tensor, ...]:
-        """As :class:`StarTransformerModel`, with ``labels [B, N]`` (-100 is ignored).
-
-        Returns ``logits [B, N, num_labels]`` and, with labels, ``loss``.
-        """
-        encoded = self.star_transformer(
-            input_ids, attention_mask, token_type_ids, inputs_embeds, output_hidden_states, return_dict=True
-        )
-        logits = self.classifier(self.dropout(encoded.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)
-        result = TokenClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
-        return result if _as_dict(self.config, return_dict) else result.to_tuple()
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
-def _head_dropout(config: StarTransformerConfig) -> float:
-    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+class StarTransformerForSequenceClassification(StarTransformerWithHead):
+    """A linear head on ``(s + max_i h_i) / 2`` (the paper's section 3.3): ``logits [B, num_labels]`` and ``labels [B]``
+    (multi-label: ``[B, num_labels]``)."""
+
+    output_class = SequenceClassifierOutput
+
+    def features(self, encoded: StarTransformerModelOutput) -> Any:
+        return encoded.pooler_output
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return loss
+
+
+class StarTransformerForTokenClassification(StarTransformerWithHead):
+    """A linear head on every satellite: ``logits [B, N, num_labels]`` and ``labels [B, N]`` (-100 is ignored)."""
+
+    output_class = TokenClassifierOutput
+
+    def features(self, encoded: StarTransformerModelOutput) -> Any:
+        return encoded.last_hidden_state
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.loss_function(logits, labels, self.config)
+        return loss
 
 
 def _as_dict(config: PreTrainedConfig, return_dict: bool | None) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,10 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForTimeSeriesPrediction
 
+import sa_hf
 from sa_hf import LogSparseAttentionConfig, SparseAttentionError
 from sa_hf.models import ConvTransConfig, ConvTransForForecasting
-from sa_hf.models.forecasting import ConvSelfAttention
+from sa_hf.models.conv_trans import ConvSelfAttention
 from sa_hf.tasks.metrics import quantile_loss
 
 TINY = {
@@ -162,6 +166,44 @@ def test_save_and_load(tmp_path: Path) -> None:
     torch.testing.assert_close(model(**x).logits, loaded(**x).logits, rtol=1e-12, atol=1e-12)
 
 
+def test_loads_without_the_package(tmp_path: Path) -> None:
+    """In a process where sa_hf cannot be imported the checkpoint brings its own code, and saves it on."""
+    model, x = tiny(attention=LogSparseAttentionConfig(restart_length=4, conv_kernel_size=2)), inputs()
+    folder, again = tmp_path / "model", tmp_path / "again"
+    model.save_pretrained(folder)
+    torch.save({"inputs": x, "logits": model(**x).logits}, tmp_path / "expected.pt")
+    script = textwrap.dedent(f"""
+        import sys
+        sys.modules["sa_hf"] = None
+        import torch
+        from transformers.models.auto.modeling_auto import AutoModelForTimeSeriesPrediction
+        expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
+        for folder in ({str(folder)!r}, {str(again)!r}):
+            model = AutoModelForTimeSeriesPrediction.from_pretrained(
+                folder, trust_remote_code=True, dtype=torch.float64)
+            torch.testing.assert_close(model(**expected["inputs"]).logits, expected["logits"], rtol=1e-12, atol=1e-12)
+            model.save_pretrained({str(again)!r})
+        model(**expected["inputs"], labels=expected["inputs"]["values"]).loss.backward()
+        try:
+            AutoModelForTimeSeriesPrediction.from_pretrained(folder)
+        except ValueError as error:
+            print(error)
+    """)
+    env = {"HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "trust_remote_code=True" in done.stdout
+    first, second = ({p.name: p.read_bytes() for p in f.iterdir()} for f in (folder, again))
+    assert first.keys() == second.keys()
+    assert all(first[name] == second[name] for name in first if name.endswith(".py"))
+    # Where the package is, its own classes run.
+    loaded = AutoModelForTimeSeriesPrediction.from_pretrained(again, trust_remote_code=True, dtype=torch.float64)
+    assert type(loaded) is ConvTransForForecasting
+    loaded.save_pretrained(tmp_path / "third")
+    assert {p.name for p in (tmp_path / "third").iterdir()} == first.keys()
+    assert sa_hf.ConvTransConfig is ConvTransConfig
+
+
 def test_checkpointing_gives_the_same_gradients() -> None:
     x, grads = inputs(), []
     for checkpointing in (False, True):
@@ -178,6 +220,9 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     ("fields", "message"),
     [
         ({"distribution": "cauchy"}, "student_t"),
+        ({"distribution": ["gaussian"]}, "student_t"),
+        ({"hidden_dropout_prob": 1.5}, "nearest: 0.0"),
+        ({"attention_probs_dropout_prob": None}, "nearest: 0.0"),
         ({"attention": {"name": "expire_span"}}, "static pattern"),
         ({"num_attention_heads": 3}, "nearest: 2"),
         ({"num_covariates": -1}, "nearest: 0"),

@@ -21,7 +21,9 @@ from sa_hf import (
     StarTransformerForTokenClassification,
     StarTransformerModel,
 )
+from sa_hf.distributed import sequence_parallel_longnet
 from sa_hf.models.star_transformer import StarAttention, StarCycle
+from sa_hf.tools.convert import convert_bigbird
 
 TINY = {
     "vocab_size": 60,
@@ -240,6 +242,9 @@ def test_importing_the_package_registers_nothing() -> None:
         ({"num_hidden_layers": -1}, "nearest: 1"),
         ({"vocab_size": 2.5}, "integer"),
         ({"hidden_dropout_prob": 1.0}, "[0, 1)"),
+        ({"hidden_dropout_prob": "x"}, "[0, 1)"),
+        ({"classifier_dropout": -0.5}, "[0, 1)"),
+        ({"type_vocab_size": -2}, "nearest: 0"),
     ],
 )
 def test_bad_fields_are_refused(fields: dict[str, object], nearest: str) -> None:
@@ -290,5 +295,9 @@ def test_learns_masked_summation() -> None:
     assert error < 0.15 * target.var(), (float(error), float(target.var()))
 
 
-def test_the_public_names_are_these_classes() -> None:
+def test_the_public_names_are_these() -> None:
     assert sa_hf.StarTransformerModel is StarTransformerModel
+    assert sa_hf.sequence_parallel_longnet is sequence_parallel_longnet
+    assert sa_hf.convert_bigbird is convert_bigbird
+    assert {"ConvTransForForecasting", "sequence_parallel_longnet", "convert_bigbird"} <= set(dir(sa_hf))
+    assert all(getattr(sa_hf, name) is not None for name in sa_hf.__all__)
