@@ -21,7 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sa_hf import BigBirdAttentionConfig
+from sa_hf.tools.bench.report import machine
 
 FINETUNE = Path(__file__).with_name("finetune.py")
 PATTERN = {"block_size": 64, "num_window_blocks": 3, "num_random_blocks": 3, "num_global_blocks": 2}
@@ -54,16 +57,17 @@ class Variant:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="runs/quickstart")
+    parser.add_argument("--seed", type=int, default=7, help="draws the documents, and the order of training")
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs, not what it reaches")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    results = run(QUICK if args.quick else Sizes(), Path(args.output_dir))
+    results = run(QUICK if args.quick else Sizes(), Path(args.output_dir), args.seed)
     results["total_seconds"] = time.perf_counter() - started
     report(results, Path(args.output_dir))
     return results
 
 
-def run(sizes: Sizes, output: Path) -> dict[str, Any]:
+def run(sizes: Sizes, output: Path, seed: int) -> dict[str, Any]:
     start = output / "start"
     print(f"1. MiniLM, dense, {sizes.short} tokens: {sizes.texts} short texts of the standard library", flush=True)
     finetune(
@@ -80,6 +84,7 @@ def run(sizes: Sizes, output: Path) -> dict[str, Any]:
         # Attention dropout keeps dense attention off its fused kernel (n x n in memory); all variants go without.
         model_set="attention_probs_dropout_prob=0.0",
         verify="none",
+        seed=seed,
     )
     variants = (
         Variant(f"dense at {sizes.short}", "dense_short", "none", sizes.short),
@@ -103,8 +108,10 @@ def run(sizes: Sizes, output: Path) -> dict[str, Any]:
             gradient_accumulation=sizes.document_batch,
             lr=1e-4,
             verify="fresh" if variant.pattern == "bigbird" else "none",
+            seed=seed,
         )
-    return {"sizes": vars(sizes), "pattern": PATTERN, "rows": rows}
+    about = machine(torch.device("cpu"))
+    return {"sizes": vars(sizes), "pattern": PATTERN, "seed": seed, "machine": about, "rows": rows}
 
 
 def finetune(output: Path, **flags: Any) -> dict[str, Any]:
@@ -132,6 +139,7 @@ def report(results: dict[str, Any], output: Path) -> None:
             f"| {label} | {row['eval_accuracy']:.1%} | {row['eval_loss']:.3f} | {row['step_seconds']:.2f} s "
             f"| {row['train_peak_memory_mb']:,.0f} MB |"
         )
+    lines += ["", measured_on(results)]
     (output / "results.md").write_text("\n".join(lines) + "\n")
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     pattern = BigBirdAttentionConfig(**results["pattern"])
@@ -140,6 +148,16 @@ def report(results: dict[str, Any], output: Path) -> None:
     print("\n" + "\n".join(lines))
     print(f"\nsaved, loaded again through AutoModel, outputs equal bit for bit: {output / 'sparse_long'}")
     print(f"pictures: {output / 'pattern.png'}, {output / 'result.png'}; {results['total_seconds']:.0f} s in all")
+
+
+def measured_on(results: dict[str, Any]) -> str:
+    """What was measured, on what, when."""
+    sizes, about = results["sizes"], results["machine"]
+    return (
+        f"{sizes['documents']} documents to train on, {sizes['evaluation']} to evaluate, seed {results['seed']}; "
+        f"{results['total_seconds']:.0f} s in all. {about['device']}, {about['threads']} threads, torch {about['torch']}, "
+        f"transformers {about['transformers']}, {about['date']}, commit {about['commit']}."
+    )
 
 
 def draw_results(results: dict[str, Any], path: Path) -> None:
