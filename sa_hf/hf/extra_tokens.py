@@ -89,7 +89,8 @@ class ExtraTokenHooks:
             if block is not self.first:
                 raise SparseAttentionError(
                     "the extra tokens were lost between two layers: something replaced the hidden states on the way "
-                    "(reentrant gradient checkpointing does; use {'use_reentrant': False})"
+                    "(reentrant gradient checkpointing does, use {'use_reentrant': False}; so does FSDP2 around single "
+                    "layers, shard the whole model or use DDP)"
                 )
             extra = self._initial(hidden, [*args, *kwargs.values()])
         joined = torch.cat([extra.to(hidden.device), hidden], dim=1)

@@ -139,6 +139,13 @@ def _sites(model: PreTrainedModel, max_length: int | None) -> Sites:
             Site(name, _block(model, name, recorded), stack, _layer_spec(module, index, len(modules), limit))
             for index, (name, module) in enumerate(modules)
         ]
+    body = model.base_model
+    lacking = [stack for stack in ("encoder", "decoder") if stack not in stacks]
+    if lacking and all(isinstance(getattr(body, stack, None), nn.Module) for stack in ("encoder", "decoder")):
+        raise UnsupportedModelError(
+            f"the {lacking[0]} of {type(model).__name__} computes its attention itself instead of asking transformers' "
+            "AttentionInterface for it, so the pattern would reach the other half alone"
+        )
     return Sites(dict(sorted(stacks.items(), reverse=True)), cross)
 
 

@@ -168,7 +168,8 @@ class MaskRequest:
     def _packed_arguments(self, implementation: str, given: ForwardInputs | None) -> dict[str, Any]:
         batch, total = int(self.arguments["batch_size"]), self.query_offset + self.query_length
         ids = said_ids(given, batch, total)
-        if ids is None and given is not None and given.position_ids is not None and self._is_known():
+        compiling = torch.compiler.is_compiling()  # without a cache, as it must be, the mask knows packed positions
+        if ids is None and not compiling and given is not None and given.position_ids is not None and self._is_known():
             # A restart of the positions counts with a cache, too, where Transformers' own mask would not see it.
             ids = None if self.sequences().is_full else self._sequence_ids(batch, total)
         if ids is None:

@@ -90,6 +90,13 @@ def patch_model(
 ) -> Model:
     """Replace the attention of a Transformers model by a sparse pattern, in place.
 
+    Sequences: ``attention_mask [batch, length]`` with padding on either side or inside. Packed rows are told apart by
+    ``sequence_ids [batch, length]`` given to the model's forward, by ``cu_seq_lens_q``, or, in decoders without an
+    attention mask, by ``position_ids`` that restart; layers left dense see the same sequences, also with ``use_cache``
+    on (where Transformers' own mask would not). 4-D masks are refused.
+
+    Save the model that was patched: of a part that was patched alone, the model around it knows nothing.
+
     Args:
         pattern: a name, a config, ``{"0-3": "dense", "4-": config}`` by layers, ``{"heads": {"0-5": config, ...}}`` by
             heads, or ``{"encoder": ..., "decoder": ...}``. Unlisted layers stay dense.
@@ -97,7 +104,7 @@ def patch_model(
         max_length: lengthen the model to this many tokens, as ``extend_positions`` does; ``unpatch_model`` undoes it.
         tokenizer: gets the new limit, too.
         rope_parameters: RoPE scaling of a lengthened model.
-        engine: "auto", "triton", "native" or "reference".
+        engine: "auto", "triton", "native" or "reference"; what cannot serve a call raises when the model runs.
         options: fields of the config.
 
     Returns:

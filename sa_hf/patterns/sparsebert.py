@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ class SparseBertAttention(LearnedAttention):
         owner = self.owner
         if owner.kept is not None:
             return owner.kept.float()
-        logits = _present(owner.logits).float()
+        logits = _whole(owner.logits).float()
         if not self.training:
             return (logits.detach() > 0).float()
         # Parts of a mixture by heads that run the same config in a layer draw apart.
@@ -166,7 +166,7 @@ class SparseBertAttention(LearnedAttention):
     def keep_table(self) -> Tensor:
         """Which logits are kept in evaluation, bool ``[H, mask_length(, mask_length)]``."""
         owner = self.owner
-        return owner.kept if owner.kept is not None else _present(owner.logits).detach() > 0
+        return owner.kept if owner.kept is not None else _whole(owner.logits).detach() > 0
 
     def mask(self, length: int) -> Tensor:
         """The pairs that evaluation keeps for one sequence, bool ``[H, length, length]``."""
@@ -294,7 +294,9 @@ class SparseBertAttention(LearnedAttention):
         self.config = replace(self.config, frozen=True)
 
 
-def _present(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
+def _whole(logits: Any) -> Tensor:
+    """The logits, gathered where FSDP2 has sharded them: a shared mask is read, and the density loss made, while the
+    layer that holds them does not run. All ranks come here together."""
+    if logits is None:
         raise RuntimeError("the shared mask has lost its owner: tie the layers of the stack again")
     return tensor

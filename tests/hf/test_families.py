@@ -178,6 +178,13 @@ def test_what_an_attention_would_lose_is_refused_at_once() -> None:
         sa_hf.patch_model(tf.UMT5Model(tf.UMT5Config(**sizes)), "bigbird")
 
 
+def test_half_an_encoder_decoder_is_refused() -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+    model = tf.LongT5Model(tf.LongT5Config(**sizes))
+    with pytest.raises(UnsupportedModelError, match="the encoder of LongT5Model"):
+        sa_hf.patch_model(model, "sliding_window", window=3)
+
+
 def test_a_plain_module_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="no Transformers model"):
         sa_hf.patch_model(torch.nn.Linear(2, 2), "bigbird")
