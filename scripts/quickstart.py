@@ -155,8 +155,8 @@ def measured_on(results: dict[str, Any]) -> str:
     sizes, about = results["sizes"], results["machine"]
     return (
         f"{sizes['documents']} documents to train on, {sizes['evaluation']} to evaluate, seed {results['seed']}; "
-        f"{results['total_seconds']:.0f} s in all. {about['device']}, {about['threads']} threads, torch {about['torch']}, "
-        f"transformers {about['transformers']}, {about['date']}, commit {about['commit']}."
+        f"{results['total_seconds']:.0f} s in all. {about['device']}, {about['threads']} threads, "
+        f"torch {about['torch']}, transformers {about['transformers']}, {about['date']}, commit {about['commit']}."
     )
 
 
