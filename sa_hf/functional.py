@@ -86,6 +86,8 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, scale: float | None,
             raise SparseAttentionError(
                 f"{label} must be a floating tensor [batch, heads, length, head_dim], not {_shown(x)}"
             )
+        if min(x.shape) < 1:
+            raise SparseAttentionError(f"{label} {tuple(x.shape)} has an empty dimension; each must be >= 1")
     if key.shape != value.shape:
         raise SparseAttentionError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape")
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
@@ -101,8 +103,6 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, scale: float | None,
         raise SparseAttentionError(
             f"num_heads={query.shape[1]} must be a multiple of num_key_value_heads={key.shape[1]}"
         )
-    if min(query.shape) < 1:
-        raise SparseAttentionError(f"query {tuple(query.shape)} has an empty dimension; each must be >= 1")
     if scale is not None and not (isinstance(scale, int | float) and scale > 0):
         raise SparseAttentionError(f"scale={scale!r} must be a positive number, or None for head_dim ** -0.5")
     if not 0 <= dropout < 1:

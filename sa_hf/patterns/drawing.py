@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig
+from sa_hf.errors import SparseAttentionError
 from sa_hf.patterns.base import StaticPatternConfig, whole_geometry
 
 if TYPE_CHECKING:
@@ -130,9 +131,15 @@ def plot_mask(mask: Tensor, path: str | os.PathLike[str], title: str, *, causal:
 
 def _draw(cells: list[Tensor], path: str | os.PathLike[str], title: str, length: int, causal: bool) -> None:
     try:
+        from matplotlib.backend_bases import FigureCanvasBase
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'sa_hf[tools]'") from error
+    formats, suffix = sorted(FigureCanvasBase.filetypes), os.path.splitext(path)[1][1:].lower()
+    if suffix and suffix not in formats:
+        raise SparseAttentionError(
+            f"{os.fspath(path)!r} ends in {suffix!r}, which is no image format; use one of {formats}, for example 'png'"
+        )
     panels = len(cells)
     # A Figure of its own, not pyplot: no window, no state that outlives the call.
     figure = Figure(figsize=(3.4 * panels + 0.4, 4.3), dpi=200, layout="constrained", facecolor="white")

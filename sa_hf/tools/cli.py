@@ -204,10 +204,10 @@ def card(
 
 
 def main() -> None:
-    """Entry point of ``sa-hf``: errors of this package end with one line and exit code 2."""
+    """Entry point of ``sa-hf``: bad input, a missing file or package end with their message and exit code 2."""
     try:
         app()
-    except SparseAttentionError as error:
+    except (SparseAttentionError, OSError, ImportError) as error:
         print(f"sa-hf: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

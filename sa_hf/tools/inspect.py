@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sa_hf.config import SparseAttentionConfig
+from sa_hf.config import SparseAttentionConfig, shown
 from sa_hf.errors import SparseAttentionError
 
 
@@ -41,6 +41,8 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         raise SparseAttentionError(
             f"{folder} has no readable config.json ({error}); give a folder of save_pretrained"
         ) from error
+    if not isinstance(config, dict):
+        raise SparseAttentionError(f"{folder}/config.json holds {type(config).__name__}, not the fields of a model")
     section = config.get("sa_hf")
     found = Inspection(folder, ", ".join(config.get("architectures") or ["unknown"]), None)
     found.code_files = sorted(p.name for p in folder.glob("*.py"))
@@ -48,26 +50,43 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         found.problems.append("no 'sa_hf' section: an ordinary dense checkpoint")
         return found
     found.version = section.get("version")
-    for stack, layers in (section.get("layers") or {}).items():
-        for index, entry in layers.items():
+    layers = section.get("layers")
+    if not isinstance(layers, dict) or not all(isinstance(entries, dict) for entries in layers.values()):
+        found.problems.append("the 'sa_hf' section names no layers: {stack: {layer: config}} is expected")
+        layers = {}
+    for stack, entries in layers.items():
+        for index, entry in entries.items():
             found.layers += _entries(stack, index, entry, found.problems)
-    if not config.get("auto_map"):
-        found.problems.append("no auto_map: AutoModel cannot find the code that makes the model sparse")
+    found.problems += _code_problems(config.get("auto_map"), found.code_files)
     found.state = _sparse_state(folder)
     return found
 
 
-def _entries(
-    stack: str, index: str, entry: dict[str, Any], problems: list[str]
-) -> list[tuple[str, str, str, dict[str, Any]]]:
-    by_head = entry.get("heads", {"": entry})
+def _code_problems(auto_map: Any, files: list[str]) -> list[str]:
+    """What is wrong with the code that ``auto_map`` names."""
+    if not isinstance(auto_map, dict) or not auto_map:
+        return ["no auto_map: AutoModel cannot find the code that makes the model sparse"]
+    problems = []
+    for name in sorted({str(value).rpartition(".")[0] for value in auto_map.values()}):
+        if "--" in name:
+            problems.append(f"auto_map takes code from another repository, {name!r}: look at it before you trust it")
+        elif f"{name}.py" not in files:
+            problems.append(f"auto_map names {name}.py, which is not in the folder")
+    return problems
+
+
+def _entries(stack: str, index: str, entry: Any, problems: list[str]) -> list[tuple[str, str, str, dict[str, Any]]]:
+    by_head = entry.get("heads", {"": entry}) if isinstance(entry, dict) else {"": entry}
+    if not isinstance(by_head, dict):
+        by_head = {"": by_head}
     result = []
     for heads, fields in by_head.items():
         try:
             name = SparseAttentionConfig.from_dict(fields).name
         except SparseAttentionError as error:
             problems.append(f"{stack} layer {index}: {error}")
-            name = str(fields.get("name"))
+            fields = fields if isinstance(fields, dict) else {}
+            name = shown(fields.get("name"))
         result.append((stack, f"{index} heads {heads}" if heads else index, name, fields))
     return result
 

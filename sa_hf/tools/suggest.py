@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig, pattern_class
+from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.counts import kept_pairs
 from sa_hf.patterns.base import Geometry, StaticPatternConfig, dense_multiplicity, finished_plan
 
@@ -55,7 +56,12 @@ def suggest(
     Args:
         attention: the dense model's probabilities per layer, ``[B, H, n, n]``, on real text of one length.
         max_density: leave out patterns that keep more than this share of the dense pairs.
+
+    Raises:
+        SparseAttentionError: the length is below 1.
     """
+    if length < 1:
+        raise SparseAttentionError(f"length={length} must be at least 1; nearest: 1")
     dense = num_heads * (length * (length + 1) // 2 if causal else length * length)
     found = []
     for config in candidates(causal, length):

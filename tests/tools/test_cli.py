@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sa_hf import patch_model
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tools.cli import app
+from sa_hf.tools.cli import app, main
 from sa_hf.tools.load import parse_options
 
 runner = CliRunner()
@@ -62,6 +62,32 @@ def test_inspect_of_a_dense_folder_fails(tmp_path: Path) -> None:
     result = runner.invoke(app, ["inspect", str(tmp_path)])
     assert result.exit_code == 1
     assert "dense checkpoint" in result.output
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"sa_hf": {"layers": {"encoder": {"0": 3}}}}, "encoder layer 0"),
+        ({"sa_hf": {"layers": {"encoder": {"0": {"heads": 3}}}}}, "encoder layer 0"),
+        ({"sa_hf": {"layers": {"encoder": {"0": {"name": "bigbrid"}}}}}, "did you mean 'bigbird'"),
+        ({"sa_hf": {"layers": [1]}}, "names no layers"),
+        ({"sa_hf": {"layers": {"encoder": [1]}}}, "names no layers"),
+        ({"sa_hf": {}, "auto_map": {"AutoModel": "modeling_sa_hf.X"}}, "modeling_sa_hf.py, which is not in the folder"),
+        ({"sa_hf": {}, "auto_map": {"AutoModel": "some/repo--modeling_sa_hf.X"}}, "another repository"),
+        ({"sa_hf": {}, "auto_map": 5}, "no auto_map"),
+    ],
+)
+def test_inspect_says_what_is_wrong_with_a_checkpoint(config: object, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = runner.invoke(app, ["inspect", str(tmp_path)])
+    assert result.exit_code == 1
+    assert problem in " ".join(result.output.split())
+
+
+def test_inspect_of_no_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(SparseAttentionError, match="holds list"):
+        run("inspect", str(tmp_path))
 
 
 def test_card_holds_the_loading_line_and_is_not_overwritten(checkpoint: Path) -> None:
@@ -118,9 +144,36 @@ def test_options_are_parsed_as_json(pairs: list[str], expected: dict[str, object
         ["preview", "bigbrid"],
         ["preview", "bigbird", "--set", "block_size=48"],
         ["preview", "bigbird", "--set", "blocksize=64"],
+        ["preview", "bigbird", "--plot", "bigbird.foo"],
+        ["bench", "bigbird", "--set", "seed=x"],
     ],
 )
 def test_bad_input_is_one_clear_error(words: list[str]) -> None:
     result = runner.invoke(app, words)
     assert isinstance(result.exception, SparseAttentionError)
     assert "bigbird" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench", "bigbird", "--heads", "0"], "empty dimension"),
+        (["bench", "bigbird", "--length", "0"], "empty dimension"),
+        (["suggest", "minilm", "--length", "0"], "nearest: 1"),
+        (["suggest", "minilm", "--text", "/nowhere.txt"], "/nowhere.txt"),
+        (["summary", "/nowhere"], "/nowhere"),
+        (["convert", "/nowhere", "out"], "/nowhere"),
+        (["card", "/nowhere"], "/nowhere"),
+        (["preview", "bigbird", "--plot", "/nowhere/x.png"], "/nowhere/x.png"),
+    ],
+)
+def test_a_run_with_bad_input_ends_with_its_message(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["sa-hf", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
