@@ -68,8 +68,7 @@ def language_model(system: str, options: list[str], steps: int, evaluated: int, 
     if done.returncode:
         raise SystemExit(f"{system} {options} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
     metrics = json.loads((folder / "metrics.json").read_text())
-    seconds = metrics["train_runtime"] / max(1, metrics["global_step"])
-    return {"bits per byte": metrics["eval_loss"] / math.log(2), "seconds per step": seconds}
+    return {"bits per byte": metrics["eval_loss"] / math.log(2)}
 
 
 def texts(count: int, length: int, tokenizer: Any) -> torch.Tensor:

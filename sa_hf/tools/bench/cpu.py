@@ -33,6 +33,8 @@ from sa_hf.patterns.base import (
 
 HEADS, HEAD_DIM = 8, 64
 WARM_LENGTH = 48
+# Dense attention with dropout has no fused form on the CPU: fp32 matrices n x n per head, forward and backward.
+DROPOUT_COPIES = 6
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -183,12 +185,18 @@ def time_side_by_side(
 ) -> dict[str, Any]:
     """First call and steady median of dense, FlexAttention where it runs, and patterns, one call of each in turn.
 
-    Rounds go on until ``seconds`` have passed, at least 2 and at most 15. Every contender has run at another length
+    Rounds go on until ``seconds`` have passed, at least 3 and at most 15. Every contender has run at another length
     before its first call here, which is to show the cost of a plan and not of imports. FlexAttention, which takes
-    seconds to compile, is left out of a dry run (``toy``).
+    seconds to compile, is left out of a dry run (``toy``). Dense attention runs without dropout where it has no memory
+    for it.
     """
     cases = cpu_cases(length, toy)
-    runs: dict[str, Run] = {"dense": dense_run(causal, dropout)}
+    failed: dict[str, str] = {}
+    dense_dropout = dropout
+    if dropout and (needed := DROPOUT_COPIES * HEADS * length * length * 4) > _available():
+        dense_dropout = 0.0
+        failed["dense with dropout"] = f"needs {needed / 2**30:.0f} GB; the row above is without dropout"
+    runs: dict[str, Run] = {"dense": dense_run(causal, dense_dropout)}
     for label in labels:
         runs[label] = pattern_run(cases[label], length, dropout)
         flex = None if backward or dropout or toy else flex_run(cases[label], length)
@@ -201,7 +209,6 @@ def time_side_by_side(
     for warm in (dense_run(causal, dropout), *(pattern_run(cases[label], WARM_LENGTH, dropout) for label in labels)):
         call(warm, inputs(WARM_LENGTH), torch.randn(1, HEADS, WARM_LENGTH, HEAD_DIM))
     first: dict[str, float] = {}
-    failed: dict[str, str] = {}
     for label, run in runs.items():
         try:
             first[label] = call(run, qkv, upstream)
@@ -211,7 +218,7 @@ def time_side_by_side(
             failed[label] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     times: dict[str, list[float]] = {label: [] for label in first}
     begin, rounds = time.perf_counter(), 0
-    while rounds < 2 or (time.perf_counter() - begin < seconds and rounds < 15):
+    while rounds < 3 or (time.perf_counter() - begin < seconds and rounds < 15):
         for label, known in times.items():
             known.append(call(runs[label], qkv, upstream))
         rounds += 1
@@ -293,6 +300,17 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
+def _available() -> float:
+    """Bytes that may still be used; where the system does not say, 8 GB."""
+    try:
+        return _field(Path("/proc/meminfo"), "MemAvailable")
+    except OSError:
+        return 2.0**33
+
+
 def _status(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    return _field(Path("/proc/self/status"), field)
+
+
+def _field(path: Path, name: str) -> float:
+    return next(float(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(name))
