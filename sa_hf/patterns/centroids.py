@@ -83,12 +83,12 @@ class CentroidState(LearnedAttention):
         ``[B, H | kv, N]``, and which tokens are real, bool ``[B, N]``."""
         kv = key.shape[1]
         # The queries of a group and its keys side by side: [B, kv, (group + 1), N, d] -> [(B, group + 1), kv, N, d]
-        vectors = torch.cat([query.unflatten(1, (kv, -1)), key.unsqueeze(2)], dim=2).transpose(1, 2)
         both = torch.cat([clusters[0].unflatten(1, (kv, -1)), clusters[1].unsqueeze(2)], dim=2).transpose(1, 2)
         weight = real[:, None, None]
         if not self.training:
             self._sizes = cluster_counts(both, self.num_clusters, weight)
             return
+        vectors = torch.cat([query.unflatten(1, (kv, -1)), key.unsqueeze(2)], dim=2).transpose(1, 2)
         sums, counts = cluster_sums(vectors.float(), both, self.num_clusters, weight)
         self._sizes = counts
         tokens = torch.sort((~real).flatten().to(torch.uint8), stable=True).indices  # the real ones first
