@@ -124,13 +124,13 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, Source]:
     )
     if args.pattern == "none" or args.model == CONV_TRANS:
         return model, tokenizer, source
-    limit = getattr(model.config, "max_position_embeddings", None)
-    longer = args.max_length if limit is not None and args.max_length > limit else None
+    from sa_hf.hf.positions import lengthening
+
     sa_hf.patch_model(
         model,
         chosen_pattern(args),
         layers=args.layers,
-        max_length=longer,
+        max_length=lengthening(model, args.max_length),
         tokenizer=tokenizer,
         rope_parameters=args.rope_parameters,
         engine=args.engine,

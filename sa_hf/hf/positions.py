@@ -60,6 +60,15 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return limit if isinstance(limit, int) else None
 
 
+def lengthening(model: PreTrainedModel, length: int | None) -> int | None:
+    """The ``max_length`` that ``patch_model`` needs for inputs of ``length`` tokens; None where the model takes them.
+
+    The config's number is not the limit: RoBERTa's counts rows of its table that no token has.
+    """
+    limit = position_limit(model)
+    return length if length is not None and limit is not None and length > limit else None
+
+
 def extend_positions(
     model: Model, max_length: int, tokenizer: Any = None, rope_parameters: dict[str, Any] | None = None
 ) -> Model:

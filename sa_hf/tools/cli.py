@@ -64,11 +64,11 @@ def summary(
     """What runs where in a patched model: pattern, density, engine, memory, per layer."""
     from sa_hf import patch_model
     from sa_hf import summary as summarise
+    from sa_hf.hf.positions import lengthening
 
     loaded = load_model(model, trust_remote_code=trust)
     if pattern is not None:
-        limit = getattr(loaded.config, "max_position_embeddings", None)
-        longer = length if length is not None and limit is not None and length > limit else None
+        longer = lengthening(loaded, length)
         patch_model(loaded, make_config(pattern, options or []), layers=layers, max_length=longer)
     console.print(str(summarise(loaded, length)))
 

@@ -11,6 +11,7 @@ from hf_cases import BOTH, CONFIGS, case, tiny_model, tokens
 
 import sa_hf
 from sa_hf import SparseAttentionError, UnsupportedModelError
+from sa_hf.hf.positions import lengthening
 
 LONG = 150
 # family: (table, rows before its first position)
@@ -139,6 +140,13 @@ def test_encoder_decoders(family: str) -> None:
     model = tiny_model(family)
     sa_hf.patch_model(model, "sliding_window", window=5, max_length=LONG)
     assert run(model, LONG).shape[1] == LONG
+
+
+def test_the_limit_is_the_tokens_that_the_model_takes() -> None:
+    roberta, t5 = tiny_model("roberta"), tiny_model("t5")
+    assert roberta.config.max_position_embeddings == 66  # two rows of the table belong to no token
+    assert [lengthening(roberta, length) for length in (None, 64, 65)] == [None, None, 65]
+    assert lengthening(t5, 10_000) is None
 
 
 def test_what_cannot_be_lengthened_raises() -> None:
