@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sa_hf.ops.engine import Engine, Gradients
 from sa_hf.ops.parts import Part, ScoreOptions
+from sa_hf.ops.random import counter_words
 from sa_hf.ops.sequences import Sequences
 from sa_hf.ops.slots import add_slots, merge_into, take
 
@@ -23,16 +24,18 @@ def plan_forward(
 ) -> tuple[Tensor, Tensor]:
     """All parts of a plan over equal sequences, merged. Shapes as in ``Engine.forward``, in positions."""
     merged: tuple[Tensor, Tensor] | None = None
-    # Merged in fp32 whatever the inputs: rounding the running result once per part would add up.
+    # Merged in fp32 whatever the inputs: rounding the running result once per part would add up. A result that is not
+    # merged stays as it came: a copy in fp32 and back takes as long as a sparse kernel.
     stats = torch.promote_types(query.dtype, torch.float32)
     for part in plan:
         q, k, v = take(query, part.query_index), take(key, part.key_index), take(value, part.key_index)
         out, lse = engine.forward(part, q, k, v, options)
         if merged is None and part.query_index is None:
-            merged = out.to(stats).contiguous(), lse.contiguous()
+            merged = out, lse
             continue
         if merged is None:
             merged = query.new_zeros(query.shape, dtype=stats), lse.new_full(query.shape[:3], -torch.inf)
+        merged = merged[0].to(stats).contiguous(), merged[1].contiguous()
         merge_into(*merged, out.to(stats), lse, part.query_index)
     if merged is None:
         return torch.zeros_like(query), torch.full(query.shape[:3], -torch.inf, dtype=stats, device=query.device)
@@ -68,10 +71,11 @@ class _Total:
             like, known = self.like[at], self.sums[at]
             stats = torch.promote_types(like.dtype, torch.float32)
             if known is None and index is None and grad.shape == like.shape:
-                self.sums[at] = grad.to(stats).contiguous()
+                self.sums[at] = grad
                 continue
             if known is None:
-                known = self.sums[at] = torch.zeros(like.shape, dtype=stats, device=like.device)
+                known = torch.zeros(like.shape, dtype=stats, device=like.device)
+            known = self.sums[at] = known.to(stats).contiguous()
             add_slots(known, grad, index)
         if grads.distance_bias is not None:
             self.bias = grads.distance_bias if self.bias is None else self.bias + grads.distance_bias
@@ -219,7 +223,7 @@ class Group:
         options = batch.options
         self.options = replace(
             options,
-            sequence_ids=torch.tensor(indices, device=batch.device),
+            sequence_ids=counter_words(indices, batch.device),
             distance_bias=centred(options.distance_bias, self.key_length),
             query_offset=shape[1] - shape[0],
             spans=None if options.spans is None else self.keys(options.spans.unsqueeze(-1)).squeeze(-1),

@@ -60,6 +60,7 @@ def expiring_layout(spans: Tensor, query_slots: int, ramp: float, left: int, blo
     counts = torch.zeros(batch * heads * query_blocks, dtype=torch.int64, device=spans.device)
     counts.index_add_(0, (lists + row).flatten(), alive.flatten().long())
     row_start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    longest = None
     if exact_lists(spans.device):
         listed = torch.nonzero(alive.flatten()).flatten() % len(row)
         columns, kinds = column[listed], kind[listed]
@@ -70,10 +71,13 @@ def expiring_layout(spans: Tensor, query_slots: int, ramp: float, left: int, blo
         target = torch.zeros(2, flat.numel() + 1, dtype=torch.int64, device=spans.device)
         source = torch.stack([column, kind]).repeat(1, batch * heads)
         columns, kinds = target.scatter_(1, place.expand(2, -1), source)[:, :-1]
+        # A tile of one side reads a run of block + left positions, which touches so many tiles of the other.
+        longest = (left + 2 * block - 2) // block + 1
     offset = key_slots - query_slots
     return BlockLayout(
         query_slots, key_slots, block, block, batch, heads, row_start, columns.int(), kinds.int(),
         torch.zeros(0, block, block, dtype=torch.bool, device=spans.device), band=Band(left - offset, offset),
+        longest=longest,
     )  # fmt: skip
 
 
@@ -106,12 +110,14 @@ def range_layout(low: Tensor, high: Tensor, key_slots: int, width: int, block: i
     first, end = low_rows[:, 0] // block, (high_rows[:, -1] + block - 1) // block
     counts = torch.where(high_rows[:, -1] > low_rows[:, 0], end - first, 0)
     row_start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    longest = None
     if exact_lists(low.device):
         capacity = int(row_start[-1])
     else:
         # Ascending ranges advance over the keys once: their lists hold each key block once, and once more per row
         # the blocks of one range.
         key_blocks = -(-key_slots // block)
+        longest = max(key_blocks, query_blocks)
         capacity = batch * heads * (key_blocks + query_blocks * (-(-width // block) + 2))
     entry = torch.arange(capacity, device=low.device)
     row = (torch.searchsorted(row_start, entry, right=True) - 1).clamp(max=rows - 1)
@@ -122,5 +128,5 @@ def range_layout(low: Tensor, high: Tensor, key_slots: int, width: int, block: i
     return BlockLayout(
         query_slots, key_slots, block, block, batch, heads, row_start, column.int(),
         torch.where(whole, FULL, BAND).int(), torch.zeros(0, block, block, dtype=torch.bool, device=low.device),
-        key_range=key_range,
+        key_range=key_range, longest=longest,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sa_hf.ops.grouped import Group
 from sa_hf.ops.parts import ScoreOptions
-from sa_hf.ops.random import dropout_keep, dropout_words
+from sa_hf.ops.random import counter_words, dropout_keep, dropout_words
 
 # Scores held at once, over all heads: 2**23 fp32 are 32 MB per temporary.
 SCORES_AT_ONCE = 2**23
@@ -67,7 +67,7 @@ def _chunk(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, options: Sco
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     if options.distance_bias is not None:
-        scores = scores + options.distance_bias.to(stats)[:, j - i + n_k - 1]
+        scores = scores + rows_by_distance(options.distance_bias.to(stats), begin, begin + query.shape[2], n_k)
     gate = gate.to(stats)
     lonely = (gate.detach() == 0).all(-1, keepdim=True)
     gate = gate + (lonely & (i == j)).to(stats)
@@ -82,10 +82,18 @@ def _chunk(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, options: Sco
     return out
 
 
+def rows_by_distance(table: Tensor, begin: int, end: int, key_length: int) -> Tensor:
+    """``[H, end - begin, key_length]``: a table ``[H, 2 * key_length - 1]`` by ``j - i + key_length - 1``, at the query
+    positions ``begin <= i < end`` and every key position j. Views, whose gradient sums each diagonal in one order."""
+    # Row i is the window of the table that starts at key_length - 1 - i: a run of windows, last row first.
+    run = table[:, key_length - end : 2 * key_length - 1 - begin]
+    return run.unfold(1, key_length, 1).flip(1)
+
+
 def _dropout_factor(options: ScoreOptions, query: Tensor, i: Tensor, j: Tensor) -> Tensor:
     if options.seed is None or options.sequence_ids is None:
         raise RuntimeError("dropout needs the seed and the sequence numbers of the call")
-    heads = torch.tensor(options.heads or range(query.shape[1]), device=query.device)[:, None, None]
+    heads = counter_words(options.heads or tuple(range(query.shape[1])), query.device)[:, None, None]
     sequence = options.sequence_ids[:, None, None, None]
     rows = dropout_words(options.seed, sequence, heads, i, stream=0)
     columns = dropout_words(options.seed, sequence, heads, j, stream=1)

@@ -70,6 +70,9 @@ class BlockLayout:
     Shapes: row_start int64 ``[B_l * H_l * num_query_blocks + 1]``, columns and kind int32 ``[entries]``, masks bool
     ``[P, block_q, block_k]``, key_range int32 ``[B_l, H_l, query_slots, 2]`` (the key slots ``lo <= slot < hi`` of
     each query slot) or None. ``B_l`` and ``H_l`` are 1 where the lists are shared. The band is in slots.
+
+    ``longest`` is given where the device alone knows how long the lists are, so that nothing waits for it: no row and
+    no column of tiles has more entries, and ``columns`` and ``kind`` may have room behind the last entry.
     """
 
     query_slots: int
@@ -84,6 +87,7 @@ class BlockLayout:
     masks: Tensor
     band: Band = UNBOUNDED
     key_range: Tensor | None = None
+    longest: int | None = None
 
     @property
     def num_query_blocks(self) -> int:

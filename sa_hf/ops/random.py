@@ -6,6 +6,8 @@ order draws the same numbers.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,14 @@ def hash32(x: Tensor) -> Tensor:
     x = x ^ ((x >> 15) & 0x1FFFF)
     x = x * (0x846CA68B - (1 << 32))
     return x ^ ((x >> 16) & 0xFFFF)
+
+
+@lru_cache(maxsize=256)
+def counter_words(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers of heads or of sequences, int64 on the device, made once: a copy from the host in every call would hold
+    up the launches, and cannot be captured in a CUDA graph."""
+    with torch.inference_mode(False):  # what is made in evaluation serves training too
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def dropout_words(seed: Tensor, sequence: Tensor, head: Tensor, position: Tensor, *, stream: int) -> Tensor:

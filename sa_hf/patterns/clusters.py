@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sa_hf.ops.data_layout import exact_lists, range_layout
+from sa_hf.ops.members import sum_slots
 from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, Part, SegmentPart
 from sa_hf.ops.planned import PlanData, plan_rule
 
@@ -143,11 +144,10 @@ def cluster_means(out: Tensor, rows: Tensor, filled: Tensor, length: int) -> tup
     Args: out: results per slot ``[G, H, slots, D]``; rows: their positions; filled: the slots that count.
     """
     index = rows.flatten(2)
-    wide = out.to(torch.promote_types(out.dtype, torch.float32))
-    count = torch.zeros(*index.shape[:2], length, dtype=wide.dtype, device=out.device)
-    count = count.scatter_add(2, index, filled.to(wide.dtype))
-    total = wide.new_zeros(*index.shape[:2], length, out.shape[-1])
-    total = total.scatter_add(2, index.unsqueeze(-1).expand_as(wide), wide)
+    total = sum_slots(out, index, out.shape[1], length)
+    # Whole numbers: their sum has no order.
+    count = torch.zeros(total.shape[:3], dtype=total.dtype, device=out.device)
+    count = count.scatter_add(2, index, filled.to(total.dtype))
     return (total / count.clamp(min=1).unsqueeze(-1)).to(out.dtype), count
 
 

@@ -24,9 +24,9 @@ from torch.nn.functional import layer_norm
 from sa_hf.config import SparseAttentionConfig, check_bool, check_integer, check_number, register_pattern
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
+from sa_hf.ops.members import take_slots
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences
-from sa_hf.ops.slots import take
 from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention
 from sa_hf.patterns.centroids import CentroidState
 from sa_hf.patterns.clusters import (
@@ -224,7 +224,8 @@ class RoutingAttention(CentroidState):
             columns = cluster_members(group.keys(key), mu, window).repeat_interleave(self.group, 1)
             low, high = cluster_ranges(rows, columns, band)
         listed = columns.flatten(2)
-        q, k, v = take(group.query, rows.flatten(2)), take(group.key, listed), take(group.value, listed)
+        q = take_slots(group.query, rows.flatten(2))
+        k, v = take_slots(group.key, listed), take_slots(group.value, listed)
         in_clusters = planned_attention(
             q, k, v, MEMBERS, group.options, inputs.engine, tensors=(rows, columns), numbers=band, gathered=True
         )  # fmt: skip

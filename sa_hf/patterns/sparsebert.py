@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sa_hf.config import SparseAttentionConfig, check_bool, check_choice, check_integer, check_number, register_pattern
 from sa_hf.errors import NotStaticError, SparseAttentionError
-from sa_hf.ops.gated import gated_attention
+from sa_hf.ops.gated import gated_attention, rows_by_distance
 from sa_hf.ops.grouped import Group, key_places, map_groups
 from sa_hf.ops.parts import Band
 from sa_hf.ops.planned import planned_attention
@@ -195,9 +195,7 @@ class SparseBertAttention(LearnedAttention):
         allowed = allowed & ((i - j).abs() < self.config.mask_length)
         distance = torch.arange(1 - key_length, key_length, device=gate.device).abs()
         diagonals = gate.index_select(1, distance.clamp(max=self.config.mask_length - 1))
-        # Row i reads diagonals[n - 1 - i + j]: the windows of a run of diagonals, last row first.
-        run = diagonals[:, key_length - end : 2 * key_length - 1 - begin]
-        return run.unfold(1, key_length, 1).flip(1) * allowed
+        return rows_by_distance(diagonals, begin, end, key_length) * allowed
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -299,4 +297,10 @@ def _whole(logits: Any) -> Tensor:
     layer that holds them does not run. All ranks come here together."""
     if logits is None:
         raise RuntimeError("the shared mask has lost its owner: tie the layers of the stack again")
-    return tensor
+    if hasattr(logits, "full_tensor"):
+        from torch.distributed.tensor import Partial
+
+        # FSDP averages the gradients of the ranks; so does this one.
+        logits = logits.full_tensor(grad_placements=[Partial("avg")] * logits.device_mesh.ndim)
+    whole: Tensor = logits
+    return whole

@@ -10,15 +10,21 @@ from sa_hf.ops.triton.common import (
     bend_scores,
     dot_rows,
     dropout_kept,
+    head_base,
     in_run,
     kept_pairs,
+    list_place,
     load_entry,
     load_item,
+    load_optional,
     load_positions,
     load_range,
+    load_spans,
     load_tile,
+    rows_place,
     span_gate,
     store_tile,
+    work_place,
 )
 
 PREPARE_RUNTIME = ("sob", "soh", "son", "sgb", "sgh", "sgn", "pqb", "pqh", "n_q", "heads")
@@ -31,13 +37,12 @@ def prepare_kernel(
 ):  # fmt: skip
     """``delta = sum(out * grad_out)`` and the base-2 log-sum-exp, +inf for rows without a key (their p is then 0).
 
-    Grid ``[ceil(n_q / ROWS), batch * heads]``.
+    Grid ``[ceil(n_q / ROWS) * batch * heads]``.
     """
-    first = tl.program_id(0) * ROWS
-    line = tl.program_id(1)
+    first, line = rows_place(n_q, ROWS)
     batch, head = line // heads, line % heads
-    out_base = out_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8
-    grad_base = grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8
+    out_base = head_base(out_ptr, batch, head, sob, soh)
+    grad_base = head_base(grad_ptr, batch, head, sgb, sgh)
     o0, o1 = load_tile(out_base, first, son * 8, n_q, ROWS, D, D0, D1, True)
     g0, g1 = load_tile(grad_base, first, sgn * 8, n_q, ROWS, D, D0, D1, True)
     delta = tl.sum(o0.to(tl.float32) * g0.to(tl.float32), 1)
@@ -63,8 +68,8 @@ RUNTIME = (
 
 @triton.jit
 def tile_probabilities(
-    s, shift, q_slot, k_slot, q_local, k_local, q_pos, k_pos, kind, words_ptr, low, high, skip, span, bias_row,
-    row_word, column_word, n_k, left, right, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
+    s, shift, q_slot, k_slot, q_local, k_local, q_pos, k_pos, kind, words_ptr, low, high, skip, span, bias_ptr,
+    head, row_word, column_word, n_k, left, right, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
     TILE_Q: tl.constexpr, WORDS: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, HAS_RANGE: tl.constexpr,
     RANGE_ON_FULL: tl.constexpr, HAS_KEYS: tl.constexpr, DROPOUT: tl.constexpr, HAS_SPANS: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +78,7 @@ def tile_probabilities(
     ``(p, p after dropout, dropout factor, d bent score / d scaled product, d p / d span before it is normalised)``; the
     last three mean something only with their option. All vectors are shaped for the tile, either way round.
     """
-    s, t = bend_scores(s, q_pos, k_pos, bias_row, centre, extra, scale, softcap, SOFTCAP)
+    s, t = bend_scores(s, q_pos, k_pos, bias_ptr, head, centre, extra, scale, softcap, SOFTCAP)
     if MASKED:
         keep = kept_pairs(
             q_slot, k_slot, q_local, k_local, kind, words_ptr, low, high, skip, n_k, left, right, TILE_Q, WORDS,
@@ -129,47 +134,22 @@ def query_kernel(
     """dQ; grid and work items as in the forward."""
     SUBS: tl.constexpr = TILE_Q // BLOCK_Q
     STEPS: tl.constexpr = TILE_K // BLOCK_K
-    pid = tl.program_id(0)
-    rep = pid % reps
-    sub = pid // reps % SUBS
-    row, begin, middle, end, slot = load_item(items_ptr, pid // reps // SUBS)
+    item, sub, rep = work_place(reps, SUBS)
+    row, begin, middle, end, slot = load_item(items_ptr, item)
     if row < 0:
         return
-    list_of = row // query_tiles
-    head = list_of % list_heads + rep % rep_heads
-    batch = list_of // list_heads + rep // rep_heads
+    batch, head = list_place(row, rep, query_tiles, list_heads, rep_heads)
     kv_head = head // group
     first = row % query_tiles * TILE_Q + sub * BLOCK_Q
     q_slot = first + tl.arange(0, BLOCK_Q)
     q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
-    low, high, skip = q_slot, q_slot, q_slot
-    if range_ptr is not None:
-        low, high, skip = load_range(
-            range_ptr + (batch.to(tl.int64) * srb + head.to(tl.int64) * srh), q_slot, n_q, RANGE_COLUMNS
-        )
-    q0, q1 = load_tile(
-        q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8, first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, True
-    )
-    g0, g1 = load_tile(
-        grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8,
-        first,
-        sgn * 8,
-        n_q,
-        BLOCK_Q,
-        D,
-        D0,
-        D1,
-        True,
-    )
-    k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8
-    v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8
-    bias_row = bias_ptr
-    if bias_ptr is not None:
-        bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
+    low, high, skip = load_range(range_ptr, batch, head, srb, srh, q_slot, n_q, RANGE_COLUMNS)
+    q0, q1 = load_tile(head_base(q_ptr, batch, head, sqb, sqh), first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, True)
+    g0, g1 = load_tile(head_base(grad_ptr, batch, head, sgb, sgh), first, sgn * 8, n_q, BLOCK_Q, D, D0, D1, True)
+    k_base_ptr = head_base(k_ptr, batch, kv_head, skb, skh)
+    v_base_ptr = head_base(v_ptr, batch, kv_head, svb, svh)
     line = batch.to(tl.int64) * heads + head
-    row_word = q_slot
-    if row_words_ptr is not None:
-        row_word = tl.load(row_words_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0)
+    row_word = load_optional(row_words_ptr, line * n_q, q_slot, q_slot < n_q)
     delta = tl.load(delta_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0.0)
     shift = tl.load(shift_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=float("inf"))
 
@@ -185,23 +165,15 @@ def query_kernel(
             k0, k1 = load_tile(k_base_ptr, k_first, skn * 8, n_k, BLOCK_K, D, D0, D1, phase == 1)
             v0, v1 = load_tile(v_base_ptr, k_first, svn * 8, n_k, BLOCK_K, D, D0, D1, phase == 1)
             k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
-            span = None
-            if spans_ptr is not None:
-                span = tl.load(
-                    spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh + k_slot,
-                    mask=k_slot < n_k,
-                    other=0.0,
-                )[None, :]
-            word = k_slot
-            if row_words_ptr is not None:
-                word = tl.load(column_words_ptr + line * n_k + k_slot, mask=k_slot < n_k, other=0)
+            span = load_spans(spans_ptr, batch, head, seb, seh, k_slot, k_slot < n_k)
+            word = load_optional(column_words_ptr, line * n_k, k_slot, k_slot < n_k)
             p, _, factor, bend, _ = tile_probabilities(
                 dot_rows(q0, q1, k0, k1, D1), shift[:, None], q_slot[:, None], k_slot[None, :],
                 (sub * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None], (part * BLOCK_K + tl.arange(0, BLOCK_K))[None, :],
                 q_pos[:, None], k_pos[None, :], kind, words_ptr, low[:, None], high[:, None],
-                skip[:, None], span, bias_row, row_word[:, None], word[None, :], n_k, left, right, centre, extra,
-                threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1,
-                range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,
+                skip[:, None], span[None, :], bias_ptr, head, row_word[:, None], word[None, :], n_k, left, right,
+                centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP,
+                phase == 1, range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,
                 spans_ptr is not None,
             )  # fmt: skip
             _, ds, _ = score_gradient(
@@ -211,7 +183,7 @@ def query_kernel(
     acc0 = acc0 * scale
     acc1 = acc1 * scale
     if slot < 0:
-        base = dq_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8
+        base = head_base(dq_ptr, batch, head, sob, soh)
         store_tile(base, first, son * 8, n_q, acc0, acc1, BLOCK_Q, D, D0, D1)
     else:
         piece = (rep.to(tl.int64) * slots + slot) * TILE_Q
@@ -241,45 +213,18 @@ def key_kernel(
     """
     SUBS: tl.constexpr = TILE_K // BLOCK_K
     STEPS: tl.constexpr = TILE_Q // BLOCK_Q
-    pid = tl.program_id(0)
-    rep = pid % reps
-    sub = pid // reps % SUBS
-    row, begin, middle, end, slot = load_item(items_ptr, pid // reps // SUBS)
+    item, sub, rep = work_place(reps, SUBS)
+    row, begin, middle, end, slot = load_item(items_ptr, item)
     if row < 0:
         return
-    list_of = row // key_tiles
-    out_head = list_of % list_heads + rep % rep_heads
-    batch = list_of // list_heads + rep // rep_heads
+    batch, out_head = list_place(row, rep, key_tiles, list_heads, rep_heads)
     kv_head = out_head * flat // group
     first = row % key_tiles * TILE_K + sub * BLOCK_K
     k_slot = first + tl.arange(0, BLOCK_K)
-    k0, k1 = load_tile(
-        k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8,
-        first,
-        skn * 8,
-        n_k,
-        BLOCK_K,
-        D,
-        D0,
-        D1,
-        True,
-    )
-    v0, v1 = load_tile(
-        v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8,
-        first,
-        svn * 8,
-        n_k,
-        BLOCK_K,
-        D,
-        D0,
-        D1,
-        True,
-    )
-    span = None
-    if spans_ptr is not None:
-        # The gate depends on the query head: such a list has one.
-        at = spans_ptr + batch.to(tl.int64) * seb + out_head.to(tl.int64) * seh
-        span = tl.load(at + k_slot, mask=k_slot < n_k, other=0.0)[:, None]
+    k0, k1 = load_tile(head_base(k_ptr, batch, kv_head, skb, skh), first, skn * 8, n_k, BLOCK_K, D, D0, D1, True)
+    v0, v1 = load_tile(head_base(v_ptr, batch, kv_head, svb, svh), first, svn * 8, n_k, BLOCK_K, D, D0, D1, True)
+    # The gate depends on the query head: where there is one, a list has one query head.
+    span = load_spans(spans_ptr, batch, out_head, seb, seh, k_slot, k_slot < n_k)
 
     dk0 = tl.zeros([BLOCK_K, D0], tl.float32)
     dv0 = tl.zeros([BLOCK_K, D0], tl.float32)
@@ -294,32 +239,23 @@ def key_kernel(
             head = out_head * flat + packed // query_tiles
             q_first = packed % query_tiles * TILE_Q + part * BLOCK_Q
             q_slot = q_first + tl.arange(0, BLOCK_Q)
-            q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
-            g_base_ptr = grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8
+            q_base_ptr = head_base(q_ptr, batch, head, sqb, sqh)
+            g_base_ptr = head_base(grad_ptr, batch, head, sgb, sgh)
             q0, q1 = load_tile(q_base_ptr, q_first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, phase == 1)
             line = batch.to(tl.int64) * heads + head
             shift = tl.load(shift_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=float("inf"))
             q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
             k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
-            low, high, skip = q_slot, q_slot, q_slot
-            if range_ptr is not None:
-                low, high, skip = load_range(
-                    range_ptr + (batch.to(tl.int64) * srb + head.to(tl.int64) * srh), q_slot, n_q, RANGE_COLUMNS
-                )
-            bias_row = bias_ptr
-            if bias_ptr is not None:
-                bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
-            row_word, word = q_slot, k_slot
-            if row_words_ptr is not None:
-                row_word = tl.load(row_words_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0)
-                word = tl.load(column_words_ptr + line * n_k + k_slot, mask=k_slot < n_k, other=0)
+            low, high, skip = load_range(range_ptr, batch, head, srb, srh, q_slot, n_q, RANGE_COLUMNS)
+            row_word = load_optional(row_words_ptr, line * n_q, q_slot, q_slot < n_q)
+            word = load_optional(column_words_ptr, line * n_k, k_slot, k_slot < n_k)
             p, p_out, factor, bend, slope = tile_probabilities(
                 dot_rows(k0, k1, q0, q1, D1), shift[None, :], q_slot[None, :], k_slot[:, None],
                 (part * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :], (sub * BLOCK_K + tl.arange(0, BLOCK_K))[:, None],
                 q_pos[None, :], k_pos[:, None], kind, words_ptr, low[None, :], high[None, :],
-                skip[None, :], span, bias_row, row_word[None, :], word[:, None], n_k, left, right, centre, extra,
-                threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, phase == 1,
-                range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,
+                skip[None, :], span[:, None], bias_ptr, head, row_word[None, :], word[:, None], n_k, left, right,
+                centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP,
+                phase == 1, range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,
                 spans_ptr is not None,
             )  # fmt: skip
             g0, g1 = load_tile(g_base_ptr, q_first, sgn * 8, n_q, BLOCK_Q, D, D0, D1, phase == 1)
@@ -335,9 +271,8 @@ def key_kernel(
     dk1 = dk1 * scale
     line_out = batch.to(tl.int64) * (heads // flat) + out_head
     if slot < 0:
-        offset = (batch.to(tl.int64) * sob + out_head.to(tl.int64) * soh) * 8
-        store_tile(dk_ptr + offset, first, son * 8, n_k, dk0, dk1, BLOCK_K, D, D0, D1)
-        store_tile(dv_ptr + offset, first, son * 8, n_k, dv0, dv1, BLOCK_K, D, D0, D1)
+        store_tile(head_base(dk_ptr, batch, out_head, sob, soh), first, son * 8, n_k, dk0, dk1, BLOCK_K, D, D0, D1)
+        store_tile(head_base(dv_ptr, batch, out_head, sob, soh), first, son * 8, n_k, dv0, dv1, BLOCK_K, D, D0, D1)
         if spans_ptr is not None:
             tl.store(d_span_ptr + line_out * n_k + k_slot, d_span, mask=k_slot < n_k)
     else:

@@ -10,7 +10,19 @@ import triton
 import triton.language as tl
 from sa_hf.ops.triton.backward import RUNTIME as BACKWARD_RUNTIME
 from sa_hf.ops.triton.backward import score_gradient, tile_probabilities
-from sa_hf.ops.triton.common import dot_rows, load_entry, load_item, load_positions, load_range, load_tile
+from sa_hf.ops.triton.common import (
+    dot_rows,
+    head_base,
+    list_place,
+    load_entry,
+    load_item,
+    load_optional,
+    load_positions,
+    load_range,
+    load_spans,
+    load_tile,
+    work_place,
+)
 
 RUNTIME = (*BACKWARD_RUNTIME, "key_tiles")
 
@@ -34,24 +46,19 @@ def bias_kernel(
     """
     SUB_Q: tl.constexpr = TILE_Q // BLOCK
     SUB_K: tl.constexpr = TILE_K // BLOCK
-    pid = tl.program_id(0)
-    rep = pid % reps
-    sub_q = pid // reps % SUB_Q
-    sub_k = pid // reps // SUB_Q % SUB_K
-    row, begin, _middle, end, _slot = load_item(items_ptr, pid // reps // (SUB_Q * SUB_K))
+    item, sub, rep = work_place(reps, SUB_Q * SUB_K)
+    sub_q, sub_k = sub % SUB_Q, sub // SUB_Q
+    row, begin, _middle, end, _slot = load_item(items_ptr, item)
     if row < 0:
         return
     diagonals = query_tiles + key_tiles - 1
-    list_of = row // diagonals
-    head = list_of % list_heads + rep % rep_heads
-    batch = list_of // list_heads + rep // rep_heads
+    batch, head = list_place(row, rep, diagonals, list_heads, rep_heads)
     kv_head = head // group
     line = batch.to(tl.int64) * heads + head
-    q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
-    g_base_ptr = grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8
-    k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8
-    v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8
-    bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
+    q_base_ptr = head_base(q_ptr, batch, head, sqb, sqh)
+    g_base_ptr = head_base(grad_ptr, batch, head, sgb, sgh)
+    k_base_ptr = head_base(k_ptr, batch, kv_head, skb, skh)
+    v_base_ptr = head_base(v_ptr, batch, kv_head, svb, svh)
     table_row = table_ptr + head.to(tl.int64) * (2 * centre + 1) + centre
     unit = tl.load(unit_ptr)
     local = tl.arange(0, BLOCK)
@@ -69,23 +76,14 @@ def bias_kernel(
         shift = tl.load(shift_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=float("inf"))
         q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
         k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
-        low, high, skip = q_slot, q_slot, q_slot
-        if range_ptr is not None:
-            low, high, skip = load_range(
-                range_ptr + (batch.to(tl.int64) * srb + head.to(tl.int64) * srh), q_slot, n_q, RANGE_COLUMNS
-            )
-        span = None
-        if spans_ptr is not None:
-            at = spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh
-            span = tl.load(at + k_slot, mask=k_slot < n_k, other=0.0)[None, :]
-        row_word, word = q_slot, k_slot
-        if row_words_ptr is not None:
-            row_word = tl.load(row_words_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0)
-            word = tl.load(column_words_ptr + line * n_k + k_slot, mask=k_slot < n_k, other=0)
+        low, high, skip = load_range(range_ptr, batch, head, srb, srh, q_slot, n_q, RANGE_COLUMNS)
+        span = load_spans(spans_ptr, batch, head, seb, seh, k_slot, k_slot < n_k)
+        row_word = load_optional(row_words_ptr, line * n_q, q_slot, q_slot < n_q)
+        word = load_optional(column_words_ptr, line * n_k, k_slot, k_slot < n_k)
         p, _, factor, bend, _ = tile_probabilities(
             dot_rows(q0, q1, k0, k1, D1), shift[:, None], q_slot[:, None], k_slot[None, :],
             (sub_q * BLOCK + local)[:, None], (sub_k * BLOCK + local)[None, :], q_pos[:, None], k_pos[None, :],
-            kind, words_ptr, low[:, None], high[:, None], skip[:, None], span, bias_row,
+            kind, words_ptr, low[:, None], high[:, None], skip[:, None], span[None, :], bias_ptr, head,
             row_word[:, None], word[None, :], n_k, left, right, centre, extra, threshold, scale, softcap, inv_ramp,
             keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, True, range_ptr is not None, RANGE_ON_FULL,
             k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,

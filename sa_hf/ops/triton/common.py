@@ -18,6 +18,12 @@ WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def head_base(pointer, batch, head, batch_stride, head_stride):
+    """Where the rows of a head begin; strides in units of 8 elements."""
+    return pointer + (batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride) * 8
+
+
+@triton.jit
 def load_tile(
     base, first, stride, limit,
     ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
@@ -111,7 +117,7 @@ def load_positions(pointer, batch, head, batch_stride, head_stride, slots, limit
 
 
 @triton.jit
-def bend_scores(s, q_pos, k_pos, bias_row, centre, extra, scale, softcap, SOFTCAP: tl.constexpr):
+def bend_scores(s, q_pos, k_pos, bias_ptr, head, centre, extra, scale, softcap, SOFTCAP: tl.constexpr):
     """``(score * log2(e), tanh)`` of a raw product; the tanh is that of the softcap, for its gradient."""
     t = s
     if SOFTCAP:
@@ -122,9 +128,10 @@ def bend_scores(s, q_pos, k_pos, bias_row, centre, extra, scale, softcap, SOFTCA
         s = t * (softcap * LOG2E)
     else:
         s = s * (scale * LOG2E)
-    if bias_row is not None:
+    if bias_ptr is not None:
+        row = bias_ptr + head.to(tl.int64) * (2 * centre + 1) + centre
         distance = tl.minimum(tl.maximum(k_pos - q_pos, -centre), centre)
-        s += tl.where((q_pos >= extra) & (k_pos >= extra), tl.load(bias_row + distance + centre), 0.0)
+        s += tl.where((q_pos >= extra) & (k_pos >= extra), tl.load(row + distance), 0.0)
     return s, t
 
 
@@ -169,16 +176,34 @@ def kept_pairs(
 
 
 @triton.jit
-def load_range(range_ptr, slots, n_q, RANGE_COLUMNS: tl.constexpr):
-    """``low, high, skip`` of query slots; empty past the end."""
-    row = range_ptr + slots.to(tl.int64) * RANGE_COLUMNS
-    inside = slots < n_q
-    low = tl.load(row, mask=inside, other=0)
-    high = tl.load(row + 1, mask=inside, other=0)
-    skip = low - 1
-    if RANGE_COLUMNS == 3:
-        skip = tl.load(row + 2, mask=inside, other=-1)
+def load_range(range_ptr, batch, head, batch_stride, head_stride, slots, n_q, RANGE_COLUMNS: tl.constexpr):
+    """``low, high, skip`` of query slots, empty past the end; without ranges three vectors that nobody reads."""
+    low, high, skip = slots, slots, slots
+    if range_ptr is not None:
+        row = range_ptr + (batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride)
+        row += slots.to(tl.int64) * RANGE_COLUMNS
+        inside = slots < n_q
+        low = tl.load(row, mask=inside, other=0)
+        high = tl.load(row + 1, mask=inside, other=0)
+        skip = low - 1
+        if RANGE_COLUMNS == 3:
+            skip = tl.load(row + 2, mask=inside, other=-1)
     return low, high, skip
+
+
+@triton.jit
+def load_optional(pointer, at, slots, valid):
+    """The numbers of slots, from offset ``at`` on, 0 where not valid; without a pointer a vector that nobody reads."""
+    values = slots
+    if pointer is not None:
+        values = tl.load(pointer + at + slots, mask=valid, other=0)
+    return values
+
+
+@triton.jit
+def load_spans(spans_ptr, batch, head, batch_stride, head_stride, slots, valid):
+    """:func:`load_optional` of the expire-spans of key slots."""
+    return load_optional(spans_ptr, batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride, slots, valid)
 
 
 @triton.jit
@@ -211,3 +236,28 @@ def load_item(items_ptr, item):
     """``row, begin, middle, end, slot`` of a work item (``lists.WorkList``)."""
     at = items_ptr + item * 5
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+
+
+@triton.jit
+def work_place(reps, SUBS: tl.constexpr):
+    """``item, part, repetition`` of this program: work items cut into SUBS parts, each run ``reps`` times."""
+    pid = tl.program_id(0)
+    return pid // reps // SUBS, pid // reps % SUBS, pid % reps
+
+
+@triton.jit
+def list_place(row, rep, tiles, list_heads, rep_heads):
+    """``batch row, head`` of a row of a list, in one of the list's repetitions over heads and batch rows."""
+    list_of = row // tiles
+    return list_of // list_heads + rep // rep_heads, list_of % list_heads + rep % rep_heads
+
+
+@triton.jit
+def rows_place(n, ROWS: tl.constexpr):
+    """``first row, head of the batch`` of this program: ROWS rows of one of the ``batch * heads`` heads.
+
+    One grid axis for both: the second and third hold 65,535 programs at most.
+    """
+    tiles = tl.cdiv(n, ROWS)
+    pid = tl.program_id(0)
+    return pid % tiles * ROWS, pid // tiles

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from sa_hf.ops.triton.common import LN2, LOG2E, add_product, bend_scores, dot_rows, span_gate
+from sa_hf.ops.triton.common import LN2, LOG2E, add_product, bend_scores, dot_rows, head_base, span_gate
 
 RUNTIME = (
     "sqb", "sqh", "sqn", "skb", "skh", "skn", "svb", "svh", "svn", "sob", "soh", "son", "sib", "sih", "seb", "seh",
@@ -55,13 +55,10 @@ def decode_kernel(
     if D1 > 0:
         tail = D0 + tl.arange(0, D1)[None, :]
         q1 = tl.load(q_row + tail, mask=here[:, None] & (tail < D), other=0.0)
-    k_base = k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8
-    v_base = v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8
+    k_base, v_base = head_base(k_ptr, batch, kv_head, skb, skh), head_base(v_ptr, batch, kv_head, svb, svh)
     places = index_ptr + batch.to(tl.int64) * sib + pack.to(tl.int64) * sih + query.to(tl.int64) * most
     q_pos = n_k - n_q + query
-    bias_row = bias_ptr
-    if bias_ptr is not None:
-        bias_row = bias_ptr + tl.where(here, head, 0).to(tl.int64)[:, None] * (2 * centre + 1)
+    bias_head = tl.where(here, head, 0)[:, None]
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc0 = tl.zeros([ROWS, D0], tl.float32)
@@ -71,9 +68,8 @@ def decode_kernel(
         k_pos = tl.load(places + place, mask=place < most, other=-1).to(tl.int32)
         valid = k_pos >= 0
         k0, k1 = gather_rows(k_base, k_pos, skn * 8, valid, D, D0, D1)
-        s, _ = bend_scores(
-            dot_rows(q0, q1, k0, k1, D1), q_pos, k_pos[None, :], bias_row, centre, extra, scale, softcap, SOFTCAP
-        )
+        s = dot_rows(q0, q1, k0, k1, D1)
+        s, _ = bend_scores(s, q_pos, k_pos[None, :], bias_ptr, bias_head, centre, extra, scale, softcap, SOFTCAP)
         keep = valid[None, :]
         gate = 1.0
         if spans_ptr is not None:

@@ -11,15 +11,20 @@ from sa_hf.ops.triton.common import (
     bend_scores,
     dot_rows,
     dropout_kept,
+    head_base,
     in_run,
     kept_pairs,
+    list_place,
     load_entry,
     load_item,
+    load_optional,
     load_positions,
     load_range,
+    load_spans,
     load_tile,
     span_gate,
     store_tile,
+    work_place,
 )
 
 # Lengths, counts, strides and scalars: a new value is never a new kernel. Strides are in units of 8 elements, so that
@@ -47,35 +52,22 @@ def forward_kernel(
     """Grid ``[items * (TILE_Q / BLOCK_Q) * reps]``; ``reps = rep_heads * rep_batch`` repeats lists that are shared."""
     SUBS: tl.constexpr = TILE_Q // BLOCK_Q
     STEPS: tl.constexpr = TILE_K // BLOCK_K
-    pid = tl.program_id(0)
-    rep = pid % reps
-    sub = pid // reps % SUBS
-    row, begin, middle, end, slot = load_item(items_ptr, pid // reps // SUBS)
+    item, sub, rep = work_place(reps, SUBS)
+    row, begin, middle, end, slot = load_item(items_ptr, item)
     if row < 0:
         return
-    list_of = row // query_tiles
-    head = list_of % list_heads + rep % rep_heads
-    batch = list_of // list_heads + rep // rep_heads
+    batch, head = list_place(row, rep, query_tiles, list_heads, rep_heads)
     kv_head = head // group
     first = row % query_tiles * TILE_Q + sub * BLOCK_Q
     q_slot = first + tl.arange(0, BLOCK_Q)
     q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
-    low, high, skip = q_slot, q_slot, q_slot
-    if range_ptr is not None:
-        low, high, skip = load_range(
-            range_ptr + (batch.to(tl.int64) * srb + head.to(tl.int64) * srh), q_slot, n_q, RANGE_COLUMNS
-        )
-    q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
-    k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8
-    v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8
+    low, high, skip = load_range(range_ptr, batch, head, srb, srh, q_slot, n_q, RANGE_COLUMNS)
+    q_base_ptr = head_base(q_ptr, batch, head, sqb, sqh)
+    k_base_ptr = head_base(k_ptr, batch, kv_head, skb, skh)
+    v_base_ptr = head_base(v_ptr, batch, kv_head, svb, svh)
     q0, q1 = load_tile(q_base_ptr, first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, True)
-    bias_row = bias_ptr
-    if bias_ptr is not None:
-        bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
     line = batch.to(tl.int64) * heads + head
-    row_word = q_slot
-    if row_words_ptr is not None:
-        row_word = tl.load(row_words_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0)
+    row_word = load_optional(row_words_ptr, line * n_q, q_slot, q_slot < n_q)
 
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -85,7 +77,7 @@ def forward_kernel(
         for step in range((begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS):
             peak, total, acc0, acc1 = forward_step(
                 step, q0, q1, peak, total, acc0, acc1, k_base_ptr, v_base_ptr, entries_ptr, words_ptr,
-                range_ptr, k_pos_ptr, bias_row, spans_ptr, row_words_ptr, column_words_ptr, q_slot, q_pos, low, high,
+                range_ptr, k_pos_ptr, bias_ptr, spans_ptr, row_words_ptr, column_words_ptr, q_slot, q_pos, low, high,
                 skip, row_word, batch, head, line, skn, svn, pkb, pkh, seb, seh, sub, n_q, n_k, left, right, k_base,
                 centre, extra, threshold, scale, softcap, inv_ramp,
                 TILE_Q, TILE_K, BLOCK_Q, BLOCK_K, D, D0, D1, SOFTCAP, phase == 1, RANGE_ON_FULL,
@@ -101,7 +93,7 @@ def forward_kernel(
     acc0 = acc0 * inverse[:, None]
     acc1 = acc1 * inverse[:, None]
     if slot < 0:
-        out_base = out_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8
+        out_base = head_base(out_ptr, batch, head, sob, soh)
         store_tile(out_base, first, son * 8, n_q, acc0, acc1, BLOCK_Q, D, D0, D1)
         tl.store(lse_ptr + line * n_q + q_slot, lse, mask=q_slot < n_q)
     else:
@@ -113,7 +105,7 @@ def forward_kernel(
 @triton.jit
 def forward_step(
     step, q0, q1, peak, total, acc0, acc1, k_base_ptr, v_base_ptr, entries_ptr, words_ptr, range_ptr,
-    k_pos_ptr, bias_row, spans_ptr, row_words_ptr, column_words_ptr, q_slot, q_pos, low, high, skip, row_word,
+    k_pos_ptr, bias_ptr, spans_ptr, row_words_ptr, column_words_ptr, q_slot, q_pos, low, high, skip, row_word,
     batch, head, line, skn, svn, pkb, pkh, seb, seh, sub, n_q, n_k, left, right, k_base, centre, extra, threshold,
     scale, softcap, inv_ramp,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -121,7 +113,7 @@ def forward_step(
     SOFTCAP: tl.constexpr, MASKED: tl.constexpr, RANGE_ON_FULL: tl.constexpr,
 ):  # fmt: skip
     """One ``BLOCK_Q x BLOCK_K`` tile into the running softmax."""
-    PLAIN: tl.constexpr = (not SOFTCAP) and (bias_row is None)
+    PLAIN: tl.constexpr = (not SOFTCAP) and (bias_ptr is None)
     entry = step // (TILE_K // BLOCK_K)
     part = step % (TILE_K // BLOCK_K)
     tile, kind = load_entry(entries_ptr, entry)
@@ -132,7 +124,7 @@ def forward_step(
     k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
     unit = scale * LOG2E
     if not PLAIN:
-        s, _ = bend_scores(s, q_pos[:, None], k_pos[None, :], bias_row, centre, extra, scale, softcap, SOFTCAP)
+        s, _ = bend_scores(s, q_pos[:, None], k_pos[None, :], bias_ptr, head, centre, extra, scale, softcap, SOFTCAP)
         unit = 1.0
     if MASKED:
         keep = kept_pairs(
@@ -147,9 +139,7 @@ def forward_step(
     if k_pos_ptr is not None:
         s = tl.where((k_pos >= 0)[None, :], s, float("-inf"))
     if spans_ptr is not None:
-        span = tl.load(
-            spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh + k_slot, mask=k_slot < n_k, other=0.0
-        )
+        span = load_spans(spans_ptr, batch, head, seb, seh, k_slot, k_slot < n_k)
         gate, _ = span_gate(q_pos[:, None], k_pos[None, :], span[None, :], inv_ramp)
         s = tl.where(gate > 0, s, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(s, 1) * unit)
@@ -166,7 +156,7 @@ def forward_step(
     if D1 > 0:
         acc1 = acc1 * decay[:, None]
     if row_words_ptr is not None:
-        word = tl.load(column_words_ptr + line * n_k + k_slot, mask=k_slot < n_k, other=0)
+        word = load_optional(column_words_ptr, line * n_k, k_slot, k_slot < n_k)
         p = tl.where(dropout_kept(row_word[:, None], word[None, :], threshold), p, 0.0)
     v0, v1 = load_tile(v_base_ptr, first, svn * 8, n_k, BLOCK_K, D, D0, D1, MASKED)
     acc0, acc1 = add_product(p, v0, v1, acc0, acc1, D1)
@@ -186,16 +176,12 @@ def combine_kernel(
 
     Grid ``[splits * (TILE / ROWS) * reps]``.
     """
-    pid = tl.program_id(0)
-    rep = pid % reps
-    sub = pid // reps % (TILE // ROWS)
-    at = splits_ptr + pid // reps // (TILE // ROWS) * 3
+    split, sub, rep = work_place(reps, TILE // ROWS)
+    at = splits_ptr + split * 3
     row, first_slot, pieces = tl.load(at), tl.load(at + 1), tl.load(at + 2)
     if row < 0:
         return
-    list_of = row // tiles
-    head = list_of % list_heads + rep % rep_heads
-    batch = list_of // list_heads + rep // rep_heads
+    batch, head = list_place(row, rep, tiles, list_heads, rep_heads)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc0 = tl.zeros([ROWS, D0], tl.float32)
@@ -228,15 +214,4 @@ def combine_kernel(
         total = tl.where(total > 0, (peak + tl.log2(safe)) * LN2, float("-inf"))
     if lse_ptr is not None:
         tl.store(lse_ptr + (batch.to(tl.int64) * heads + head) * n + slot, total, mask=slot < n)
-    store_tile(
-        out_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8,
-        first,
-        son * 8,
-        n,
-        acc0,
-        acc1,
-        ROWS,
-        D,
-        D0,
-        D1,
-    )
+    store_tile(head_base(out_ptr, batch, head, sob, soh), first, son * 8, n, acc0, acc1, ROWS, D, D0, D1)

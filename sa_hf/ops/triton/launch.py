@@ -29,13 +29,8 @@ def strides(name: str, x: Tensor) -> dict[str, int]:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Uninitialised, in x's layout where that is dense and aligned."""
-    made = torch.empty_like(x)
-    return (
-        made
-        if all(s % 8 == 0 for s in made.stride()[:-1]) and made.stride(-1) == 1
-        else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    )
+    """Uninitialised and contiguous, as the operators hand it on; another layout would be copied there."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def chunks(head_dim: int) -> dict[str, int]:

@@ -6,11 +6,13 @@ results as in ``ops.engine.Engine``. No host read in the steady state (the lists
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import triton
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.triton.backward import key_kernel, prepare_kernel, query_kernel
 from sa_hf.ops.triton.bias import bias_kernel
@@ -25,7 +27,7 @@ PREPARE_ROWS = 32
 
 
 def block_forward(lists: TileLists, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    """Output in the query's dtype and layout, log-sum-exp fp32 ``[B, H, query_slots]``."""
+    """Output in the query's dtype, contiguous, log-sum-exp fp32 ``[B, H, query_slots]``."""
     query, key, value = aligned(query), aligned(key), aligned(value)
     batch, heads, n_q, d = query.shape
     out, lse = empty_like(query), torch.empty(batch, heads, n_q, device=query.device)
@@ -57,40 +59,48 @@ def block_backward(
     scores: Scores,
 ) -> Gradients:
     """Exact flash backward of a part; ``out`` and ``lse`` are the merged ones of the plan."""
-    query, key, value, grad_out = aligned(query), aligned(key), aligned(value), aligned(grad_out)
-    delta, shift = prepare(query, aligned(out), lse, grad_out, scores)
-    inputs = (query, key, value, grad_out, delta, shift)
-    options = scores.options
-    dq = _query_gradient(lists, *inputs, scores)
-    dk, dv, d_spans = _key_gradient(lists, *inputs, scores)
-    bias = None
-    if options.distance_bias is not None:
-        bias = _bias_gradient(lists, *inputs, scores)
+    operands = backward_operands(query, key, value, out, lse, grad_out, scores)
+    dq = _query_gradient(lists, operands, scores)
+    dk, dv, d_spans = _key_gradient(lists, operands, scores)
+    bias = _bias_gradient(lists, operands, scores)
     return Gradients(dq, dk, dv, bias, d_spans)
 
 
-def prepare(query: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    """``(delta, log-sum-exp in base 2 or +inf)``, fp32 ``[B, H, query_slots]``."""
+class Operands(NamedTuple):
+    """What every backward kernel reads, in the kernels' order: the aligned inputs, and per row ``sum(out * grad_out)``
+    and the base-2 log-sum-exp (+inf for rows without a key), fp32 ``[B, H, query_slots]``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad_out: Tensor
+    delta: Tensor
+    shift: Tensor
+
+    @property
+    def strides(self) -> dict[str, int]:
+        return {
+            **strides("q", self.query), **strides("k", self.key), **strides("v", self.value),
+            **strides("g", self.grad_out),
+        }  # fmt: skip
+
+
+def backward_operands(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scores: Scores
+) -> Operands:  # fmt: skip
+    query, key, value, out, grad_out = (aligned(x) for x in (query, key, value, out, grad_out))
     batch, heads, n_q, d = query.shape
     delta, shift = (torch.empty(batch, heads, n_q, device=query.device) for _ in range(2))
     pqb, pqh = scores.query.strides
-    prepare_kernel[-(-n_q // PREPARE_ROWS), batch * heads](
+    prepare_kernel[(triton.cdiv(n_q, PREPARE_ROWS) * batch * heads,)](
         out, grad_out, packed(lse), scores.query.index, delta, shift, **strides("o", out), **strides("g", grad_out),
         pqb=pqb, pqh=pqh, n_q=n_q, heads=heads, ROWS=PREPARE_ROWS, **chunks(d), **build_options(),
     )  # fmt: skip
-    return delta, shift
+    return Operands(query, key, value, grad_out, delta, shift)
 
 
-def _query_gradient(
-    lists: TileLists,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    delta: Tensor,
-    shift: Tensor,
-    scores: Scores,
-) -> Tensor:
+def _query_gradient(lists: TileLists, operands: Operands, scores: Scores) -> Tensor:
+    query, key = operands.query, operands.key
     batch, heads, _, d = query.shape
     work, config = lists.by_query(), configuration(variant("query", lists, scores), query)
     reps = _repeats(lists, batch, heads)
@@ -98,8 +108,7 @@ def _query_gradient(
     (part,) = _partials(work, reps, lists.tile_q, (d,), query.device)
     block_q, block_k = _blocks(config, lists.tile_q, lists.tile_k)
     query_kernel[_grid(work, lists.tile_q // block_q, reps)](
-        query, key, value, grad_out, delta, shift, dq, part, **_list_pointers(lists, work), **scores.pointers,
-        **strides("q", query), **strides("k", key), **strides("v", value), **strides("g", grad_out), **strides("o", dq),
+        *operands, dq, part, **_list_pointers(lists, work), **scores.pointers, **operands.strides, **strides("o", dq),
         **_sizes(lists, query, key, reps), **scores.scalars, slots=work.slots, query_tiles=lists.query_tiles,
         TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK_Q=block_q, BLOCK_K=block_k, **chunks(d),
         **_flags(lists, scores), **build_options(config),
@@ -109,15 +118,9 @@ def _query_gradient(
 
 
 def _key_gradient(
-    lists: TileLists,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    delta: Tensor,
-    shift: Tensor,
-    scores: Scores,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    lists: TileLists, operands: Operands, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    query, key = operands.query, operands.key
     batch, heads, _, d = query.shape
     kv_heads, n_k = key.shape[1], key.shape[2]
     group = heads // kv_heads
@@ -136,9 +139,8 @@ def _key_gradient(
     block_k, block_q = _blocks(config, lists.tile_k, lists.tile_q)
     sizes = _sizes(lists, query, key, reps) | {"list_heads": 1 if lists.heads == 1 else out_heads}
     key_kernel[_grid(work, lists.tile_k // block_k, reps)](
-        query, key, value, grad_out, delta, shift, dk, dv, d_span, part_k, part_v, part_span,
-        **_list_pointers(lists, work), **scores.pointers,
-        **strides("q", query), **strides("k", key), **strides("v", value), **strides("g", grad_out), **strides("o", dk),
+        *operands, dk, dv, d_span, part_k, part_v, part_span, **_list_pointers(lists, work), **scores.pointers,
+        **operands.strides, **strides("o", dk),
         **sizes, **scores.scalars, slots=work.slots, flat=flat,
         query_tiles=lists.query_tiles, key_tiles=lists.key_tiles,
         TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK_Q=block_q, BLOCK_K=block_k, **chunks(d),
@@ -155,28 +157,19 @@ def _key_gradient(
     return dk, dv, position_spans(d_span, scores.key, scores.options.spans)
 
 
-def _bias_gradient(
-    lists: TileLists,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    delta: Tensor,
-    shift: Tensor,
-    scores: Scores,
-) -> Tensor:
-    batch, heads, _, d = query.shape
+def _bias_gradient(lists: TileLists, operands: Operands, scores: Scores) -> Tensor | None:
     bias = scores.options.distance_bias
-    if bias is None or scores.bias is None:
-        raise RuntimeError("there is no distance table to differentiate")
-    table, unit = bias_table(bias, value, grad_out, scores)
+    if bias is None:
+        return None
+    query, key = operands.query, operands.key
+    batch, heads, _, d = query.shape
+    table, unit = bias_table(bias, operands, scores)
     work, config = lists.by_diagonal(), configuration("bias", query)
     reps = _repeats(lists, batch, heads)
     aligned_slots = scores.query.index is None and scores.key.index is None and lists.tile_q == lists.tile_k
     block = min(config.rows, lists.tile_q, lists.tile_k)
     bias_kernel[_grid(work, (lists.tile_q // block) * (lists.tile_k // block), reps)](
-        query, key, value, grad_out, delta, shift, table, unit, **_list_pointers(lists, work), **scores.pointers,
-        **strides("q", query), **strides("k", key), **strides("v", value), **strides("g", grad_out),
+        *operands, table, unit, **_list_pointers(lists, work), **scores.pointers, **operands.strides,
         **_sizes(lists, query, key, reps), **scores.scalars, query_tiles=lists.query_tiles, key_tiles=lists.key_tiles,
         TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK=block, **chunks(d), **_flags(lists, scores),
         ALIGNED=aligned_slots,
@@ -185,15 +178,16 @@ def _bias_gradient(
     return (table.double() / unit).to(bias.dtype)
 
 
-def bias_table(bias: Tensor, value: Tensor, grad_out: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+def bias_table(bias: Tensor, operands: Operands, scores: Scores) -> tuple[Tensor, Tensor]:
     """The fixed-point accumulator, int64 zeros in bias's shape, and its unit, fp32 ``[1]``, a power of two.
 
-    A row of probabilities sums to at most 1, so no entry passes ``2 * sum_i |grad_out_i| * max_j |v_j|`` (over the
-    kept share under dropout): that bound becomes 2**61.
+    A row of probabilities sums to at most 1, so no entry passes ``sum_i (|grad_out_i| * max_j |v_j| + |delta_i|)`` (the
+    product over the kept share under dropout; delta holds the values of a plan's other parts too): that bound becomes
+    2**61.
     """
-    bound = (
-        grad_out.float().norm(dim=-1).sum() * value.float().norm(dim=-1).amax() * (2.0 * scores.scalars["keep_scale"])
-    )
+    norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
+    products = norm(operands.grad_out).sum() * norm(operands.value).amax() * scores.scalars["keep_scale"]
+    bound = products + operands.delta.abs().sum()
     unit = torch.exp2(torch.floor(61.0 - torch.log2(bound.clamp(min=1e-30)))).clamp(max=2.0**100)
     return torch.zeros(bias.shape, dtype=torch.int64, device=bias.device), unit.reshape(1)
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import triton
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.parts import OffsetsPart
 from sa_hf.ops.triton.launch import aligned, build_options, chunks, configuration, empty_like, strides
-from sa_hf.ops.triton.launch_block import bias_table, prepare
+from sa_hf.ops.triton.launch_block import backward_operands, bias_table
 from sa_hf.ops.triton.offsets import offsets_forward_kernel, offsets_key_kernel, offsets_query_kernel
 from sa_hf.ops.triton.scores import Scores, position_spans
 
@@ -23,12 +24,12 @@ from sa_hf.ops.triton.scores import Scores, position_spans
 def offsets_forward(
     part: OffsetsPart, query: Tensor, key: Tensor, value: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor]:
-    """Output in the query's dtype and layout, log-sum-exp fp32 ``[B, H, length]``."""
+    """Output in the query's dtype, contiguous, log-sum-exp fp32 ``[B, H, length]``."""
     query, key, value = aligned(query), aligned(key), aligned(value)
     batch, heads, n, d = query.shape
     out, lse = empty_like(query), torch.empty(batch, heads, n, device=query.device)
     config = configuration("offsets", query)
-    offsets_forward_kernel[-(-n // config.rows), batch * heads](
+    offsets_forward_kernel[(triton.cdiv(n, config.rows) * batch * heads,)](
         query, key, value, out, lse, **scores.pointers, **_arguments(part, query, key, scores),
         **strides("q", query), **strides("k", key), **strides("v", value), **strides("o", out),
         ROWS=config.rows, **chunks(d), SOFTCAP=scores.softcapped, **build_options(config),
@@ -47,28 +48,28 @@ def offsets_backward(
     scores: Scores,
 ) -> Gradients:
     """As ``launch_block.block_backward``."""
-    query, key, value, grad_out = aligned(query), aligned(key), aligned(value), aligned(grad_out)
-    batch, heads, n, d = query.shape
-    delta, shift = prepare(query, aligned(out), lse, grad_out, scores)
+    operands = backward_operands(query, key, value, out, lse, grad_out, scores)
+    query, key = operands.query, operands.key
+    batch, heads, n, _ = query.shape
     options = scores.options
     table = unit = d_span = None
     if options.distance_bias is not None:
-        table, unit = bias_table(options.distance_bias, value, grad_out, scores)
+        table, unit = bias_table(options.distance_bias, operands, scores)
     if options.spans is not None:
         d_span = torch.empty(batch, heads, n, device=query.device)
     dq, dk, dv = empty_like(query), empty_like(key), empty_like(key)
     shared = {
-        **scores.pointers, **_arguments(part, query, key, scores), **strides("q", query), **strides("k", key),
-        **strides("v", value), **strides("g", grad_out), **chunks(d), "SOFTCAP": scores.softcapped,
+        **scores.pointers, **_arguments(part, query, key, scores), **operands.strides, **chunks(query.shape[3]),
+        "SOFTCAP": scores.softcapped,
     }  # fmt: skip
     config = configuration("offsets", query)
-    offsets_query_kernel[-(-n // config.rows), batch * heads](
-        query, key, value, grad_out, delta, shift, dq, table, unit, **shared, **strides("o", dq),
+    offsets_query_kernel[(triton.cdiv(n, config.rows) * batch * heads,)](
+        *operands, dq, table, unit, **shared, **strides("o", dq),
         ROWS=config.rows, **build_options(config),
     )  # fmt: skip
     config = configuration("offsets_key", query)
-    offsets_key_kernel[-(-n // config.rows), batch * key.shape[1]](
-        query, key, value, grad_out, delta, shift, dk, dv, d_span, **shared, **strides("o", dk),
+    offsets_key_kernel[(triton.cdiv(n, config.rows) * batch * key.shape[1],)](
+        *operands, dk, dv, d_span, **shared, **strides("o", dk),
         ROWS=config.rows, **build_options(config),
     )  # fmt: skip
     bias = spans = None

@@ -20,9 +20,11 @@ from sa_hf.ops.parts import BAND, FULL, BlockLayout, SegmentPart
 UNBOUNDED = 1 << 30
 TILES = (16, 32, 64, 128)
 # A list is cut at T = max(16, min(2 * mean length, all / 32)) tiles: regular lists stay whole (no partials), a global
-# row or column becomes many items, and a layout of one long row still fills the machine (32 items per head).
+# row or column becomes many items, and a layout of one long row still fills the machine (32 items per head). Where the
+# host does not know the lengths, partials are allotted for the worst case: longer items keep those few.
 SMALLEST_CUT = 16
 ITEMS_WANTED = 32
+MEANS_PER_ITEM, MEANS_PER_ITEM_UNREAD = 2, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class WorkList:
     """Args:
     items: int32 ``[n, 5]``: row, begin, middle, end, slot. Tiles ``begin .. middle`` of ``entries`` are full, those
         up to ``end`` are not; slot is -1 for a whole list. Row -1 is an unused item.
-    entries: int32, what stands on the other side of a tile. kind: int32, ``BlockLayout.kind`` of it.
+    entries: int64, the lower half what stands on the other side of a tile, the upper its ``BlockLayout.kind``.
     splits: int32 ``[m, 3]``: row, first slot, number of slots of each list that was cut; row -1 is unused.
     slots: partials in all, per repetition of the list over heads and batch.
     """
@@ -63,6 +65,7 @@ class TileLists:
     range_on_full: bool
     left: int = UNBOUNDED
     right: int = UNBOUNDED
+    longest: int | None = None
     _cache: dict[tuple[str, int], WorkList] = field(default_factory=dict)
 
     @property
@@ -89,13 +92,17 @@ class TileLists:
         return self._cached("diagonal", 1)
 
     def _cached(self, name: str, flat: int) -> WorkList:
-        if (name, flat) not in self._cache:
+        known = self._cache.get((name, flat))
+        if known is None:
             build = {"query": self._by_query, "key": self._by_key, "diagonal": self._by_diagonal}[name]
-            self._cache[name, flat] = build(flat)
-        return self._cache[name, flat]
+            known = build(flat)
+            if not capturing(self.row):
+                self._cache[name, flat] = known
+        return known
 
     def _by_query(self, flat: int) -> WorkList:
-        return _work_list(self.row, self.column, self.kind, self._partial(), self.batch * self.heads * self.query_tiles)
+        rows = self.batch * self.heads * self.query_tiles
+        return _work_list(self.row, self.column, self.kind, self._partial(), rows, self.longest)
 
     def _by_key(self, flat: int) -> WorkList:
         list_of, tile = self.row // self.query_tiles, self.row % self.query_tiles
@@ -103,25 +110,23 @@ class TileLists:
         shared = self.heads == 1
         lists = 1 if shared else self.heads // flat
         row = (batch * lists + (0 if shared else head // flat)) * self.key_tiles + self.column
+        rows = self.batch * lists * self.key_tiles
+        longest = None if self.longest is None else self.longest * flat
         if not shared:
-            return _work_list(
-                row,
-                head % flat * self.query_tiles + tile,
-                self.kind,
-                self._partial(),
-                self.batch * lists * self.key_tiles,
-            )
+            entry = head % flat * self.query_tiles + tile
+            return _work_list(row, entry, self.kind, self._partial(), rows, longest)
         heads = torch.arange(flat, device=row.device)[:, None] * self.query_tiles
         entry = (heads + tile).flatten()
         return _work_list(
-            row.repeat(flat), entry, self.kind.repeat(flat), self._partial().repeat(flat), self.batch * self.key_tiles
+            row.repeat(flat), entry, self.kind.repeat(flat), self._partial().repeat(flat), rows, longest
         )  # fmt: skip
 
     def _by_diagonal(self, flat: int) -> WorkList:
         list_of, tile = self.row // self.query_tiles, self.row % self.query_tiles
         diagonals = self.query_tiles + self.key_tiles - 1
         row = list_of * diagonals + tile - self.column + self.key_tiles - 1
-        return _work_list(row, tile, self.kind, self._partial(), self.batch * self.heads * diagonals)
+        longest = None if self.longest is None else min(self.query_tiles, self.key_tiles)
+        return _work_list(row, tile, self.kind, self._partial(), self.batch * self.heads * diagonals, longest)
 
     def _partial(self) -> Tensor:
         """Which tiles need the predicate, bool: also a full tile that overhangs the last slot."""
@@ -130,18 +135,31 @@ class TileLists:
         return (self.kind != FULL) | ~inside
 
 
-def _work_list(row: Tensor, entry: Tensor, kind: Tensor, partial: Tensor, rows: int) -> WorkList:
-    """Sort tiles into lists (full first, otherwise in the given order) and cut the lists into items."""
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: nothing may be read then, and what is made has no values yet, so that it
+    must not be kept for later calls."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _work_list(
+    row: Tensor, entry: Tensor, kind: Tensor, partial: Tensor, rows: int, longest: int | None
+) -> WorkList:  # fmt: skip
+    """Sort tiles into lists (full first, otherwise in the given order) and cut the lists into items.
+
+    Args: longest: given where no number may be read from the device; no list has more tiles.
+    """
     order = torch.sort(row * 2 + partial, stable=True)
     bounds = torch.searchsorted(order.values, torch.arange(2 * rows + 1, device=row.device))
     start, middle, end = bounds[:-1:2], bounds[1::2], bounds[2::2]
     total = row.numel()
-    cut = max(SMALLEST_CUT, min(2 * -(-total // rows), total // ITEMS_WANTED))
+    means = MEANS_PER_ITEM if longest is None else MEANS_PER_ITEM_UNREAD
+    cut = max(SMALLEST_CUT, min(means * -(-total // rows), total // ITEMS_WANTED))
     pieces = ((end - start + cut - 1) // cut).clamp(min=1)
     is_cut = pieces > 1
     # Without a read from the device: a list of c tiles makes at most c // cut + 1 items, and is cut only if c > cut.
-    counts = (rows + total // cut, total // cut, 2 * (total // cut))
-    if counts[1] and not (row.is_cuda and torch.cuda.is_current_stream_capturing()):
+    most = 0 if longest is not None and longest <= cut else total // cut
+    counts = (rows + most, most, 2 * most)
+    if most and longest is None and not capturing(row):
         counts = tuple(torch.stack([pieces.sum(), is_cut.sum(), (pieces * is_cut).sum()]).tolist())
     first_slot = (pieces * is_cut).cumsum(0) - pieces * is_cut
     items = _items(start, middle, end, pieces, torch.where(is_cut, first_slot, -1), counts[0])
@@ -174,21 +192,24 @@ _LISTS: weakref.WeakKeyDictionary[BlockLayout, TileLists] = weakref.WeakKeyDicti
 
 def layout_lists(layout: BlockLayout) -> TileLists:
     """The lists of a layout; kept as long as the layout lives."""
-    if layout not in _LISTS:
+    lists = _LISTS.get(layout)
+    if lists is None:
         for name, tile in (("block_q", layout.block_q), ("block_k", layout.block_k)):
             if tile not in TILES:
                 nearest = min(TILES, key=lambda t: abs(t - tile))
                 raise SparseAttentionError(f"{name}={tile} must be one of {TILES} for the kernels; nearest: {nearest}")
         index = torch.arange(layout.columns.numel(), device=layout.columns.device)
-        _LISTS[layout] = TileLists(
+        lists = TileLists(
             layout.query_slots, layout.key_slots, layout.block_q, layout.block_k, layout.batch, layout.heads,
             torch.searchsorted(layout.row_start, index, right=True) - 1, layout.columns.long(), layout.kind,
             pack_masks(layout.masks) if len(layout.masks) else None,
             None if layout.key_range is None else layout.key_range.int().clone(), True,
             UNBOUNDED if layout.band.left is None else layout.band.left,
-            UNBOUNDED if layout.band.right is None else layout.band.right,
+            UNBOUNDED if layout.band.right is None else layout.band.right, layout.longest,
         )  # fmt: skip
-    return _LISTS[layout]
+        if not capturing(lists.row):
+            _LISTS[layout] = lists
+    return lists
 
 
 def pack_masks(masks: Tensor) -> Tensor:

@@ -12,8 +12,12 @@ from sa_hf.ops.triton.common import (
     LN2,
     bend_scores,
     dropout_kept,
+    head_base,
+    load_optional,
     load_positions,
     load_rows,
+    load_spans,
+    rows_place,
     span_gate,
     store_tile,
 )
@@ -36,24 +40,18 @@ def offsets_forward_kernel(
     ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """``offsets_ptr`` int32 ``[lists, most]``, ``counts_ptr`` int32 ``[lists]``; ``list_stride`` is 0 where heads share
-    one list, else 1. Grid ``[ceil(n / ROWS), batch * heads]``."""
-    first = tl.program_id(0) * ROWS
-    line = tl.program_id(1)
+    one list, else 1. Grid ``[ceil(n / ROWS) * batch * heads]``."""
+    first, line = rows_place(n, ROWS)
     batch, head = line // heads, line % heads
     row = first + tl.arange(0, ROWS)
     inside = (row >= begin) & (row < stop)
-    q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
-    k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + (head // group).to(tl.int64) * skh) * 8
-    v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + (head // group).to(tl.int64) * svh) * 8
+    q_base_ptr = head_base(q_ptr, batch, head, sqb, sqh)
+    k_base_ptr = head_base(k_ptr, batch, head // group, skb, skh)
+    v_base_ptr = head_base(v_ptr, batch, head // group, svb, svh)
     q0, q1 = load_rows(q_base_ptr, first, sqn * 8, row < n, ROWS, D, D0, D1)
     q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, row, n, q_base)
-    bias_row = bias_ptr
-    if bias_ptr is not None:
-        bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
     at = line.to(tl.int64) * n
-    row_word = row
-    if row_words_ptr is not None:
-        row_word = tl.load(row_words_ptr + at + row, mask=row < n, other=0)
+    row_word = load_optional(row_words_ptr, at, row, row < n)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc0 = tl.zeros([ROWS, D0], tl.float32)
@@ -69,10 +67,10 @@ def offsets_forward_kernel(
         s = tl.sum(q0.to(tl.float32) * k0.to(tl.float32), 1)
         if D1 > 0:
             s += tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1)
-        s, _ = bend_scores(s, q_pos, k_pos, bias_row, centre, extra, scale, softcap, SOFTCAP)
+        s, _ = bend_scores(s, q_pos, k_pos, bias_ptr, head, centre, extra, scale, softcap, SOFTCAP)
         gate = 1.0
         if spans_ptr is not None:
-            span = tl.load(spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh + key, mask=keep, other=0.0)
+            span = load_spans(spans_ptr, batch, head, seb, seh, key, keep)
             gate, _ = span_gate(q_pos, k_pos, span, inv_ramp)
             keep = keep & (gate > 0)
         s = tl.where(keep, s, float("-inf"))
@@ -82,7 +80,7 @@ def offsets_forward_kernel(
         decay = tl.exp2(peak - shift)
         total = total * decay + p
         if row_words_ptr is not None:
-            word = tl.load(column_words_ptr + at + key, mask=keep, other=0)
+            word = load_optional(column_words_ptr, at, key, keep)
             p = tl.where(dropout_kept(row_word, word, threshold), p, 0.0)
         v0, v1 = load_rows(v_base_ptr, first - offset, svn * 8, keep, ROWS, D, D0, D1)
         acc0 = acc0 * decay[:, None] + p[:, None] * v0.to(tl.float32)
@@ -96,7 +94,7 @@ def offsets_forward_kernel(
     inverse = tl.where(kept, 1.0 / safe, 0.0)
     if row_words_ptr is not None:
         inverse = inverse * keep_scale
-    out_base = out_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8
+    out_base = head_base(out_ptr, batch, head, sob, soh)
     store_tile(out_base, first, son * 8, n, acc0 * inverse[:, None], acc1 * inverse[:, None], ROWS, D, D0, D1)
     lse = tl.where(kept, (peak + tl.log2(safe)) * LN2, float("-inf"))
     tl.store(lse_ptr + at + row, lse, mask=row < n)
@@ -104,8 +102,8 @@ def offsets_forward_kernel(
 
 @triton.jit
 def pair_gradient(
-    q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_row, row_word, word,
-    centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
+    q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_ptr, head,
+    row_word, word, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
     D1: tl.constexpr, SOFTCAP: tl.constexpr, HAS_KEYS: tl.constexpr, DROPOUT: tl.constexpr, HAS_SPANS: tl.constexpr,
 ):  # fmt: skip
     """One key per row: ``(p after dropout, d loss / d bent score, d loss / d scaled product, d loss / d span)``."""
@@ -115,9 +113,9 @@ def pair_gradient(
         s += tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1)
         dp += tl.sum(g1.to(tl.float32) * v1.to(tl.float32), 1)
     p, p_out, factor, bend, slope = tile_probabilities(
-        s, shift, key, key, key, key, q_pos, k_pos, 0, None, begin, stop, begin, span, bias_row, row_word, word, 0, 0,
-        0, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, 1, 1, SOFTCAP, False, True, True, HAS_KEYS,
-        DROPOUT, HAS_SPANS,
+        s, shift, key, key, key, key, q_pos, k_pos, 0, None, begin, stop, begin, span, bias_ptr, head, row_word, word,
+        0, 0, 0, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, 1, 1, SOFTCAP, False, True, True,
+        HAS_KEYS, DROPOUT, HAS_SPANS,
     )  # fmt: skip
     bent, raw, excess = score_gradient(dp, p, factor, bend, delta, SOFTCAP, DROPOUT)
     return p_out, bent, raw, slope * excess
@@ -133,27 +131,21 @@ def offsets_query_kernel(
     ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """dQ; the distance table's gradient as in ``bias_kernel`` (``table_ptr``, ``unit_ptr``). Grid as in the forward."""
-    first = tl.program_id(0) * ROWS
-    line = tl.program_id(1)
+    first, line = rows_place(n, ROWS)
     batch, head = line // heads, line % heads
     row = first + tl.arange(0, ROWS)
     inside = (row >= begin) & (row < stop)
-    k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + (head // group).to(tl.int64) * skh) * 8
-    v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + (head // group).to(tl.int64) * svh) * 8
-    q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
-    g_base_ptr = grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8
+    k_base_ptr = head_base(k_ptr, batch, head // group, skb, skh)
+    v_base_ptr = head_base(v_ptr, batch, head // group, svb, svh)
+    q_base_ptr = head_base(q_ptr, batch, head, sqb, sqh)
+    g_base_ptr = head_base(grad_ptr, batch, head, sgb, sgh)
     q0, q1 = load_rows(q_base_ptr, first, sqn * 8, row < n, ROWS, D, D0, D1)
     g0, g1 = load_rows(g_base_ptr, first, sgn * 8, row < n, ROWS, D, D0, D1)
     q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, row, n, q_base)
     at = line.to(tl.int64) * n
     delta = tl.load(delta_ptr + at + row, mask=row < n, other=0.0)
     shift = tl.load(shift_ptr + at + row, mask=inside & (row < n), other=float("inf"))
-    bias_row = bias_ptr
-    if bias_ptr is not None:
-        bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
-    row_word = row
-    if row_words_ptr is not None:
-        row_word = tl.load(row_words_ptr + at + row, mask=row < n, other=0)
+    row_word = load_optional(row_words_ptr, at, row, row < n)
     acc0 = tl.zeros([ROWS, D0], tl.float32)
     acc1 = tl.zeros([ROWS, D1 if D1 > 0 else 16], tl.float32)
     for t in range(0, tl.load(counts_ptr + head * list_stride)):
@@ -163,15 +155,11 @@ def offsets_query_kernel(
         k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, key, n, k_base)
         k0, k1 = load_rows(k_base_ptr, first - offset, skn * 8, keep, ROWS, D, D0, D1)
         v0, v1 = load_rows(v_base_ptr, first - offset, svn * 8, keep, ROWS, D, D0, D1)
-        span = None
-        if spans_ptr is not None:
-            span = tl.load(spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh + key, mask=keep, other=0.0)
-        word = key
-        if row_words_ptr is not None:
-            word = tl.load(column_words_ptr + at + key, mask=keep, other=0)
+        span = load_spans(spans_ptr, batch, head, seb, seh, key, keep)
+        word = load_optional(column_words_ptr, at, key, keep)
         _, bent, ds, _ = pair_gradient(
-            q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_row, row_word,
-            word, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
+            q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_ptr, head,
+            row_word, word, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
             D1, SOFTCAP, k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
         )  # fmt: skip
         acc0 += ds[:, None] * k0.to(tl.float32)
@@ -189,7 +177,7 @@ def offsets_query_kernel(
                 distance = k_pos - q_pos
                 fixed = (bent * unit).to(tl.int64)
                 tl.atomic_add(table_row + distance, fixed, mask=(fixed != 0) & (tl.abs(distance) <= centre))
-    dq_base = dq_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh) * 8
+    dq_base = head_base(dq_ptr, batch, head, sob, soh)
     store_tile(dq_base, first, son * 8, n, acc0 * scale, acc1 * scale, ROWS, D, D0, D1)
 
 
@@ -204,15 +192,15 @@ def offsets_key_kernel(
 ):  # fmt: skip
     """dK, dV over the query heads of a group, and the spans' gradient by query head, fp32 ``[batch, heads, n]``.
 
-    Grid ``[ceil(n / ROWS), batch * heads / group]``.
+    Grid ``[ceil(n / ROWS) * batch * heads / group]``.
     """
-    first = tl.program_id(0) * ROWS
+    first, line = rows_place(n, ROWS)
     kv_heads = heads // group
-    batch, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+    batch, kv_head = line // kv_heads, line % kv_heads
     key = first + tl.arange(0, ROWS)
     inside = (key >= begin) & (key < stop)
-    k_base_ptr = k_ptr + (batch.to(tl.int64) * skb + kv_head.to(tl.int64) * skh) * 8
-    v_base_ptr = v_ptr + (batch.to(tl.int64) * svb + kv_head.to(tl.int64) * svh) * 8
+    k_base_ptr = head_base(k_ptr, batch, kv_head, skb, skh)
+    v_base_ptr = head_base(v_ptr, batch, kv_head, svb, svh)
     k0, k1 = load_rows(k_base_ptr, first, skn * 8, key < n, ROWS, D, D0, D1)
     v0, v1 = load_rows(v_base_ptr, first, svn * 8, key < n, ROWS, D, D0, D1)
     dk0 = tl.zeros([ROWS, D0], tl.float32)
@@ -222,19 +210,11 @@ def offsets_key_kernel(
     for member in range(0, group):
         head = kv_head * group + member
         at = (batch.to(tl.int64) * heads + head) * n
-        q_base_ptr = q_ptr + (batch.to(tl.int64) * sqb + head.to(tl.int64) * sqh) * 8
-        g_base_ptr = grad_ptr + (batch.to(tl.int64) * sgb + head.to(tl.int64) * sgh) * 8
+        q_base_ptr = head_base(q_ptr, batch, head, sqb, sqh)
+        g_base_ptr = head_base(grad_ptr, batch, head, sgb, sgh)
         k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, key, n, k_base)
-        span = None
-        if spans_ptr is not None:
-            at_span = spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64) * seh
-            span = tl.load(at_span + key, mask=key < n, other=0.0)
-        word = key
-        if row_words_ptr is not None:
-            word = tl.load(column_words_ptr + at + key, mask=key < n, other=0)
-        bias_row = bias_ptr
-        if bias_ptr is not None:
-            bias_row = bias_ptr + head.to(tl.int64) * (2 * centre + 1)
+        span = load_spans(spans_ptr, batch, head, seb, seh, key, key < n)
+        word = load_optional(column_words_ptr, at, key, key < n)
         d_span = tl.zeros([ROWS], tl.float32)
         for t in range(0, tl.load(counts_ptr + head * list_stride)):
             offset = tl.load(offsets_ptr + head * list_stride * most + t)
@@ -245,12 +225,10 @@ def offsets_key_kernel(
             delta = tl.load(delta_ptr + at + row, mask=keep, other=0.0)
             shift = tl.load(shift_ptr + at + row, mask=keep, other=float("inf"))
             q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, row, n, q_base)
-            row_word = row
-            if row_words_ptr is not None:
-                row_word = tl.load(row_words_ptr + at + row, mask=keep, other=0)
+            row_word = load_optional(row_words_ptr, at, row, keep)
             p, _, ds, slope = pair_gradient(
-                q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_row, row_word,
-                word, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
+                q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_ptr, head,
+                row_word, word, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
                 D1, SOFTCAP, k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
             )  # fmt: skip
             dv0 += p[:, None] * g0.to(tl.float32)
@@ -262,6 +240,6 @@ def offsets_key_kernel(
                 d_span += slope
         if spans_ptr is not None:
             tl.store(d_span_ptr + at + key, d_span, mask=key < n)
-    out = (batch.to(tl.int64) * sob + kv_head.to(tl.int64) * soh) * 8
-    store_tile(dk_ptr + out, first, son * 8, n, dk0 * scale, dk1 * scale, ROWS, D, D0, D1)
-    store_tile(dv_ptr + out, first, son * 8, n, dv0, dv1, ROWS, D, D0, D1)
+    dk_base, dv_base = head_base(dk_ptr, batch, kv_head, sob, soh), head_base(dv_ptr, batch, kv_head, sob, soh)
+    store_tile(dk_base, first, son * 8, n, dk0 * scale, dk1 * scale, ROWS, D, D0, D1)
+    store_tile(dv_base, first, son * 8, n, dv0, dv1, ROWS, D, D0, D1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.parts import Index, ScoreOptions
-from sa_hf.ops.random import dropout_words
+from sa_hf.ops.random import counter_words, dropout_words
 from sa_hf.ops.triton.launch import packed
 
 LOG2E = 1.4426950408889634
@@ -141,7 +141,7 @@ def _words(
     if seed is None:
         raise RuntimeError("dropout needs the seed of the call")
     ids = torch.arange(batch, device=device) if options.sequence_ids is None else options.sequence_ids
-    head = torch.arange(heads, device=device) if options.heads is None else torch.tensor(options.heads, device=device)
+    head = counter_words(options.heads or tuple(range(heads)), device)
 
     def words(at: SlotPositions, slots: int, stream: int) -> Tensor:
         word = dropout_words(seed, ids[:, None, None], head[:, None], at.tensor(slots, device), stream=stream)

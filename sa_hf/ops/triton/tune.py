@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -34,6 +34,15 @@ class Job:
     head_dim: int
     candidates: list[tuple[int, int, int, int]]
     backward: bool
+
+    def name(self, bits: int, arch: int | str) -> str:
+        """The key in the table of configurations."""
+        return f"{self.kernel}|{self.head_dim}|{bits}|{arch}"
+
+    def launches(self, bits: int, arch: int | str) -> list[Launch]:
+        """What there is now, and the candidates."""
+        now = launch(self.kernel, self.head_dim, bits, arch)
+        return list(dict.fromkeys([now, *(Launch(*c) for c in self.candidates)]))
 
     def part(self, length: int) -> Part:
         if self.kernel.startswith("offsets"):
@@ -76,11 +85,11 @@ def tune(device: torch.device, *, dry_run: bool = False, budget: float = 240.0) 
     bits, arch = 8 * dtype.itemsize, architecture(device)
     table: dict[str, Launch] = {}
     for job in jobs()[:2] if dry_run else jobs():
-        name = f"{job.kernel}|{job.head_dim}|{bits}|{arch}"
+        name = job.name(bits, arch)
         call = _call(job, length, heads, dtype, device)
         times: dict[Launch, float] = {}
-        candidates = [launch(job.kernel, job.head_dim, bits, arch), *(Launch(*c) for c in job.candidates)]
-        for candidate in dict.fromkeys(candidates[:2] if dry_run else candidates):
+        candidates = job.launches(bits, arch)
+        for candidate in candidates[:2] if dry_run else candidates:
             if time.monotonic() > deadline:
                 break
             with trial({**table, name: candidate}):
@@ -94,9 +103,25 @@ def tune(device: torch.device, *, dry_run: bool = False, budget: float = 240.0) 
     return path
 
 
+def candidate_calls(length: int) -> Iterator[Callable[[], None]]:
+    """Calls on CPU tensors that reach the kernel of every candidate; for a recorder, which stops before compilation."""
+    device = torch.device("cpu")
+    bits, arch = 16, architecture(device)
+    for job in jobs():
+
+        def with_each(job: Job = job) -> None:
+            call = _call(job, length, 1, torch.bfloat16, device)
+            for candidate in job.launches(bits, arch):
+                with trial({job.name(bits, arch): candidate}):
+                    call()
+
+        yield with_each
+
+
 def _call(job: Job, length: int, heads: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
-    g = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(1, heads, length, job.head_dim, generator=g).to(device, dtype) for _ in range(4))
+    g = torch.Generator(device).manual_seed(0)
+    sizes = (1, heads, length, job.head_dim)
+    q, k, v, grad = (torch.randn(sizes, generator=g, device=device, dtype=dtype) for _ in range(4))
     engine, part, options = TritonEngine(), _moved(job.part(length), device), job.options()
     if not job.backward:
         return lambda: engine.forward(part, q, k, v, options)
@@ -115,10 +140,11 @@ def _moved(part: Part, device: torch.device) -> Part:
 def _milliseconds(call: Callable[[], object], device: torch.device, repeats: int) -> float | None:
     """Median time of a call; None where the configuration does not compile or fit."""
     import triton
+    from triton.runtime.errors import TritonError
 
     try:
         call()
-    except (triton.CompilationError, triton.OutOfResources, RuntimeError):
+    except (triton.CompilationError, TritonError, RuntimeError):
         return None
     spent = []
     for _ in range(repeats):
