@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
@@ -126,6 +126,7 @@ class SparseAttentionConfig:
             raise SparseAttentionError(
                 f"{cls.__name__} has no preset {shown(name)}{did_you_mean(name, presets)}; presets: {listed}"
             )
+        check_fields(cls, overrides)
         return cls(**{**presets[name], **overrides})
 
     # -- what the pattern is ---------------------------------------------------------------------------------------
@@ -228,6 +229,16 @@ def did_you_mean(value: Any, choices: Any) -> str:
         return ""
     close = difflib.get_close_matches(value, [str(c) for c in choices], n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check_fields(cls: type[SparseAttentionConfig], names: Iterable[str]) -> None:
+    """Raise ``SparseAttentionError`` at the first name that is no field of a configuration class."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in names:
+        if name not in known:
+            raise SparseAttentionError(
+                f"{cls.__name__} has no field {name!r}{did_you_mean(name, known)}; fields: {sorted(known)}"
+            )
 
 
 def check_integer(

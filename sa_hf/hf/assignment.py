@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from sa_hf.config import CONFIG_VERSION, SparseAttentionConfig, did_you_mean, pattern_class
+from sa_hf.config import CONFIG_VERSION, SparseAttentionConfig, check_fields, pattern_class
 from sa_hf.errors import ConfigVersionError, SparseAttentionError
 from sa_hf.patterns.dense import DenseAttentionConfig
 
@@ -87,12 +87,7 @@ def make_config(pattern: Any, options: Mapping[str, Any] | None = None) -> Spars
         raise SparseAttentionError(
             f"a pattern is a name, a config or a mapping, not {pattern!r} ({type(pattern).__name__}); e.g. 'bigbird'"
         )
-    known = [f.name for f in dataclasses.fields(cls)]
-    for option in options:
-        if option not in known:
-            raise SparseAttentionError(
-                f"{cls.__name__} has no field {option!r}{did_you_mean(option, known)}; fields: {sorted(known)}"
-            )
+    check_fields(cls, options)
     if isinstance(pattern, SparseAttentionConfig):
         return dataclasses.replace(pattern, **options) if options else pattern
     return cls(**options)

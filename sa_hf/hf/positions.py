@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from sa_hf.config import did_you_mean
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -89,6 +91,8 @@ def extend_positions(
     from sa_hf.hf.patching import keep_extension, patch_of
 
     root = root_model(model)
+    if max_length is None:
+        raise _no_length(None, position_limit(root))
     plan = plan_extension(root, max_length, tokenizer, rope_parameters)
     patch = patch_of(root)
     if patch is None:
@@ -253,10 +257,16 @@ def plan_extension(
             f"rope_parameters are given, but {type(root).__name__} has no rotary embedding; leave them out"
         )
     tables, limit = position_tables(root), position_limit(root)
+    if tokenizer is not None and not hasattr(tokenizer, "model_max_length"):
+        raise SparseAttentionError(
+            f"tokenizer={tokenizer!r} has no model_max_length to set; give the model's own tokenizer, or leave it out"
+        )
+    if rope_parameters is not None:
+        _check_rope(root, rope_parameters, limit)
     if max_length is None:
         return ExtensionPlan(limit, None, tokenizer, rope_parameters, [])
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-        raise SparseAttentionError(f"max_length={max_length!r} must be an integer >= 1; nearest: {limit or 1}")
+        raise _no_length(max_length, limit)
     if limit is not None and max_length < limit:
         raise SparseAttentionError(
             f"max_length={max_length} is below the {limit} tokens that {type(root).__name__} takes already; "
@@ -282,6 +292,31 @@ def plan_extension(
                 stacklevel=3,
             )
     return ExtensionPlan(limit, max_length, tokenizer, rope_parameters, tables)
+
+
+def _no_length(value: Any, limit: int | None) -> SparseAttentionError:
+    return SparseAttentionError(f"max_length={value!r} must be an integer >= 1; nearest: {limit or 1}")
+
+
+def _check_rope(root: PreTrainedModel, rope_parameters: Any, limit: int | None) -> None:
+    """Build the scaled rotary embeddings on the side: what they lack shows before the model is changed."""
+    if not isinstance(rope_parameters, dict):
+        raise SparseAttentionError(
+            f"rope_parameters={rope_parameters!r} must be a dict, e.g. {{'rope_type': 'yarn', 'factor': 4.0}}"
+        )
+    kinds = sorted({"default", *ROPE_INIT_FUNCTIONS})
+    for module in rotary_modules(root).values():
+        config: Any = copy.deepcopy(module.config)
+        try:
+            config.rope_parameters = scaled_rope(config, rope_parameters, limit)
+            type(module)(config=config)
+        except Exception as error:  # whatever the model's own code raises on values that it cannot read
+            asked = rope_parameters.get("rope_type", "default")
+            raise SparseAttentionError(
+                f"rope_parameters={rope_parameters!r} do not fit {type(root).__name__}: {type(error).__name__}: "
+                f"{error}; each rope_type needs its own fields, and the types are {kinds}"
+                f"{did_you_mean(str(asked), kinds) if asked not in kinds else ''}"
+            ) from error
 
 
 def _set_table(module: nn.Module, rows: Tensor) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sa_hf.config import SparseAttentionConfig, pattern_class
+from sa_hf.config import SparseAttentionConfig, check_fields, pattern_class
 from sa_hf.errors import SparseAttentionError
 
 MINILM = "minilm"
@@ -89,8 +88,5 @@ def make_config(pattern: str, pairs: Sequence[str] = (), preset: str | None = No
     options = parse_options(pairs)
     if preset is not None:
         return cls.preset(preset, **options)
-    known = {field.name for field in dataclasses.fields(cls)}
-    unknown = [o for o in options if o not in known]
-    if unknown:
-        raise SparseAttentionError(f"pattern {pattern!r} has no field {unknown[0]!r}; fields: {sorted(known)}")
+    check_fields(cls, options)
     return cls(**options)

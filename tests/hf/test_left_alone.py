@@ -33,6 +33,23 @@ def state(model: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "yarm", "factor": 2.0}}, "did you mean 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
+        ({"rope_parameters": 3}, "must be a dict"),
+        ({"max_length": 128, "tokenizer": 3}, "model_max_length"),
+    ],
+)
+def test_a_refused_lengthening_changes_nothing(options: dict[str, Any], message: str) -> None:
+    model = tiny_model("llama")
+    before = state(model)
+    with pytest.raises(SparseAttentionError, match=message):
+        sa_hf.patch_model(model, WINDOW, **options)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(
     ("pattern", "options"),
     [("none", {}), ("expire_span", {}), ("bigbird", {"max_length": 1}), ("bigbird", {"engine": "x"})],
 )

@@ -51,6 +51,11 @@ def test_assignments(pattern: Any, layers: Any, options: Any, expected: Any) -> 
     assert assignment_from_dict(written) == found
 
 
+def test_a_preset_takes_fields_alone() -> None:
+    with pytest.raises(SparseAttentionError, match="did you mean 'block_size'"):
+        sa_hf.BigBirdAttentionConfig.preset("paper", blok_size=32)
+
+
 def test_assignments_of_two_stacks() -> None:
     assert parse_assignment("star", TWO) == {
         "encoder": dict.fromkeys(range(2), STAR),

@@ -161,4 +161,6 @@ def test_what_cannot_be_lengthened_raises() -> None:
         sa_hf.extend_positions(bert, LONG, rope_parameters=YARN)
     with pytest.raises(SparseAttentionError, match="nearest: 64"):
         sa_hf.extend_positions(bert, 10)
+    with pytest.raises(SparseAttentionError, match="max_length=None"):
+        sa_hf.extend_positions(bert, None)
     assert bert.config.max_position_embeddings == 64
