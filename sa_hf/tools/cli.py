@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sa_hf.config import available_patterns
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tools.load import load_model, make_config, resolve
 
@@ -70,7 +71,7 @@ def summary(
     if pattern is not None:
         longer = lengthening(loaded, length)
         patch_model(loaded, make_config(pattern, options or []), layers=layers, max_length=longer)
-    console.print(str(summarise(loaded, length)))
+    typer.echo(str(summarise(loaded, length)))
 
 
 @app.command()
@@ -138,14 +139,11 @@ def suggest(
         encoded = tokenizer(text.read_text(), return_tensors="pt", truncation=True, max_length=tokens)
         attention = dense_attention_of(loaded, encoded.input_ids)
     heads = loaded.config.get_text_config().num_attention_heads
+    defaults = {name: cls().to_dict() for name, cls in available_patterns().items()}
     rows = [
         [
             s.config.name,
-            ", ".join(
-                f"{k}={v}"
-                for k, v in s.config.to_dict().items()
-                if k not in {"name", "version", "seed", "drop_diagonal"}
-            ),
+            ", ".join(f"{k}={v}" for k, v in s.config.to_dict().items() if v != defaults[s.config.name].get(k)),
             f"{s.density:.3f}",
             "" if s.mass is None else f"{s.mass:.3f}",
             s.purpose,
@@ -153,9 +151,7 @@ def suggest(
         for s in rank(num_heads=heads, causal=causal, length=length, attention=attention)
     ]
     kind = "causal" if causal else "bidirectional"
-    table(
-        f"{model}, {kind}, {length} tokens", ["pattern", "config", "pairs of dense", "attention mass", "made for"], rows
-    )
+    table(f"{model}, {kind}, {length} tokens", ["pattern", "set", "pairs of dense", "attention mass", "made for"], rows)
 
 
 @app.command()
