@@ -80,6 +80,7 @@ def main() -> int:
     from sa_hf.tools.bench.roofline import Ceilings
     from sa_hf.tools.bench.suite import (
         Suite,
+        data_parity_section,
         decode_section,
         dense_section,
         flex_section,
@@ -103,6 +104,11 @@ def main() -> int:
     name = "dry_run" if args.dry_run else "gpu_" + torch.cuda.get_device_name(device).lower().replace(" ", "_")
     header = {"title": f"GPU suite: {name}", **machine(device), "command": "python scripts/gpu_suite.py"}
     report = Report(args.out / f"{name}.json", header, fresh=args.fresh)
+    if not args.dry_run and torch.version.hip is None:
+        from sa_hf.tools.bench.precompile import precompile
+
+        major, minor = torch.cuda.get_device_capability(device)
+        report.add("compilation", "all kernels", precompile(10 * major + minor, tune=args.tune))
     if args.tune:
         from sa_hf.ops.triton.tune import tune
 
@@ -125,6 +131,7 @@ def main() -> int:
     sections: dict[str, Callable[[], None]] = {
         "parity": lambda: parity_section(suite),
         "parity options": lambda: option_parity_section(suite),
+        "parity data": lambda: data_parity_section(suite),
         "dense": lambda: dense_section(suite, long, dims),
         "ours": lambda: speed_section(suite, long, dims),
         "options": lambda: option_section(suite, long[0]),

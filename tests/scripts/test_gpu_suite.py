@@ -33,10 +33,37 @@ def test_dry_run_measures_every_section(tmp_path: Path) -> None:
         "bias",
         "spans",
         "dropout",
+        "expire_span",
+        "routing",
+        "routing-causal",
     } <= tested
     # A speed-up is printed because parity held, and for no pattern that parity did not cover.
     assert all(isinstance(row["speed-up"], float) for row in sections["ours"].values())
     assert "| bigbird/causal" in (tmp_path / "dry_run.md").read_text()
+
+
+def test_a_row_that_failed_is_tried_again(tmp_path: Path) -> None:
+    from sa_hf.tools.bench.report import Report
+
+    header = {"device": "d", "commit": "c", "torch": "t", "triton": "x"}
+    report = Report(tmp_path / "r.json", header)
+    report.add("dense", "good", {"ms": 1.0})
+    report.add("dense", "bad", {"error": "out of memory"})
+    resumed = Report(tmp_path / "r.json", header)
+    assert [resumed.done("dense", key) for key in ("good", "bad", "new")] == [True, False, False]
+
+
+def test_offsets_read_their_rows_for_each_pair() -> None:
+    """The tile estimate shares a row of K and V among the queries of a tile; the offsets kernels have no tile."""
+    from sa_hf import LogSparseAttentionConfig
+    from sa_hf.tools.bench.roofline import work
+
+    w = work(
+        LogSparseAttentionConfig(), 64, causal=True, batch=1, num_heads=2, num_key_value_heads=2, head_dim=16,
+        bytes_per_element=2,
+    )  # fmt: skip
+    offsets = 1 + 6  # itself, and 1 .. 32
+    assert w.tile_bytes == 2 * offsets * 64 * 2 * 16 * 2
 
 
 def test_without_a_gpu_the_suite_says_what_runs_here(tmp_path: Path) -> None:

@@ -88,6 +88,42 @@ def test_a_new_length_is_not_a_new_kernel() -> None:
     assert counts == dict.fromkeys(expected, 1)
 
 
+PRECOMPILE = """
+import os
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from sa_hf.ops.parts import OffsetsPart, ScoreOptions
+from sa_hf.ops.triton import TritonEngine, record
+from sa_hf.tools.bench.precompile import _share
+
+cache = os.environ["TRITON_CACHE_DIR"]
+compiled, failed = _share(0, 200, 90, True)
+assert compiled > 1 and not failed, (compiled, failed)
+
+# What was compiled ahead is what a call on the device would look for: it compiles nothing anew.
+x = torch.zeros(1, 2, 64, 16, dtype=torch.bfloat16)
+call = lambda: TritonEngine().forward(OffsetsPart(64, ((0, 1),)), x, x, x, ScoreOptions(1.0))
+with record.record_launches(GPUTarget("cuda", 90, 32)) as recorded:
+    call()
+recorded[0].compile()
+before = sorted(os.listdir(cache))
+triton.runtime.driver.set_active(record._Driver(GPUTarget("cuda", 90, 32)))
+try:
+    call()
+except AttributeError:  # the stand-in cannot launch
+    pass
+assert sorted(os.listdir(cache)) == before
+"""
+
+
+def test_the_suite_compiles_ahead_what_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    result = run(["-c", PRECOMPILE], 300)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 def test_compile_gate() -> None:
     """Both architectures and one AMD target; ``scripts/compile_gate.py`` without ``--quick`` is the whole of it."""
     targets = "sm_80,sm_90,gfx942" if os.environ.get("CI") else "sm_90"

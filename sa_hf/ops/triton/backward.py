@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from sa_hf.ops.triton.common import (
     LOG2E,
+    RUNTIME,
     add_product,
     bend_scores,
     dot_rows,
@@ -58,12 +59,7 @@ def prepare_kernel(
     tl.store(shift_ptr + at, tl.where(kept, lse * LOG2E, float("inf")), mask=slot < n_q)
 
 
-RUNTIME = (
-    "sqb", "sqh", "sqn", "skb", "skh", "skn", "svb", "svh", "svn", "sgb", "sgh", "sgn", "sob", "soh", "son",
-    "pqb", "pqh", "pkb", "pkh", "seb", "seh", "srb", "srh", "n_q", "n_k", "heads", "group", "list_heads", "rep_heads",
-    "reps", "slots", "query_tiles", "left", "right", "q_base", "k_base", "centre", "extra", "threshold",
-    "scale", "softcap", "inv_ramp", "keep_scale",
-)  # fmt: skip
+BACKWARD_RUNTIME = (*RUNTIME, "sgb", "sgh", "sgn", "flat", "key_tiles")
 
 
 @triton.jit
@@ -119,7 +115,7 @@ def score_gradient(dp, p, factor, bend, delta, SOFTCAP: tl.constexpr, DROPOUT: t
     return bent, raw, excess
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=BACKWARD_RUNTIME)
 def query_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dq_ptr, part_ptr,
     items_ptr, entries_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,
@@ -190,10 +186,7 @@ def query_kernel(
         store_tile(part_ptr + piece * D, sub * BLOCK_Q, D, TILE_Q, acc0, acc1, BLOCK_Q, D, D0, D1)
 
 
-KEY_RUNTIME = (*RUNTIME, "flat", "key_tiles")
-
-
-@triton.jit(do_not_specialize=KEY_RUNTIME)
+@triton.jit(do_not_specialize=BACKWARD_RUNTIME)
 def key_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dk_ptr, dv_ptr, d_span_ptr,
     part_k_ptr, part_v_ptr, part_span_ptr,

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from sa_hf.ops.triton.backward import RUNTIME as BACKWARD_RUNTIME
-from sa_hf.ops.triton.backward import score_gradient, tile_probabilities
+from sa_hf.ops.triton.backward import BACKWARD_RUNTIME, score_gradient, tile_probabilities
 from sa_hf.ops.triton.common import (
     dot_rows,
     head_base,
@@ -24,10 +23,8 @@ from sa_hf.ops.triton.common import (
     work_place,
 )
 
-RUNTIME = (*BACKWARD_RUNTIME, "key_tiles")
 
-
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=BACKWARD_RUNTIME)
 def bias_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, table_ptr, unit_ptr,
     items_ptr, entries_ptr, words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr,

@@ -15,6 +15,14 @@ LN2 = tl.constexpr(0.6931471805599453)
 BAND_TILE = tl.constexpr(-2)
 # The interpreter keeps bfloat16 as raw bits and would multiply those: there, products get fp32 copies of the operands.
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
+# Lengths, counts, strides and scalars: a new value is never a new kernel. Strides are in units of 8 elements, so that
+# the compiler still sees 16-byte alignment.
+RUNTIME = (
+    "sqb", "sqh", "sqn", "skb", "skh", "skn", "svb", "svh", "svn", "sob", "soh", "son",
+    "pqb", "pqh", "pkb", "pkh", "seb", "seh", "srb", "srh", "n_q", "n_k", "heads", "group", "list_heads", "rep_heads",
+    "reps", "slots", "query_tiles", "left", "right", "q_base", "k_base", "centre", "extra", "threshold",
+    "scale", "softcap", "inv_ramp", "keep_scale",
+)  # fmt: skip
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import triton.language as tl
 from sa_hf.ops.triton.common import (
     LN2,
     LOG2E,
+    RUNTIME,
     add_product,
     bend_scores,
     dot_rows,
@@ -26,15 +27,6 @@ from sa_hf.ops.triton.common import (
     store_tile,
     work_place,
 )
-
-# Lengths, counts, strides and scalars: a new value is never a new kernel. Strides are in units of 8 elements, so that
-# the compiler still sees 16-byte alignment.
-RUNTIME = (
-    "sqb", "sqh", "sqn", "skb", "skh", "skn", "svb", "svh", "svn", "sob", "soh", "son",
-    "pqb", "pqh", "pkb", "pkh", "seb", "seh", "srb", "srh", "n_q", "n_k", "heads", "group", "list_heads", "rep_heads",
-    "reps", "slots", "query_tiles", "left", "right", "q_base", "k_base", "centre", "extra", "threshold",
-    "scale", "softcap", "inv_ramp", "keep_scale",
-)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME)

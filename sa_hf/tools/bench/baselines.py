@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sa_hf.patterns.base import Geometry, StaticPatternConfig
+from sa_hf.patterns.logsparse import LogSparseAttentionConfig
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -48,13 +49,16 @@ def flex_run(
 ) -> Run:
     """FlexAttention compiled with the pattern's own predicate (its set: a key in two LongNet branches counts once).
 
-    Patterns that are constant on blocks hand over a table of blocks, which costs one load per element; the others
-    their formula.
+    Patterns that are constant on blocks, or depend on the distance alone, hand over a table, which costs one load per
+    element; the others their formula.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     geometry = Geometry(length, length, tuple(range(num_heads)), num_heads, 0, causal)
-    mask_mod = _block_table(config, geometry, device) or _formula(config, geometry)
+    # Without this the ninth mask of a process would run uncompiled, over all pairs.
+    torch.compiler.reset()
+    tables = (_block_table(config, geometry, device), _distance_table(config, geometry, device))
+    mask_mod = next((table for table in tables if table is not None), _formula(config, geometry))
     shared = config.same_for_all_heads(geometry)
     block_mask = create_block_mask(
         mask_mod, None, None if shared else num_heads, length, length, device=str(device), BLOCK_SIZE=block,
@@ -93,6 +97,21 @@ def _block_table(config: StaticPatternConfig, geometry: Geometry, device: torch.
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         kept = table[h, i // size, j // size]
+        return kept & (j <= i) if geometry.causal else kept
+
+    return mask_mod
+
+
+def _distance_table(
+    config: StaticPatternConfig, geometry: Geometry, device: torch.device
+) -> Callable[..., Tensor] | None:  # fmt: skip
+    if not isinstance(config, LogSparseAttentionConfig):
+        return None
+    at = torch.arange(geometry.key_length)
+    table = config.allowed(torch.zeros_like(at), at, torch.zeros_like(at), geometry).to(device)
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        kept = table[(i - j).abs()]
         return kept & (j <= i) if geometry.causal else kept
 
     return mask_mod

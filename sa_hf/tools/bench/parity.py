@@ -38,6 +38,12 @@ class Shape:
     head_dim: int = 64
 
 
+# Stands for the dense error where no dense computation runs beside: fp32 stays at the rounding of fp32.
+EXACT_ERROR = 3e-6
+PARITY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PARITY_SHAPES = (Shape(), Shape(1, 4, 4, 1000, 128), Shape(2, 6, 2, 257, 80))
+
+
 @dataclass(frozen=True)
 class ParityResult:
     """Relative RMS errors of output, dQ, dK, dV: ours and the same-precision dense PyTorch computation's."""
@@ -97,30 +103,40 @@ def parity(
     )
 
 
-def option_parity(option: str, dtype: torch.dtype, device: torch.device, *, engine: str, shape: Shape) -> ParityResult:
-    """The score options, which no bare call reaches: ``softcap``, ``bias`` (T5's distance table), ``spans`` (the soft
-    gate) and ``dropout`` on a causal window; gradients of the table and of the spans too. The oracle applies the same
-    option in fp64, so the errors are held against the absolute bound alone (``dense_errors`` repeats it)."""
+def option_case(
+    option: str, shape: Shape, device: torch.device
+) -> tuple[SlidingWindowAttentionConfig, ScoreOptions]:  # fmt: skip
+    """A causal window with one score option set."""
     config = SlidingWindowAttentionConfig(window=max(8, shape.length // 4))
     generator = torch.Generator().manual_seed(0)
-
-    def draw(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator).to(device)
-
-    length, heads = shape.length, shape.num_heads
-    qkv = [draw(shape.batch, h, length, shape.head_dim).to(dtype) for h in (heads, *[shape.num_key_value_heads] * 2)]
-    grad = draw(shape.batch, heads, length, shape.head_dim).to(dtype)
-    learned = {
-        "bias": draw(heads, 2 * length - 1),
-        "spans": torch.rand(shape.batch, 1, length, generator=generator).to(device) * config.window,
-    }.get(option)
-    plain = ScoreOptions(
+    bias = torch.randn(shape.num_heads, 2 * shape.length - 1, generator=generator).to(device)
+    spans = torch.rand(shape.batch, 1, shape.length, generator=generator).to(device) * config.window
+    return config, ScoreOptions(
         shape.head_dim**-0.5,
         softcap=2.0 if option == "softcap" else None,
+        distance_bias=bias if option == "bias" else None,
+        spans=spans if option == "spans" else None,
         ramp=config.window / 4,
         dropout=0.2 if option == "dropout" else 0.0,
         seed=torch.tensor(7, device=device),
     )
+
+
+def option_parity(option: str, dtype: torch.dtype, device: torch.device, *, engine: str, shape: Shape) -> ParityResult:
+    """The score options, which no bare call reaches: ``softcap``, ``bias`` (T5's distance table), ``spans`` (the soft
+    gate) and ``dropout`` on a causal window; gradients of the table and of the spans too. The oracle applies the same
+    option in fp64, so the errors are held against a fixed bound (``dense_errors`` repeats it)."""
+    config, options = option_case(option, shape, device)
+    generator = torch.Generator().manual_seed(1)
+    length, heads = shape.length, shape.num_heads
+
+    def draw(heads: int) -> Tensor:
+        return torch.randn(shape.batch, heads, length, shape.head_dim, generator=generator).to(device, dtype)
+
+    qkv = [draw(heads), draw(shape.num_key_value_heads), draw(shape.num_key_value_heads)]
+    grad = draw(heads)
+    field = {"bias": "distance_bias"}.get(option, option)
+    learned = getattr(options, field) if option in ("bias", "spans") else None
     geometry = Geometry(length, length, tuple(range(heads)), heads, 0, True)
     counts = dense_multiplicity(config, geometry).to(device)
 
@@ -128,21 +144,25 @@ def option_parity(option: str, dtype: torch.dtype, device: torch.device, *, engi
         exact = name == "reference"
         leaves = [(t.double() if exact else t).detach().requires_grad_() for t in qkv]
         extra = [] if learned is None else [(learned.double() if exact else learned).detach().requires_grad_()]
-        field = {"bias": "distance_bias"}.get(option, option)
-        options = plain.with_tensors(**{field: extra[0]}) if extra else plain
+        own = options.with_tensors(**{field: extra[0]}) if extra else options
         q, k, v = leaves
         if exact:
-            out, _ = dense_attention(q, k, v, counts, options)
+            out, _ = dense_attention(q, k, v, counts, own)
         else:
             plan = partial(_plan_of, config, heads, device)
             whole = Sequences.full(shape.batch, length, length)
-            out = attend(q, k, v, whole, plan, options, choose_engine(name, q, options))
+            out = attend(q, k, v, whole, plan, own, choose_engine(name, q, own))
         return out.detach(), *torch.autograd.grad(out, [*leaves, *extra], grad.to(out.dtype))
 
     oracle, first, second = run("reference"), run(engine), run(engine)
     errors = tuple(relative_rms(a, b) for a, b in zip(first, oracle, strict=True))
     same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    return ParityResult(errors, (ABSOLUTE_BOUND,) * len(errors), same)
+    return ParityResult(errors, (bound_of(dtype),) * len(errors), same)
+
+
+def bound_of(dtype: torch.dtype) -> float:
+    """What stands for the dense error in a parity against the oracle alone."""
+    return EXACT_ERROR if dtype == torch.float32 else ABSOLUTE_BOUND
 
 
 def _plan_of(

@@ -57,7 +57,7 @@ def _commit() -> str:
 
 
 class Report:
-    """Rows by section and key, saved after each one; a key that is there already is not measured again."""
+    """Rows by section and key, saved after each one; what is there already is not measured again."""
 
     def __init__(self, path: Path, header: dict[str, Any], *, fresh: bool = False) -> None:
         self.path = path
@@ -75,7 +75,8 @@ class Report:
         return rows
 
     def done(self, section: str, key: str) -> bool:
-        return key in self.rows(section)
+        """Whether a row is there; one that ended in an error is tried again by the next run."""
+        return "error" not in self.rows(section).get(key, {"error": "missing"})
 
     def add(self, section: str, key: str, row: dict[str, Any]) -> None:
         self.rows(section)[key] = row

@@ -2,7 +2,7 @@
 
 Floating-point operations of attention per kept pair and head: forward ``4 D`` (two products), backward ``10 D`` (five).
 Bytes: every input read once and every output written once. A tile engine executes whole tiles and reads each listed
-K and V tile once per query tile: that gives the second estimate.
+K and V tile once per query tile, the offsets kernels a row of K and of V per pair: that gives the second estimate.
 """
 
 from __future__ import annotations
@@ -67,18 +67,20 @@ def work(
     geometry = Geometry(length, length, tuple(range(num_heads)), num_heads, 0, causal, block=block)
     plan = finished_plan(config, geometry, torch.device("cpu"))
     pairs = kept_pairs(plan, length, num_heads) * batch
-    executed = sum(executed_pairs(p, num_heads, block) for p in plan) * batch
+    executed = [executed_pairs(p, num_heads, block) * batch for p in plan]
+    # A tile reads a row of K and of V once for its ``block`` queries; fixed offsets read them for each pair.
+    reads = sum(e if isinstance(p, OffsetsPart) else e / block for e, p in zip(executed, plan, strict=True))
     query_bytes = batch * num_heads * length * head_dim * bytes_per_element
     key_bytes = batch * num_key_value_heads * length * head_dim * bytes_per_element
     stats = batch * num_heads * length * 4
     return Work(
         pairs=pairs,
-        executed_pairs=executed,
+        executed_pairs=sum(executed),
         flops_forward=float(FORWARD_FLOPS_PER_PAIR * head_dim * pairs),
         flops_backward=float(BACKWARD_FLOPS_PER_PAIR * head_dim * pairs),
         bytes_forward=2.0 * query_bytes + 2.0 * key_bytes + stats,
         bytes_backward=4.0 * query_bytes + 4.0 * key_bytes + 2.0 * stats,
-        tile_bytes=2.0 * executed / block * head_dim * bytes_per_element,
+        tile_bytes=2.0 * reads * head_dim * bytes_per_element,
     )
 
 

@@ -20,12 +20,15 @@ from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import Geometry
 from sa_hf.patterns.custom_op import cached_plan
+from sa_hf.tools.bench import learned
 from sa_hf.tools.bench.baselines import dense_runs, flex_run, hugging_face_bigbird
 from sa_hf.tools.bench.cases import parity_configs, timing_cases
-from sa_hf.tools.bench.parity import Shape, option_parity, parity
+from sa_hf.tools.bench.parity import PARITY_DTYPES, PARITY_SHAPES, Shape, option_parity, parity
 from sa_hf.tools.bench.report import Report
 from sa_hf.tools.bench.roofline import Ceilings, work
-from sa_hf.tools.bench.timing import measure
+from sa_hf.tools.bench.timing import captured, measure
+
+TOY_SHAPE = Shape(1, 2, 1, 40, 16)
 
 
 def ending(causal: bool, head_dim: int, length: int, backward: bool) -> str:
@@ -59,13 +62,15 @@ class Suite:
             result = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
             if os.environ.get("SA_HF_TRACE"):
                 traceback.print_exc()
+            if self.device.type == "cuda":
+                # Where the device itself failed, this raises: all that followed would fail with it. A new run goes on.
+                torch.cuda.synchronize(self.device)
         self.report.add(section, key, result)
         print(f"{section:>10} {key}: {result}", flush=True)
 
 
 def parity_section(suite: Suite) -> None:
-    dtypes = [torch.float32] if suite.dry else [torch.bfloat16, torch.float16, torch.float32]
-    shapes = [Shape(1, 2, 1, 40, 16)] if suite.dry else [Shape(), Shape(1, 4, 4, 1000, 128), Shape(2, 6, 2, 257, 80)]
+    dtypes, shapes = ((torch.float32,), (TOY_SHAPE,)) if suite.dry else (PARITY_DTYPES, PARITY_SHAPES)
     for number, shape in enumerate(shapes):
         for dtype in dtypes:
             for label, config in parity_configs():
@@ -86,8 +91,7 @@ def parity_section(suite: Suite) -> None:
 
 def option_parity_section(suite: Suite) -> None:
     """Soft cap, distance table, spans and dropout, with the gradients of the table and the spans."""
-    dtypes = [torch.float32] if suite.dry else [torch.bfloat16, torch.float16, torch.float32]
-    shape = Shape(1, 2, 1, 40, 16) if suite.dry else Shape()
+    dtypes, shape = ((torch.float32,), TOY_SHAPE) if suite.dry else (PARITY_DTYPES, PARITY_SHAPES[0])
     for dtype in dtypes:
         for option in ("softcap", "bias", "spans", "dropout"):
 
@@ -98,6 +102,28 @@ def option_parity_section(suite: Suite) -> None:
                 return row | dict(zip(names, r.errors, strict=False))
 
             suite.row("parity", f"{option}/causal/{str(dtype)[6:]}/D{shape.head_dim}/n{shape.length}", measured)
+
+
+def data_parity_section(suite: Suite) -> None:
+    """Lists that depend on data (spans, clusters): parity, and CUDA graphs replayed with other data."""
+    dtypes, shape = ((torch.float32,), TOY_SHAPE) if suite.dry else (PARITY_DTYPES, PARITY_SHAPES[0])
+    for case in learned.CASES:
+        for dtype in dtypes:
+
+            def measured(c: learned.DataCase = case, d: torch.dtype = dtype) -> dict[str, Any]:
+                r = learned.data_parity(c, d, suite.device, engine=suite.engine, shape=shape)
+                names = ("out", "dq", "dk", "dv", "d spans")
+                row: dict[str, Any] = {"pass": r.passed, "deterministic": r.deterministic}
+                return row | dict(zip(names, r.errors, strict=False))
+
+            def replayed(c: learned.DataCase = case, d: torch.dtype = dtype) -> dict[str, Any]:
+                return {"pass": learned.replay_equals_a_new_run(c, d, suite.device, engine=suite.engine, shape=shape)}
+
+            direction = "full" if case.label == "routing" else "causal"
+            key = f"{case.label}/{direction}/{str(dtype)[6:]}/D{shape.head_dim}/n{shape.length}"
+            suite.row("parity", key, measured)
+            if not suite.dry or case is learned.CASES[0]:  # nothing is captured there
+                suite.row("parity", f"{key}/replay", replayed)
 
 
 def parity_of(suite: Suite, label: str, causal: bool) -> bool:
@@ -136,6 +162,15 @@ def timed(suite: Suite, run: Callable[..., Any], sets: list[tuple[Any, ...]], ba
         calls = [partial(both, s, torch.randn_like(s[0])) for s in sets]
     few = {"warm_up": 0, "repeats": 1} if suite.dry else {}
     return measure(calls, suite.device, **few)
+
+
+def first_call(suite: Suite, call: Callable[[], object]) -> float:
+    """Milliseconds of a call up to its end on the device, compilation and plans included."""
+    begin = time.perf_counter()
+    call()
+    if suite.device.type == "cuda":
+        torch.cuda.synchronize(suite.device)
+    return (time.perf_counter() - begin) * 1e3
 
 
 def dense_section(suite: Suite, lengths: list[int], head_dims: list[int]) -> None:
@@ -181,9 +216,7 @@ def ours(suite: Suite, case: Any, length: int, head_dim: int, backward: bool, **
     def run(q: Any, k: Any, v: Any) -> Any:
         return sparse_attention(q, k, v, case.config, causal=case.causal, engine=engine, **extra)
 
-    begin = time.perf_counter()
-    run(*sets[0])
-    cold = (time.perf_counter() - begin) * 1e3
+    cold = first_call(suite, lambda: run(*sets[0]))
     t = timed(suite, run, sets, backward)
     w = work(
         case.config, length, causal=case.causal, batch=1, num_heads=heads, num_key_value_heads=kv_heads,
@@ -203,7 +236,8 @@ def ours(suite: Suite, case: Any, length: int, head_dim: int, backward: bool, **
     row["TFLOP/s executed"] = kept_rate * w.executed_pairs / max(w.pairs, 1)
     row["of matmul rate"] = kept_rate / suite.ceilings.tflops
     row["of memory bandwidth"] = moved / t.median_ms / 1e6 / suite.ceilings.memory_gbs
-    row["of L2 bandwidth"] = w.tile_bytes / t.median_ms / 1e6 / suite.ceilings.l2_gbs
+    # The backward goes over the tiles twice more: for dQ (K and V again), and for dK and dV (Q and the gradient).
+    row["of L2 bandwidth"] = (3 if backward else 1) * w.tile_bytes / t.median_ms / 1e6 / suite.ceilings.l2_gbs
     if not parity_of(suite, case.label, case.causal):
         row["speed-up"] = "not shown: parity failed or not run"
     elif (dense := fastest_dense(suite, case.causal, head_dim, length, backward)) is not None:
@@ -224,10 +258,15 @@ def flex_section(suite: Suite, lengths: list[int]) -> None:
 
                     def measured(c: Any = case, n: int = length, b: bool = backward, bs: int = block) -> dict[str, Any]:
                         sets = inputs(suite, n, head_dim, 2)
-                        begin = time.perf_counter()
-                        run = flex_run(c.config, n, sets[0][0].shape[1], c.causal, suite.device, bs)
-                        run(*sets[0])
-                        cold = (time.perf_counter() - begin) * 1e3
+                        heads = sets[0][0].shape[1]
+                        runs: list[Any] = []
+
+                        def cold_run() -> None:
+                            runs.append(flex_run(c.config, n, heads, c.causal, suite.device, bs))
+                            runs[0](*sets[0])
+
+                        cold = first_call(suite, cold_run)
+                        run = runs[0]
                         t = timed(suite, run, sets, b)
                         row: dict[str, Any] = {"ms": t.median_ms, "cold ms": cold, "peak MiB": t.peak_mib}
                         mine = suite.report.rows("ours").get(
@@ -307,10 +346,15 @@ def decode_section(suite: Suite, lengths: list[int]) -> None:
                     lambda a=a, s=s: decode_attention(a, s[1].detach(), s[2].detach(), index, options)
                     for a, s in zip(q, sets, strict=True)
                 ]
-                t = measure(calls, suite.device)
+                called = device_ms = measure(calls, suite.device).median_ms
+                if suite.device.type == "cuda":  # as a graph, where the host's launches do not count
+                    times = 10
+                    replay = measure([captured(calls, times)], suite.device)
+                    device_ms = replay.median_ms / (times * len(calls))
                 moved = 2 * int((index >= 0).sum()) * head_dim * q[0].element_size()
-                return {"us": t.median_ms * 1e3, "keys per head": width, "GB/s": moved / t.median_ms / 1e6,
-                        "of memory bandwidth": moved / t.median_ms / 1e6 / suite.ceilings.memory_gbs}  # fmt: skip
+                return {"us called": called * 1e3, "us in a graph": device_ms * 1e3, "keys per head": width,
+                        "GB/s": moved / device_ms / 1e6,
+                        "of memory bandwidth": moved / device_ms / 1e6 / suite.ceilings.memory_gbs}  # fmt: skip
 
             suite.row("decode", f"{case.label}/n{length}", measured)
 

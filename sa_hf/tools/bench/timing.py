@@ -27,7 +27,8 @@ def measure(
 ) -> Timing:  # fmt: skip
     """Time calls in turn (each on inputs of its own, so that together they pass the L2 cache).
 
-    Repeats end early after ``seconds`` of measuring, but never below three.
+    Repeats end early after ``seconds`` of measuring, but never below three. On a GPU the calls are queued without
+    waiting in between: a call is as long as the device takes, or as the host takes to launch it where that is longer.
     """
     for index in range(warm_up):
         calls[index % len(calls)]()
@@ -37,27 +38,46 @@ def measure(
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         base = torch.cuda.memory_allocated(device)
-    times: list[float] = []
-    begin = time.perf_counter()
-    for index in range(repeats):
-        times.append(_one(calls[index % len(calls)], on_gpu))
-        if len(times) >= 3 and time.perf_counter() - begin > seconds:
-            break
+    times = (_on_device if on_gpu else _on_host)(calls, repeats, seconds)
     peak = (torch.cuda.max_memory_allocated(device) - base) / 2**20 if on_gpu else None
     return Timing(statistics.median(times), min(times), max(times), len(times), peak)
 
 
-def _one(call: Callable[[], object], on_gpu: bool) -> float:
-    if not on_gpu:
+def _on_host(calls: Sequence[Callable[[], object]], repeats: int, seconds: float) -> list[float]:
+    times: list[float] = []
+    start = time.perf_counter()
+    for index in range(repeats):
         begin = time.perf_counter()
-        call()
-        return (time.perf_counter() - begin) * 1e3
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
+        calls[index % len(calls)]()
+        times.append((time.perf_counter() - begin) * 1e3)
+        if len(times) >= 3 and time.perf_counter() - start > seconds:
+            break
+    return times
+
+
+def _on_device(calls: Sequence[Callable[[], object]], repeats: int, seconds: float) -> list[float]:
+    first = _queued(calls, 1)[0]
+    return _queued(calls, max(3, min(repeats, int(seconds * 1e3 / max(first, 1e-3)))))
+
+
+def _queued(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
+    for index, (start, end) in enumerate(pairs):
+        start.record()
+        calls[index % len(calls)]()
+        end.record()
+    torch.cuda.synchronize()
+    return [float(start.elapsed_time(end)) for start, end in pairs]
+
+
+def captured(calls: Sequence[Callable[[], object]], times: int) -> Callable[[], object]:
+    """The calls in turn, ``times`` over, as one CUDA graph: its replay costs the host nothing. Run them once before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            for call in calls:
+                call()
+    return graph.replay
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:

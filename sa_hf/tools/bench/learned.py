@@ -1,0 +1,147 @@
+"""Parity of the lists that depend on data (expire-spans, clusters), and CUDA graphs of them replayed with other data.
+
+On a GPU such lists have a fixed capacity and are never read by the host; the oracle is the tile engine in fp64 on the
+CPU, whose lists are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sa_hf.ops.data_layout import EXPIRING
+from sa_hf.ops.members import take_slots
+from sa_hf.ops.parts import Band, ScoreOptions
+from sa_hf.ops.planned import planned_attention
+from sa_hf.patterns.clusters import CLUSTERS, MEMBERS, UNCOVERED, cluster_means, cluster_ranges
+from sa_hf.tools.bench.parity import ParityResult, Shape, bound_of, relative_rms
+
+NUM_CLUSTERS = 4
+RAMP = 16.0
+
+
+@dataclass(frozen=True)
+class DataCase:
+    """A kind of data: how it is drawn (floats are differentiated), and the attention by it."""
+
+    label: str
+    draw: Callable[[Shape, torch.Generator], tuple[Tensor, ...]]
+    attend: Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], str], Tensor]
+
+
+def _options(query: Tensor, spans: Tensor | None = None) -> ScoreOptions:
+    return ScoreOptions(query.shape[-1] ** -0.5, spans=spans, ramp=RAMP)
+
+
+def _draw_spans(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return (torch.rand(shape.batch, 1, shape.length, generator=generator) * (shape.length // 2),)
+
+
+def _expire(query: Tensor, key: Tensor, value: Tensor, data: tuple[Tensor, ...], engine: str) -> Tensor:
+    reach = query.shape[2] // 2 + int(RAMP) - 1
+    return planned_attention(query, key, value, EXPIRING, _options(query, data[0]), engine, numbers=[reach])
+
+
+def _draw_clusters(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.randint(NUM_CLUSTERS, (shape.batch, heads, shape.length), generator=generator)
+        for heads in (shape.num_heads, shape.num_key_value_heads)
+    )
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, data: tuple[Tensor, ...], engine: str) -> Tensor:
+    window = max(2, query.shape[2] // 8)
+    return planned_attention(
+        query, key, value, CLUSTERS, _options(query), engine, tensors=data, numbers=[window, None]
+    )  # fmt: skip
+
+
+def _draw_members(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]:
+    window = shape.length // (2 * NUM_CLUSTERS) + 1
+    sizes = (shape.batch, shape.num_heads, NUM_CLUSTERS, shape.length)
+    return tuple(
+        torch.rand(sizes, generator=generator).argsort(-1)[..., :window].sort(-1).values.contiguous() for _ in range(2)
+    )
+
+
+def _bidirectional(query: Tensor, key: Tensor, value: Tensor, data: tuple[Tensor, ...], engine: str) -> Tensor:
+    rows, columns = data
+    low, high = cluster_ranges(rows, columns, Band())
+    q, k, v = (take_slots(x, at.flatten(2)) for x, at in ((query, rows), (key, columns), (value, columns)))
+    inside = planned_attention(
+        q, k, v, MEMBERS, _options(query), engine, tensors=data, numbers=Band(), gathered=True
+    )  # fmt: skip
+    out, count = cluster_means(inside, rows, high > low, query.shape[2])
+    return out + planned_attention(
+        query, key, value, UNCOVERED, _options(query), engine, tensors=(count,), numbers=[32, None, None]
+    )
+
+
+CASES = (
+    DataCase("expire_span", _draw_spans, _expire),
+    DataCase("routing-causal", _draw_clusters, _causal),
+    DataCase("routing", _draw_members, _bidirectional),
+)
+
+
+def _inputs(case: DataCase, shape: Shape, seed: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Query, key, value and the gradient of the output; the data."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = (shape.num_heads, *[shape.num_key_value_heads] * 2, shape.num_heads)
+    vectors = [torch.randn(shape.batch, h, shape.length, shape.head_dim, generator=generator) for h in heads]
+    return vectors, case.draw(shape, generator)
+
+
+def _run(case: DataCase, vectors: Sequence[Tensor], data: Sequence[Tensor], engine: str) -> tuple[Tensor, ...]:
+    """Output and the gradients of query, key, value and of what is continuous in the data."""
+    *qkv, grad = vectors
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    used = [x.detach().requires_grad_() if x.is_floating_point() else x for x in data]
+    out = case.attend(leaves[0], leaves[1], leaves[2], tuple(used), engine)
+    return out.detach(), *torch.autograd.grad(out, [*leaves, *(x for x in used if x.requires_grad)], grad)
+
+
+def data_parity(
+    case: DataCase, dtype: torch.dtype, device: torch.device, *, engine: str, shape: Shape
+) -> ParityResult:  # fmt: skip
+    """Errors against a fixed bound; ``dense_errors`` repeats it."""
+    vectors, data = _inputs(case, shape, 0)
+    rounded = [x.to(dtype) for x in vectors]
+    exact = [x.double() if x.is_floating_point() else x for x in data]
+    oracle = _run(case, [x.double() for x in rounded], exact, "native")
+    moved = [x.to(device) for x in rounded], [x.to(device) for x in data]
+    first, second = (_run(case, *moved, engine) for _ in range(2))
+    errors = tuple(relative_rms(a.cpu(), b) for a, b in zip(first, oracle, strict=True))
+    same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return ParityResult(errors, (bound_of(dtype),) * len(errors), same)
+
+
+def replay_equals_a_new_run(
+    case: DataCase, dtype: torch.dtype, device: torch.device, *, engine: str, shape: Shape
+) -> bool:  # fmt: skip
+    """Capture forward and backward in a CUDA graph, change all inputs, replay: the result is that of a new run. On the
+    CPU, where nothing is captured, the call itself is run again."""
+    draws = [_inputs(case, shape, seed) for seed in (0, 1)]
+    vectors, other = ([x.to(device, dtype) for x in drawn[0]] for drawn in draws)
+    data, other_data = ([x.to(device) for x in drawn[1]] for drawn in draws)
+    result = _run(case, vectors, data, engine)
+    graph = None
+    if device.type == "cuda":
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            _run(case, vectors, data, engine)
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = _run(case, vectors, data, engine)
+    for old, new in zip([*vectors, *data], [*other, *other_data], strict=True):
+        old.copy_(new)
+    if graph is None:
+        result = _run(case, vectors, data, engine)
+    else:
+        graph.replay()
+    return all(torch.equal(a, b) for a, b in zip(result, _run(case, other, other_data, engine), strict=True))

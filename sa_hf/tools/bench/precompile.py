@@ -1,0 +1,99 @@
+"""Compile the suite's kernels on all cores before it starts: one after another they would take the budget.
+
+The launchers run on CPU tensors up to the compilation (``ops.triton.record``); what is compiled lands in Triton's cache
+on disk, where the suite's own process finds it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from sa_hf.ops.attend import plan_backward, plan_forward
+from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.triton import TritonEngine
+from sa_hf.patterns.base import Geometry, StaticPatternConfig
+from sa_hf.patterns.custom_op import cached_plan
+from sa_hf.tools.bench.cases import parity_configs, timing_cases
+from sa_hf.tools.bench.parity import PARITY_DTYPES, PARITY_SHAPES, Shape, option_case
+
+# Kernels do not depend on the length; at this one every pattern has all its kinds of tiles.
+TIMING_LENGTH = 4096
+
+
+def precompile(arch: int, *, tune: bool) -> dict[str, Any]:
+    """Compile on every core for compute capability ``arch / 10``; returns the row of the report."""
+    workers = os.cpu_count() or 1
+    begin = time.perf_counter()
+    # The parent may hold a CUDA context, which a forked child could not use.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        done = list(pool.map(partial(_share, workers=workers, arch=arch, tune=tune), range(workers)))
+    failed = [name for _, names in done for name in names]
+    row: dict[str, Any] = {"kernels": sum(count for count, _ in done), "seconds": time.perf_counter() - begin}
+    return row | ({"not compiled": ", ".join(failed)} if failed else {})
+
+
+def _share(index: int, workers: int, arch: int, tune: bool) -> tuple[int, list[str]]:
+    """One worker's part: how many kernels it compiled, and the names of those that failed."""
+    from triton.backends.compiler import GPUTarget
+
+    from sa_hf.ops.triton.record import record_launches
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with record_launches(GPUTarget("cuda", arch, 32)) as recorded:
+        for call in [*suite_calls(), *(_tuning_calls() if tune else [])]:
+            call()
+    failed = []
+    mine = recorded[index::workers]
+    for kernel in mine:
+        try:
+            kernel.compile()
+        except Exception:  # whatever the compiler says, the suite meets it again where it counts
+            failed.append(kernel.name)
+    return len(mine) - len(failed), failed
+
+
+def suite_calls() -> Iterator[Callable[[], None]]:
+    """Calls that reach the kernels of the parity and of the timing sections."""
+    for dtype in PARITY_DTYPES:
+        for shape in PARITY_SHAPES:
+            for _, config in parity_configs():
+                for causal in (True, False):
+                    yield partial(_run, config, shape, dtype, causal, ScoreOptions(1.0))
+        for option in ("softcap", "bias", "spans", "dropout"):
+            config, options = option_case(option, PARITY_SHAPES[0], torch.device("cpu"))
+            yield partial(_run, config, PARITY_SHAPES[0], dtype, True, options)
+    for case in timing_cases():
+        for head_dim in (128, 64):
+            shape = Shape(1, 1, 1, TIMING_LENGTH, head_dim)
+            yield partial(_run, case.config, shape, torch.bfloat16, case.causal, ScoreOptions(1.0))
+
+
+def _run(
+    config: StaticPatternConfig, shape: Shape, dtype: torch.dtype, causal: bool, options: ScoreOptions
+) -> None:  # fmt: skip
+    heads, n = shape.num_heads, shape.length
+    geometry = Geometry(n, n, tuple(range(heads)), heads, 0, causal)
+    plan = cached_plan(config, geometry, torch.device("cpu"))
+    query = torch.zeros(shape.batch, heads, n, shape.head_dim, dtype=dtype)
+    key = torch.zeros(shape.batch, shape.num_key_value_heads, n, shape.head_dim, dtype=dtype)
+    options = replace(options, heads=geometry.heads)
+    engine = TritonEngine()
+    out, lse = plan_forward(plan, query, key, key, options, engine)
+    plan_backward(plan, query, key, key, out, lse, query, options, engine)
+
+
+def _tuning_calls() -> Iterator[Callable[[], None]]:
+    from sa_hf.ops.triton.tune import candidate_calls
+
+    yield from candidate_calls(TIMING_LENGTH)
