@@ -81,6 +81,8 @@ class CentroidState(LearnedAttention):
     def gather(self, query: Tensor, key: Tensor, clusters: tuple[Tensor, Tensor], real: Tensor) -> None:
         """Note the routing vectors of a forward: query ``[B, H, N, d]``, key ``[B, kv, N, d]``, their clusters
         ``[B, H | kv, N]``, and which tokens are real, bool ``[B, N]``."""
+        if self.steps_back:  # a recomputation after a later forward: counted already, under its own number
+            return
         kv = key.shape[1]
         # The queries of a group and its keys side by side: [B, kv, (group + 1), N, d] -> [(B, group + 1), kv, N, d]
         both = torch.cat([clusters[0].unflatten(1, (kv, -1)), clusters[1].unsqueeze(2)], dim=2).transpose(1, 2)

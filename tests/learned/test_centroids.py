@@ -257,3 +257,24 @@ def test_a_plain_loop_moves_them_with_each_step(pattern: object) -> None:
     torch.optim.SGD(copied.parameters(), lr=0.1).step()
     assert moved() == [False, False]
     assert not torch.equal(next(m for m in copied.modules() if isinstance(m, RoutingAttention)).centroids, seen[0])
+
+
+def test_two_forwards_and_one_backward_count_each_once() -> None:
+    """Under gradient checkpointing the first of them is recomputed after the second."""
+    moved = []
+    for checkpointing in (False, True):
+        model = sa_hf.patch_model(small_llama(), "routing", decay=0.5).train()
+        routed = [m for m in model.modules() if isinstance(m, RoutingAttention)]
+        for layer in routed:
+            layer.initialized.fill_(True)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        losses = []
+        for seed in (1, 2):
+            ids = torch.randint(1, 32, (2, 24), generator=torch.Generator().manual_seed(seed))
+            losses.append(model(ids, labels=ids, use_cache=False).loss)
+        torch.stack(losses).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        moved.append([layer.centroids for layer in routed])
+    for plain, checkpointed in zip(*moved, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
