@@ -53,6 +53,19 @@ def test_a_row_that_failed_is_tried_again(tmp_path: Path) -> None:
     assert [resumed.done("dense", key) for key in ("good", "bad", "new")] == [True, False, False]
 
 
+def test_the_bigbird_of_transformers_runs_as_a_baseline() -> None:
+    import torch
+
+    from sa_hf.tools.bench.baselines import hugging_face_bigbird
+
+    q, k, v = (torch.randn(1, 2, 768, 16, requires_grad=True) for _ in range(3))
+    out = hugging_face_bigbird(2, 16, 64, torch.device("cpu"), torch.float32)(q, k, v)
+    # [batch, length, heads, head_dim], the first row of blocks dense
+    weights = torch.softmax(q[:, :, :64] @ k.transpose(-1, -2) / 4, dim=-1)
+    torch.testing.assert_close(out[:, :64].view(1, 64, 2, 16).transpose(1, 2), weights @ v, rtol=1e-4, atol=1e-5)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
 def test_offsets_read_their_rows_for_each_pair() -> None:
     """The tile estimate shares a row of K and V among the queries of a tile; the offsets kernels have no tile."""
     from sa_hf import LogSparseAttentionConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -128,14 +129,17 @@ def hugging_face_bigbird(
         hidden_size=num_heads * head_dim, num_attention_heads=num_heads, block_size=block_size, num_random_blocks=3
     )
     module = BigBirdBlockSparseAttention(config).to(device=device, dtype=dtype).train()
+    core = module.bigbird_block_sparse_attention
+    # Newer versions always return the weights and have no such argument.
+    extra = {"output_attentions": False} if "output_attentions" in inspect.signature(core).parameters else {}
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, _, length, _ = q.shape
         ones = torch.ones(batch, length, device=device, dtype=dtype)
         blocked, band, from_mask, to_mask = BigBirdModel.create_masks_for_block_sparse_attn(ones, block_size)
-        out = module.bigbird_block_sparse_attention(
+        out = core(
             q, k, v, band, from_mask, to_mask, blocked, blocked, num_heads, 3, head_dim, block_size, block_size,
-            batch, length, length, seed=0, plan_from_length=None, plan_num_rand_blocks=None, output_attentions=False,
+            batch, length, length, seed=0, plan_from_length=None, plan_num_rand_blocks=None, **extra,
         )  # fmt: skip
         context: Tensor = out[0]
         return context
