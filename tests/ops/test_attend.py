@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sa_hf import SlidingWindowAttentionConfig, sparse_attention
-from sa_hf.ops.attend import attend
+from sa_hf.ops.attend import attend, plan_backward, plan_forward
+from sa_hf.ops.engine import Gradients
 from sa_hf.ops.native import NativeEngine
 from sa_hf.ops.parts import Band, Part, ScoreOptions, SegmentPart
-from sa_hf.ops.random import dropout_keep, dropout_words, hash32
+from sa_hf.ops.random import counter_words, dropout_keep, dropout_words, hash32
 from sa_hf.ops.sequences import Sequences
 from sa_hf.ops.slots import merge_into, put, take
 
@@ -233,3 +234,36 @@ def test_merging_leaves_empty_rows_empty_and_takes_what_is_new() -> None:
     merge_into(out, lse, torch.full((1, 1, 2, 2), 5.0), torch.tensor([[[-torch.inf, 0.5]]]), slice(1, 3))
     assert out[0, 0].tolist() == [[0, 0], [0, 0], [3, 3.5], [0, 0]]
     assert float(lse[0, 0, 2]) == pytest.approx(0.5 + torch.tensor(2.0).log().item())
+
+
+def test_a_lone_part_is_handed_on_as_it_came() -> None:
+    """A copy in fp32 and back would take as long as a sparse kernel."""
+
+    class Kept(NativeEngine):
+        made: list[Tensor]
+
+        def forward(self, *args: object) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # passed through
+            result = super().forward(*args)  # type: ignore[arg-type]
+            self.made = list(result)
+            return result
+
+        def backward(self, *args: object) -> Gradients:  # type: ignore[override]  # passed through
+            result = super().backward(*args)  # type: ignore[arg-type]
+            self.made = [result.query, result.key, result.value]
+            return result
+
+    engine, options = Kept(), ScoreOptions(scale=0.25)
+    part = window_part(24, Band(6, 0))
+    q, k, v = (draw(1, 2, 24, 16, seed=s).detach().bfloat16() for s in range(3))
+    out, lse = plan_forward([part], q, k, v, options, engine)
+    assert out is engine.made[0]
+    grads = plan_backward([part], q, k, v, out, lse, q, options, engine)
+    assert all(a is b for a, b in zip((grads.query, grads.key, grads.value), engine.made, strict=True))
+
+
+def test_counters_made_in_evaluation_serve_training() -> None:
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        made = counter_words((3, 1, 4, 1, 5), device)
+    assert counter_words((3, 1, 4, 1, 5), device) is made
+    assert not made.is_inference()
