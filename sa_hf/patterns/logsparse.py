@@ -3,8 +3,9 @@
 A query reads itself and the positions ``2^k`` before it, so that any earlier position is reachable through
 ``floor(log2 n) + 1`` layers at O(n log n) keys. ``local_window`` reads the nearest positions densely first;
 ``restart_length`` repeats the set at every multiple of it, counted back from the query. Every row has the same set of
-offsets, so the whole pattern runs as shifted slices of K and V. ``conv_kernel_size > 1`` also makes queries and keys
-from a causal convolution over the layer's input (the convolution lives in the patched projection, not here).
+offsets, so the pattern runs as shifted slices of K and V, and a wide local window as block tiles.
+``conv_kernel_size > 1`` also makes queries and keys from a causal convolution over the layer's input (the convolution
+lives in the patched projection, not here).
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from sa_hf.config import check_choice, check_integer, register_pattern
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.parts import OffsetsPart, Part
 from sa_hf.patterns.base import Geometry, StaticPatternConfig
+from sa_hf.patterns.sliding_window import window_part
 from sa_hf.patterns.tiles import query_tiles, tiles_of
+
+# So many nearest positions are read as a window, in matrix products, and not offset by offset.
+DENSE_RUN = 32
 
 
 @register_pattern
@@ -58,8 +63,15 @@ class LogSparseAttentionConfig(StaticPatternConfig):
         return table.to(distance.device)[distance]
 
     def plan(self, geometry: Geometry, device: torch.device) -> list[Part]:
-        offsets = self._offsets(geometry)
-        return [OffsetsPart(geometry.key_length, (offsets,))] if offsets else []
+        offsets, parts = self._offsets(geometry), list[Part]()
+        distances = offsets_below(self, geometry.key_length)
+        dense = next((d for d, known in enumerate(distances) if d != known), len(distances))
+        if dense >= DENSE_RUN:
+            parts.append(window_part(geometry, device, dense, drop_diagonal=self.drop_diagonal))
+            offsets = tuple(d for d in offsets if abs(d) >= dense)
+        if offsets:
+            parts.append(OffsetsPart(geometry.key_length, (offsets,)))
+        return parts
 
     def candidates(self, geometry: Geometry) -> Tensor:
         low, high = query_tiles(geometry)

@@ -43,6 +43,8 @@ CASES: dict[str, list[StaticPatternConfig]] = {
         LogSparseAttentionConfig(local_window=5),
         LogSparseAttentionConfig(local_window=None, restart_length=32),
         LogSparseAttentionConfig(local_window=3, restart_length=10),
+        LogSparseAttentionConfig(local_window=40),
+        LogSparseAttentionConfig(local_window=33, restart_length=90),
     ],
     "sparse_transformer": [
         SparseTransformerAttentionConfig(kind="strided", stride=10),
