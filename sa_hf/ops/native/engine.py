@@ -29,6 +29,7 @@ PLAIN = Budget(scores=2**19, keys=2**20)
 # The flash op holds no scores; gathered keys and values of 2 MB each (any head_dim) stay in the cache of 2 cores.
 FLASH_KEY_ELEMENTS = 2**19
 
+
 class NativeEngine:
     """Runs every part on every device; time and memory grow with the tiles that a part keeps."""
 
