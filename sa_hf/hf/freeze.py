@@ -23,7 +23,8 @@ def freeze_masks(model: Model) -> Model:
     """Fix every learned mask at what evaluation keeps now (logit above 0); from here on it runs sparse.
 
     In place, saved with the model, and with the same outputs as the evaluation of the learned mask. Masks that are
-    frozen already stay; the logits go, so an optimizer made before holds parameters that the model no longer has.
+    frozen already stay; the logits go, so an optimizer made before holds parameters that the model no longer has, and
+    an adapter no longer fits a base whose masks are learned: with PEFT, ``merge_and_unload()`` first.
 
     Raises:
         SparseAttentionError: the model has no layer with a learned mask.

@@ -33,6 +33,7 @@ from sa_hf.hf.positions import Extension, own_configs, plan_extension
 from sa_hf.hf.probe import probe as run_probe
 from sa_hf.hf.rotary import rotary_function
 from sa_hf.hf.saving import CONFIG_FIELDS, disable_saving, enable_saving
+from sa_hf.hf.training import warn_of_adapter_without_state
 from sa_hf.hf.versions import check_transformers
 from sa_hf.ops.engine import ENGINES
 from sa_hf.patterns.base import SparseAttention
@@ -125,6 +126,7 @@ def patch_model(
     if lengthening is not None:
         patch = required_patch(root, "patch_model")
         patch.extension = lengthening.apply(root, before=patch.extension)
+    warn_of_adapter_without_state(model, (site.name for site, _ in _targets(sites, assignment)))
     return model
 
 

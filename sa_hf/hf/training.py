@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -41,6 +43,18 @@ def parameter_groups(model: nn.Module, weight_decay: float, sparse_lr: float = 1
             place = 2 if id(parameter) in learned else 0 if parameter.dim() > 1 else 1
             groups[place]["params"].append(parameter)
     return [group for group in groups if group["params"]]
+
+
+def warn_of_adapter_without_state(model: nn.Module, names: Iterable[str]) -> None:
+    """An adapter made before the model was patched saves its own weights only. ``names``: the patched modules."""
+    if getattr(model, "peft_config", None) and any(
+        True for name in names for _ in active_child(root_model(model).get_submodule(name)).parameters()
+    ):
+        warnings.warn(
+            "this model was wrapped by PEFT before it was patched: saving the adapter leaves out the pattern's learned "
+            "state. Patch first, then get_peft_model(model, prepare_peft(config, model))",
+            stacklevel=3,
+        )
 
 
 def prepare_peft(peft_config: Any, model: nn.Module) -> Any:

@@ -288,6 +288,15 @@ def test_lora_on_all_linear_layers_trains_and_carries_the_sparse_state(name: str
     assert torch.allclose(c.output(), after, atol=1e-6)
 
 
+def test_a_learned_pattern_on_an_adapter_that_does_not_carry_it_warns(recwarn: pytest.WarningsRecorder) -> None:
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules="all-linear"))
+    sa_hf.patch_model(wrapped, "sliding_window")
+    assert not [w for w in recwarn if "PEFT" in str(w.message)]
+    with pytest.warns(UserWarning, match="before it was patched.*prepare_peft"):
+        sa_hf.patch_model(wrapped, EXPIRING)
+
+
 def test_prepare_peft_refuses_what_it_cannot_prepare() -> None:
     peft = pytest.importorskip("peft")
     model = tiny_model("llama")
