@@ -22,7 +22,6 @@ from sa_hf.ops.triton.common import (
     load_range,
     load_spans,
     load_tile,
-    rows_place,
     span_gate,
     store_tile,
     work_place,
@@ -38,10 +37,9 @@ def prepare_kernel(
 ):  # fmt: skip
     """``delta = sum(out * grad_out)`` and the base-2 log-sum-exp, +inf for rows without a key (their p is then 0).
 
-    Grid ``[ceil(n_q / ROWS) * batch * heads]``.
+    Grid ``[ceil(n_q / ROWS), heads, batch]``.
     """
-    first, line = rows_place(n_q, ROWS)
-    batch, head = line // heads, line % heads
+    first, head, batch = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
     out_base = head_base(out_ptr, batch, head, sob, soh)
     grad_base = head_base(grad_ptr, batch, head, sgb, sgh)
     o0, o1 = load_tile(out_base, first, son * 8, n_q, ROWS, D, D0, D1, True)
@@ -50,7 +48,7 @@ def prepare_kernel(
     if D1 > 0:
         delta += tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
     slot = first + tl.arange(0, ROWS)
-    at = line.to(tl.int64) * n_q + slot
+    at = (batch.to(tl.int64) * heads + head) * n_q + slot
     lse = tl.load(lse_ptr + at, mask=slot < n_q, other=float("-inf"))
     kept = lse > float("-inf")
     if q_pos_ptr is not None:

@@ -258,14 +258,3 @@ def list_place(row, rep, tiles, list_heads, rep_heads):
     """``batch row, head`` of a row of a list, in one of the list's repetitions over heads and batch rows."""
     list_of = row // tiles
     return list_of // list_heads + rep // rep_heads, list_of % list_heads + rep % rep_heads
-
-
-@triton.jit
-def rows_place(n, ROWS: tl.constexpr):
-    """``first row, head of the batch`` of this program: ROWS rows of one of the ``batch * heads`` heads.
-
-    One grid axis for both: the second and third hold 65,535 programs at most.
-    """
-    tiles = tl.cdiv(n, ROWS)
-    pid = tl.program_id(0)
-    return pid % tiles * ROWS, pid // tiles

@@ -78,6 +78,8 @@ _SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
     ("offsets_key", 64, 16): {0: Launch(32, 1, 4, 1)},
     ("offsets_key", 128, 16): {0: Launch(16, 1, 4, 1)},
     ("offsets_key", 256, 16): {0: Launch(16, 1, 8, 1)},
+    ("offsets_key++", 64, 16): {0: Launch(32, 1, 8, 1)},
+    ("offsets_key++", 128, 16): {0: Launch(16, 1, 8, 1)},
     ("decode", 64, 16): {0: Launch(16, 64, 4, 2)},
     ("decode", 128, 16): {0: Launch(16, 64, 4, 2)},
     ("decode+", 128, 16): {0: Launch(16, 32, 4, 2)},

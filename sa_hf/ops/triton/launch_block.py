@@ -92,7 +92,7 @@ def backward_operands(
     batch, heads, n_q, d = query.shape
     delta, shift = (torch.empty(batch, heads, n_q, device=query.device) for _ in range(2))
     pqb, pqh = scores.query.strides
-    prepare_kernel[(triton.cdiv(n_q, PREPARE_ROWS) * batch * heads,)](
+    prepare_kernel[triton.cdiv(n_q, PREPARE_ROWS), heads, batch](
         out, grad_out, packed(lse), scores.query.index, delta, shift, **strides("o", out), **strides("g", grad_out),
         pqb=pqb, pqh=pqh, n_q=n_q, heads=heads, ROWS=PREPARE_ROWS, **chunks(d), **build_options(),
     )  # fmt: skip

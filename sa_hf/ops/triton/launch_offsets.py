@@ -29,7 +29,7 @@ def offsets_forward(
     batch, heads, n, d = query.shape
     out, lse = empty_like(query), torch.empty(batch, heads, n, device=query.device)
     config = configuration("offsets", query)
-    offsets_forward_kernel[(triton.cdiv(n, config.rows) * batch * heads,)](
+    offsets_forward_kernel[triton.cdiv(n, config.rows), heads, batch](
         query, key, value, out, lse, **scores.pointers, **_arguments(part, query, key, scores),
         **strides("q", query), **strides("k", key), **strides("v", value), **strides("o", out),
         ROWS=config.rows, **chunks(d), SOFTCAP=scores.softcapped, **build_options(config),
@@ -63,12 +63,12 @@ def offsets_backward(
         "SOFTCAP": scores.softcapped,
     }  # fmt: skip
     config = configuration("offsets", query)
-    offsets_query_kernel[(triton.cdiv(n, config.rows) * batch * heads,)](
+    offsets_query_kernel[triton.cdiv(n, config.rows), heads, batch](
         *operands, dq, table, unit, **shared, **strides("o", dq),
         ROWS=config.rows, **build_options(config),
     )  # fmt: skip
-    config = configuration("offsets_key", query)
-    offsets_key_kernel[(triton.cdiv(n, config.rows) * batch * key.shape[1],)](
+    config = configuration("offsets_key" + ("++" if scores.demanding > 2 else ""), query)
+    offsets_key_kernel[triton.cdiv(n, config.rows), key.shape[1], batch](
         *operands, dk, dv, d_span, **shared, **strides("o", dk),
         ROWS=config.rows, **build_options(config),
     )  # fmt: skip

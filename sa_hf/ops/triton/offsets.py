@@ -17,7 +17,6 @@ from sa_hf.ops.triton.common import (
     load_positions,
     load_rows,
     load_spans,
-    rows_place,
     span_gate,
     store_tile,
 )
@@ -40,9 +39,8 @@ def offsets_forward_kernel(
     ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """``offsets_ptr`` int32 ``[lists, most]``, ``counts_ptr`` int32 ``[lists]``; ``list_stride`` is 0 where heads share
-    one list, else 1. Grid ``[ceil(n / ROWS) * batch * heads]``."""
-    first, line = rows_place(n, ROWS)
-    batch, head = line // heads, line % heads
+    one list, else 1. Grid ``[ceil(n / ROWS), heads, batch]``."""
+    first, head, batch = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
     row = first + tl.arange(0, ROWS)
     inside = (row >= begin) & (row < stop)
     q_base_ptr = head_base(q_ptr, batch, head, sqb, sqh)
@@ -50,7 +48,7 @@ def offsets_forward_kernel(
     v_base_ptr = head_base(v_ptr, batch, head // group, svb, svh)
     q0, q1 = load_rows(q_base_ptr, first, sqn * 8, row < n, ROWS, D, D0, D1)
     q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, row, n, q_base)
-    at = line.to(tl.int64) * n
+    at = (batch.to(tl.int64) * heads + head) * n
     row_word = load_optional(row_words_ptr, at, row, row < n)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -131,8 +129,7 @@ def offsets_query_kernel(
     ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """dQ; the distance table's gradient as in ``bias_kernel`` (``table_ptr``, ``unit_ptr``). Grid as in the forward."""
-    first, line = rows_place(n, ROWS)
-    batch, head = line // heads, line % heads
+    first, head, batch = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
     row = first + tl.arange(0, ROWS)
     inside = (row >= begin) & (row < stop)
     k_base_ptr = head_base(k_ptr, batch, head // group, skb, skh)
@@ -142,7 +139,7 @@ def offsets_query_kernel(
     q0, q1 = load_rows(q_base_ptr, first, sqn * 8, row < n, ROWS, D, D0, D1)
     g0, g1 = load_rows(g_base_ptr, first, sgn * 8, row < n, ROWS, D, D0, D1)
     q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, row, n, q_base)
-    at = line.to(tl.int64) * n
+    at = (batch.to(tl.int64) * heads + head) * n
     delta = tl.load(delta_ptr + at + row, mask=row < n, other=0.0)
     shift = tl.load(shift_ptr + at + row, mask=inside & (row < n), other=float("inf"))
     row_word = load_optional(row_words_ptr, at, row, row < n)
@@ -192,11 +189,9 @@ def offsets_key_kernel(
 ):  # fmt: skip
     """dK, dV over the query heads of a group, and the spans' gradient by query head, fp32 ``[batch, heads, n]``.
 
-    Grid ``[ceil(n / ROWS) * batch * heads / group]``.
+    Grid ``[ceil(n / ROWS), heads / group, batch]``.
     """
-    first, line = rows_place(n, ROWS)
-    kv_heads = heads // group
-    batch, kv_head = line // kv_heads, line % kv_heads
+    first, kv_head, batch = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
     key = first + tl.arange(0, ROWS)
     inside = (key >= begin) & (key < stop)
     k_base_ptr = head_base(k_ptr, batch, kv_head, skb, skh)
