@@ -11,7 +11,7 @@ from sa_hf.ops.native.lanes import Lanes, Slots
 from sa_hf.ops.native.masks import additive, drop_
 from sa_hf.ops.native.tiles import TileBatch
 from sa_hf.ops.parts import Index, ScoreOptions
-from sa_hf.ops.random import dropout_bits, dropout_words
+from sa_hf.ops.random import counter_words, dropout_bits, dropout_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ def _dropped(rules: ScoreRules, lanes: Tensor, heads: Tensor, i: Tensor, j: Tens
     batch = rules.lanes.batch_of(lanes)
     sequence = batch if options.sequence_ids is None else options.sequence_ids[batch]
     if options.heads is not None:
-        heads = torch.tensor(options.heads, device=heads.device)[heads]
+        heads = counter_words(tuple(options.heads), heads.device)[heads]
     sequence, heads = sequence[:, None, None], heads[:, None, None]
     rows = dropout_words(options.seed, sequence, heads, i, stream=0)
     columns = dropout_words(options.seed, sequence, heads, j, stream=1)
