@@ -278,7 +278,7 @@ def growth(label: str, length: int, *, toy: bool) -> dict[str, float]:
     run, qkv, upstream = pattern_run(case, length), inputs(length), torch.randn(1, HEADS, length, HEAD_DIM)
     first = call(run, qkv, upstream)
     before = _reset_peak()
-    seconds = min(call(run, qkv, upstream) for _ in range(3))
+    seconds = min(call(run, qkv, upstream) for _ in range(2))
     return {
         "first_s": first, "seconds": seconds, "mb": (_peak() - before) / 2**20, "formula": case.formula(length),
         **pair_counts(case, length),
