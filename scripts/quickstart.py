@@ -170,14 +170,14 @@ def draw_results(results: dict[str, Any], path: Path) -> None:
     labels = list(results["rows"])
     rows = results["rows"].values()
     panels = (
-        ("accuracy (higher is better)", [row["eval_accuracy"] for row in rows]),
-        ("seconds per step", [row["step_seconds"] for row in rows]),
-        ("peak memory, MB", [row["train_peak_memory_mb"] for row in rows]),
+        ("accuracy (higher is better)", "{:.1%}", [row["eval_accuracy"] for row in rows]),
+        ("seconds per step", "{:.2f}", [row["step_seconds"] for row in rows]),
+        ("peak memory, MB", "{:,.0f}", [row["train_peak_memory_mb"] for row in rows]),
     )
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.2), layout="constrained", sharey=True)
-    for axis, (title, values) in zip(axes, panels, strict=True):
+    for axis, (title, form, values) in zip(axes, panels, strict=True):
         bars = axis.barh(labels, values, color=["#9aa5b1", "#52606d", "#2f7ed8"])
-        axis.bar_label(bars, fmt="{:,.3g}", padding=3)
+        axis.bar_label(bars, fmt=form, padding=3)
         axis.set_title(title)
         axis.margins(x=0.2)
         axis.spines[["top", "right"]].set_visible(False)
