@@ -48,6 +48,7 @@ def main(
     threads: Annotated[int, typer.Option(help="torch threads; 0 leaves torch's choice")] = 0,
     seconds: Annotated[float, typer.Option(help="measuring time per table row, at least three rounds")] = 15.0,
     quick: Annotated[bool, typer.Option(help="toy sizes, for CI")] = False,
+    resume: Annotated[bool, typer.Option(help="keep the rows that the result file has from this commit")] = False,
     output: Annotated[
         Path, typer.Option(help="folder of the result files", show_default="model_cards/results")
     ] = RESULTS,
@@ -63,7 +64,7 @@ def main(
     check_choices("section", section, SECTIONS)
     check_choices("pattern", pattern, labels)
     shared = {"threads": threads, "toy": quick, "seconds": 0.0 if quick else seconds}
-    bench = Bench(output, shared, [x for x in labels if not pattern or x in pattern])
+    bench = Bench(output, shared, [x for x in labels if not pattern or x in pattern], resume)
     wanted = section or SECTIONS
     speed, growth = (
         length or (QUICK_SPEED if quick else SPEED_LENGTHS),
@@ -114,7 +115,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 class Bench:
     """Starts the measuring processes and keeps the result files up to date."""
 
-    def __init__(self, output: Path, shared: dict[str, Any], labels: list[str]) -> None:
+    def __init__(self, output: Path, shared: dict[str, Any], labels: list[str], resume: bool = False) -> None:
         import torch
 
         from sa_hf.tools.bench.cases import describe
@@ -133,6 +134,13 @@ class Bench:
             "configs": {label: describe(case.config) for label, case in self.cases.items()},
             "speed": [], "memory": [], "growth": [],
         }  # fmt: skip
+        if resume and self.path("json").exists():
+            known = json.loads(self.path("json").read_text())
+            if known["machine"] != self.result["machine"] or known["configs"] != self.result["configs"]:
+                raise typer.BadParameter(
+                    f"{self.path('json')} was measured with other code or on another machine; leave --resume out"
+                )
+            self.result |= {section: known[section] for section in ("speed", "memory", "growth")}
         # Outputs and gradients against fp64; a pattern that fails shows no speed-up.
         self.result["parity"] = self.run(kind="parity", labels=labels, length=96 if shared["toy"] else 1000)
         self.sound = [label for label, error in self.result["parity"].items() if error < 1e-5]
@@ -156,13 +164,13 @@ class Bench:
             for causal in (True, False):
                 labels = [x for x, case in self.cases.items() if case.causal == causal and x in self.sound]
                 for backward in (False, True) if labels else ():
-                    if dropout and not backward:
+                    key = {"length": length, "causal": causal, "backward": backward, "dropout": dropout}
+                    if (dropout and not backward) or self.has("speed", key):
                         continue
                     found = self.run(
                         kind="time", labels=labels, length=length, causal=causal, backward=backward, dropout=dropout
                     )
-                    row = {"length": length, "causal": causal, "backward": backward, "dropout": dropout, **found}
-                    self.result["speed"].append(row)
+                    self.result["speed"].append({**key, **found})
                     self.save(f"speed n={length} causal={causal} backward={backward} dropout={dropout}")
 
     def memory(self, lengths: list[int]) -> None:
@@ -170,16 +178,22 @@ class Bench:
             for causal in (True, False):
                 labels = [x for x, case in self.cases.items() if case.causal == causal]
                 for label in ["dense", *labels] if labels else ():
-                    found = self.run(kind="memory", label=label, length=length, causal=causal)
-                    self.result["memory"].append({"length": length, "causal": causal, "label": label, **found})
+                    key = {"length": length, "causal": causal, "label": label}
+                    if not self.has("memory", key):
+                        self.result["memory"].append({**key, **self.run(kind="memory", **key)})
             self.save(f"memory n={length}")
 
     def growth(self, lengths: list[int]) -> None:
         for label in self.cases:
+            if self.has("growth", {"label": label}):
+                continue
             points = [{"length": n, **self.run(kind="growth", label=label, length=n)} for n in lengths]
             fits = {key: exponent(points, key) for key in ("seconds", "mb", "pairs", "formula") if key in points[0]}
             self.result["growth"].append({"label": label, "points": points, "exponents": fits})
             self.save(f"growth {label}")
+
+    def has(self, section: str, key: dict[str, Any]) -> bool:
+        return any(all(row[k] == value for k, value in key.items()) for row in self.result[section])
 
     def save(self, what: str) -> None:
         from sa_hf.tools.bench.cpu_report import markdown

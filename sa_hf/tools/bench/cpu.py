@@ -122,7 +122,8 @@ def dense_run(causal: bool, dropout: float = 0.0) -> Run:
 
 
 def flex_run(case: CpuCase, length: int, heads: int = HEADS) -> Run | None:
-    """Compiled FlexAttention on the blocks of the pattern's plan; None where the plan is no single block list.
+    """Compiled FlexAttention on the blocks of the pattern's plan; None where the plan is no single list of blocks that
+    are whole within a band.
 
     Its CPU code cannot be built from a mask with lists of full blocks: all blocks go to the ordinary list.
     """
@@ -135,24 +136,26 @@ def flex_run(case: CpuCase, length: int, heads: int = HEADS) -> Run | None:
     if len(plan) != 1 or not isinstance(plan[0], BlockPart):
         return None
     layout = plan[0].layout
+    if bool((layout.kind >= 0).any()):  # tiles of element masks
+        return None
     counts = layout.row_count.int()
     shape = (1, layout.heads, layout.num_query_blocks, layout.num_key_blocks)
     indices = torch.zeros(shape, dtype=torch.int32)
     listed = torch.arange(shape[-1]) < counts[..., None]
     indices[listed] = layout.columns
-    whole = not bool((layout.kind != -1).any())
-    branch = case.config.branches(geometry)[0]
+    left, right = layout.band
 
     def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if whole:
-            return i >= 0
-        kept = branch(h, i, j)
-        return kept & (j <= i) if case.causal else kept
+        kept = i >= 0
+        if left is not None:
+            kept = kept & (i - j <= left)
+        return kept if right is None else kept & (j - i <= right)
 
     mask = BlockMask.from_kv_blocks(
         counts, indices, BLOCK_SIZE=layout.block_q, mask_mod=keep, seq_lengths=(length, length)
     )
-    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
+    # Whole or not at all: what dynamo cannot trace would run uncompiled, n x n in memory.
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = compiled(q, k, v, block_mask=mask)
@@ -185,10 +188,10 @@ def time_side_by_side(
 ) -> dict[str, Any]:
     """First call and steady median of dense, FlexAttention where it runs, and patterns, one call of each in turn.
 
-    Rounds go on until ``seconds`` have passed, at least 3 and at most 15. Every contender has run at another length
-    before its first call here, which is to show the cost of a plan and not of imports. FlexAttention, which takes
-    seconds to compile, is left out of a dry run (``toy``). Dense attention runs without dropout where it has no memory
-    for it.
+    Rounds go on until ``seconds`` have passed, at least 3 (2 above 16,384 tokens) and at most 15. Every contender has
+    run at another length before its first call here, which is to show the cost of a plan and not of imports.
+    FlexAttention, which takes seconds to compile, is left out of a dry run (``toy``). Dense attention runs without
+    dropout where it has no memory for it.
     """
     cases = cpu_cases(length, toy)
     failed: dict[str, str] = {}
@@ -218,7 +221,8 @@ def time_side_by_side(
             failed[label] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     times: dict[str, list[float]] = {label: [] for label in first}
     begin, rounds = time.perf_counter(), 0
-    while rounds < 3 or (time.perf_counter() - begin < seconds and rounds < 15):
+    least = 3 if length <= 16384 else 2
+    while rounds < least or (time.perf_counter() - begin < seconds and rounds < 15):
         for label, known in times.items():
             known.append(call(runs[label], qkv, upstream))
         rounds += 1
