@@ -10,7 +10,9 @@ import torch
 from ops_cases import BLOCK, compare, loop_multiplicity, part_cases, random_layout_part, window_part
 
 from sa_hf.ops.native import NativeEngine, flash, segments
+from sa_hf.ops.native import blocks as native_blocks
 from sa_hf.ops.native import engine as native_engine
+from sa_hf.ops.native import offsets as native_offsets
 from sa_hf.ops.parts import BAND, Band, BlockPart, OffsetsPart, ScoreOptions, SegmentPart
 from sa_hf.ops.reference import part_multiplicity
 
@@ -177,6 +179,18 @@ def test_small_batches_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     small = compare(plan, batch=2, heads=3, kv_heads=3, query_length=200, key_length=200)
     assert small.worst() < LIMIT
     assert all(torch.allclose(large.tensors[x], small.tensors[x], atol=1e-5) for x in large.tensors)
+
+
+@pytest.mark.parametrize("option", ["plain", "all"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_in_runs_and_offsets_in_chunks(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long rows are merged from runs of their keys, fixed offsets go over the rows in chunks."""
+    monkeypatch.setattr(native_blocks, "RUN_KEYS", 2 * BLOCK)
+    monkeypatch.setattr(native_offsets, "SLICE_ELEMENTS", 1)
+    options = {"plain": ScoreOptions(scale=0.3), **option_cases(2, 4, 130)}[option]
+    plan = part_cases(130, 2, 4)[name]
+    result = compare(plan, batch=2, heads=4, kv_heads=2, query_length=130, key_length=130, options=options)
+    assert result.worst() < LIMIT, result.errors
 
 
 def test_a_plan_without_parts() -> None:
