@@ -48,7 +48,7 @@ def main(
     threads: Annotated[int, typer.Option(help="torch threads; 0 leaves torch's choice")] = 0,
     seconds: Annotated[float, typer.Option(help="measuring time per table row, at least three rounds")] = 15.0,
     quick: Annotated[bool, typer.Option(help="toy sizes, for CI")] = False,
-    resume: Annotated[bool, typer.Option(help="keep the rows that the result file has from this commit")] = False,
+    resume: Annotated[bool, typer.Option(help="keep the rows of the result file, and name both commits")] = False,
     output: Annotated[
         Path, typer.Option(help="folder of the result files", show_default="model_cards/results")
     ] = RESULTS,
@@ -136,10 +136,10 @@ class Bench:
         }  # fmt: skip
         if resume and self.path("json").exists():
             known = json.loads(self.path("json").read_text())
-            if known["machine"] != self.result["machine"] or known["configs"] != self.result["configs"]:
-                raise typer.BadParameter(
-                    f"{self.path('json')} was measured with other code or on another machine; leave --resume out"
-                )
+            commits = [found["machine"].pop("commit") for found in (known, self.result)]
+            if known["machine"] != self.result["machine"]:
+                raise typer.BadParameter(f"{self.path('json')} is from elsewhere or another day; leave --resume out")
+            self.result["machine"]["commit"] = " and ".join(dict.fromkeys(" and ".join(commits).split(" and ")))
             self.result |= {section: known[section] for section in ("speed", "memory", "growth")}
         # Outputs and gradients against fp64; a pattern that fails shows no speed-up.
         self.result["parity"] = self.run(kind="parity", labels=labels, length=96 if shared["toy"] else 1000)

@@ -105,7 +105,7 @@ def _shown(fields: dict[str, Any]) -> str:
 BENCHMARK_LABELS = {
     "longnet": ("longnet",), "logsparse": ("logsparse",), "sparse_transformer": ("fixed", "strided"),
     "expire_span": ("expire_span",), "routing": ("routing", "routing causal"),
-    "bigbird": ("bigbird", "bigbird causal"), "star": ("star",),
+    "bigbird": ("bigbird", "bigbird causal"), "star": ("star",), "sparsebert": ("sparsebert frozen",),
 }  # fmt: skip
 
 
@@ -121,7 +121,23 @@ def measured(name: str) -> str:
         blocks.append(
             f"Speed on the CPU against dense SDPA of the same causality ({benchmark_header()}):\n\n{table(speed)}"
         )
+    growth = growth_rows(BENCHMARK_LABELS.get(name, ()))
+    if growth:
+        blocks.append(f"Growth with the length, forward and backward (same machine and command):\n\n{table(growth)}")
     return "\n\n".join(blocks) or "Not measured yet."
+
+
+def growth_rows(labels: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Seconds at every length of the benchmark's growth section, and the fitted exponents."""
+    rows = []
+    for row in (benchmark() or {}).get("growth", []):
+        if row["label"] in labels:
+            seconds = {f"{point['length']:,} tokens, s": point["seconds"] for point in row["points"]}
+            fits = {
+                f"exponent of {what}": row["exponents"][key] for what, key in (("time", "seconds"), ("memory", "mb"))
+            }
+            rows.append({"pattern": row["label"], **seconds, **fits})
+    return rows
 
 
 def quality_rows(data: dict[str, Any], name: str) -> dict[str, list[dict[str, Any]]]:

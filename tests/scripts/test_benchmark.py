@@ -56,6 +56,26 @@ def test_no_speed_without_parity(benchmark: ModuleType, tmp_path: Path, monkeypa
     assert bench.result["speed"] == []
 
 
+def test_a_resumed_run_measures_only_what_is_missing(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def run(self: object, **task: object) -> dict[str, object]:
+        if task["kind"] == "parity":
+            return {"star": 0.0}
+        measured.append(int(str(task["length"])))
+        return {"rounds": 3, "failed": {}, "rows": {"dense": {"median_s": 1.0, "first_s": 1.0}}}
+
+    monkeypatch.setattr(benchmark.Bench, "run", run)
+    shared = {"threads": 1, "toy": True, "seconds": 0.0}
+    benchmark.Bench(tmp_path, shared, ["star"]).speed([64], dropout=0.0)
+    resumed = benchmark.Bench(tmp_path, shared, ["star"], resume=True)
+    resumed.speed([64, 96], dropout=0.0)
+    assert measured == [64, 64, 96, 96]  # forward, forward and backward
+    assert [row["length"] for row in resumed.result["speed"]] == measured
+
+
 def test_unknown_rows_are_refused(benchmark: ModuleType) -> None:
     done = CliRunner().invoke(benchmark.app, ["--pattern", "nothing"])
     assert done.exit_code == 2
@@ -74,6 +94,15 @@ def test_pairs_are_near_the_formulas() -> None:
         counts = cpu.pair_counts(case, 16384, heads=2)
         if counts:
             assert counts["pairs"] == pytest.approx(counts["formula"], rel=0.06), case.label
+
+
+def test_a_frozen_mask_is_measured_as_it_runs() -> None:
+    case = cpu.cpu_cases(1024)["sparsebert frozen"]
+    q, k, v = (torch.randn(1, 8, 96, 64) for _ in range(3))
+    i, j = torch.arange(96)[:, None], torch.arange(96)
+    kept = (j <= i) & ((i - j < 16) | ((i - j) % 32 == 0))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=kept)
+    assert torch.allclose(cpu.pattern_run(case, 96)(q, k, v), expected, atol=1e-5)
 
 
 def test_peak_memory_sees_a_large_tensor() -> None:

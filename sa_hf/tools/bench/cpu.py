@@ -26,10 +26,12 @@ from sa_hf.patterns.base import (
     AttentionInputs,
     Geometry,
     LayerSpec,
+    SparseAttention,
     StaticPatternConfig,
     dense_multiplicity,
     finished_plan,
 )
+from sa_hf.patterns.sparsebert import SparseBertAttention
 
 HEADS, HEAD_DIM = 8, 64
 WARM_LENGTH = 48
@@ -40,12 +42,24 @@ Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class CpuCase:
-    """A pattern as it is measured. ``formula``: its cost by the paper, pairs per head at a length."""
+    """A pattern as it is measured. ``formula``: its cost by the paper, pairs per head at a length; ``prepare``: what
+    stands for its training."""
 
     label: str
     config: SparseAttentionConfig
     causal: bool
     formula: Callable[[int], float]
+    prepare: Callable[[SparseAttention], None] | None = None
+
+
+def frozen_at_every_32nd_distance(module: SparseAttention) -> None:
+    """A SparseBERT mask as if it had learned the 16 nearest distances and every 32nd one, frozen."""
+    if not isinstance(module, SparseBertAttention) or module.logits is None:
+        raise TypeError(f"{type(module).__name__} has no mask to freeze")
+    distance = torch.arange(module.logits.shape[1])
+    with torch.no_grad():
+        module.logits.copy_(torch.where((distance < 16) | (distance % 32 == 0), 1.0, -1.0))
+    module.freeze()
 
 
 def cpu_cases(length: int, toy: bool = False) -> dict[str, CpuCase]:
@@ -83,6 +97,10 @@ def cpu_cases(length: int, toy: bool = False) -> dict[str, CpuCase]:
             lambda n: n * (stride + n / stride / 2),
         ),
         CpuCase("star", config("star"), False, lambda n: 5 * n),
+        CpuCase(
+            "sparsebert frozen", config("sparsebert", mask_length=window, share_layers=False), True,
+            lambda n: n * (16 + window // 32 - 1), frozen_at_every_32nd_distance,
+        ),
         CpuCase("expire_span", config("expire_span", max_span=window, ramp=32), True, lambda n: n * window),
         CpuCase(
             "routing", config("routing", num_clusters=clusters, local_window=window // 4), False,
@@ -103,6 +121,8 @@ def pattern_run(case: CpuCase, length: int, dropout: float = 0.0, heads: int = H
     """The pattern's own module in evaluation mode, its plan not yet built."""
     spec = LayerSpec(0, 1, heads, heads, HEAD_DIM, heads * HEAD_DIM, case.causal)
     module = case.config.build(spec).eval()
+    if case.prepare is not None:
+        case.prepare(module)
     sequences = Sequences.full(1, length, length)
     hidden = torch.randn(1, length, heads * HEAD_DIM, generator=torch.Generator().manual_seed(1))
 
