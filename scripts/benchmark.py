@@ -140,6 +140,7 @@ class Bench:
             if known["machine"] != self.result["machine"]:
                 raise typer.BadParameter(f"{self.path('json')} is from elsewhere or another day; leave --resume out")
             self.result["machine"]["commit"] = " and ".join(dict.fromkeys(" and ".join(commits).split(" and ")))
+            self.result["command"] = f"{known['command']}; {self.result['command']}"
             self.result |= {section: known[section] for section in ("speed", "memory", "growth")}
         # Outputs and gradients against fp64; a pattern that fails shows no speed-up.
         self.result["parity"] = self.run(kind="parity", labels=labels, length=96 if shared["toy"] else 1000)
@@ -198,6 +199,8 @@ class Bench:
     def save(self, what: str) -> None:
         from sa_hf.tools.bench.cpu_report import markdown
 
+        self.result["speed"].sort(key=lambda row: (row["dropout"], row["length"], not row["causal"], row["backward"]))
+        self.result["memory"].sort(key=lambda row: (row["length"], not row["causal"]))
         self.path("json").write_text(json.dumps(self.result, indent=1) + "\n")
         self.path("md").write_text(markdown(self.result))
         print(f"  {what}", file=sys.stderr, flush=True)

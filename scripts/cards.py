@@ -177,7 +177,7 @@ def speed_rows(labels: tuple[str, ...]) -> list[dict[str, Any]]:
                         "dense, s": dense,
                         "sparse, s": found["median_s"],
                         "speed-up": f"{dense / found['median_s']:.1f}x",
-                        "pairs kept": f"{found['pairs'] / found['dense_pairs']:.1%}" if "pairs" in found else "by data",
+                        "pairs kept": f"{found['pairs'] / found['dense_pairs']:.2%}" if "pairs" in found else "by data",
                     }
                 )
     return rows
@@ -190,7 +190,7 @@ def headline() -> str:
     for row in speed_rows((*windows, *(label for system in BENCHMARK_LABELS.values() for label in system))):
         if row["tokens"] == f"{HEADLINE_LENGTH:,}":
             cells = shown.setdefault(row["pattern"], {"pattern": row["pattern"], "pairs kept": row["pairs kept"]})
-            cells[row["pass"]] = f"{row['sparse, s']:.3g} s ({row['speed-up']})"
+            cells[row["pass"]] = f"{row['sparse, s']:.3f} s ({row['speed-up']})"
     if not shown:
         return "Not measured yet."
     return (

@@ -106,6 +106,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             for name, found in row["rows"].items():
                 if name != "dense":
                     series.setdefault(name, []).append((row["length"], dense / found["median_s"]))
+    for axis in (left, right):
+        axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])  # as many colours as patterns
     for name, points in series.items():
         left.plot(*zip(*points, strict=True), marker="o", label=name)
     left.axhline(1.0, color="grey", linewidth=1)
