@@ -65,13 +65,14 @@ def frozen_at_every_32nd_distance(module: SparseAttention) -> None:
 def cpu_cases(length: int, toy: bool = False) -> dict[str, CpuCase]:
     """Every pattern that computes sparsely on its own, in its published shape (``toy``: small, for a dry run).
 
-    The Sparse Transformer's stride is the square root of the length, as in the paper: a fixed one grows like n * n.
+    The Sparse Transformer's stride is the square root of the length, as in the paper: a fixed one grows like n * n. So
+    does "fixed", whose summary keeps its share of the stride; with a constant one the pairs grow like n ** 1.5.
     """
     window, block, stride = (32, 16, 32) if toy else (512, 64, 2 ** round(math.log2(length) / 2))
     segments, ratios = (
         ((32, 64), (1, 2)) if toy else (tuple(512 << i for i in range(7)), tuple(1 << i for i in range(7)))
     )
-    summary = max(1, stride // 16)
+    summary, constant = max(1, stride // 16), 2 if toy else 8
     clusters = 4 if toy else max(1, round(math.sqrt(length)))
 
     def config(name: str, **fields: Any) -> SparseAttentionConfig:
@@ -91,6 +92,10 @@ def cpu_cases(length: int, toy: bool = False) -> dict[str, CpuCase]:
         CpuCase(
             "fixed", config("sparse_transformer", kind="fixed", stride=stride, summary=summary), True,
             lambda n: n * (stride + summary * n / stride) / 2,
+        ),
+        CpuCase(
+            "fixed, constant summary", config("sparse_transformer", kind="fixed", stride=stride, summary=constant), True,
+            lambda n: n * (stride + constant * n / stride) / 2,
         ),
         CpuCase(
             "strided", config("sparse_transformer", kind="strided", stride=stride), True,
