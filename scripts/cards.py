@@ -103,7 +103,8 @@ def _shown(fields: dict[str, Any]) -> str:
 
 # Labels of scripts/benchmark.py, by system.
 BENCHMARK_LABELS = {
-    "longnet": ("longnet",), "logsparse": ("logsparse",), "sparse_transformer": ("fixed", "fixed, constant summary", "strided"),
+    "longnet": ("longnet",), "logsparse": ("logsparse",),
+    "sparse_transformer": ("fixed", "fixed, constant summary", "strided"),
     "expire_span": ("expire_span",), "routing": ("routing", "routing causal"),
     "bigbird": ("bigbird", "bigbird causal"), "star": ("star",), "sparsebert": ("sparsebert frozen",),
 }  # fmt: skip

@@ -45,11 +45,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, sparse_lr: float = 1
     return [group for group in groups if group["params"]]
 
 
+def _modules_with_state(root: nn.Module, names: Iterable[str]) -> list[str]:
+    """The patched modules, of those named, whose pattern has something to save (a parameter or a buffer)."""
+    return [name for name in names if active_child(root.get_submodule(name)).state_dict()]
+
+
 def warn_of_adapter_without_state(model: nn.Module, names: Iterable[str]) -> None:
     """An adapter made before the model was patched saves its own weights only. ``names``: the patched modules."""
-    if getattr(model, "peft_config", None) and any(
-        True for name in names for _ in active_child(root_model(model).get_submodule(name)).parameters()
-    ):
+    if getattr(model, "peft_config", None) and _modules_with_state(root_model(model), names):
         warnings.warn(
             "this model was wrapped by PEFT before it was patched: saving the adapter leaves out the pattern's learned "
             "state. Patch first, then get_peft_model(model, prepare_peft(config, model))",
@@ -75,7 +78,7 @@ def prepare_peft(peft_config: Any, model: nn.Module) -> Any:
             f"{type(peft_config).__name__} has no modules_to_save to carry the sparse state; use LoraConfig"
         )
     names = [site.name for site in patch.sites.all_sites]
-    with_state = [f"{name}.sparse" for name in names if active_child(root.get_submodule(name)).state_dict()]
+    with_state = [f"{name}.sparse" for name in _modules_with_state(root, names)]
     prepared = copy.deepcopy(peft_config)
     prepared.modules_to_save = sorted({*(prepared.modules_to_save or ()), *with_state}) or None
     return prepared

@@ -293,8 +293,9 @@ def test_a_learned_pattern_on_an_adapter_that_does_not_carry_it_warns(recwarn: p
     wrapped = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules="all-linear"))
     sa_hf.patch_model(wrapped, "sliding_window")
     assert not [w for w in recwarn if "PEFT" in str(w.message)]
-    with pytest.warns(UserWarning, match="before it was patched.*prepare_peft"):
-        sa_hf.patch_model(wrapped, EXPIRING)
+    for learned in (EXPIRING, "routing"):  # parameters, and buffers alone
+        with pytest.warns(UserWarning, match="before it was patched.*prepare_peft"):
+            sa_hf.patch_model(wrapped, learned)
 
 
 def test_prepare_peft_refuses_what_it_cannot_prepare() -> None:

@@ -94,7 +94,8 @@ def cpu_cases(length: int, toy: bool = False) -> dict[str, CpuCase]:
             lambda n: n * (stride + summary * n / stride) / 2,
         ),
         CpuCase(
-            "fixed, constant summary", config("sparse_transformer", kind="fixed", stride=stride, summary=constant), True,
+            "fixed, constant summary",
+            config("sparse_transformer", kind="fixed", stride=stride, summary=constant), True,
             lambda n: n * (stride + constant * n / stride) / 2,
         ),
         CpuCase(
