@@ -1,4 +1,4 @@
-"""Run a plan: group the sequences, gather each part's slots, call the engine, merge by log-sum-exp; and back."""
+"""Sparse attention over the sequences of a batch: equal ones grouped and run by their plan; and back."""
 
 from __future__ import annotations
 
@@ -12,86 +12,11 @@ from torch import Tensor
 from sa_hf.ops.engine import Engine, Gradients
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.random import counter_words
+from sa_hf.ops.run import plan_backward, plan_forward
 from sa_hf.ops.sequences import Sequences
-from sa_hf.ops.slots import add_slots, merge_into, take
 
 # (query_length, key_length) of a sequence -> its parts
 PlanFor = Callable[[int, int], Sequence[Part]]
-
-
-def plan_forward(
-    plan: Sequence[Part], query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, engine: Engine
-) -> tuple[Tensor, Tensor]:
-    """All parts of a plan over equal sequences, merged. Shapes as in ``Engine.forward``, in positions."""
-    merged: tuple[Tensor, Tensor] | None = None
-    # Merged in fp32 whatever the inputs: rounding the running result once per part would add up. A result that is not
-    # merged stays as it came: a copy in fp32 and back takes as long as a sparse kernel.
-    stats = torch.promote_types(query.dtype, torch.float32)
-    for part in plan:
-        q, k, v = take(query, part.query_index), take(key, part.key_index), take(value, part.key_index)
-        out, lse = engine.forward(part, q, k, v, options)
-        if merged is None and part.query_index is None:
-            merged = out, lse
-            continue
-        if merged is None:
-            merged = query.new_zeros(query.shape, dtype=stats), lse.new_full(query.shape[:3], -torch.inf)
-        merged = merged[0].to(stats).contiguous(), merged[1].contiguous()
-        merge_into(*merged, out.to(stats), lse, part.query_index)
-    if merged is None:
-        return torch.zeros_like(query), torch.full(query.shape[:3], -torch.inf, dtype=stats, device=query.device)
-    return merged[0].to(query.dtype), merged[1]
-
-
-def plan_backward(
-    plan: Sequence[Part], query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
-    options: ScoreOptions, engine: Engine,
-) -> Gradients:  # fmt: skip
-    """Gradients of :func:`plan_forward` for all of a plan's parts, summed."""
-    total = _Total(query, key, value)
-    for part in plan:
-        q, k, v = take(query, part.query_index), take(key, part.key_index), take(value, part.key_index)
-        o, g = take(out, part.query_index), take(grad_out, part.query_index)
-        row_lse = take(lse.unsqueeze(-1), part.query_index).squeeze(-1)
-        total.add(engine.backward(part, q, k, v, o, row_lse, g, options), part)
-    return total.gradients(options)
-
-
-class _Total:
-    """The running sum of the parts' gradients, in fp32 where there are several."""
-
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        self.like = (query, key, value)
-        self.sums: list[Tensor | None] = [None, None, None]
-        self.bias: Tensor | None = None
-        self.spans: Tensor | None = None
-
-    def add(self, grads: Gradients, part: Part) -> None:
-        indices = (part.query_index, part.key_index, part.key_index)
-        for at, (grad, index) in enumerate(zip((grads.query, grads.key, grads.value), indices, strict=True)):
-            like, known = self.like[at], self.sums[at]
-            stats = torch.promote_types(like.dtype, torch.float32)
-            if known is None and index is None and grad.shape == like.shape:
-                self.sums[at] = grad
-                continue
-            if known is None:
-                known = torch.zeros(like.shape, dtype=stats, device=like.device)
-            known = self.sums[at] = known.to(stats).contiguous()
-            add_slots(known, grad, index)
-        if grads.distance_bias is not None:
-            self.bias = grads.distance_bias if self.bias is None else self.bias + grads.distance_bias
-        if grads.spans is not None:
-            self.spans = grads.spans if self.spans is None else self.spans + grads.spans
-
-    def gradients(self, options: ScoreOptions) -> Gradients:
-        query, key, value = (
-            torch.zeros_like(like) if known is None else known.to(like.dtype)
-            for known, like in zip(self.sums, self.like, strict=True)
-        )
-        bias, spans = (
-            torch.zeros_like(source) if known is None and source is not None else known
-            for known, source in ((self.bias, options.distance_bias), (self.spans, options.spans))
-        )
-        return Gradients(query, key, value, bias, spans)
 
 
 # -- over the sequences of a batch ---------------------------------------------------------------------------------

@@ -1,64 +1,81 @@
-"""Slots in which a position may stand several times: gathered, and summed back to positions in a fixed order.
-
-Registered operators, adjoint to one another: a compiler that took them apart would sum with atomic additions on a GPU.
-"""
+"""Attention in slots where a position may stand several times, each slot a softmax of its own: a position gets the mean
+over its slots that read a key."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sa_hf.ops.slots import slot_rows
+from sa_hf.ops.engine import Engine, Gradients
+from sa_hf.ops.parts import Part, ScoreOptions
+from sa_hf.ops.pieces import pieces
+from sa_hf.ops.run import Total, add_gradients, piece_backward, piece_forward, plan_forward
+from sa_hf.ops.slots import add_slots, take
 
 
-@torch.library.custom_op("sa_hf::take_slots", mutates_args=())
-def take_slots(x: Tensor, index: Tensor) -> Tensor:
-    """The slots ``[G, H, slots, D]`` of ``x [G, H | Hkv, N, D]`` that an int64 index ``[G, H, slots]`` without empty
-    slots lists; differentiable in x."""
-    rows, shape = slot_rows(index, x, index.shape[1])
-    return x.reshape(-1, x.shape[3]).index_select(0, rows).view(*shape, x.shape[3])
+@dataclass(frozen=True, eq=False)
+class Means:
+    """``out [G, H, n, D]``: means over the slots, and where there is none the result of the other parts, with its
+    log-sum-exp ``lse [G, H, n]``. Per slot ``[G, H, slots(, D)]`` what the backward needs."""
+
+    out: Tensor
+    lse: Tensor
+    slot_out: Tensor
+    slot_lse: Tensor
 
 
-@torch.library.custom_op("sa_hf::sum_slots", mutates_args=())
-def sum_slots(x: Tensor, index: Tensor, heads: int, length: int) -> Tensor:
-    """The adjoint of :func:`take_slots`: ``x [G, H, slots, D]`` summed at positions, ``[G, heads, length, D]``, fp32 or
-    wider; ``heads`` divides H. Differentiable in x."""
-    stats = torch.promote_types(x.dtype, torch.float32)
-    total = torch.zeros(x.shape[0], heads, length, x.shape[3], dtype=stats, device=x.device)
-    rows, _ = slot_rows(index, total, x.shape[1])
-    flat, values = total.view(-1, x.shape[3]), x.flatten(0, 2).to(stats)
-    if x.device.type == "cpu":
-        flat.index_add_(0, rows, values)
-    else:  # sorts the rows first, where index_add_ would add in any order
-        flat.index_put_((rows,), values, accumulate=True)
-    return total
+def means_forward(
+    plan: Sequence[Part], query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, engine: Engine
+) -> Means:
+    """Args: plan: the part with the slots, and parts that only attend queries which stand in no slot of it that reads a
+    key. Shapes as in ``Engine.forward``, in positions."""
+    members, index, others = _split(plan)
+    stats = torch.promote_types(query.dtype, torch.float32)
+    slots = (*query.shape[:2], index.shape[2])
+    slot_out, slot_lse = query.new_empty(*slots, query.shape[3]), query.new_empty(slots, dtype=stats)
+    total = query.new_zeros(query.shape, dtype=stats)
+    for piece in pieces(members, query, key):
+        out, lse = piece_forward(piece, query, key, value, options, engine)
+        piece.queries(slot_out).copy_(out)
+        piece.queries(slot_lse).copy_(lse)
+        add_slots(piece.queries(total), out, piece.part.query_index, repeated=True)
+    total.div_(_counts(slot_lse, index, query.shape[2]))
+    start = total, slot_lse.new_full(query.shape[:3], -torch.inf)
+    merged, lse = plan_forward(others, query, key, value, options, engine, start)
+    return Means(merged, lse, slot_out, slot_lse)
 
 
-@take_slots.register_fake
-def _(x, index):  # type: ignore[no-untyped-def]  # signature fixed by the operator
-    return x.new_empty(*index.shape, x.shape[3])
+def means_backward(
+    plan: Sequence[Part], query: Tensor, key: Tensor, value: Tensor, means: Means, grad_out: Tensor,
+    options: ScoreOptions, engine: Engine,
+) -> Gradients:  # fmt: skip
+    """Gradients of :func:`means_forward`."""
+    members, index, others = _split(plan)
+    share = 1 / _counts(means.slot_lse, index, query.shape[2])
+    total = Total(query, key, value, options)
+    for piece in pieces(members, query, key):
+        grad, part_of_mean = (take(piece.queries(x), piece.part.query_index) for x in (grad_out, share))
+        out, lse = piece.queries(means.slot_out), piece.queries(means.slot_lse)
+        grad = grad * part_of_mean.to(grad.dtype)
+        grads = piece_backward(piece, query, key, value, out, lse, grad, options, engine)
+        total.add(grads, piece, repeated=True)
+    add_gradients(total, others, query, key, value, means.out, means.lse, grad_out, engine)
+    return total.gradients()
 
 
-@sum_slots.register_fake
-def _(x, index, heads, length):  # type: ignore[no-untyped-def]  # signature fixed by the operator
-    stats = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[0], heads, length, x.shape[3], dtype=stats)
+def _split(plan: Sequence[Part]) -> tuple[Part, Tensor, list[Part]]:
+    members, *others = plan
+    if not isinstance(members.query_index, Tensor):
+        raise TypeError("the slots of means are listed by an index")
+    return members, members.query_index, others
 
 
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
-    x, index, *_ = inputs
-    ctx.save_for_backward(index)
-    ctx.of = x.shape[1], x.shape[2], x.dtype
-
-
-def _take_backward(ctx, grad):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
-    heads, length, dtype = ctx.of
-    return sum_slots(grad, *ctx.saved_tensors, heads, length).to(dtype), None
-
-
-def _sum_backward(ctx, grad):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
-    return take_slots(grad, *ctx.saved_tensors).to(ctx.of[2]), None, None, None
-
-
-take_slots.register_autograd(_take_backward, setup_context=_keep)
-sum_slots.register_autograd(_sum_backward, setup_context=_keep)
+def _counts(slot_lse: Tensor, index: Tensor, length: int) -> Tensor:
+    """Of each position the number of slots that read a key, at least 1: ``[G, H, length, 1]``."""
+    counts = slot_lse.new_zeros(*slot_lse.shape[:2], length)
+    # Whole numbers: their sum has no order.
+    counts.scatter_add_(2, index.expand(slot_lse.shape), (~torch.isneginf(slot_lse)).to(counts.dtype))
+    return counts.clamp_(min=1).unsqueeze(-1)

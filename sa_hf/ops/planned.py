@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sa_hf.ops.attend import plan_backward, plan_forward
 from sa_hf.ops.engine import Engine, choose_engine
+from sa_hf.ops.members import Means, means_backward, means_forward
 from sa_hf.ops.parts import Part, ScoreOptions
+from sa_hf.ops.run import plan_backward, plan_forward
 
 UNBOUNDED = -1  # stands for None among the numbers of a rule
 
@@ -64,38 +65,43 @@ def _call(
 def _planned(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, spans: Tensor | None, first: Tensor | None,
     second: Tensor | None, seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int],
-    heads: list[int], engine: str, gathered: bool, scalars: list[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    heads: list[int], engine: str, mean_slots: int, scalars: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     plan, options, runs = _call(
         query, key, bias, spans, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
     )  # fmt: skip
-    if gathered:
-        (part,) = plan
-        out, lse = runs.forward(part, query, key, value, options)
-    else:
-        out, lse = plan_forward(plan, query, key, value, options, runs)
-    return out.contiguous(), lse.contiguous()
+    if mean_slots:
+        means = means_forward(plan, query, key, value, options, runs)
+        return means.out, means.lse, means.slot_out, means.slot_lse
+    out, lse = plan_forward(plan, query, key, value, options, runs)
+    return out.contiguous(), lse.contiguous(), query.new_empty(0), lse.new_empty(0)
 
 
 @_planned.register_fake
-def _(query, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
-    stats = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=stats)
+def _(query, key, value, bias, spans, first, second, seed, ids, rule, numbers, heads, engine, mean_slots, scalars):  # type: ignore[no-untyped-def]  # signature fixed by the operator
+    stats = torch.promote_types(query.dtype, torch.float32)
+    lead, (length, dim) = query.shape[:2], query.shape[2:]
+    slots = (*lead, mean_slots) if mean_slots else (0,)
+    slot_out = query.new_empty(*slots, dim) if mean_slots else query.new_empty(0)
+    return (
+        query.new_empty(query.shape), query.new_empty(*lead, length, dtype=stats), slot_out,
+        query.new_empty(slots, dtype=stats),
+    )  # fmt: skip
 
 
 @torch.library.custom_op("sa_hf::planned_attention_backward", mutates_args=())
 def _planned_backward(
-    grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
-    spans: Tensor | None, first: Tensor | None, second: Tensor | None, seed: Tensor | None,
-    sequence_ids: Tensor | None, rule: str, numbers: list[int], heads: list[int], engine: str, gathered: bool,
-    scalars: list[float],
+    grad: Tensor, out: Tensor, lse: Tensor, slot_out: Tensor, slot_lse: Tensor, query: Tensor, key: Tensor,
+    value: Tensor, bias: Tensor | None, spans: Tensor | None, first: Tensor | None, second: Tensor | None,
+    seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int], heads: list[int], engine: str,
+    mean_slots: int, scalars: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     plan, options, runs = _call(
         query, key, bias, spans, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
     )  # fmt: skip
-    if gathered:
-        (part,) = plan
-        grads = runs.backward(part, query, key, value, out, lse, grad, options)
+    if mean_slots:
+        means = Means(out, lse, slot_out, slot_lse)
+        grads = means_backward(plan, query, key, value, means, grad, options, runs)
     else:
         grads = plan_backward(plan, query, key, value, out, lse, grad, options, runs)
     of_bias, of_spans = (
@@ -105,7 +111,7 @@ def _planned_backward(
 
 
 @_planned_backward.register_fake
-def _(grad, out, lse, query, key, value, bias, spans, *rest):  # type: ignore[no-untyped-def]  # fixed by the operator
+def _(grad, out, lse, slot_out, slot_lse, query, key, value, bias, spans, *rest):  # type: ignore[no-untyped-def]  # fixed by the operator
     present = (query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, spans))
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), *present
 
@@ -118,10 +124,10 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # sign
     ctx.rest = inputs[TENSORS:]
 
 
-def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
-    out, lse, *tensors = ctx.saved_tensors
+def _backward(ctx, grad_out, *unused):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
+    out, lse, slot_out, slot_lse, *tensors = ctx.saved_tensors
     bias, spans = tensors[3], tensors[4]
-    *main, of_bias, of_spans = _planned_backward(grad_out, out, lse, *tensors, *ctx.rest)
+    *main, of_bias, of_spans = _planned_backward(grad_out, out, lse, slot_out, slot_lse, *tensors, *ctx.rest)
     optional = (None if bias is None else of_bias, None if spans is None else of_spans)
     return *main, *optional, *(None for _ in range(len(tensors) - 5 + len(ctx.rest)))
 
@@ -131,16 +137,16 @@ _planned.register_autograd(_backward, setup_context=_setup)
 
 def planned_attention(
     query: Tensor, key: Tensor, value: Tensor, rule: str, options: ScoreOptions, engine: str, *,
-    tensors: Sequence[Tensor] = (), numbers: Sequence[int | None] = (), gathered: bool = False,
+    tensors: Sequence[Tensor] = (), numbers: Sequence[int | None] = (), mean_slots: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Attention over equal sequences by the parts that a rule makes, one softmax over all of them.
+    """Attention over equal sequences by the parts that a rule makes, one softmax over all (but see ``mean_slots``).
 
     Args:
         query: ``[G, H, nq, D]``; key, value: ``[G, Hkv, nk, D]``.
         rule: a name given to :func:`plan_rule`; ``tensors`` (two at most, without gradient) and ``numbers``
             are its own.
-        gathered: the rule makes one part and query, key and value already stand in its slots: a softmax of its own per
-            slot, where a position may stand in several.
+        mean_slots: the rule's first part lists so many slots, in which a position may stand several times: its result
+            is the mean over them, or that of the other parts where there is none (``ops.members``).
 
     Returns:
         ``[G, H, nq, D]``, differentiable in query, key, value, and the distance bias and spans of ``options``.
@@ -148,7 +154,7 @@ def planned_attention(
     first, second = (*tensors, None, None)[:2]
     out: Tensor = _planned(
         query, key, value, options.distance_bias, options.spans, first, second, options.seed, options.sequence_ids,
-        rule, [UNBOUNDED if x is None else x for x in numbers], list(options.heads or ()), engine, gathered,
+        rule, [UNBOUNDED if x is None else x for x in numbers], list(options.heads or ()), engine, mean_slots,
         [options.scale, options.softcap or 0.0, options.dropout, options.ramp],
     )[0]  # fmt: skip
     return out

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from sa_hf.ops.parts import Index
 
+# Elements merged at once on the CPU: 1 MB in fp32 stays in the cache (8 heads x 16,384 x 64: 9 ms, at once 33 ms).
+MERGED_ON_CPU = 2**18
+
 
 def take(x: Tensor, index: Index) -> Tensor:
     """The slots of ``x [G, H, N, D]`` in a part's order; empty slots are 0, heads grow to those of a tensor index."""
@@ -28,10 +31,10 @@ def put(x: Tensor, index: Index, like: Tensor) -> Tensor:
     return result
 
 
-def add_slots(target: Tensor, x: Tensor, index: Index) -> None:
+def add_slots(target: Tensor, x: Tensor, index: Index, *, repeated: bool = False) -> None:
     """Add slots ``x [G, H, slots, D]`` to their positions in ``target [G, H | Hkv, N, D]`` (contiguous), in place.
 
-    A position stands in one slot of a head at most (``ops.members`` serves those that stand in several).
+    A position stands in one slot of a head at most, unless ``repeated``.
     """
     if index is None:
         target += x
@@ -40,12 +43,15 @@ def add_slots(target: Tensor, x: Tensor, index: Index) -> None:
     else:
         rows, shape = slot_rows(index, target, x.shape[1])
         filled = x.masked_fill((index < 0).unsqueeze(-1), 0) if _may_be_empty(index) else x
+        flat, filled = target.view(-1, target.shape[3]), filled.to(target.dtype)
+        if repeated and target.device.type != "cpu":  # sorts the rows first, where index_add_ would add in any order
+            flat.index_put_((rows,), filled.flatten(0, 2), accumulate=True)
+            return
         # A GPU adds in any order what one call adds to a row: there the heads of a group follow one another.
         turns = 1 if target.device.type == "cpu" else x.shape[1] // target.shape[1]
         for turn in range(turns):
             heads = slice(turn, None, turns)
-            added = filled[:, heads].flatten(0, 2).to(target.dtype)
-            target.view(-1, target.shape[3]).index_add_(0, rows.view(shape)[:, heads].flatten(), added)
+            flat.index_add_(0, rows.view(shape)[:, heads].flatten(), filled[:, heads].flatten(0, 2))
 
 
 def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, index: Index) -> None:
@@ -57,14 +63,18 @@ def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, ind
         out.lerp_(part_out, share_of(lse, part_lse).unsqueeze(-1))
         lse.copy_(torch.logaddexp(lse, part_lse))
         return
-    rows, _ = slot_rows(index, out, out.shape[1])
+    all_rows, _ = slot_rows(index, out, out.shape[1])
     # Empty slots stand at position 0 beside a real one: they may write only what changes nothing, in any order.
-    part_lse = part_lse.masked_fill(index < 0, -torch.inf).flatten()
+    all_lse = part_lse.masked_fill(index < 0, -torch.inf).flatten()
+    all_out = part_out.reshape(-1, out.shape[3])
     flat_out, flat_lse = out.view(-1, out.shape[3]), lse.view(-1)
-    there = flat_lse[rows]
-    change = part_out.reshape(-1, out.shape[3]) - flat_out.index_select(0, rows)
-    flat_out.index_add_(0, rows, change.mul_(share_of(there, part_lse).unsqueeze(-1)))
-    flat_lse.scatter_reduce_(0, rows, torch.logaddexp(there, part_lse), "amax")
+    at_once = max(1, MERGED_ON_CPU // out.shape[3]) if out.device.type == "cpu" else len(all_rows)
+    runs = zip(*(x.split(at_once) for x in (all_rows, all_out, all_lse)), strict=True)
+    for rows, run_out, run_lse in runs:
+        there = flat_lse[rows]
+        change = run_out - flat_out.index_select(0, rows)
+        flat_out.index_add_(0, rows, change.mul_(share_of(there, run_lse).unsqueeze(-1)))
+        flat_lse.scatter_reduce_(0, rows, torch.logaddexp(there, run_lse), "amax")
 
 
 def _may_be_empty(index: Tensor) -> bool:

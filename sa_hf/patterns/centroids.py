@@ -79,8 +79,8 @@ class CentroidState(LearnedAttention):
 
     @torch.no_grad()
     def gather(self, query: Tensor, key: Tensor, clusters: tuple[Tensor, Tensor], real: Tensor) -> None:
-        """Note the routing vectors of a forward: query ``[B, H, N, d]``, key ``[B, kv, N, d]``, their clusters
-        ``[B, H | kv, N]``, and which tokens are real, bool ``[B, N]``."""
+        """Note the routing vectors of a forward: query ``[B, H, N, d]``, key ``[B, kv, N, d]`` (read in training
+        alone), their clusters ``[B, H | kv, N]``, and which tokens are real, bool ``[B, N]``."""
         if self.steps_back:  # a recomputation after a later forward: counted already, under its own number
             return
         kv = key.shape[1]
@@ -118,7 +118,8 @@ class CentroidState(LearnedAttention):
         update_centroids([self])
 
     def cluster_figures(self) -> dict[str, float]:
-        """Sizes and entropy (nats, mean over heads) of the clusters of the last forward."""
+        """Sizes and entropy (nats, mean over heads) of the clusters of the last forward, bidirectional ones in training
+        mode alone (in eval mode those need no clusters)."""
         if self._sizes is None:
             return {}
         share = self._sizes / self._sizes.sum(-1, keepdim=True).clamp(min=1)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from sa_hf.ops.data_layout import exact_lists, range_layout
-from sa_hf.ops.members import sum_slots
 from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, Part, SegmentPart
 from sa_hf.ops.planned import PlanData, plan_rule
 
-CLUSTERS, MEMBERS, UNCOVERED = "clusters", "members", "uncovered"  # rules of plans
+CLUSTERS, MEMBERS = "clusters", "members"  # rules of plans
 
 # -- causal --------------------------------------------------------------------------------------------------------
 
@@ -80,35 +78,7 @@ def expired(key_cluster: Tensor, window: int) -> Tensor:
     return torch.zeros_like(later).scatter(-1, order, later) >= window - 1
 
 
-# Scores ranked at once on the CPU: 2 MB as int64 (16,384 tokens, 128 clusters, 8 heads: 0.26 s on one core, all at
-# once 0.34 s and 134 MB).
-RANKED_ON_CPU = 2**18
-
 # -- bidirectional -------------------------------------------------------------------------------------------------
-
-
-def cluster_members(vectors: Tensor, centroids: Tensor, window: int) -> Tensor:
-    """The ``window`` vectors ``[G, H, n, d]`` nearest to each of ``centroids [H, k, d]``: positions, ascending in each
-    cluster, int64 ``[G, H, k, window]``. Equally near ones are taken in the order of their positions."""
-    with torch.autocast(vectors.device.type, enabled=False):
-        scores = normalize(centroids.to(vectors.dtype), dim=-1) @ vectors.transpose(-1, -2)
-    if scores.dtype == torch.float64:
-        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :window]
-    else:
-        rows = scores.flatten(0, -2)
-        at_once = max(1, RANKED_ON_CPU // scores.shape[-1]) if rows.device.type == "cpu" else len(rows)
-        chosen = [torch.topk(_ranked(part), window, dim=-1, sorted=False).indices for part in rows.split(at_once)]
-        order = torch.cat(chosen).view(*scores.shape[:-1], window)
-    return order.sort(dim=-1).values
-
-
-def _ranked(scores: Tensor) -> Tensor:
-    """Scores (32 bits or fewer) as int64 in the same order, equal ones by position: the upper half holds the score,
-    the lower the distance from the end. Choosing the largest of them needs no stable sort of the whole row."""
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: the two zeros are equal
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    from_end = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
-    return ordered.long().mul_(2**32).add_(from_end)
 
 
 def cluster_ranges(rows: Tensor, columns: Tensor, band: Band) -> tuple[Tensor, Tensor]:
@@ -128,44 +98,36 @@ def cluster_ranges(rows: Tensor, columns: Tensor, band: Band) -> tuple[Tensor, T
 
 @plan_rule(MEMBERS)
 def _member_parts(data: PlanData) -> list[Part]:
-    """Attention inside the clusters. Tensors: rows and columns as in :func:`cluster_ranges`. Numbers: the band."""
+    """Attention inside the clusters, and the window of the positions in none. Tensors: rows and columns as in
+    :func:`cluster_ranges`. Numbers: the window ``|i - j| < w`` (None: no such part), the band."""
     rows, columns = data.tensors
-    band, window, slots = Band(*data.numbers), rows.shape[-1], data.query_length
-    query_index, key_index = rows.flatten(2), columns.flatten(2)
-    if band.unbounded:
-        return [SegmentPart(slots, slots, window, window, query_index=query_index, key_index=key_index)]
-    layout = range_layout(*cluster_ranges(rows, columns, band), slots, window)
-    return [BlockPart(layout, query_index=query_index, key_index=key_index)]
-
-
-def cluster_means(out: Tensor, rows: Tensor, filled: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The mean of a position's results over its clusters, ``[G, H, length, D]``, and their number ``[G, H, length]``.
-
-    Args: out: results per slot ``[G, H, slots, D]``; rows: their positions; filled: the slots that count.
-    """
-    index = rows.flatten(2)
-    total = sum_slots(out, index, out.shape[1], length)
-    # Whole numbers: their sum has no order.
-    count = torch.zeros(total.shape[:3], dtype=total.dtype, device=out.device)
-    count = count.scatter_add(2, index, filled.to(total.dtype))
-    return (total / count.clamp(min=1).unsqueeze(-1)).to(out.dtype), count
-
-
-@plan_rule(UNCOVERED)
-def _uncovered_parts(data: PlanData) -> list[Part]:
-    """The window of the positions that are in no cluster. Tensors: their number of clusters ``[G, H, n]``. Numbers:
-    the window ``|i - j| < w``, the band."""
-    covered, n = data.tensors[0] > 0, data.key_length
     local_window, left, right = data.numbers
+    band, (clusters, window) = Band(left, right), rows.shape[-2:]
+    slots, query_index, key_index = clusters * window, rows.flatten(2), columns.flatten(2)
+    low, high = cluster_ranges(rows, columns, band)
+    inside: Part = (
+        SegmentPart(slots, slots, window, window, query_index=query_index, key_index=key_index)
+        if band.unbounded
+        else BlockPart(range_layout(low, high, slots, window), query_index, key_index)
+    )
     if local_window is None:
-        raise RuntimeError("the rule needs a window")
+        return [inside]
+    covered = torch.zeros(*rows.shape[:2], data.key_length, dtype=torch.bool, device=rows.device)
+    # Whole numbers: their order does not matter.
+    covered = covered.int().scatter_add(2, rows.flatten(2), (high > low).int()) > 0
+    return [inside, *uncovered_parts(covered, local_window, band)]
+
+
+def uncovered_parts(covered: Tensor, local_window: int, band: Band) -> list[Part]:
+    """The window ``|i - j| < local_window`` of the positions that are not covered (bool ``[G, H, n]``)."""
+    n = covered.shape[2]
     # The host knows the number of rows on the CPU; elsewhere any of them may need a slot.
     rows = int((~covered).sum(-1).max()) if exact_lists(covered.device) else n
     if rows == 0:
         return []
     order = torch.sort(covered.to(torch.uint8), dim=-1, stable=True).indices[..., :rows]
     listed = ~covered.gather(-1, order)
-    behind, ahead = (local_window - 1 if side is None else min(side, local_window - 1) for side in (left, right))
+    behind, ahead = (local_window - 1 if side is None else min(side, local_window - 1) for side in band)
     low = torch.where(listed, (order - behind).clamp(min=0), n)
     high = torch.where(listed, (order + ahead + 1).clamp(max=n), n)
     layout = range_layout(low, high, n, behind + ahead + 1)

@@ -6,17 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sa_hf.patterns.selection import nearest_centroid
+
 ITERATIONS = 10
-
-
-def nearest(x: Tensor, centroids: Tensor) -> Tensor:
-    """The cluster of each vector, by cosine; ties go to the lower index.
-
-    Args: x ``[..., heads, n, d]``, centroids ``[heads, k, d]``. Returns int64 ``[..., heads, n]``.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        scores = x @ normalize(centroids.to(x.dtype), dim=-1).transpose(-1, -2)
-    return scores.argmax(-1)  # the first of equal ones, as documented
 
 
 def cluster_counts(cluster: Tensor, num_clusters: int, weight: Tensor) -> Tensor:
@@ -36,7 +28,7 @@ def kmeans(x: Tensor, num_clusters: int, draws: Tensor) -> Tensor:
     unit = normalize(x, dim=-1)
     centroids = _starting_points(unit, num_clusters, draws)
     for _ in range(ITERATIONS):
-        sums, counts = cluster_sums(x, nearest(unit, centroids), num_clusters)
+        sums, counts = cluster_sums(x, nearest_centroid(unit, centroids, norm=False), num_clusters)
         centroids = torch.where(counts[..., None] > 0, sums / counts[..., None].clamp(min=1), centroids)
     return centroids
 

@@ -12,7 +12,6 @@ past one. Here each token belongs to its nearest centroid, and row ``i`` reads i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -24,22 +23,13 @@ from torch.nn.functional import layer_norm
 from sa_hf.config import SparseAttentionConfig, check_bool, check_integer, check_number, register_pattern
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
-from sa_hf.ops.members import take_slots
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention
 from sa_hf.patterns.centroids import CentroidState
-from sa_hf.patterns.clusters import (
-    CLUSTERS,
-    MEMBERS,
-    UNCOVERED,
-    cluster_means,
-    cluster_members,
-    cluster_ranges,
-    expired,
-)
-from sa_hf.patterns.kmeans import nearest
+from sa_hf.patterns.clusters import CLUSTERS, MEMBERS, expired
 from sa_hf.patterns.learned import refuse_drop_diagonal
+from sa_hf.patterns.selection import nearest_centroid, nearest_vectors
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
 from sa_hf.patterns.static import score_options
 
@@ -175,31 +165,50 @@ class RoutingAttention(CentroidState):
         return tensor if inputs.remember is None else inputs.remember(name, tensor, dim)
 
     def _route(self, inputs: AttentionInputs) -> Tensor:
-        new = inputs.query.shape[2]
-        query, key = routing_vectors(inputs.query, inputs.key[:, :, -new:], inputs.before_rotary)
-        key = query if self.config.shared_qk else key
-        mu = self.centroids
-        with torch.no_grad():
-            clusters = nearest(query, mu.repeat_interleave(self.group, 0)), nearest(key, mu)
-        real = real_queries(inputs.sequences, query.device)
-        self.gather(query, key, clusters, real)
-        if self.config.commitment_coef > 0:
-            loss = self.config.commitment_coef * self._commitment(query, key, clusters, real)
-            self._keep_loss("routing_commitment", loss)
+        vectors = self._vectors(inputs)
+        observed = inputs.causal or self.training or self.config.commitment_coef > 0
+        clusters = self._observe(vectors, inputs.sequences) if observed else None
         options = score_options(inputs, self.heads[self.config.num_local_heads :])
-        if inputs.causal:
+        if inputs.causal and clusters is not None:
+            of_queries = clusters[0]
             of_keys = self._remembered(inputs, "clusters", clusters[1], dim=2)
             self._seen = of_keys, inputs.sequences
 
             def attend_group(group: Group) -> Tensor:
-                return self._causal(group, clusters[0], of_keys, inputs)
+                return self._causal(group, of_queries, of_keys, inputs)
         else:
-            vectors = query.detach(), key.detach()
+            query, key = (x.detach() for x in vectors)
 
             def attend_group(group: Group) -> Tensor:
-                return self._bidirectional(group, *vectors, inputs)
+                return self._bidirectional(group, query, key, inputs)
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
+
+    def _vectors(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``[B, heads, N, d]`` of the new tokens from before the rotary embedding, fp32 or wider. What
+        is compared with the centroids are normalised copies (LayerNorm without scale and bias)."""
+        new = inputs.query.shape[2]
+        wide = torch.promote_types(inputs.query.dtype, torch.float32)
+        query, key = inputs.query.to(wide), inputs.key[:, :, -new:].to(wide)
+        if inputs.before_rotary is not None:
+            query, key = inputs.before_rotary(query, key)
+        return query, query if self.config.shared_qk else key
+
+    def _observe(self, vectors: tuple[Tensor, Tensor], sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """The clusters of queries and keys, int64 ``[B, heads, N]``; notes the statistics and the commitment loss."""
+        query, key = vectors
+        mu = self.centroids
+        with torch.no_grad():
+            of_queries = nearest_centroid(query, mu.repeat_interleave(self.group, 0), norm=True)
+            of_keys = nearest_centroid(key, mu, norm=True)
+        clusters, real = (of_queries, of_keys), real_queries(sequences, query.device)
+        if self.training or self.config.commitment_coef > 0:
+            query, key = (layer_norm(x, x.shape[-1:]) for x in vectors)
+        self.gather(query, key, clusters, real)
+        if self.config.commitment_coef > 0:
+            loss = self.config.commitment_coef * self._commitment(query, key, clusters, real)
+            self._keep_loss("routing_commitment", loss)
+        return clusters
 
     def _causal(self, group: Group, of_queries: Tensor, of_keys: Tensor, inputs: AttentionInputs) -> Tensor:
         clusters = (group.queries(of_queries.unsqueeze(-1)).squeeze(-1), group.keys(of_keys.unsqueeze(-1)).squeeze(-1))
@@ -220,22 +229,13 @@ class RoutingAttention(CentroidState):
             _warn_if_dearer_than_dense(self.config, n, window)
         with torch.no_grad():
             mu = self.centroids
-            rows = cluster_members(group.queries(query), mu.repeat_interleave(self.group, 0), window)
-            columns = cluster_members(group.keys(key), mu, window).repeat_interleave(self.group, 1)
-            low, high = cluster_ranges(rows, columns, band)
-        listed = columns.flatten(2)
-        q = take_slots(group.query, rows.flatten(2))
-        k, v = take_slots(group.key, listed), take_slots(group.value, listed)
-        in_clusters = planned_attention(
-            q, k, v, MEMBERS, group.options, inputs.engine, tensors=(rows, columns), numbers=band, gathered=True
+            rows = nearest_vectors(group.queries(query), mu.repeat_interleave(self.group, 0), window, norm=True)
+            columns = nearest_vectors(group.keys(key), mu, window, norm=True).repeat_interleave(self.group, 1)
+        local_window = self.config.local_window if self.config.fallback_local and window < n else None
+        return planned_attention(
+            group.query, group.key, group.value, MEMBERS, group.options, inputs.engine,
+            tensors=(rows, columns), numbers=[local_window, *band], mean_slots=self.num_clusters * window,
         )  # fmt: skip
-        out, count = cluster_means(in_clusters, rows, high > low, n)
-        if self.config.fallback_local and window < n:
-            out = out + planned_attention(
-                group.query, group.key, group.value, UNCOVERED, group.options, inputs.engine,
-                tensors=(count,), numbers=[self.config.local_window, *band],
-            )  # fmt: skip
-        return out
 
     def _commitment(self, query: Tensor, key: Tensor, clusters: tuple[Tensor, Tensor], real: Tensor) -> Tensor:
         """Mean squared distance of the real routing vectors to their centroids, over queries, keys and dimensions."""
@@ -264,16 +264,6 @@ class RoutingAttention(CentroidState):
 
     def figures(self) -> dict[str, float]:
         return self.cluster_figures()
-
-
-def routing_vectors(
-    query: Tensor, key: Tensor, before_rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
-) -> tuple[Tensor, Tensor]:
-    """Normalised copies ``[B, heads, N, d]``, fp32 or wider, of queries and keys from before the rotary embedding."""
-    query, key = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key))
-    if before_rotary is not None:
-        query, key = before_rotary(query, key)
-    return layer_norm(query, query.shape[-1:]), layer_norm(key, key.shape[-1:])
 
 
 @lru_cache(maxsize=256)

@@ -13,6 +13,7 @@ import sa_hf
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.patching import patch_of
 from sa_hf.hf.rotary import before_rotary
+from sa_hf.patterns.base import AttentionInputs
 from sa_hf.patterns.routing import RoutingAttention
 
 TINY: dict[str, Any] = {
@@ -49,11 +50,22 @@ def routed(model: nn.Module) -> list[RoutingAttention]:
     return [module for module in model.modules() if isinstance(module, RoutingAttention)]
 
 
+def spy(layer: RoutingAttention, found: list[tuple[Tensor, Tensor]]) -> None:
+    """Note what the layer compares with its centroids."""
+    vectors_of = layer._vectors
+
+    def vectors(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        query, key = vectors_of(inputs)
+        found.append((normalised(query), normalised(key)))
+        return query, key
+
+    layer._vectors = vectors  # type: ignore[method-assign]
+
+
 def seen_vectors(model: nn.Module, shift: int) -> list[tuple[Tensor, Tensor]]:
     """What the first layer compares with its centroids, at positions that begin at ``shift``."""
     found: list[tuple[Tensor, Tensor]] = []
-    layer = routed(model)[0]
-    layer.gather = lambda query, key, clusters, real: found.append((query, key))  # type: ignore[method-assign]
+    spy(routed(model)[0], found)
     ids = torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         model(ids, position_ids=torch.arange(20)[None] + shift, use_cache=False)
@@ -100,7 +112,7 @@ def test_an_encoder_with_and_one_without_rotary_embedding() -> None:
 
 def seen_vectors_of_encoder(model: nn.Module, shift: int) -> tuple[Tensor, Tensor]:
     found: list[tuple[Tensor, Tensor]] = []
-    routed(model)[0].gather = lambda query, key, clusters, real: found.append((query, key))  # type: ignore[method-assign]
+    spy(routed(model)[0], found)
     ids = torch.randint(3, 64, (1, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         model(ids, position_ids=torch.arange(20)[None] + shift)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sa_hf.ops.attend import plan_backward, plan_forward
 from sa_hf.ops.layout import build_layout
 from sa_hf.ops.native import NativeEngine
 from sa_hf.ops.parts import BAND, FULL, Band, BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.reference import dense_attention, part_multiplicity
+from sa_hf.ops.run import plan_backward, plan_forward
 
 BLOCK = 16
 

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sa_hf import SlidingWindowAttentionConfig, sparse_attention
-from sa_hf.ops.attend import attend, plan_backward, plan_forward
+from sa_hf.ops.attend import attend
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.native import NativeEngine
 from sa_hf.ops.parts import Band, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.random import counter_words, dropout_keep, dropout_words, hash32
+from sa_hf.ops.run import plan_backward, plan_forward
 from sa_hf.ops.sequences import Sequences
 from sa_hf.ops.slots import merge_into, put, take
 

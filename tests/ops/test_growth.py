@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sa_hf.ops.attend import plan_backward, plan_forward
 from sa_hf.ops.native import NativeEngine
 from sa_hf.ops.parts import Band, OffsetsPart, Part, ScoreOptions, SegmentPart
+from sa_hf.ops.run import plan_backward, plan_forward
 
 PLANS = {
     "blocks": lambda n: [window_part(n, Band(40, 0))],

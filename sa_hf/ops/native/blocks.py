@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.native.lanes import Lanes
+from sa_hf.ops.native.masks import outside, words
 from sa_hf.ops.native.tiles import Budget
 from sa_hf.ops.parts import BAND, BlockLayout
 from sa_hf.ops.slots import share_of
@@ -54,11 +55,11 @@ class BlockTiles:
         return (self.columns[:, :, None] * self.block_k + inner).flatten(1)
 
     def mask(self) -> Tensor | None:
-        kept = self._tile_mask
+        mask = self._tile_mask
         if self.key_range is not None:
-            inside = self._in_range(self.key_range)
-            kept = inside if kept is None else kept & inside
-        return kept
+            beyond = self._out_of_range(self.key_range)
+            mask = beyond if mask is None else mask | beyond
+        return mask
 
     @property
     def _tile_mask(self) -> Tensor | None:
@@ -70,15 +71,14 @@ class BlockTiles:
 
     @cached_property
     def _shared_mask(self) -> Tensor | None:
-        """Kept with the tiles: masks of their own would hold a byte per pair of the whole pattern."""
+        """Kept with the tiles: masks of their own would hold 4 bytes per pair of the whole pattern."""
         return None if self.masks is None else _joined(self.masks, self.mask_id)
 
-    def _in_range(self, key_range: Tensor) -> Tensor:
+    def _out_of_range(self, key_range: Tensor) -> Tensor:
         batch, heads, slots, _ = key_range.shape
         lists = list_of(self.all_lanes, self.lanes, batch, heads)
         row = key_range.view(batch * heads, slots, 2)[lists[:, None], self.query_slots.clamp(max=slots - 1)]
-        keys = self.key_slots[:, None, :]
-        return (keys >= row[..., 0:1]) & (keys < row[..., 1:2])
+        return outside(self.key_slots[:, None, :].to(row.dtype), row[..., 0:1], row[..., 1:2])
 
     def queries(self, x: Tensor) -> Tensor:
         tiles = x.view(-1, self.block_q, *x.shape[2:])
@@ -120,8 +120,8 @@ class BlockTiles:
 
 
 def _joined(masks: Tensor, mask_id: Tensor) -> Tensor:
-    """``[T, c, block_q, block_k]`` as ``[T, block_q, c * block_k]``."""
-    return masks[mask_id].transpose(1, 2).flatten(2)
+    """Words ``[T, block_q, c * block_k]``."""
+    return words(masks[mask_id].transpose(1, 2).flatten(2))
 
 
 def list_of(all_lanes: Lanes, lanes: Tensor, batch: int, heads: int) -> Tensor:

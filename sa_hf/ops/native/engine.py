@@ -15,7 +15,7 @@ from sa_hf.ops.native.offsets import offsets_backward, offsets_forward
 from sa_hf.ops.native.scores import (
     OptionGradients,
     ScoreRules,
-    kept_pairs,
+    masked_pairs,
     tile_backward,
     tile_forward,
     tile_pairs,
@@ -55,8 +55,8 @@ class NativeEngine:
             for tile in _tiles(part, rules, q.shape[-1], fast):
                 operands = tile.queries(q), tile.keys(k), tile.keys(v)
                 if fast:
-                    kept = kept_pairs(rules, tile)
-                    tile_out, tile_lse = flash.flash_forward(*operands, kept, options.scale, causal=tile.triangular)
+                    mask = masked_pairs(rules, tile)
+                    tile_out, tile_lse = flash.flash_forward(*operands, mask, options.scale, causal=tile.triangular)
                 else:
                     tile_out, tile_lse = tile_forward(options, tile_pairs(rules, tile, q.dtype), *operands)
                 tile.write_result(out, lse, tile_out, tile_lse)
@@ -91,9 +91,9 @@ class NativeEngine:
                 operands = tile.queries(q), tile.keys(k), tile.keys(v)
                 tile_out, tile_lse, tile_grad = tile.queries(o), tile.queries(lse), tile.queries(grad)
                 if fast:
-                    kept = kept_pairs(rules, tile)
+                    mask = masked_pairs(rules, tile)
                     tile_q, tile_k, tile_v = flash.flash_backward(
-                        tile_grad, *operands, tile_out, tile_lse, kept, options.scale, causal=tile.triangular
+                        tile_grad, *operands, tile_out, tile_lse, mask, options.scale, causal=tile.triangular
                     )
                 else:
                     pairs = tile_pairs(rules, tile, q.dtype)

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sa_hf.ops.native.masks import additive, any_kept
+from sa_hf.ops.native.masks import additive, empty_rows
 from sa_hf.ops.parts import ScoreOptions
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
@@ -50,27 +50,27 @@ def serves(x: Tensor, options: ScoreOptions) -> bool:
 
 
 def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, scale: float, *, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """``q [T, a, d]``, ``k, v [T, m, d]``, ``kept`` bool ``[T | 1, a | 1, m]`` -> output ``[T, a, d]``, log-sum-exp
+    """``q [T, a, d]``, ``k, v [T, m, d]``, ``mask`` words ``[T | 1, a | 1, m]`` -> output ``[T, a, d]``, log-sum-exp
     ``[T, a]``."""
-    bias = None if kept is None else _bias(kept, q, k)
+    bias = None if mask is None else _bias(mask, q, k)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q[:, None], k[:, None], v[:, None], 0.0, causal, attn_mask=bias, scale=scale
     )
     lse = lse.view(q.shape[:2])
-    if kept is not None:
+    if mask is not None:
         # The op leaves 0 as the log-sum-exp of a row without keys.
-        lse = lse + additive(any_kept(kept), lse.dtype)
+        lse = lse + additive(empty_rows(mask), lse.dtype)
     return out[:, 0], lse
 
 
 def flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor | None, scale: float, *,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scale: float, *,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of queries, keys and values; ``out [T, a, d]`` and ``lse [T, a]`` are the whole plan's."""
-    bias = None if kept is None else _bias(kept, q, k)
+    bias = None if mask is None else _bias(mask, q, k)
     # exp(score - inf) = 0: a row without keys gives no gradient.
     lse = torch.where(torch.isneginf(lse), torch.inf, lse)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -81,6 +81,6 @@ def flash_backward(
     return grad_q, grad_k, grad_v
 
 
-def _bias(kept: Tensor, q: Tensor, k: Tensor) -> Tensor:
+def _bias(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """0 where kept and -inf elsewhere, ``[T | 1, 1, a, m]``."""
-    return additive(kept, q.dtype).expand(-1, q.shape[1], k.shape[1])[:, None]
+    return additive(mask, q.dtype).expand(-1, q.shape[1], k.shape[1])[:, None]

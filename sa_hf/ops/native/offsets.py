@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.native.lanes import Lanes
+from sa_hf.ops.native.masks import words
 from sa_hf.ops.native.scores import (
     OptionGradients,
     Pairs,
@@ -77,10 +78,10 @@ class Chunk:
         if rules.key_filled is not None:
             kept = kept & rules.key_filled[self.lanes][:, j]
         if not rules.positional:
-            return Pairs(kept)
+            return Pairs(words(kept))
         query = rules.query_at.positions(self.lanes, i[None, :, 0])[:, :, None]
         key = rules.key_at.positions(self.lanes, j.flatten()[None]).view(-1, *j.shape)
-        return pairs_at(rules, self.lanes, query, key, kept, dtype)
+        return pairs_at(rules, self.lanes, query, key, words(kept), dtype)
 
 
 def chunks(part: OffsetsPart, lanes: Lanes, head_dim: int) -> Iterator[Chunk]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.native.lanes import Lanes, Slots
-from sa_hf.ops.native.masks import additive, drop_
+from sa_hf.ops.native.masks import additive, drop_, words
 from sa_hf.ops.native.tiles import TileBatch
 from sa_hf.ops.parts import Index, ScoreOptions
 from sa_hf.ops.random import counter_words, dropout_bits, dropout_words
@@ -42,27 +42,27 @@ class Pairs:
     """What the options say about each pair of a batch of tiles, ``[T, a, m]`` or broadcastable to it; None where they
     say nothing."""
 
-    kept: Tensor | None
+    mask: Tensor | None  # words
     bias_column: Tensor | None = None  # int64, into the flat table; -1 for a pair without bias
     gate: Tensor | None = None
     gate_slope: Tensor | None = None
     span_at: Tensor | None = None  # int64, into the flat spans
-    dropped: Tensor | None = None  # int32: 0, or -1 where dropout drops the probability
+    dropped: Tensor | None = None  # words: -1 where dropout drops the probability
 
 
 def tile_pairs(rules: ScoreRules, tile: TileBatch, dtype: torch.dtype) -> Pairs:
     """Evaluate the options on a batch of tiles."""
-    kept = kept_pairs(rules, tile)
+    mask = masked_pairs(rules, tile)
     if not rules.positional:
-        return Pairs(kept)
+        return Pairs(mask)
     i = rules.query_at.positions(tile.lanes, tile.query_slots)[:, :, None]
     j = rules.key_at.positions(tile.lanes, tile.key_slots)[:, None, :]
-    return pairs_at(rules, tile.lanes, i, j, kept, dtype)
+    return pairs_at(rules, tile.lanes, i, j, mask, dtype)
 
 
-def pairs_at(rules: ScoreRules, lanes: Tensor, i: Tensor, j: Tensor, kept: Tensor | None, dtype: torch.dtype) -> Pairs:
+def pairs_at(rules: ScoreRules, lanes: Tensor, i: Tensor, j: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Pairs:
     """Evaluate the options at query positions ``i [T | 1, a, 1]`` and key positions ``j [T | 1, 1 | a, m]``."""
-    pairs, options = Pairs(kept), rules.options
+    pairs, options = Pairs(mask), rules.options
     heads = rules.lanes.head_of(lanes)
     if options.distance_bias is not None:
         columns = options.distance_bias.shape[1]
@@ -81,23 +81,24 @@ def pairs_at(rules: ScoreRules, lanes: Tensor, i: Tensor, j: Tensor, kept: Tenso
         own = i == j
         pairs.gate = torch.maximum(ramp.clamp(0, 1), own.to(dtype))
         pairs.gate_slope = ((ramp > 0) & (ramp < 1) & ~own).to(dtype) / options.ramp
-        there = pairs.gate > 0
-        pairs.kept = there if kept is None else kept & there
+        shut = words(pairs.gate > 0)
+        pairs.mask = shut if mask is None else mask | shut
     if options.dropout > 0:
         pairs.dropped = _dropped(rules, lanes, heads, i, j)
     return pairs
 
 
-def kept_pairs(rules: ScoreRules, tile: TileBatch) -> Tensor | None:
-    """The pairs that a batch of tiles keeps, empty key slots left out: bool ``[T | 1, a | 1, m]``; None where all."""
-    kept = tile.mask()
+def masked_pairs(rules: ScoreRules, tile: TileBatch) -> Tensor | None:
+    """The pairs that a batch of tiles keeps, empty key slots left out: words ``[T | 1, a | 1, m]``; None where all."""
+    mask = tile.mask()
     if rules.key_filled is not None:
         table = rules.key_filled
         slots = tile.key_slots
         there = table[tile.lanes[:, None], slots.clamp(max=table.shape[1] - 1)]
         if not bool(there.all()):
-            kept = there[:, None, :] if kept is None else kept & there[:, None, :]
-    return kept
+            empty = words(there[:, None, :])
+            mask = empty if mask is None else mask | empty
+    return mask
 
 
 def _dropped(rules: ScoreRules, lanes: Tensor, heads: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -123,8 +124,8 @@ def shape_scores(options: ScoreOptions, pairs: Pairs, product: Tensor) -> tuple[
         scores = bend * options.softcap
     if pairs.bias_column is not None and options.distance_bias is not None:
         scores += _bias(options, options.distance_bias.to(scores.dtype), pairs.bias_column)
-    if pairs.kept is not None:
-        scores += additive(pairs.kept, scores.dtype)
+    if pairs.mask is not None:
+        scores += additive(pairs.mask, scores.dtype)
     return scores, bend
 
 

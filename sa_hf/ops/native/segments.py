@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.native.lanes import Lanes
+from sa_hf.ops.native.masks import words
 from sa_hf.ops.native.tiles import Budget
 from sa_hf.ops.parts import SegmentPart
 
@@ -24,8 +25,8 @@ LARGEST_CUT_TRIANGLE = 4096
 @dataclass(frozen=True, eq=False)
 class SegmentTiles:
     """Query slots ``rows`` and key slots ``columns`` (of each segment) of the segments ``first .. first + count`` of
-    the lanes ``lane_begin .. lane_end``; ``kept`` bool ``[1, rows, columns]`` where the part leaves some out,
-    None too where the tiles are ``triangular``."""
+    the lanes ``lane_begin .. lane_end``; ``left_out`` the mask words ``[1, rows, columns]`` where the part leaves some
+    out, None too where the tiles are ``triangular``."""
 
     part: SegmentPart
     all_lanes: Lanes
@@ -35,7 +36,7 @@ class SegmentTiles:
     count: int
     rows: range
     columns: range
-    kept: Tensor | None
+    left_out: Tensor | None
     triangular: bool
 
     @property
@@ -57,7 +58,7 @@ class SegmentTiles:
         return slots.repeat(self.lane_end - self.lane_begin, 1)
 
     def mask(self) -> Tensor | None:
-        return self.kept
+        return self.left_out
 
     def queries(self, x: Tensor) -> Tensor:
         return self._view(x, self.part.query_segment, self.rows, self.lane_begin, self.lane_end).flatten(0, 1)
@@ -114,7 +115,7 @@ def segment_tiles(
             continue
         for a, b in _rectangles(part, rows, columns, budget, whole_segments):
             triangular = whole_segments and _triangle(part, rows, columns)
-            kept = None if triangular else _kept(part, a, b, all_lanes.device)
+            left_out = None if triangular else _left_out(part, a, b, all_lanes.device)
             tiles = budget.tiles(len(a), len(b))
             segments = min(count, tiles)
             # Whole lanes, or several segments of one lane, are a view; more would be a copy.
@@ -123,7 +124,7 @@ def segment_tiles(
                 lane_end = min(lane + lanes, all_lanes.count)
                 for s in range(first, first + count, segments):
                     run = min(segments, first + count - s)
-                    yield SegmentTiles(part, all_lanes, lane, lane_end, s, run, a, b, kept, triangular)
+                    yield SegmentTiles(part, all_lanes, lane, lane_end, s, run, a, b, left_out, triangular)
 
 
 def _rectangles(
@@ -153,8 +154,8 @@ def _triangle(part: SegmentPart, rows: int, columns: int) -> bool:
     return causal and rows == columns > LARGEST_CUT_TRIANGLE
 
 
-def _kept(part: SegmentPart, rows: range, columns: range, device: torch.device) -> Tensor | None:
-    """The kept pairs of a rectangle, bool ``[1, rows, columns]``; None where all."""
+def _left_out(part: SegmentPart, rows: range, columns: range, device: torch.device) -> Tensor | None:
+    """The pairs of a rectangle that the part keeps, words ``[1, rows, columns]``; None where all."""
     band = part.band
     past_left = band.left is not None and rows.stop - 1 - columns.start > band.left
     past_right = band.right is not None and columns.stop - 1 - rows.start > band.right
@@ -164,4 +165,4 @@ def _kept(part: SegmentPart, rows: range, columns: range, device: torch.device) 
     i = torch.arange(rows.start, rows.stop, device=device)[:, None]
     j = torch.arange(columns.start, columns.stop, device=device)
     kept = band.contains(i, j)
-    return (kept & (i != j) if part.skip_diagonal else kept)[None]
+    return words(kept & (i != j) if part.skip_diagonal else kept)[None]

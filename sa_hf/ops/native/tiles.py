@@ -48,7 +48,7 @@ class TileBatch(Protocol):
         ...
 
     def mask(self) -> Tensor | None:
-        """The pairs that the part keeps, bool ``[T | 1, a, m]``; None where all."""
+        """The pairs that the part keeps, words ``[T | 1, a, m]``; None where all."""
         ...
 
     def queries(self, x: Tensor) -> Tensor:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.data_layout import EXPIRING
-from sa_hf.ops.members import take_slots
-from sa_hf.ops.parts import Band, ScoreOptions
+from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.planned import planned_attention
-from sa_hf.patterns.clusters import CLUSTERS, MEMBERS, UNCOVERED, cluster_means, cluster_ranges
+from sa_hf.patterns.clusters import CLUSTERS, MEMBERS
 from sa_hf.tools.bench.parity import ParityResult, Shape, bound_of, relative_rms
 
 NUM_CLUSTERS = 4
@@ -68,16 +67,10 @@ def _draw_members(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...
 
 
 def _bidirectional(query: Tensor, key: Tensor, value: Tensor, data: tuple[Tensor, ...], engine: str) -> Tensor:
-    rows, columns = data
-    low, high = cluster_ranges(rows, columns, Band())
-    q, k, v = (take_slots(x, at.flatten(2)) for x, at in ((query, rows), (key, columns), (value, columns)))
-    inside = planned_attention(
-        q, k, v, MEMBERS, _options(query), engine, tensors=data, numbers=Band(), gathered=True
+    return planned_attention(
+        query, key, value, MEMBERS, _options(query), engine, tensors=data, numbers=[32, None, None],
+        mean_slots=data[0].shape[2] * data[0].shape[3],
     )  # fmt: skip
-    out, count = cluster_means(inside, rows, high > low, query.shape[2])
-    return out + planned_attention(
-        query, key, value, UNCOVERED, _options(query), engine, tensors=(count,), numbers=[32, None, None]
-    )
 
 
 CASES = (

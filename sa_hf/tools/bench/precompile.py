@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from sa_hf.ops.attend import plan_backward, plan_forward
 from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.run import plan_backward, plan_forward
 from sa_hf.ops.triton import TritonEngine
 from sa_hf.patterns.base import Geometry, StaticPatternConfig
 from sa_hf.patterns.custom_op import cached_plan

@@ -62,7 +62,7 @@ def errors(
     options: ScoreOptions | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """RMS errors of output, log-sum-exp and every gradient over positions; the part goes through gathering and back."""
-    from sa_hf.ops.attend import plan_backward, plan_forward
+    from sa_hf.ops.run import plan_backward, plan_forward
 
     n_k = n_q if n_k is None else n_k
     options = ScoreOptions(scale=d**-0.5) if options is None else options

@@ -8,10 +8,10 @@ import pytest
 import torch
 from parity import assert_exact
 
-from sa_hf.ops.attend import plan_backward, plan_forward
 from sa_hf.ops.data_layout import expiring_layout, range_layout
 from sa_hf.ops.parts import BlockLayout, BlockPart, ScoreOptions, SegmentPart
 from sa_hf.ops.reference import dense_attention, part_multiplicity
+from sa_hf.ops.run import plan_backward, plan_forward
 from sa_hf.ops.triton import TritonEngine
 from sa_hf.ops.triton import lists as sa_lists
 from sa_hf.ops.triton.lists import TileLists, layout_lists

@@ -1,0 +1,127 @@
+"""Run the parts of a plan over equal sequences: gather each part's slots, call the engine, merge; and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sa_hf.ops.engine import Engine, Gradients
+from sa_hf.ops.parts import Part, ScoreOptions
+from sa_hf.ops.pieces import Piece, pieces
+from sa_hf.ops.slots import add_slots, merge_into, take
+
+
+def plan_forward(
+    plan: Sequence[Part], query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, engine: Engine,
+    merged: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """All parts of a plan over equal sequences, merged. Shapes as in ``Engine.forward``, in positions.
+
+    Args: merged: what came before the plan, contiguous, in fp32 or wider; written to.
+    """
+    # Merged in fp32 whatever the inputs: rounding the running result once per part would add up. A result that is not
+    # merged stays as it came: a copy in fp32 and back takes as long as a sparse kernel.
+    stats = torch.promote_types(query.dtype, torch.float32)
+    for part in plan:
+        for piece in pieces(part, query, key):
+            out, lse = piece_forward(piece, query, key, value, options, engine)
+            if merged is None and piece.whole and part.query_index is None:
+                merged = out, lse
+                continue
+            if merged is None:
+                merged = query.new_zeros(query.shape, dtype=stats), lse.new_full(query.shape[:3], -torch.inf)
+            merged = merged[0].to(stats).contiguous(), merged[1].contiguous()
+            running_out, running_lse = (piece.queries(x) for x in merged)
+            merge_into(running_out, running_lse, out.to(stats), lse, piece.part.query_index)
+    if merged is None:
+        return torch.zeros_like(query), torch.full(query.shape[:3], -torch.inf, dtype=stats, device=query.device)
+    return merged[0].to(query.dtype), merged[1]
+
+
+def plan_backward(
+    plan: Sequence[Part], query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
+    options: ScoreOptions, engine: Engine,
+) -> Gradients:  # fmt: skip
+    """Gradients of :func:`plan_forward` for all of a plan's parts, summed."""
+    total = Total(query, key, value, options)
+    add_gradients(total, plan, query, key, value, out, lse, grad_out, engine)
+    return total.gradients()
+
+
+def add_gradients(
+    total: Total, plan: Sequence[Part], query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    grad_out: Tensor, engine: Engine,
+) -> None:  # fmt: skip
+    for part in plan:
+        for piece in pieces(part, query, key):
+            index = piece.part.query_index
+            o, g = (take(piece.queries(x), index) for x in (out, grad_out))
+            row_lse = take(piece.queries(lse).unsqueeze(-1), index).squeeze(-1)
+            total.add(piece_backward(piece, query, key, value, o, row_lse, g, total.options, engine), piece)
+
+
+def piece_forward(
+    piece: Piece, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, engine: Engine
+) -> tuple[Tensor, Tensor]:
+    """A piece's output and log-sum-exp in its slots; the tensors are those of the whole call."""
+    q, k, v = _operands(piece, query, key, value)
+    return engine.forward(piece.part, q, k, v, piece.options(options, *query.shape[:2]))
+
+
+def piece_backward(
+    piece: Piece, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
+    options: ScoreOptions, engine: Engine,
+) -> Gradients:  # fmt: skip
+    """A piece's gradients in its slots; ``out``, ``lse`` and ``grad_out`` stand in them already."""
+    q, k, v = _operands(piece, query, key, value)
+    return engine.backward(piece.part, q, k, v, out, lse, grad_out, piece.options(options, *query.shape[:2]))
+
+
+def _operands(piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    k, v = (take(piece.keys(x), piece.part.key_index) for x in (key, value))
+    return take(piece.queries(query), piece.part.query_index), k, v
+
+
+class Total:
+    """The running sum of the gradients of parts, in fp32 where there are several. ``repeated``: a position may stand in
+    several slots."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> None:
+        self.like = (query, key, value)
+        self.options = options
+        self.sums: list[Tensor | None] = [None, None, None]
+        self.bias: Tensor | None = None
+        self.spans: Tensor | None = None
+
+    def add(self, grads: Gradients, piece: Piece, *, repeated: bool = False) -> None:
+        indices = (piece.part.query_index, piece.part.key_index, piece.part.key_index)
+        for at, (grad, index) in enumerate(zip((grads.query, grads.key, grads.value), indices, strict=True)):
+            like, known = self.like[at], self.sums[at]
+            stats = torch.promote_types(like.dtype, torch.float32)
+            if known is None and index is None and grad.shape == like.shape:
+                self.sums[at] = grad
+                continue
+            if known is None:
+                known = torch.zeros(like.shape, dtype=stats, device=like.device)
+            known = self.sums[at] = known.to(stats).contiguous()
+            target = piece.queries(known) if at == 0 else piece.keys(known)
+            add_slots(target, grad, index, repeated=repeated)
+        if grads.distance_bias is not None and self.options.distance_bias is not None:
+            self.bias = torch.zeros_like(self.options.distance_bias) if self.bias is None else self.bias
+            self.bias[piece.heads] += grads.distance_bias
+        if grads.spans is not None and self.options.spans is not None:
+            self.spans = torch.zeros_like(self.options.spans) if self.spans is None else self.spans
+            piece.shared(self.spans).add_(grads.spans)
+
+    def gradients(self) -> Gradients:
+        query, key, value = (
+            torch.zeros_like(like) if known is None else known.to(like.dtype)
+            for known, like in zip(self.sums, self.like, strict=True)
+        )
+        bias, spans = (
+            torch.zeros_like(source) if known is None and source is not None else known
+            for known, source in ((self.bias, self.options.distance_bias), (self.spans, self.options.spans))
+        )
+        return Gradients(query, key, value, bias, spans)
