@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
-SCORES_ON_CPU = 2**18  # 1 MB in fp32
+SCORES_ON_CPU = 2**19  # 2 MB in fp32
+CLASSES = 8  # see _largest_on_cpu
 
 
 @torch.library.custom_op("sa_hf::nearest_centroid", mutates_args=())
@@ -28,8 +29,8 @@ def nearest_centroid(vectors: Tensor, centroids: Tensor, norm: bool) -> Tensor:
         for some, tokens in _pieces(lanes, unit.shape[1]):
             x = lanes[some, tokens]
             x = layer_norm(x, x.shape[-1:]) if norm else x
-            # argmax: the first of equal ones, as documented
-            chosen[some, tokens] = (x @ unit[some].transpose(-1, -2)).argmax(-1)
+            # The first of equal ones, as documented; argmax is a tenth slower.
+            chosen[some, tokens] = (x @ unit[some].transpose(-1, -2)).max(-1).indices
     return chosen.view(vectors.shape[:-1])
 
 
@@ -43,11 +44,14 @@ def nearest_vectors(vectors: Tensor, centroids: Tensor, count: int, norm: bool) 
     lanes, unit = _lanes(vectors, centroids)
     n, k = lanes.shape[1], unit.shape[1]
     at_once = 1 if lanes.device.type == "cpu" else len(lanes)
+    # One for all: new memory for each lane would take as long as the product.
+    scores = lanes.new_empty(min(at_once, len(lanes)), k, n)
     chosen = []
     with torch.autocast(lanes.device.type, enabled=False):
         for x, mu in zip(lanes.split(at_once), unit.split(at_once), strict=True):
             x = layer_norm(x, x.shape[-1:]) if norm else x
-            chosen.append(_largest((mu @ x.transpose(-1, -2)).view(-1, n), count))
+            torch.bmm(mu, x.transpose(-1, -2), out=scores)
+            chosen.append(_largest(scores.view(-1, n), count))
     order = torch.cat(chosen).view(*vectors.shape[:-2], k, count)
     return order.sort(dim=-1).values
 
@@ -82,18 +86,38 @@ def _pieces(lanes: Tensor, num_centroids: int) -> Iterator[tuple[slice, slice]]:
 
 def _largest(scores: Tensor, count: int) -> Tensor:
     """Columns of the ``count`` largest of each row of ``scores [rows, n]``, equal ones by position, in any order."""
-    n = scores.shape[1]
     if scores.device.type != "cpu":
         return _largest_by_position(scores, count)
+    if count >= scores.shape[1]:
+        return torch.arange(scores.shape[1]).expand_as(scores)
+    chosen, least, next_one = _largest_on_cpu(scores, count)
     # Which of several equal scores topk takes is open, and matters only where the last one chosen has an equal that is
-    # not: one more than needed tells. (The exact way costs 1.6 times as much.)
-    found = torch.topk(scores, min(count + 1, n), dim=-1)
-    chosen = found.indices[:, :count].clone()
-    if count < n:
-        tied = torch.nonzero(found.values[:, count - 1] == found.values[:, count]).flatten()
-        if len(tied):
-            chosen[tied] = _largest_by_position(scores[tied], count)
+    # not. (The way that settles it costs twice as much.)
+    tied = torch.nonzero(least == next_one).flatten()
+    if len(tied):
+        chosen[tied] = _largest_by_position(scores[tied], count)
     return chosen
+
+
+def _largest_on_cpu(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns of the ``count < n`` largest, the least of them, and the largest of all others ``[rows]``.
+
+    The columns fall into classes of ``CLASSES`` each. The ``count`` largest lie in the ``count`` classes with the
+    largest maxima, so most columns are never ranked (128 rows of 16,384, 128 chosen: 2.8 ms instead of 4.2).
+    """
+    rows, n = scores.shape
+    classes = n // CLASSES
+    if n % CLASSES or classes <= count:
+        found = torch.topk(scores, count + 1, dim=-1)
+        return found.indices[:, :count].clone(), found.values[:, count - 1], found.values[:, count]
+    members = scores.view(rows, CLASSES, classes)
+    best = torch.topk(members.amax(1), count + 1, dim=-1)
+    at = best.indices[:, :count]
+    listed = members.gather(2, at[:, None, :].expand(-1, CLASSES, -1)).flatten(1)
+    found = torch.topk(listed, count + 1, dim=-1)
+    place = found.indices[:, :count]
+    columns = torch.div(place, count, rounding_mode="floor") * classes + at.gather(1, place % count)
+    return columns, found.values[:, count - 1], torch.maximum(found.values[:, count], best.values[:, count])
 
 
 def _largest_by_position(scores: Tensor, count: int) -> Tensor:
