@@ -164,11 +164,14 @@ def _batches(layout: BlockLayout, all_lanes: Lanes, budget: Budget) -> list[Bloc
     partial = torch.zeros_like(runs.row)
     partial.scatter_reduce_(0, runs.run_of_entry, (mask_id > 0).long(), "amax")
     lists = list_of(all_lanes, all_lanes.ids, layout.batch, layout.heads)
-    kind = torch.stack([runs.number, runs.length, partial], dim=1)
+    lengths = max(1, RUN_KEYS // layout.block_k) + 1
+    kind = (runs.number * lengths + runs.length) * 2 + partial
+    kinds, sizes = torch.unique(kind, return_counts=True)
+    of_kind = torch.sort(kind, stable=True).indices.split(sizes.tolist())
     result: list[BlockTiles] = []
     # In ascending order: a row's first run before those that continue it.
-    for number, length, masked in torch.unique(kind, dim=0).tolist():
-        chosen = torch.nonzero((kind == torch.tensor([number, length, masked], device=kind.device)).all(1)).flatten()
+    for code, chosen in zip(kinds.tolist(), of_kind, strict=True):
+        (number, length), masked = divmod(code // 2, lengths), code % 2
         rows = runs.row[chosen]
         entries = runs.begin[chosen][:, None] + torch.arange(length, device=kind.device)
         lanes, at = _spread(rows // layout.num_query_blocks, lists, layout.batch * layout.heads)
