@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.engine import Gradients
-from sa_hf.ops.native import flash
-from sa_hf.ops.native.blocks import block_tiles
+from sa_hf.ops.native import flash, gates
+from sa_hf.ops.native.blocks import BlockTiles, block_tiles
 from sa_hf.ops.native.lanes import Lanes
+from sa_hf.ops.native.masks import additive
 from sa_hf.ops.native.offsets import offsets_backward, offsets_forward
 from sa_hf.ops.native.scores import (
     OptionGradients,
@@ -45,7 +46,7 @@ class NativeEngine:
         lanes = Lanes.of(query, key)
         rules = ScoreRules.of(options, lanes, part.query_index, part.key_index)
         q, k, v = (_flat(part, x, side) for x, side in ((query, "query"), (key, "key"), (value, "key")))
-        fast = not isinstance(part, OffsetsPart) and flash.serves(q, options)
+        fast = _flash_serves(part, q, options)
         if not fast:
             q = q * options.scale
         if isinstance(part, OffsetsPart):
@@ -55,8 +56,8 @@ class NativeEngine:
             for tile in _tiles(part, rules, q.shape[-1], fast):
                 operands = tile.queries(q), tile.keys(k), tile.keys(v)
                 if fast:
-                    mask = masked_pairs(rules, tile)
-                    tile_out, tile_lse = flash.flash_forward(*operands, mask, options.scale, causal=tile.triangular)
+                    bias, _ = _flash_bias(rules, tile, q.dtype)
+                    tile_out, tile_lse = flash.flash_forward(*operands, bias, options.scale, causal=tile.triangular)
                 else:
                     tile_out, tile_lse = tile_forward(options, tile_pairs(rules, tile, q.dtype), *operands)
                 tile.write_result(out, lse, tile_out, tile_lse)
@@ -77,7 +78,7 @@ class NativeEngine:
         lanes = Lanes.of(query, key)
         rules = ScoreRules.of(options, lanes, part.query_index, part.key_index)
         q, k, v = (_flat(part, x, side) for x, side in ((query, "query"), (key, "key"), (value, "key")))
-        fast = not isinstance(part, OffsetsPart) and flash.serves(q, options)
+        fast = _flash_serves(part, q, options)
         if not fast:
             q = q * options.scale
         o, grad = _flat(part, out, "query"), _flat(part, grad_out, "query")
@@ -91,10 +92,13 @@ class NativeEngine:
                 operands = tile.queries(q), tile.keys(k), tile.keys(v)
                 tile_out, tile_lse, tile_grad = tile.queries(o), tile.queries(lse), tile.queries(grad)
                 if fast:
-                    mask = masked_pairs(rules, tile)
+                    bias, ramps = _flash_bias(rules, tile, q.dtype)
                     tile_q, tile_k, tile_v = flash.flash_backward(
-                        tile_grad, *operands, tile_out, tile_lse, mask, options.scale, causal=tile.triangular
+                        tile_grad, *operands, tile_out, tile_lse, bias, options.scale, causal=tile.triangular
                     )
+                    if ramps is not None and gathered.spans is not None:
+                        delta = (tile_grad * tile_out).sum(-1)
+                        ramps.add_gradient(gathered.spans, operands, tile_lse, delta, tile_grad, options.scale)
                 else:
                     pairs = tile_pairs(rules, tile, q.dtype)
                     delta = (tile_grad * tile_out).sum(-1)
@@ -133,6 +137,24 @@ def _tiles(part: BlockPart | SegmentPart, rules: ScoreRules, head_dim: int, fast
     if isinstance(part, BlockPart):
         return block_tiles(part.layout, rules.lanes, budget)
     return segment_tiles(part, rules.lanes, budget, whole_segments=fast and rules.key_filled is None)
+
+
+def _flash_serves(part: Part, x: Tensor, options: ScoreOptions) -> bool:
+    if isinstance(part, OffsetsPart) or not flash.serves(x, options):
+        return False
+    return options.spans is None or gates.serves(part, options)
+
+
+def _flash_bias(
+    rules: ScoreRules, tile: TileBatch, dtype: torch.dtype
+) -> tuple[Tensor | None, gates.TileRamps | None]:  # fmt: skip
+    """What the op adds to the scores of a batch of tiles: the mask, and the gate's logarithm with what made it."""
+    mask = masked_pairs(rules, tile)
+    bias = None if mask is None else additive(mask, dtype)
+    if rules.options.spans is None or not isinstance(tile, BlockTiles):
+        return bias, None
+    ramps = gates.TileRamps.of(rules, tile, dtype, bias)
+    return ramps.bias(), ramps
 
 
 def _flat(part: Part, x: Tensor, side: str) -> Tensor:

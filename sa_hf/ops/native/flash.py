@@ -11,7 +11,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sa_hf.ops.native.masks import additive, empty_rows
 from sa_hf.ops.parts import ScoreOptions
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
@@ -37,50 +36,47 @@ def has_op() -> bool:
 
 
 def serves(x: Tensor, options: ScoreOptions) -> bool:
-    """Whether the op can run tiles of ``x`` (in the accumulation dtype) under these options."""
+    """Whether the op can run tiles of ``x`` (in the accumulation dtype) under these options, spans apart."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and options.dropout == 0
         and options.softcap is None
         and options.distance_bias is None
-        and options.spans is None
         and has_op()
     )
 
 
 def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, *, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """``q [T, a, d]``, ``k, v [T, m, d]``, ``mask`` words ``[T | 1, a | 1, m]`` -> output ``[T, a, d]``, log-sum-exp
-    ``[T, a]``."""
-    bias = None if mask is None else _bias(mask, q, k)
+    """``q [T, a, d]``, ``k, v [T, m, d]``, ``bias [T | 1, a | 1, m]`` added to the scores (-inf leaves a pair out) ->
+    output ``[T, a, d]``, log-sum-exp ``[T, a]``."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q[:, None], k[:, None], v[:, None], 0.0, causal, attn_mask=bias, scale=scale
+        q[:, None], k[:, None], v[:, None], 0.0, causal, attn_mask=_expanded(bias, q, k), scale=scale
     )
     lse = lse.view(q.shape[:2])
-    if mask is not None:
+    if bias is not None:
         # The op leaves 0 as the log-sum-exp of a row without keys.
-        lse = lse + additive(empty_rows(mask), lse.dtype)
+        lse = lse.masked_fill(torch.isneginf(bias.amax(-1)), -torch.inf)
     return out[:, 0], lse
 
 
 def flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scale: float, *,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, scale: float, *,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of queries, keys and values; ``out [T, a, d]`` and ``lse [T, a]`` are the whole plan's."""
-    bias = None if mask is None else _bias(mask, q, k)
     # exp(score - inf) = 0: a row without keys gives no gradient.
     lse = torch.where(torch.isneginf(lse), torch.inf, lse)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad[:, None], q[:, None], k[:, None], v[:, None], out[:, None], lse[:, None], 0.0, causal, attn_mask=bias,
-        scale=scale,
+        grad[:, None], q[:, None], k[:, None], v[:, None], out[:, None], lse[:, None], 0.0, causal,
+        attn_mask=_expanded(bias, q, k), scale=scale,
     )  # fmt: skip
     grad_q, grad_k, grad_v = (g[:, 0] for g in grads)
     return grad_q, grad_k, grad_v
 
 
-def _bias(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """0 where kept and -inf elsewhere, ``[T | 1, 1, a, m]``."""
-    return additive(mask, q.dtype).expand(-1, q.shape[1], k.shape[1])[:, None]
+def _expanded(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """``[T | 1, 1, a, m]``"""
+    return None if bias is None else bias.expand(-1, q.shape[1], k.shape[1])[:, None]

@@ -31,11 +31,6 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(integer).bitwise_and(infinity).view(dtype)
 
 
-def empty_rows(mask: Tensor) -> Tensor:
-    """Words over all but the last dimension: -1 where the row keeps nothing."""
-    return mask.amax(-1)
-
-
 def drop_(x: Tensor, mask: Tensor) -> Tensor:
     """Set ``x`` (fp32 or fp64) to 0 in place where the mask is -1; of one shape."""
     integer, _ = _MINUS_INFINITY[x.dtype]

@@ -36,6 +36,14 @@ class ScoreRules:
         o = self.options
         return o.distance_bias is not None or o.spans is not None or o.dropout > 0
 
+    def span_rows(self, lanes: Tensor) -> Tensor:
+        """Where the spans of lanes ``[T]`` begin in the flat spans, ``[T, 1]``."""
+        if self.options.spans is None:
+            raise RuntimeError("no spans")
+        _, heads, length = self.options.spans.shape
+        row = self.lanes.batch_of(lanes) * heads
+        return ((row + self.lanes.head_of(lanes) if heads > 1 else row) * length)[:, None]
+
 
 @dataclass(eq=False)
 class Pairs:
@@ -73,10 +81,7 @@ def pairs_at(rules: ScoreRules, lanes: Tensor, i: Tensor, j: Tensor, mask: Tenso
             at = torch.where(real, at, -1)
         pairs.bias_column = at
     if options.spans is not None:
-        _, span_heads, length = options.spans.shape
-        row = rules.lanes.batch_of(lanes) * span_heads
-        row = row + heads if span_heads > 1 else row
-        pairs.span_at = row[:, None, None] * length + j.clamp(0, length - 1)
+        pairs.span_at = rules.span_rows(lanes)[:, :, None] + j.clamp(0, options.spans.shape[2] - 1)
         ramp = 1 + (options.spans.to(dtype).flatten()[pairs.span_at] - (i - j)) / options.ramp
         own = i == j
         pairs.gate = torch.maximum(ramp.clamp(0, 1), own.to(dtype))
