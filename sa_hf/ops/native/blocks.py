@@ -160,7 +160,7 @@ def block_tiles(layout: BlockLayout, all_lanes: Lanes, budget: Budget) -> list[B
 
 def _batches(layout: BlockLayout, all_lanes: Lanes, budget: Budget) -> list[BlockTiles]:
     runs = _Runs.of(layout)
-    mask_id, masks = _mask_table(layout, runs.row_of_entry)
+    mask_id, masks = mask_table(layout, runs.row_of_entry)
     partial = torch.zeros_like(runs.row)
     partial.scatter_reduce_(0, runs.run_of_entry, (mask_id > 0).long(), "amax")
     lists = list_of(all_lanes, all_lanes.ids, layout.batch, layout.heads)
@@ -269,7 +269,7 @@ def _spread(list_of_row: Tensor, list_of_lane: Tensor, lists: int) -> tuple[Tens
     return lanes, first[list_of_lane[lanes]] + within
 
 
-def _mask_table(layout: BlockLayout, rows_of: Tensor) -> tuple[Tensor, Tensor]:
+def mask_table(layout: BlockLayout, rows_of: Tensor) -> tuple[Tensor, Tensor]:
     """Per list entry the number of its element mask (0: full), and the masks bool ``[P, block_q, block_k]``; band
     tiles of one shape share one."""
     device = layout.columns.device

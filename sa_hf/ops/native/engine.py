@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from sa_hf.ops.native.scores import (
     tile_pairs,
 )
 from sa_hf.ops.native.segments import segment_tiles
+from sa_hf.ops.native.tall import taller
 from sa_hf.ops.native.tiles import Budget, TileBatch
 from sa_hf.ops.parts import BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
 
@@ -42,11 +44,10 @@ class NativeEngine:
     def forward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
-        part = _simplest(part)
+        part, fast = _prepared(part, query, options)
         lanes = Lanes.of(query, key)
         rules = ScoreRules.of(options, lanes, part.query_index, part.key_index)
         q, k, v = (_flat(part, x, side) for x, side in ((query, "query"), (key, "key"), (value, "key")))
-        fast = _flash_serves(part, q, options)
         if not fast:
             q = q * options.scale
         if isinstance(part, OffsetsPart):
@@ -74,11 +75,10 @@ class NativeEngine:
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
         options: ScoreOptions,
     ) -> Gradients:  # fmt: skip
-        part = _simplest(part)
+        part, fast = _prepared(part, query, options)
         lanes = Lanes.of(query, key)
         rules = ScoreRules.of(options, lanes, part.query_index, part.key_index)
         q, k, v = (_flat(part, x, side) for x, side in ((query, "query"), (key, "key"), (value, "key")))
-        fast = _flash_serves(part, q, options)
         if not fast:
             q = q * options.scale
         o, grad = _flat(part, out, "query"), _flat(part, grad_out, "query")
@@ -122,6 +122,18 @@ class NativeEngine:
         )
 
 
+def _prepared(part: Part, query: Tensor, options: ScoreOptions) -> tuple[Part, bool]:
+    """The part in the form that runs best, and whether the flash op runs it."""
+    part = _simplest(part)
+    if isinstance(part, OffsetsPart) or not flash.serves(query, options):
+        return part, False
+    if options.spans is not None and not gates.serves(part, options):
+        return part, False
+    if isinstance(part, BlockPart):
+        part = replace(part, layout=taller(part.layout))
+    return part, True
+
+
 def _simplest(part: Part) -> Part:
     """Segments of one slot are the offset 0: elementwise products instead of 1 x 1 matrices."""
     if isinstance(part, SegmentPart) and part.query_segment == part.key_segment == 1:
@@ -137,12 +149,6 @@ def _tiles(part: BlockPart | SegmentPart, rules: ScoreRules, head_dim: int, fast
     if isinstance(part, BlockPart):
         return block_tiles(part.layout, rules.lanes, budget)
     return segment_tiles(part, rules.lanes, budget, whole_segments=fast and rules.key_filled is None)
-
-
-def _flash_serves(part: Part, x: Tensor, options: ScoreOptions) -> bool:
-    if isinstance(part, OffsetsPart) or not flash.serves(x, options):
-        return False
-    return options.spans is None or gates.serves(part, options)
 
 
 def _flash_bias(

@@ -36,10 +36,10 @@ def has_op() -> bool:
 
 
 def serves(x: Tensor, options: ScoreOptions) -> bool:
-    """Whether the op can run tiles of ``x`` (in the accumulation dtype) under these options, spans apart."""
+    """Whether the op can run tiles of ``x``, in fp32, under these options, spans apart."""
     return (
         x.device.type == "cpu"
-        and x.dtype == torch.float32
+        and x.dtype != torch.float64
         and options.dropout == 0
         and options.softcap is None
         and options.distance_bias is None
