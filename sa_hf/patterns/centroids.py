@@ -170,7 +170,7 @@ def update_centroids(layers: Sequence[CentroidState]) -> None:
         if layer._needs_kmeans():
             if bool(sampled > 0):
                 _start(layer, main, ranks)
-        elif bool(counts.sum() > 0):
+        elif layer._statistics or ranks > 1:
             _move(layer, sums, counts, candidates)
         layer._statistics.clear()
         layer._sample = None
@@ -203,10 +203,11 @@ def _start(layer: CentroidState, main: bool, ranks: int) -> None:
 
 
 def _move(layer: CentroidState, sums: Tensor, counts: Tensor, candidates: Tensor) -> None:
-    filled = counts > 0
+    # On every rank alike, and without a read from the device: where no rank gathered anything, nothing moves.
+    gathered, filled = counts.sum() > 0, counts > 0
     mean = sums / counts.clamp(min=1).unsqueeze(-1)
     moved = layer.decay * layer.centroids.float() + (1 - layer.decay) * mean
-    empty = torch.where(filled, 0, layer.empty_steps + 1)
+    empty = torch.where(filled, 0, layer.empty_steps + gathered)
     usable = candidates.abs().sum(-1) > 0
     reseed = (empty >= layer.reseed_after) & usable
     target = torch.where(filled.unsqueeze(-1), moved, layer.centroids.float())
