@@ -13,6 +13,7 @@ from sa_hf.ops.native import flash, gates
 from sa_hf.ops.native.blocks import BlockTiles, block_tiles
 from sa_hf.ops.native.lanes import Lanes
 from sa_hf.ops.native.masks import additive
+from sa_hf.ops.native.memory import keep_freed_memory
 from sa_hf.ops.native.offsets import offsets_backward, offsets_forward
 from sa_hf.ops.native.scores import (
     OptionGradients,
@@ -124,6 +125,8 @@ class NativeEngine:
 
 def _prepared(part: Part, query: Tensor, options: ScoreOptions) -> tuple[Part, bool]:
     """The part in the form that runs best, and whether the flash op runs it."""
+    if query.device.type == "cpu":
+        keep_freed_memory()
     part = _simplest(part)
     if isinstance(part, OffsetsPart) or not flash.serves(query, options):
         return part, False
