@@ -4,7 +4,7 @@
     python scripts/benchmark.py --section speed --length 16384
     python scripts/benchmark.py --quick               # toy sizes, one minute: does it all still run
 
-Times of one table row come from one process that calls the contenders in turn; memory from a process of its own per
+Times of one table row come from processes that call the contenders in turn; memory from a process of its own per
 contender. Results go to ``model_cards/results/benchmark_cpu.{json,md,png}`` as they come.
 """
 
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -47,6 +48,9 @@ def main(
     pattern: Annotated[list[str] | None, typer.Option(help="row labels; default all")] = None,
     threads: Annotated[int, typer.Option(help="torch threads; 0 leaves torch's choice")] = 0,
     seconds: Annotated[float, typer.Option(help="measuring time per table row, at least three rounds")] = 15.0,
+    processes: Annotated[
+        int, typer.Option(min=1, help="processes per table row of times; the median of their medians counts")
+    ] = 1,
     quick: Annotated[bool, typer.Option(help="toy sizes, for CI")] = False,
     resume: Annotated[bool, typer.Option(help="keep the rows of the result file, and name both commits")] = False,
     output: Annotated[
@@ -64,7 +68,7 @@ def main(
     check_choices("section", section, SECTIONS)
     check_choices("pattern", pattern, labels)
     shared = {"threads": threads, "toy": quick, "seconds": 0.0 if quick else seconds}
-    bench = Bench(output, shared, [x for x in labels if not pattern or x in pattern], resume)
+    bench = Bench(output, shared, [x for x in labels if not pattern or x in pattern], resume, processes)
     wanted = section or SECTIONS
     speed, growth = (
         length or (QUICK_SPEED if quick else SPEED_LENGTHS),
@@ -115,7 +119,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 class Bench:
     """Starts the measuring processes and keeps the result files up to date."""
 
-    def __init__(self, output: Path, shared: dict[str, Any], labels: list[str], resume: bool = False) -> None:
+    def __init__(self, output: Path, shared: dict[str, Any], labels: list[str], resume: bool, processes: int) -> None:
         import torch
 
         from sa_hf.tools.bench.cases import describe
@@ -125,7 +129,7 @@ class Bench:
         if shared["threads"]:
             torch.set_num_threads(shared["threads"])
         output.mkdir(parents=True, exist_ok=True)
-        self.output, self.shared = output, shared
+        self.output, self.shared, self.processes = output, shared, processes
         self.cases = {label: case for label, case in cpu_cases(CONFIG_LENGTH, shared["toy"]).items() if label in labels}
         self.result: dict[str, Any] = {
             "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
@@ -168,10 +172,8 @@ class Bench:
                     key = {"length": length, "causal": causal, "backward": backward, "dropout": dropout}
                     if (dropout and not backward) or self.has("speed", key):
                         continue
-                    found = self.run(
-                        kind="time", labels=labels, length=length, causal=causal, backward=backward, dropout=dropout
-                    )
-                    self.result["speed"].append({**key, **found})
+                    found = [self.run(kind="time", labels=labels, **key) for _ in range(self.processes)]
+                    self.result["speed"].append({**key, **median_of(found)})
                     self.save(f"speed n={length} causal={causal} backward={backward} dropout={dropout}")
 
     def memory(self, lengths: list[int]) -> None:
@@ -209,6 +211,17 @@ class Bench:
         from sa_hf.tools.bench.cpu_report import plot
 
         plot(self.result, self.path("png"))
+
+
+def median_of(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One table row of several processes: medians of their times by contender. What a process measures moves as a whole
+    from one to the next (by up to 40 %, where its memory and threads happen to lie), so rounds in one do not show it."""
+    rows: dict[str, dict[str, float]] = {}
+    for label in found[0]["rows"]:
+        each = [one["rows"][label] for one in found if label in one["rows"]]
+        times = {key: statistics.median(row[key] for row in each) for key in ("first_s", "median_s", "min_s")}
+        rows[label] = {**each[0], **times}
+    return {**found[0], "rows": rows, "processes": len(found), "rounds": sum(one["rounds"] for one in found)}
 
 
 def exponent(points: list[dict[str, float]], key: str) -> float:

@@ -196,7 +196,7 @@ def headline() -> str:
         return "Not measured yet."
     return (
         f"Attention at {HEADLINE_LENGTH:,} tokens on the CPU, and the speed-up over dense SDPA of the same causality, "
-        f"called in turn in one process:\n\n{table(list(shown.values()))}\n\n{benchmark_header()}. All "
+        f"called in turn:\n\n{table(list(shown.values()))}\n\n{benchmark_header()}. All "
         "lengths, memory, FlexAttention and growth: [benchmark_cpu.md](model_cards/results/benchmark_cpu.md). "
         "Speed on a GPU is not measured yet."
     )

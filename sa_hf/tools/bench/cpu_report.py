@@ -34,13 +34,15 @@ def _speed(title: str, rows: list[dict[str, Any]]) -> list[str]:
         return []
     lines = [
         "", f"## {title}", "",
-        "Medians in seconds, called in turn in one process; in brackets the speed-up over dense SDPA of the same row. "
-        "First call: plan and layout included. Efficiency: time per kept pair of dense over ours.", "",
+        "Medians in seconds, called in turn in one process (n processes where it says so: the median of their medians); in "
+        "brackets the speed-up over dense SDPA of the same row. First call: plan and layout included. Efficiency: time "
+        "per kept pair of dense over ours.", "",
         "| length | pass | contender | seconds | first call | pairs kept | efficiency |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
         label = f"{'causal' if row['causal'] else 'full'}, {'forward+backward' if row['backward'] else 'forward'}"
+        label += f", {row['processes']} processes" if row.get("processes", 1) > 1 else ""
         dense = row["rows"]["dense"]["median_s"]
         for name, found in row["rows"].items():
             ratio = dense / found["median_s"]
