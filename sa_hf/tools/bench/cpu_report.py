@@ -34,9 +34,9 @@ def _speed(title: str, rows: list[dict[str, Any]]) -> list[str]:
         return []
     lines = [
         "", f"## {title}", "",
-        "Medians in seconds, called in turn in one process (n processes where it says so: the median of their medians); in "
-        "brackets the speed-up over dense SDPA of the same row. First call: plan and layout included. Efficiency: time "
-        "per kept pair of dense over ours.", "",
+        "Medians in seconds, called in turn in one process (where it says n processes, the median of their medians); "
+        "in brackets the speed-up over dense SDPA of the same row. First call: plan and layout included. Efficiency: "
+        "time per kept pair of dense over ours.", "",
         "| length | pass | contender | seconds | first call | pairs kept | efficiency |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
