@@ -85,8 +85,7 @@ def _operands(piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> tuple[
 
 
 class Total:
-    """The running sum of the gradients of parts, in fp32 where there are several. ``repeated``: a position may stand in
-    several slots."""
+    """The running sum of the gradients of parts, in fp32 where there are several."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> None:
         self.like = (query, key, value)
@@ -96,6 +95,7 @@ class Total:
         self.spans: Tensor | None = None
 
     def add(self, grads: Gradients, piece: Piece, *, repeated: bool = False) -> None:
+        """Add a piece's gradients; ``repeated``: a position may stand in several of its slots."""
         indices = (piece.part.query_index, piece.part.key_index, piece.part.key_index)
         for at, (grad, index) in enumerate(zip((grads.query, grads.key, grads.value), indices, strict=True)):
             like, known = self.like[at], self.sums[at]
