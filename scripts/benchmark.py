@@ -119,7 +119,9 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 class Bench:
     """Starts the measuring processes and keeps the result files up to date."""
 
-    def __init__(self, output: Path, shared: dict[str, Any], labels: list[str], resume: bool, processes: int) -> None:
+    def __init__(
+        self, output: Path, shared: dict[str, Any], labels: list[str], resume: bool = False, processes: int = 1
+    ) -> None:
         import torch
 
         from sa_hf.tools.bench.cases import describe
@@ -219,7 +221,7 @@ def median_of(found: list[dict[str, Any]]) -> dict[str, Any]:
     rows: dict[str, dict[str, float]] = {}
     for label in found[0]["rows"]:
         each = [one["rows"][label] for one in found if label in one["rows"]]
-        times = {key: statistics.median(row[key] for row in each) for key in ("first_s", "median_s", "min_s")}
+        times = {key: statistics.median(row[key] for row in each) for key in each[0] if key.endswith("_s")}
         rows[label] = {**each[0], **times}
     return {**found[0], "rows": rows, "processes": len(found), "rounds": sum(one["rounds"] for one in found)}
 

@@ -76,6 +76,30 @@ def test_a_resumed_run_measures_only_what_is_missing(
     assert [row["length"] for row in resumed.result["speed"]] == measured
 
 
+def test_several_processes_give_the_median_of_each_contender(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = iter([3.0, 1.0, 2.0] * 2)
+
+    def run(self: object, **task: object) -> dict[str, object]:
+        if task["kind"] == "parity":
+            return {"star": 0.0}
+        seconds = next(drawn)
+        rows = {
+            "dense": {"median_s": seconds, "first_s": -seconds},
+            "star": {"median_s": 5.0, "first_s": 1.0, "pairs": 7.0},
+        }
+        return {"rounds": 4, "failed": {}, "rows": rows}
+
+    monkeypatch.setattr(benchmark.Bench, "run", run)
+    bench = benchmark.Bench(tmp_path, {"threads": 1, "toy": True, "seconds": 0.0}, ["star"], processes=3)
+    bench.speed([64], dropout=0.0)
+    for row in bench.result["speed"]:
+        assert row["rows"]["dense"] == {"median_s": 2.0, "first_s": -2.0}
+        assert row["rows"]["star"]["pairs"] == 7.0
+        assert (row["rounds"], row["processes"]) == (12, 3)
+
+
 def test_unknown_rows_are_refused(benchmark: ModuleType) -> None:
     done = CliRunner().invoke(benchmark.app, ["--pattern", "nothing"])
     assert done.exit_code == 2
