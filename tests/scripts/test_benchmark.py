@@ -87,7 +87,7 @@ def test_several_processes_give_the_median_of_each_contender(
         seconds = next(drawn)
         rows = {
             "dense": {"median_s": seconds, "first_s": -seconds},
-            "star": {"median_s": 5.0, "first_s": 1.0, "pairs": 7.0},
+            "star": {"median_s": 5.0, "first_s": 1.0, "pairs": 7.0, "dense_pairs": 9.0},
         }
         return {"rounds": 4, "failed": {}, "rows": rows}
 
