@@ -112,10 +112,10 @@ def _member_parts(data: PlanData) -> list[Part]:
     )
     if local_window is None:
         return [inside]
-    covered = torch.zeros(*rows.shape[:2], data.key_length, dtype=torch.bool, device=rows.device)
     # Whole numbers: their order does not matter.
-    covered = covered.int().scatter_add(2, rows.flatten(2), (high > low).int()) > 0
-    return [inside, *uncovered_parts(covered, local_window, band)]
+    clusters_of = torch.zeros(*rows.shape[:2], data.key_length, dtype=torch.int32, device=rows.device)
+    clusters_of.scatter_add_(2, query_index, (high > low).int())
+    return [inside, *uncovered_parts(clusters_of > 0, local_window, band)]
 
 
 def uncovered_parts(covered: Tensor, local_window: int, band: Band) -> list[Part]:
