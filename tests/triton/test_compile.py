@@ -79,8 +79,9 @@ def test_a_new_length_is_not_a_new_kernel() -> None:
     result = run(["-c", COUNT_KERNELS], 300)
     assert result.returncode == 0, result.stderr[-3000:]
     counts = json.loads(result.stdout.splitlines()[-1])
-    # The combine kernel is called three ways: by log-sum-exp, and as a sum (dQ, dK, dV).
-    assert counts.pop("block combine_kernel") == 2
+    # Pieces are combined by log-sum-exp or by a sum (dQ, dK, dV); lists are made by row and by column.
+    for name in ("combine_kernel", "list_kernel"):
+        assert counts.pop(f"block {name}") == counts.pop(f"segment {name}") == 2
     block = ("forward_kernel", "prepare_kernel", "query_kernel", "key_kernel")
     expected = [f"{part} {name}" for part in ("block", "segment") for name in block]
     expected += ["block decode_kernel", "block merge_kernel", "offsets prepare_kernel"]

@@ -1,8 +1,9 @@
 """Work lists of the kernels: a layout's tiles by query row, by key column and by tile diagonal, cut into items.
 
-Built with torch on the layout's device, once per layout object. A list is cut into items of at most T tiles; an item
-of a list that was cut has a slot, writes an fp32 partial there, and the slots are reduced in a fixed order. Items go
-long first. Within an item the full tiles stand before those that need a predicate.
+Built on the layout's device by one kernel (``list_kernel``), once per layout object. A list is cut into items of at
+most T tiles; an item of a list that was cut has a slot, writes an fp32 partial there, and the slots are reduced in a
+fixed order. Pieces of long lists go first; where the host may read lengths, items are sorted by theirs. Within an item
+the full tiles stand before those that need a predicate.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ TILES = (16, 32, 64, 128)
 # host does not know the lengths, partials are allotted for the worst case: longer items keep those few.
 SMALLEST_CUT = 16
 ITEMS_WANTED = 32
+LISTS_PER_PROGRAM, TILES_PER_STEP = 16, 128  # of the kernel that builds them
 MEANS_PER_ITEM, MEANS_PER_ITEM_UNREAD = 2, 8
 
 
@@ -45,7 +47,7 @@ class WorkList:
 
 @dataclass(eq=False)
 class TileLists:
-    """What the block kernels need of a layout; shapes as in :class:`BlockLayout`.
+    """What the block kernels need of a layout; shapes as in :class:`BlockLayout`, and ``row`` int64 ``[entries]``.
 
     ``words`` are the element masks packed along the keys, int32 ``[P * tile_q, ceil(tile_k / 32)]`` or None;
     ``ranges`` int32 ``[B_l, H_l, query_slots, 2 | 3]`` (low, high and, where given, one key slot to skip).
@@ -57,8 +59,9 @@ class TileLists:
     tile_k: int
     batch: int
     heads: int
+    row_start: Tensor
     row: Tensor
-    column: Tensor
+    columns: Tensor
     kind: Tensor
     words: Tensor | None
     ranges: Tensor | None
@@ -96,43 +99,63 @@ class TileLists:
         if known is None:
             build = {"query": self._by_query, "key": self._by_key, "diagonal": self._by_diagonal}[name]
             known = build(flat)
-            if not capturing(self.row):
+            if not capturing(self.columns):
                 self._cache[name, flat] = known
         return known
 
     def _by_query(self, flat: int) -> WorkList:
-        rows = self.batch * self.heads * self.query_tiles
-        return _work_list(self.row, self.column, self.kind, self._partial(), rows, self.longest)
+        return self._work_list("BY_QUERY", self.batch * self.heads, 1, self.query_tiles, self.longest)
 
     def _by_key(self, flat: int) -> WorkList:
-        list_of, tile = self.row // self.query_tiles, self.row % self.query_tiles
-        batch, head = list_of // self.heads, list_of % self.heads
-        shared = self.heads == 1
-        lists = 1 if shared else self.heads // flat
-        row = (batch * lists + (0 if shared else head // flat)) * self.key_tiles + self.column
-        rows = self.batch * lists * self.key_tiles
         longest = None if self.longest is None else self.longest * flat
-        if not shared:
-            entry = head % flat * self.query_tiles + tile
-            return _work_list(row, entry, self.kind, self._partial(), rows, longest)
-        heads = torch.arange(flat, device=row.device)[:, None] * self.query_tiles
-        entry = (heads + tile).flatten()
-        return _work_list(
-            row.repeat(flat), entry, self.kind.repeat(flat), self._partial().repeat(flat), rows, longest
-        )  # fmt: skip
+        shared = self.heads == 1
+        groups = self.batch * (1 if shared else self.heads // flat)
+        return self._work_list("BY_KEY", groups, 1 if shared else flat, self.key_tiles, longest, flat if shared else 1)
 
     def _by_diagonal(self, flat: int) -> WorkList:
-        list_of, tile = self.row // self.query_tiles, self.row % self.query_tiles
-        diagonals = self.query_tiles + self.key_tiles - 1
-        row = list_of * diagonals + tile - self.column + self.key_tiles - 1
         longest = None if self.longest is None else min(self.query_tiles, self.key_tiles)
-        return _work_list(row, tile, self.kind, self._partial(), self.batch * self.heads * diagonals, longest)
+        diagonals = self.query_tiles + self.key_tiles - 1
+        return self._work_list("BY_DIAGONAL", self.batch * self.heads, 1, diagonals, longest)
 
-    def _partial(self) -> Tensor:
-        """Which tiles need the predicate, bool: also a full tile that overhangs the last slot."""
-        tile = self.row % self.query_tiles
-        inside = ((tile + 1) * self.tile_q <= self.query_slots) & ((self.column + 1) * self.tile_k <= self.key_slots)
-        return (self.kind != FULL) | ~inside
+    def _work_list(
+        self, mode: str, groups: int, sources: int, rows: int, longest: int | None, repeats: int = 1
+    ) -> WorkList:
+        """Make ``rows`` lists of each run of ``sources`` lists of the layout, each tile ``repeats`` times.
+
+        Args: longest: given where no number may be read from the device; no list has more tiles.
+        """
+        from sa_hf.ops.triton import list_kernel as kernels
+        from sa_hf.ops.triton.launch import build_options
+
+        device, total = self.columns.device, self.columns.numel() * repeats
+        reads = longest is None and not (capturing(self.columns) or recording(self.columns))
+        means = MEANS_PER_ITEM if longest is None else MEANS_PER_ITEM_UNREAD
+        cut = max(SMALLEST_CUT, min(means * -(-total // max(groups * rows, 1)), total // ITEMS_WANTED))
+        # A list of c tiles makes at most c // cut + 1 pieces, and is cut only if c > cut.
+        most = 0 if longest is not None and longest <= cut else total // cut
+        # One buffer, filled once: items, splits, counters, each from a 16-byte boundary.
+        places = [0]
+        for size in (5 * (2 * most + groups * rows), 3 * most, 2):
+            places.append(places[-1] + -(-size // 4) * 4)
+        buffer = torch.full((places[-1],), -1, dtype=torch.int32, device=device)
+        items = buffer[: 5 * (2 * most + groups * rows)].view(-1, 5)
+        splits = buffer[places[1] :][: 3 * most].view(-1, 3)
+        counters = buffer[places[2] :][:2]
+        entries = torch.empty(max(total, 1), dtype=torch.int64, device=device)
+        chunks = -(-rows // LISTS_PER_PROGRAM)
+        kernels.list_kernel[(groups * chunks,)](
+            self.row_start, self.row, self.columns, self.kind, entries, items, splits, counters, sources, repeats,
+            chunks, rows, self.query_tiles, self.key_tiles, self.query_slots, self.key_slots, self.tile_q, self.tile_k,
+            cut, 2 * most, MODE=getattr(kernels, mode), ROWS=LISTS_PER_PROGRAM, TILES=TILES_PER_STEP,
+            **build_options(),
+        )  # fmt: skip
+        if not reads:
+            return WorkList(items, entries, splits, 2 * most)
+        slots, cut_lists = (counters + 1).tolist()
+        items = items[2 * most - slots :]
+        length = torch.where(items[:, 0] >= 0, items[:, 3] - items[:, 1], -1)
+        order = torch.sort(length, descending=True, stable=True).indices[: len(items) - cut_lists]
+        return WorkList(items[order], entries, splits[:cut_lists].clone(), slots)
 
 
 def capturing(x: Tensor) -> bool:
@@ -141,50 +164,11 @@ def capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _work_list(
-    row: Tensor, entry: Tensor, kind: Tensor, partial: Tensor, rows: int, longest: int | None
-) -> WorkList:  # fmt: skip
-    """Sort tiles into lists (full first, otherwise in the given order) and cut the lists into items.
+def recording(x: Tensor) -> bool:
+    """Whether launches are recorded without being run (``record``): what the kernels make is not there to be read."""
+    from sa_hf.ops.triton.engine import interpreting
 
-    Args: longest: given where no number may be read from the device; no list has more tiles.
-    """
-    order = torch.sort(row * 2 + partial, stable=True)
-    bounds = torch.searchsorted(order.values, torch.arange(2 * rows + 1, device=row.device))
-    start, middle, end = bounds[:-1:2], bounds[1::2], bounds[2::2]
-    total = row.numel()
-    means = MEANS_PER_ITEM if longest is None else MEANS_PER_ITEM_UNREAD
-    cut = max(SMALLEST_CUT, min(means * -(-total // rows), total // ITEMS_WANTED))
-    pieces = ((end - start + cut - 1) // cut).clamp(min=1)
-    is_cut = pieces > 1
-    # Without a read from the device: a list of c tiles makes at most c // cut + 1 items, and is cut only if c > cut.
-    most = 0 if longest is not None and longest <= cut else total // cut
-    counts = (rows + most, most, 2 * most)
-    if most and longest is None and not capturing(row):
-        counts = tuple(torch.stack([pieces.sum(), is_cut.sum(), (pieces * is_cut).sum()]).tolist())
-    first_slot = (pieces * is_cut).cumsum(0) - pieces * is_cut
-    items = _items(start, middle, end, pieces, torch.where(is_cut, first_slot, -1), counts[0])
-    cut_rows = torch.sort((~is_cut).to(torch.uint8), stable=True).indices[: counts[1]]
-    splits = torch.stack([torch.where(is_cut[cut_rows], cut_rows, -1), first_slot[cut_rows], pieces[cut_rows]], 1)
-    packed = (entry.long() | (kind.long() << 32))[order.indices]
-    return WorkList(items, packed, splits.int().contiguous(), counts[2])
-
-
-def _items(start: Tensor, middle: Tensor, end: Tensor, pieces: Tensor, slot: Tensor, count: int) -> Tensor:
-    """int32 ``[count, 5]``, the longest first; equal lengths stay in the order of their rows."""
-    through = pieces.cumsum(0)
-    index = torch.arange(count, device=start.device)
-    row = torch.searchsorted(through, index, right=True)
-    used = row < len(pieces)
-    row = row.clamp(max=len(pieces) - 1)
-    piece = index - (through - pieces)[row]
-    size = (end - start + pieces - 1) // pieces
-    begin = torch.minimum(start[row] + piece * size[row], end[row])
-    stop = torch.minimum(begin + size[row], end[row])
-    between = torch.minimum(torch.maximum(middle[row], begin), stop)
-    own_slot = torch.where(slot[row] >= 0, slot[row] + piece, -1)
-    table = torch.stack([torch.where(used, row, -1), begin, between, stop, own_slot], 1)
-    longest = torch.sort(torch.where(used, stop - begin, -1), descending=True, stable=True).indices
-    return table[longest].int().contiguous()
+    return not x.is_cuda and not interpreting()
 
 
 _LISTS: weakref.WeakKeyDictionary[BlockLayout, TileLists] = weakref.WeakKeyDictionary()
@@ -201,13 +185,14 @@ def layout_lists(layout: BlockLayout) -> TileLists:
         index = torch.arange(layout.columns.numel(), device=layout.columns.device)
         lists = TileLists(
             layout.query_slots, layout.key_slots, layout.block_q, layout.block_k, layout.batch, layout.heads,
-            torch.searchsorted(layout.row_start, index, right=True) - 1, layout.columns.long(), layout.kind,
+            layout.row_start, torch.searchsorted(layout.row_start, index, right=True) - 1, layout.columns.int(),
+            layout.kind.int(),
             pack_masks(layout.masks) if len(layout.masks) else None,
             None if layout.key_range is None else layout.key_range.int().clone(), True,
             UNBOUNDED if layout.band.left is None else layout.band.left,
             UNBOUNDED if layout.band.right is None else layout.band.right, layout.longest,
         )  # fmt: skip
-        if not capturing(lists.row):
+        if not capturing(lists.columns):
             _LISTS[layout] = lists
     return lists
 
@@ -263,11 +248,12 @@ def _segment_lists(
         spot = per_tile(own, -1)
         whole &= ~((spot[row] // tile) == column[:, None]).any(1)
     kind = torch.where(whole, FULL, BAND).int()
+    row_start = torch.nn.functional.pad(count.cumsum(0), (1, 0))
     ranges = torch.stack([low, high, own], 1).int()[None, None].contiguous()
-    moved = [x.to(device) for x in (row, column, kind, ranges)]
+    moved = [x.to(device) for x in (row_start, row, column.int(), kind, ranges)]
     # Equal segments of whole tiles: no tile crosses a segment, and the band says all that the key range would.
     banded = (alone or (q_segment == k_segment and q_segment % tile == 0)) and not skip
     return TileLists(
-        n_q, n_k, tile, tile, 1, 1, moved[0], moved[1], moved[2], None, None if banded else moved[3], False,
+        n_q, n_k, tile, tile, 1, 1, moved[0], moved[1], moved[2], moved[3], None, None if banded else moved[4], False,
         left if banded and left is not None else UNBOUNDED, right if banded and right is not None else UNBOUNDED,
     )  # fmt: skip
