@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.conv import ConvTaps
 from sa_hf.hf.families import window_band
-from sa_hf.hf.layer_cache import LayerMemory, absolute_keys
+from sa_hf.hf.layer_cache import LayerMemory, absolute_keys, check_reach
 from sa_hf.hf.layers import active_child, leaves
 from sa_hf.hf.masks import ForwardInputs, MaskRequest, handed_over, said_ids, sparse_mask, traced_sequences
 from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
@@ -170,6 +170,8 @@ def _attend(
     if call.memory is not None:
         call.memory.settle()
         inputs.key_slots = call.memory.kept_slots(sequences.key_length)
+    if inputs.key_slots is None and request is not None and request.key_offset:
+        check_reach(request, sequences, band)
     if inputs.key_slots is None or not child.reads_listed_keys(inputs):
         inputs.key, inputs.value = absolute_keys(key, value, sequences.key_length, request, inputs.key_slots)
         inputs.key_slots = None

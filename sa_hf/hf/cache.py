@@ -16,7 +16,8 @@ from sa_hf.hf.layer_cache import memory_of
 from sa_hf.hf.layers import active_child, leaves
 from sa_hf.patterns.base import AttentionInputs, Geometry, SparseAttention, StaticPatternConfig
 
-# Dropping copies what stays. Decode steps wait until a sixteenth may go: at most 16 keys are copied per token then.
+# Dropping copies what stays, and asks the device what may go. Decode steps do neither until they have added a sixteenth
+# of what is held, nor copy until a sixteenth may go: at most 16 keys are copied per token then.
 EVICTED_PART = 16
 
 
@@ -99,7 +100,7 @@ class KeptLayer(DynamicLayer):
         self.keys: Any
         self.values: Any
         self.slots = torch.zeros(0, dtype=torch.int64)
-        self.seen = 0
+        self.seen = self.asked_at = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         new = key_states.shape[-2]
@@ -125,16 +126,20 @@ class KeptLayer(DynamicLayer):
         # Older Transformers fill a layer with zeros instead of emptying it.
         self.keys = self.values = None
         self.is_initialized = False
-        self.slots, self.seen = torch.zeros(0, dtype=torch.int64), 0
+        self.slots, self.seen, self.asked_at = torch.zeros(0, dtype=torch.int64), 0, 0
 
     def evict(self, child: SparseAttention, inputs: AttentionInputs) -> None:
         """Drop the keys that no row's next queries can read."""
+        decoding = inputs.query.shape[2] == 1
+        if decoding and (self.seen - self.asked_at) * EVICTED_PART < len(self.slots):
+            return
+        self.asked_at = self.seen
         keep = readable_slots(child, inputs)
         if keep is None:
             return
         chosen = torch.nonzero(keep.to(self.slots.device)[self.slots]).flatten()
         dropped = len(self.slots) - len(chosen)
-        if dropped == 0 or (inputs.query.shape[2] == 1 and dropped * EVICTED_PART < len(chosen)):
+        if dropped == 0 or (decoding and dropped * EVICTED_PART < len(chosen)):
             return
         self.slots = self.slots[chosen]
         self.keys, self.values = (x.index_select(2, chosen.to(x.device)) for x in (self.keys, self.values))

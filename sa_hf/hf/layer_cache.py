@@ -18,6 +18,8 @@ from sa_hf.errors import SparseAttentionError
 
 if TYPE_CHECKING:
     from sa_hf.hf.masks import MaskRequest
+    from sa_hf.ops.parts import Band
+    from sa_hf.ops.sequences import Sequences
     from sa_hf.patterns.base import AttentionInputs, SparseAttention
 
 # Tokens that a limited memory keeps beyond its need, so that assisted generation can take back its rejected guesses
@@ -192,7 +194,7 @@ def absolute_keys(
     out (the keys at ``slots``, where a sparse cache dropped others).
 
     A static cache hands out its whole capacity, a sliding one only the last keys: the keys that it dropped, which the
-    model's own window excludes, come back as zeros and are never read.
+    model's own window excludes (:func:`check_reach`), come back as zeros and are never read.
     """
     held = key.shape[2]
     if slots is not None:
@@ -206,6 +208,29 @@ def absolute_keys(
             f"the cache handed out {held} keys for {length} positions; this cache is not supported"
         )
     return key[:, :, :length], value[:, :, :length]
+
+
+def check_reach(request: MaskRequest, sequences: Sequences, band: Band) -> None:
+    """That the model's own window ends before the keys that its sliding cache has dropped.
+
+    The cache drops by slot, the window counts tokens: with zeros inside a mask the window reaches further back.
+
+    Raises:
+        SparseAttentionError: a query may read a key that is gone.
+    """
+    if sequences.key_gather is None:
+        return
+    slots = sequences.key_gather.cpu()
+    for span in sequences.spans:
+        position = span.key_length - span.query_length
+        lowest = 0 if band.left is None else max(0, position - band.left)
+        first = int(slots[span.row, span.key_start + lowest]) if span.query_length else request.key_offset
+        if first < request.key_offset:
+            raise SparseAttentionError(
+                f"row {span.row}: the model's window reaches back to slot {first}, but its sliding cache holds keys "
+                f"from slot {request.key_offset} on: zeros inside attention_mask set tokens apart. Pad on the left, or "
+                "pass past_key_values=sa_hf.sparse_cache(model)"
+            )
 
 
 def placed(x: Tensor, slots: Tensor, length: int, dim: int) -> Tensor:

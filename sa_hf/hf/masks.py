@@ -26,6 +26,8 @@ from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 from sa_hf.ops.parts import Band
 from sa_hf.ops.sequences import PendingSequences, Sequences
 
+OFFSETS = ("q_offset", "kv_offset")
+
 
 @dataclass(eq=False)
 class ForwardInputs:
@@ -62,7 +64,10 @@ class MaskRequest:
     ndim = 4
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        self.arguments = arguments
+        # A static cache hands out its length as a tensor that grows before the layers left dense build their mask.
+        self.arguments: dict[str, Any] = {
+            name: x.clone() if name in OFFSETS and isinstance(x, Tensor) else x for name, x in arguments.items()
+        }
         self.query_length = int(arguments["q_length"])
         self.query_offset = int(arguments.get("q_offset", 0))
         self.key_offset = int(arguments.get("kv_offset", 0))

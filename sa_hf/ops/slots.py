@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from sa_hf.ops.parts import Index
+from sa_hf.ops.parts import Index, Part
 
 # Elements merged at once on the CPU: 1 MB in fp32 stays in the cache (8 heads x 16,384 x 64: 9 ms, at once 33 ms).
 MERGED_ON_CPU = 2**18
@@ -19,7 +23,7 @@ def take(x: Tensor, index: Index) -> Tensor:
         return x[:, :, index]
     rows, shape = slot_rows(index, x, max(x.shape[1], index.shape[1]))
     taken = x.reshape(-1, x.shape[3]).index_select(0, rows).view(*shape, x.shape[3])
-    return taken.masked_fill_((index < 0).unsqueeze(-1), 0) if _may_be_empty(index) else taken
+    return taken.masked_fill_((index < 0).unsqueeze(-1), 0) if may_be_empty(index) else taken
 
 
 def put(x: Tensor, index: Index, like: Tensor) -> Tensor:
@@ -42,7 +46,7 @@ def add_slots(target: Tensor, x: Tensor, index: Index, *, repeated: bool = False
         target[:, :, index] += x
     else:
         rows, shape = slot_rows(index, target, x.shape[1])
-        filled = x.masked_fill((index < 0).unsqueeze(-1), 0) if _may_be_empty(index) else x
+        filled = x.masked_fill((index < 0).unsqueeze(-1), 0) if may_be_empty(index) else x
         flat, filled = target.view(-1, target.shape[3]), filled.to(target.dtype)
         if repeated and target.device.type != "cpu":  # sorts the rows first, where index_add_ would add in any order
             flat.index_put_((rows,), filled.flatten(0, 2), accumulate=True)
@@ -65,7 +69,7 @@ def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, ind
         return
     all_rows, _ = slot_rows(index, out, out.shape[1])
     # Empty slots stand at position 0 beside a real one: they may write only what changes nothing, in any order.
-    all_lse = part_lse.masked_fill(index < 0, -torch.inf).flatten()
+    all_lse = (part_lse.masked_fill(index < 0, -torch.inf) if may_be_empty(index) else part_lse).flatten()
     all_out = part_out.reshape(-1, out.shape[3])
     flat_out, flat_lse = out.view(-1, out.shape[3]), lse.view(-1)
     at_once = max(1, MERGED_ON_CPU // out.shape[3]) if out.device.type == "cpu" else len(all_rows)
@@ -77,9 +81,25 @@ def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, ind
         flat_lse.scatter_reduce_(0, rows, torch.logaddexp(there, run_lse), "amax")
 
 
-def _may_be_empty(index: Tensor) -> bool:
+# Of indices that live with a plan: whether some slot is empty.
+_HAS_EMPTY: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def examine_slots(plan: Sequence[Part]) -> None:
+    """Look once for empty slots in the indices of a plan that will be kept: calls need not ask the device again."""
+    for part in plan:
+        for index in (part.query_index, part.key_index):
+            if isinstance(index, Tensor):
+                _HAS_EMPTY[index] = bool((index < 0).any())
+
+
+def may_be_empty(index: Tensor) -> bool:
     """Whether some slot is empty; not looked at in a trace, nor on a GPU, where the answer would wait for it."""
-    return torch.compiler.is_compiling() or index.device.type != "cpu" or bool((index < 0).any())
+    if torch.compiler.is_compiling():
+        return True
+    if index in _HAS_EMPTY:
+        return bool(_HAS_EMPTY[index])
+    return index.device.type != "cpu" or bool((index < 0).any())
 
 
 def share_of(lse: Tensor, part_lse: Tensor) -> Tensor:
@@ -91,7 +111,19 @@ def slot_rows(index: Tensor, x: Tensor, heads: int) -> tuple[Tensor, tuple[int, 
     """Of each slot the row of ``x [G, H, N, D]`` viewed as ``[G * H * N, D]`` (empty slots: position 0), and the shape
     ``(G, heads, slots)``; query heads of a group share a row of x."""
     batch, own, length, _ = x.shape
-    device = x.device
+    make = _first_rows.__wrapped__ if torch.compiler.is_compiling() or capturing(x) else _first_rows
+    slots = index.clamp(min=0) if may_be_empty(index) else index
+    return (make(batch, own, heads, length, x.device) + slots).flatten(), (batch, heads, index.shape[2])
+
+
+@lru_cache(maxsize=256)
+def _first_rows(batch: int, own: int, heads: int, length: int, device: torch.device) -> Tensor:
+    """Where the rows of each lane begin, int64 ``[batch, heads, 1]``; ``own`` heads serve ``heads`` query heads."""
     lane = torch.arange(batch, device=device)[:, None] * own + torch.arange(heads, device=device) // (heads // own)
-    rows = lane.unsqueeze(-1) * length + index.clamp(min=0)
-    return rows.flatten(), (batch, heads, index.shape[2])
+    return lane.unsqueeze(-1) * length
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: nothing may be read then, and what is made has no values yet, so that it
+    must not be kept for later calls."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

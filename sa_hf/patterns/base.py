@@ -135,6 +135,11 @@ class StaticPatternConfig(SparseAttentionConfig):
         """Whether what a position attends depends on the sequence's length; never where causal."""
         return False
 
+    def layer_of_plan(self, layer_idx: int) -> int:
+        """The lowest layer with the same pattern as this one: equal layers share their plans. The default says that
+        the predicate ignores ``geometry.layer_idx``."""
+        return 0
+
     def candidates(self, geometry: Geometry) -> Tensor | None:
         """Superset of the tiles with a kept pair, int64 ``[E, 3]`` (list, query block, key block); None: try all."""
         return None

@@ -102,6 +102,9 @@ class BigBirdAttentionConfig(StaticPatternConfig):
     def same_for_all_heads(self, geometry: Geometry) -> bool:
         return self.num_random_blocks == 0 or len(geometry.heads) == 1
 
+    def layer_of_plan(self, layer_idx: int) -> int:
+        return layer_idx if self.num_random_blocks else 0
+
     def length_dependent(self, causal: bool) -> bool:
         return not causal and (
             self.num_random_blocks > 0 or (self.global_blocks == "ends" and self.num_global_blocks > 0)

@@ -19,6 +19,7 @@ from sa_hf.ops.attend import PlanFor, sequences_backward, sequences_forward
 from sa_hf.ops.engine import choose_engine
 from sa_hf.ops.parts import Band, Part, ScoreOptions
 from sa_hf.ops.sequences import PendingSequences, Sequences, Span
+from sa_hf.ops.slots import examine_slots
 from sa_hf.patterns.base import Geometry, StaticPatternConfig, finished_plan
 
 # Plans of one model: at most (distinct layers) x (distinct lengths) of a run; the oldest go first.
@@ -33,7 +34,9 @@ TENSORS = 9
 def cached_plan(config: StaticPatternConfig, geometry: Geometry, device: torch.device) -> tuple[Part, ...]:
     """The plan of a geometry; layers and calls share it."""
     with torch.no_grad():
-        return tuple(finished_plan(config, geometry, device))
+        plan = tuple(finished_plan(config, geometry, device))
+        examine_slots(plan)
+        return plan
 
 
 def layer_key(
@@ -46,7 +49,7 @@ def layer_key(
     engine: str,
 ) -> str:
     """The string that names one layer's pattern in the operator's arguments (plain formatting: it is traced)."""
-    place = f"{num_heads} {layer_idx} {int(causal)} {band.left} {band.right} {engine}"
+    place = f"{num_heads} {config.layer_of_plan(layer_idx)} {int(causal)} {band.left} {band.right} {engine}"
     return f"{config.key}\n{place}\n{' '.join([str(h) for h in heads])}"
 
 

@@ -14,6 +14,10 @@ from torch.nn.functional import layer_norm, normalize
 
 SCORES_ON_CPU = 2**19  # 2 MB in fp32
 CLASSES = 8  # see _largest_on_cpu
+# In units of rounding (eps) times the vectors' length: how far two kernels may be apart about one product (sums of 16
+# lanes over head_dim 256), and within what scores count as equal (vectors of equal tokens, from products themselves).
+NEAR, EQUAL = 16, 2
+PAIRS_AT_ONCE = 2**16
 
 
 @torch.library.custom_op("sa_hf::nearest_centroid", mutates_args=())
@@ -37,7 +41,7 @@ def nearest_centroid(vectors: Tensor, centroids: Tensor, norm: bool) -> Tensor:
 @torch.library.custom_op("sa_hf::nearest_vectors", mutates_args=())
 def nearest_vectors(vectors: Tensor, centroids: Tensor, count: int, norm: bool) -> Tensor:
     """The ``count`` vectors nearest to each centroid: positions, ascending in each cluster, int64
-    ``[..., heads, k, count]``; equally near ones in the order of their positions.
+    ``[..., heads, k, count]``; equally near ones (on the CPU: to rounding) in the order of their positions.
 
     Args: as for :func:`nearest_centroid`; ``count <= n``.
     """
@@ -51,7 +55,10 @@ def nearest_vectors(vectors: Tensor, centroids: Tensor, count: int, norm: bool) 
         for x, mu in zip(lanes.split(at_once), unit.split(at_once), strict=True):
             x = layer_norm(x, x.shape[-1:]) if norm else x
             torch.bmm(mu, x.transpose(-1, -2), out=scores)
-            chosen.append(_largest(scores.view(-1, n), count))
+            if lanes.device.type != "cpu":
+                chosen.append(_largest_by_position(scores.view(-1, n), count))
+            else:
+                chosen.append(_largest(scores[0], count, x[0], mu[0], x.shape[-1] ** 0.5 if norm else None))
     order = torch.cat(chosen).view(*vectors.shape[:-2], k, count)
     return order.sort(dim=-1).values
 
@@ -84,19 +91,48 @@ def _pieces(lanes: Tensor, num_centroids: int) -> Iterator[tuple[slice, slice]]:
             yield slice(lane, lane + at_once), slice(token, token + tokens)
 
 
-def _largest(scores: Tensor, count: int) -> Tensor:
-    """Columns of the ``count`` largest of each row of ``scores [rows, n]``, equal ones by position, in any order."""
-    if scores.device.type != "cpu":
-        return _largest_by_position(scores, count)
+def _largest(scores: Tensor, count: int, vectors: Tensor, unit: Tensor, longest: float | None) -> Tensor:
+    """Columns of the ``count`` largest of each row of ``scores [k, n]``, equal ones by position, in any order.
+
+    Equal vectors have equal scores only up to rounding: which kernel of a matrix product makes a column depends on its
+    place, so on the padding beside it. Where the last one chosen and the first one left out are that near, the scores
+    of all near ones are computed anew, and those of a few units of rounding apart count as equal.
+
+    Args: ``scores = unit [k, d] @ vectors [n, d]^T``; longest: no vector is longer, None where that is not known.
+    """
     if count >= scores.shape[1]:
         return torch.arange(scores.shape[1]).expand_as(scores)
     chosen, least, next_one = _largest_on_cpu(scores, count)
-    # Which of several equal scores topk takes is open, and matters only where the last one chosen has an equal that is
-    # not. (The way that settles it costs twice as much.)
-    tied = torch.nonzero(least == next_one).flatten()
-    if len(tied):
-        chosen[tied] = _largest_by_position(scores[tied], count)
+    longest = float(torch.linalg.vector_norm(vectors, dim=-1).amax()) if longest is None else longest
+    near = NEAR * torch.finfo(scores.dtype).eps * longest
+    close = torch.nonzero(least - next_one <= near).flatten()
+    if len(close):
+        chosen[close] = _settled(scores[close], least[close, None], near, count, vectors, unit[close])
     return chosen
+
+
+def _settled(scores: Tensor, least: Tensor, near: float, count: int, vectors: Tensor, unit: Tensor) -> Tensor:
+    """Columns of the ``count`` largest where some within ``near`` of the least of them are left out."""
+    certain = scores > least + near
+    row, column = torch.nonzero((scores - least).abs() <= near, as_tuple=True)
+    exact = torch.cat(
+        [
+            (vectors[some].double() * unit[of].double()).sum(-1)
+            for some, of in zip(column.split(PAIRS_AT_ONCE), row.split(PAIRS_AT_ONCE), strict=True)
+        ]
+    ).to(scores.dtype)
+    # By row, then by score, then by position; what is nearer than rounding to the one before counts as equal to it.
+    order = torch.sort(exact, descending=True, stable=True).indices
+    order = order[torch.sort(row[order], stable=True).indices]
+    row, column, exact = row[order], column[order], exact[order]
+    apart = (exact.diff() < -near / NEAR * EQUAL) | (row.diff() > 0)
+    level = torch.nn.functional.pad(apart.cumsum(0), (1, 0))
+    order = torch.sort(level * scores.shape[1] + column).indices
+    row, column = row[order], column[order]
+    first = torch.searchsorted(row, torch.arange(len(scores)))
+    taken = torch.arange(len(row)) - first[row] < (count - certain.sum(-1))[row]
+    certain[row[taken], column[taken]] = True
+    return torch.nonzero(certain)[:, 1].view(len(scores), count)
 
 
 def _largest_on_cpu(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

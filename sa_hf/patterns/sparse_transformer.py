@@ -97,6 +97,9 @@ class SparseTransformerAttentionConfig(StaticPatternConfig):
         part = head % 2 if self.head_mode == "per_head" else torch.full_like(head, geometry.layer_idx % 2)
         return torch.where(part == LOCAL, local, column)
 
+    def layer_of_plan(self, layer_idx: int) -> int:
+        return layer_idx % 2 if self.head_mode == "interleaved" else 0
+
     def same_for_all_heads(self, geometry: Geometry) -> bool:
         running = {(tuple(parts), COLUMN in parts and self._group(h)) for h, parts in self._by_head(geometry)}
         return len(running) == 1

@@ -44,15 +44,16 @@ class StaticSparseAttention(SparseAttention):
     def forward(self, inputs: AttentionInputs) -> Tensor:
         options = score_options(inputs, self.heads)
         if self._decodes(inputs):
-            at = Geometry(1, 1, self.heads, self.spec.num_heads, self.spec.layer_idx, True, inputs.band)
-            index = decode_index(self.config, at, inputs.sequences).to(inputs.query.device)
+            layer = self.config.layer_of_plan(self.spec.layer_idx)
+            at = Geometry(1, 1, self.heads, self.spec.num_heads, layer, True, inputs.band)
+            index = _index_on(self.config, at, inputs.sequences, inputs.query.device)
             if inputs.key_slots is not None:
                 index = _places(index, inputs.key_slots)
             return decode_attention(inputs.query, inputs.key, inputs.value, index, options, inputs.engine)
-        layer = layer_key(
+        key = layer_key(
             self.config, self.heads, self.spec.num_heads, self.spec.layer_idx, inputs.causal, inputs.band, inputs.engine
         )  # fmt: skip
-        return static_attention(inputs.query, inputs.key, inputs.value, inputs.sequences, layer, options)
+        return static_attention(inputs.query, inputs.key, inputs.value, inputs.sequences, key, options)
 
     def _decodes(self, inputs: AttentionInputs) -> bool:
         """Whether a few new queries meet a cache: each then reads its own keys and no others."""
@@ -82,6 +83,20 @@ def _row(config: StaticPatternConfig, at: Geometry, position: int) -> Tensor:
     rows = config.decode_keys(position, geometry)
     rows = rows[:1] if config.same_for_all_heads(geometry) else rows
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def _index_on(config: StaticPatternConfig, at: Geometry, sequences: Sequences, device: torch.device) -> Tensor:
+    if sequences.extra_tokens or not sequences.is_full:
+        return decode_index(config, at, sequences).to(device)
+    return _whole_index(config, at, sequences.query_length, sequences.key_length, device)
+
+
+# The layers of a step share one index, and one copy to the device.
+@lru_cache(maxsize=64)
+def _whole_index(
+    config: StaticPatternConfig, at: Geometry, query_length: int, key_length: int, device: torch.device
+) -> Tensor:  # fmt: skip
+    return decode_index(config, at, Sequences.full(1, query_length, key_length)).to(device)
 
 
 def decode_index(config: StaticPatternConfig, at: Geometry, sequences: Sequences) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import transformers as tf
@@ -107,3 +109,43 @@ def test_a_crop_deeper_than_what_is_kept_raises() -> None:
     cache.crop(-60)  # of the 64 + 2 inputs kept
     with pytest.raises(SparseAttentionError, match="crop by at most 64"):
         cache.crop(-20)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cuts", [(0, 6, 7, 8, 12), (0, 4, 8, 12)], ids=["steps", "chunks"])
+def test_a_static_cache_beside_dense_layers(cuts: tuple[int, ...], masked: bool) -> None:
+    """Its length is a tensor that grows before a dense layer builds its mask."""
+    model = tiny_model("llama")
+    sa_hf.patch_model(model, {"0": "dense", "1": "star"})
+    ids = tokens(2, 12)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache = tf.StaticCache(config=model.config, max_cache_len=16)
+        steps = [
+            model(ids[:, a:b], attention_mask=mask[:, :b] if masked else None, past_key_values=cache).logits
+            for a, b in pairwise(cuts)
+        ]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_padding_between_tokens_where_the_models_own_cache_slides(family: str) -> None:
+    model = tiny_model(family)
+    sa_hf.patch_model(model, "bigbird", block_size=16)
+    ids = tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, 10:36] = 0
+    positions = mask.cumsum(1) - 1
+
+    def last(cache: object) -> Tensor:
+        model(ids[:, :36], attention_mask=mask[:, :36], position_ids=positions[:, :36], past_key_values=cache)
+        new = {"attention_mask": mask, "position_ids": positions[:, 36:], "past_key_values": cache}
+        logits: Tensor = model(ids[:, 36:], **new).logits
+        return logits
+
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 36:]
+        torch.testing.assert_close(last(sa_hf.sparse_cache(model)), whole, rtol=0, atol=TOLERANCE)
+        with pytest.raises(SparseAttentionError, match="row 1: the model's window reaches back to slot"):
+            last(tf.DynamicCache(config=model.config))

@@ -48,9 +48,11 @@ def test_multiplicity_is_the_plain_loops(name: str) -> None:
         assert expected.any()
 
 
+@pytest.mark.parametrize("flash_from", [1, native_engine.TALL_ROWS])
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_part_at_every_length(name: str, n: int) -> None:
+def test_every_part_at_every_length(name: str, n: int, flash_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_engine, "TALL_ROWS", flash_from)
     result = compare(part_cases(n, 2, 2)[name], batch=2, query_length=n, key_length=n)
     assert result.worst() < LIMIT, result.errors
 

@@ -100,6 +100,14 @@ def test_heads_share_their_lists_only_where_their_masks_are_equal(config: Static
 
 
 @cases
+def test_layers_share_a_plan_only_where_their_masks_are_equal(config: StaticPatternConfig) -> None:
+    masks = [config.multiplicity(200, num_heads=3, layer_idx=layer) for layer in range(5)]
+    for layer, mask in enumerate(masks):
+        assert torch.equal(mask, masks[config.layer_of_plan(layer)])
+        assert config.layer_of_plan(config.layer_of_plan(layer)) == config.layer_of_plan(layer) <= layer
+
+
+@cases
 def test_no_global_randomness_and_no_history(config: StaticPatternConfig) -> None:
     """The same mask whatever was asked before, and torch's generator neither read nor moved."""
     torch.manual_seed(1)

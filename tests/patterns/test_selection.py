@@ -60,3 +60,16 @@ def test_registered_whole() -> None:
     vectors, centroids = draw(1, 2, 16, 4, seed=0), draw(2, 3, 4, seed=1)
     torch.library.opcheck(nearest_centroid, (vectors, centroids, True))
     torch.library.opcheck(nearest_vectors, (vectors, centroids, 3, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("d", "k"), [(16, 4), (24, 3), (64, 4), (80, 1)])
+def test_equal_vectors_are_taken_by_position_wherever_they_stand(d: int, k: int, dtype: torch.dtype) -> None:
+    """Repeated tokens: which kernel of a matrix product makes a score depends on its place, and rounds differently."""
+    for n in (17, 22, 26, 31, 33, 59, 61, 67, 74, 130, 257):
+        distinct = draw(max(2, n // 3), d, seed=n, dtype=dtype)
+        member = torch.randint(0, len(distinct), (n,), generator=torch.Generator().manual_seed(n))
+        centroids = draw(1, k, d, seed=n + 1, dtype=dtype)
+        exact = products(torch.nn.functional.layer_norm(distinct.double(), (d,)), centroids.double())[..., member]
+        found = nearest_vectors(distinct[member][None], centroids, max(1, n // 4), True)
+        assert torch.equal(found, first_in_order(exact, max(1, n // 4))), n

@@ -17,6 +17,7 @@ from sa_hf.ops.native.memory import keep_freed_memory
 from sa_hf.ops.native.offsets import offsets_backward, offsets_forward
 from sa_hf.ops.native.scores import (
     OptionGradients,
+    Pairs,
     ScoreRules,
     masked_pairs,
     tile_backward,
@@ -32,6 +33,9 @@ from sa_hf.ops.parts import BlockPart, OffsetsPart, Part, ScoreOptions, SegmentP
 PLAIN = Budget(scores=2**19, keys=2**20)
 # The flash op holds no scores; gathered keys and values of 2 MB each (any head_dim) stay in the cache of 2 cores.
 FLASH_KEY_ELEMENTS = 2**19
+# The flash op multiplies 32 rows at a time in tiles of fewer.
+TALL_ROWS = 192
+LOW = True
 
 
 class NativeEngine:
@@ -49,19 +53,19 @@ class NativeEngine:
         lanes = Lanes.of(query, key)
         rules = ScoreRules.of(options, lanes, part.query_index, part.key_index)
         q, k, v = (_flat(part, x, side) for x, side in ((query, "query"), (key, "key"), (value, "key")))
-        if not fast:
-            q = q * options.scale
         if isinstance(part, OffsetsPart):
-            out, lse = offsets_forward(part, rules, q, k, v)
+            out, lse = offsets_forward(part, rules, q * options.scale, k, v)
         else:
             out, lse = torch.empty_like(q), q.new_full(q.shape[:2], -torch.inf)
             for tile in _tiles(part, rules, q.shape[-1], fast):
                 operands = tile.queries(q), tile.keys(k), tile.keys(v)
-                if fast:
-                    bias, _ = _flash_bias(rules, tile, q.dtype)
-                    tile_out, tile_lse = flash.flash_forward(*operands, bias, options.scale, causal=tile.triangular)
+                pairs, _ = _pairs(rules, tile, q.dtype, fast)
+                if fast and _tall(tile, operands[0]):
+                    tile_out, tile_lse = flash.flash_forward(
+                        *operands, pairs.added, options.scale, causal=tile.triangular
+                    )
                 else:
-                    tile_out, tile_lse = tile_forward(options, tile_pairs(rules, tile, q.dtype), *operands)
+                    tile_out, tile_lse = tile_forward(options, pairs, *operands)
                 tile.write_result(out, lse, tile_out, tile_lse)
         out, lse = out[:, : query.shape[2]], lse[:, : query.shape[2]]
         if rules.query_filled is not None:
@@ -80,37 +84,33 @@ class NativeEngine:
         lanes = Lanes.of(query, key)
         rules = ScoreRules.of(options, lanes, part.query_index, part.key_index)
         q, k, v = (_flat(part, x, side) for x, side in ((query, "query"), (key, "key"), (value, "key")))
-        if not fast:
-            q = q * options.scale
         o, grad = _flat(part, out, "query"), _flat(part, grad_out, "query")
         lse = _flat(part, lse.unsqueeze(-1), "query").squeeze(-1)
         gathered = OptionGradients.zeros(options, q.dtype)
         if isinstance(part, OffsetsPart):
-            grads = offsets_backward(part, rules, q, k, v, lse, (grad * o).sum(-1), grad, gathered)
+            delta = (grad * o).sum(-1)
+            grads = offsets_backward(part, rules, q * options.scale, k, v, lse, delta, grad, gathered)
+            grads[0].mul_(options.scale)
         else:
             grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
             for tile in _tiles(part, rules, q.shape[-1], fast):
                 operands = tile.queries(q), tile.keys(k), tile.keys(v)
                 tile_out, tile_lse, tile_grad = tile.queries(o), tile.queries(lse), tile.queries(grad)
-                if fast:
-                    bias, ramps = _flash_bias(rules, tile, q.dtype)
+                pairs, ramps = _pairs(rules, tile, q.dtype, fast)
+                delta = (tile_grad * tile_out).sum(-1)
+                if fast and _tall(tile, operands[0]):
                     tile_q, tile_k, tile_v = flash.flash_backward(
-                        tile_grad, *operands, tile_out, tile_lse, bias, options.scale, causal=tile.triangular
+                        tile_grad, *operands, tile_out, tile_lse, pairs.added, options.scale, causal=tile.triangular
                     )
-                    if ramps is not None and gathered.spans is not None:
-                        delta = (tile_grad * tile_out).sum(-1)
-                        ramps.add_gradient(gathered.spans, operands, tile_lse, delta, tile_grad, options.scale)
                 else:
-                    pairs = tile_pairs(rules, tile, q.dtype)
-                    delta = (tile_grad * tile_out).sum(-1)
                     tile_q, tile_k, tile_v = tile_backward(
                         options, pairs, *operands, tile_lse, delta, tile_grad, gathered
                     )
+                if ramps is not None and gathered.spans is not None:
+                    ramps.add_gradient(gathered.spans, operands, tile_lse, delta, tile_grad, options.scale)
                 tile.write_gradient(grads[0], tile_q)
                 tile.add_keys(grads[1], tile_k)
                 tile.add_keys(grads[2], tile_v)
-        if not fast:
-            grads[0].mul_(options.scale)
         grad_query, grad_key, grad_value = (
             g[:, : x.shape[2]].reshape(x.shape).to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)
         )
@@ -154,16 +154,24 @@ def _tiles(part: BlockPart | SegmentPart, rules: ScoreRules, head_dim: int, fast
     return segment_tiles(part, rules.lanes, budget, whole_segments=fast and rules.key_filled is None)
 
 
-def _flash_bias(
-    rules: ScoreRules, tile: TileBatch, dtype: torch.dtype
-) -> tuple[Tensor | None, gates.TileRamps | None]:  # fmt: skip
-    """What the op adds to the scores of a batch of tiles: the mask, and the gate's logarithm with what made it."""
+def _tall(tile: TileBatch, queries: Tensor) -> bool:
+    """Whether the flash op runs a batch of tiles faster than products of matrices."""
+    return LOW is False or tile.triangular or queries.shape[1] >= TALL_ROWS
+
+
+def _pairs(
+    rules: ScoreRules, tile: TileBatch, dtype: torch.dtype, fast: bool
+) -> tuple[Pairs, gates.TileRamps | None]:  # fmt: skip
+    """What the options say about a batch of tiles; for the flash op as one tensor that it adds to the scores (the mask,
+    the gate's logarithm), with what made the gate."""
+    if not fast:
+        return tile_pairs(rules, tile, dtype), None
     mask = masked_pairs(rules, tile)
-    bias = None if mask is None else additive(mask, dtype)
+    added = None if mask is None else additive(mask, dtype)
     if rules.options.spans is None or not isinstance(tile, BlockTiles):
-        return bias, None
-    ramps = gates.TileRamps.of(rules, tile, dtype, bias)
-    return ramps.bias(), ramps
+        return Pairs(None, added), None
+    ramps = gates.TileRamps.of(rules, tile, dtype, added)
+    return Pairs(None, ramps.bias()), ramps
 
 
 def _flat(part: Part, x: Tensor, side: str) -> Tensor:

@@ -139,7 +139,8 @@ def offsets_backward(
         product, upstream = chunk.product(queries, keys, 0.0), chunk.product(upstreams, values, 0.0)
         shape = chunk.rows(all_lse).shape
         row_lse, row_delta = (chunk.rows(x).reshape(-1, shape[3]) for x in (all_lse, all_delta))
-        grad_score, seen = score_gradient(rules.options, pairs, product, upstream, row_lse, row_delta, gathered)
+        shaped = shape_scores(rules.options, pairs, product)
+        grad_score, seen = score_gradient(rules.options, pairs, shaped, upstream, row_lse, row_delta, gathered)
         grad_score, seen = grad_score.unflatten(0, shape[:3]), seen.unflatten(0, shape[:3])
         for number, rows, inner, at in chunk.runs():
             heads = chunk.key_head

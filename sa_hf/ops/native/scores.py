@@ -1,4 +1,7 @@
-"""Attention of one batch of tiles by matrix products, with every score option; and its gradients."""
+"""Attention of one batch of tiles by matrix products, with every score option; and its gradients.
+
+Torch's own softmax makes the weights: it takes 60 us for 2**17.6 scores where an exponential alone takes 83 (2 cores).
+"""
 
 from __future__ import annotations
 
@@ -51,6 +54,7 @@ class Pairs:
     say nothing."""
 
     mask: Tensor | None  # words
+    added: Tensor | None = None  # to the scores, in their dtype, in place of the mask: -inf leaves a pair out
     bias_column: Tensor | None = None  # int64, into the flat table; -1 for a pair without bias
     gate: Tensor | None = None
     gate_slope: Tensor | None = None
@@ -123,14 +127,36 @@ def _dropped(rules: ScoreRules, lanes: Tensor, heads: Tensor, i: Tensor, j: Tens
 def shape_scores(options: ScoreOptions, pairs: Pairs, product: Tensor) -> tuple[Tensor, Tensor | None]:
     """From scaled query-key products ``[T, a, m]``, in place, the masked scores, and with a softcap the tanh (for the
     gradient)."""
-    scores, bend = product, None
+    scores, bend = _bend_and_bias(options, pairs, product)
+    added = _added(pairs, scores.dtype)
+    return scores if added is None else scores.add_(added), bend
+
+
+def tile_scores(options: ScoreOptions, pairs: Pairs, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+    """:func:`shape_scores` of a batch of tiles ``q [T, a, d]``, ``k [T, m, d]``."""
+    added = _added(pairs, q.dtype)
+    if added is not None and options.softcap is None:  # the product starts from the mask: no pass of its own
+        return _bend_and_bias(options, pairs, torch.baddbmm(added, q, k.transpose(1, 2), alpha=options.scale))
+    scores, bend = _bend_and_bias(options, pairs, scaled_product(q, k.transpose(1, 2), options.scale))
+    return scores if added is None else scores.add_(added), bend
+
+
+def scaled_product(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """``scale * x @ y`` of batches of matrices, in one pass."""
+    return torch.baddbmm(x.new_empty(1, 1, 1), x, y, beta=0, alpha=scale)
+
+
+def _added(pairs: Pairs, dtype: torch.dtype) -> Tensor | None:
+    return pairs.added if pairs.mask is None else additive(pairs.mask, dtype)
+
+
+def _bend_and_bias(options: ScoreOptions, pairs: Pairs, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+    bend = None
     if options.softcap is not None:
         bend = scores.div_(options.softcap).tanh_()
         scores = bend * options.softcap
     if pairs.bias_column is not None and options.distance_bias is not None:
         scores += _bias(options, options.distance_bias.to(scores.dtype), pairs.bias_column)
-    if pairs.mask is not None:
-        scores += additive(pairs.mask, scores.dtype)
     return scores, bend
 
 
@@ -140,10 +166,27 @@ def _bias(options: ScoreOptions, table: Tensor, column: Tensor) -> Tensor:
     return table.flatten()[column.clamp(min=0)] * (column >= 0).to(table.dtype)
 
 
-def softmax_weights(options: ScoreOptions, pairs: Pairs, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From scores, in place, the weights ``[T, a, m]`` (gate and dropout applied), the factor ``[T, a, 1]`` that makes
-    them probabilities, and the log-sum-exp ``[T, a]``."""
+def softmax_weights(options: ScoreOptions, pairs: Pairs, scores: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
+    """From scores (used up) the weights ``[T, a, m]`` (gate and dropout applied), the factor ``[T, a, 1]`` or number
+    that makes them probabilities, and the log-sum-exp ``[T, a]``."""
     peak = scores.amax(-1, keepdim=True)
+    if pairs.gate is not None:
+        return _gated_weights(options, pairs, scores, peak)
+    weight = torch.softmax(scores, -1)
+    # The largest probability is at least 1 / m: its logarithm loses nothing.
+    lse = peak - weight.amax(-1, keepdim=True).log_()
+    empty = torch.isneginf(peak)
+    if bool(empty.any()):
+        weight.masked_fill_(empty, 0)
+        lse.masked_fill_(empty, -torch.inf)
+    if pairs.dropped is not None:
+        drop_(weight, pairs.dropped)
+    return weight, 1 / (1 - options.dropout), lse.squeeze(-1)
+
+
+def _gated_weights(
+    options: ScoreOptions, pairs: Pairs, scores: Tensor, peak: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     peak = torch.where(torch.isfinite(peak), peak, 0.0)
     weight = scores.sub_(peak).exp_()
     if pairs.gate is not None:
@@ -156,9 +199,11 @@ def softmax_weights(options: ScoreOptions, pairs: Pairs, scores: Tensor) -> tupl
 
 
 def tile_forward(options: ScoreOptions, pairs: Pairs, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``q [T, a, d]`` (scaled), ``k, v [T, m, d]`` -> output ``[T, a, d]``, log-sum-exp ``[T, a]``."""
-    scores, _ = shape_scores(options, pairs, torch.bmm(q, k.transpose(1, 2)))
+    """``q [T, a, d]``, ``k, v [T, m, d]`` -> output ``[T, a, d]``, log-sum-exp ``[T, a]``."""
+    scores, _ = tile_scores(options, pairs, q, k)
     weight, factor, lse = softmax_weights(options, pairs, scores)
+    if isinstance(factor, float):
+        return scaled_product(weight, v, factor), lse
     return torch.bmm(weight, v).mul_(factor), lse
 
 
@@ -178,12 +223,12 @@ class OptionGradients:
 
 
 def score_gradient(
-    options: ScoreOptions, pairs: Pairs, product: Tensor, upstream: Tensor, lse: Tensor, delta: Tensor,
-    gathered: OptionGradients,
+    options: ScoreOptions, pairs: Pairs, shaped: tuple[Tensor, Tensor | None], upstream: Tensor, lse: Tensor,
+    delta: Tensor, gathered: OptionGradients,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """From scaled query-key products and ``grad_out @ value`` (both ``[T, a, m]``, used up) the gradient of the
-    products, and the probabilities as the values saw them; ``lse`` and ``delta [T, a]`` are the whole plan's."""
-    scores, bend = shape_scores(options, pairs, product)
+    """From shaped scores and ``grad_out @ value`` (both ``[T, a, m]``, used up) the gradient of the scaled products,
+    and the probabilities as the values saw them; ``lse`` and ``delta [T, a]`` are the whole plan's."""
+    scores, bend = shaped
     # A row without keys has lse -inf: shifted by +inf instead, all of its probabilities are 0.
     shift = torch.where(torch.isneginf(lse), torch.inf, lse).unsqueeze(-1)
     ungated = scores.sub_(shift).exp_()
@@ -212,11 +257,11 @@ def tile_backward(
     options: ScoreOptions, pairs: Pairs, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, grad: Tensor,
     gathered: OptionGradients,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of (scaled) queries, keys and values of a batch of tiles."""
-    product, upstream = torch.bmm(q, k.transpose(1, 2)), torch.bmm(grad, v.transpose(1, 2))
-    grad_score, seen = score_gradient(options, pairs, product, upstream, lse, delta, gathered)
+    """Gradients of queries, keys and values of a batch of tiles."""
+    shaped, upstream = tile_scores(options, pairs, q, k), torch.bmm(grad, v.transpose(1, 2))
+    grad_score, seen = score_gradient(options, pairs, shaped, upstream, lse, delta, gathered)
     return (
-        torch.bmm(grad_score, k),
-        torch.bmm(grad_score.transpose(1, 2), q),
+        scaled_product(grad_score, k, options.scale),
+        scaled_product(grad_score.transpose(1, 2), q, options.scale),
         torch.bmm(seen.transpose(1, 2), grad),
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.parts import BAND, FULL, BlockLayout, SegmentPart
+from sa_hf.ops.slots import capturing
 
 UNBOUNDED = 1 << 30
 TILES = (16, 32, 64, 128)
@@ -156,12 +157,6 @@ class TileLists:
         length = torch.where(items[:, 0] >= 0, items[:, 3] - items[:, 1], -1)
         order = torch.sort(length, descending=True, stable=True).indices[: len(items) - cut_lists]
         return WorkList(items[order], entries, splits[:cut_lists].clone(), slots)
-
-
-def capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: nothing may be read then, and what is made has no values yet, so that it
-    must not be kept for later calls."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def recording(x: Tensor) -> bool:

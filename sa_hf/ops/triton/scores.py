@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sa_hf.ops.parts import Index, ScoreOptions
 from sa_hf.ops.random import counter_words, dropout_words
+from sa_hf.ops.slots import may_be_empty
 from sa_hf.ops.triton.launch import packed
 
 LOG2E = 1.4426950408889634
@@ -27,7 +28,9 @@ class SlotPositions:
             return cls(None, offset)
         if isinstance(index, slice):
             return cls(None, index.start + offset)
-        return cls(torch.where(index >= 0, index + offset, -1).int().contiguous(), 0)
+        if may_be_empty(index):
+            return cls(torch.where(index >= 0, index + offset, -1).int().contiguous(), 0)
+        return cls((index + offset if offset else index).int().contiguous(), 0)
 
     @property
     def strides(self) -> tuple[int, int]:
