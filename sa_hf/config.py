@@ -101,12 +101,13 @@ class SparseAttentionConfig:
             raise ConfigVersionError(
                 f"the {name!r} config has version {shown(version)}"
                 + (f" with the unknown keys {shown(unknown)}" if unknown else "")
-                + f"; this sa_hf reads versions 1 to {CONFIG_VERSION}: upgrade with `pip install -U sa_hf`"
+                + f"; this sa_hf reads versions 1 to {CONFIG_VERSION}: update it (`git pull`, then `pip install .`)"
             )
         if unknown:
             raise ConfigVersionError(
                 f"{target.__name__} has no field {shown(unknown[0])}{did_you_mean(unknown[0], known)}; "
-                f"fields are {sorted(known)}. If a newer sa_hf wrote this config, upgrade with `pip install -U sa_hf`"
+                f"fields are {sorted(known)}. If a newer sa_hf wrote this config, update yours (`git pull`, then "
+                "`pip install .`)"
             )
         return target(**values)
 
@@ -174,7 +175,7 @@ class SparseAttentionConfig:
         return kept / (dense * num_heads)
 
     def plot(self, path: Any, length: int, causal: bool = False, *, num_heads: int = 1, layer_idx: int = 0) -> None:
-        """Draw the mask to an image file (format by its suffix); needs matplotlib (`pip install sa_hf[tools]`)."""
+        """Draw the mask to an image file (format by its suffix); needs matplotlib (extra ``tools``)."""
         from sa_hf.patterns.drawing import plot
 
         plot(self, path, length, causal=causal, num_heads=num_heads, layer_idx=layer_idx)

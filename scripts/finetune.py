@@ -255,5 +255,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         main()
-    except SparseAttentionError as error:
+    except (SparseAttentionError, OSError) as error:
         sys.exit(f"error: {error}")

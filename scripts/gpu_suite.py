@@ -5,8 +5,18 @@
     python scripts/gpu_suite.py --roofline      # the paper table alone (no GPU): floors that a GPU run has to meet
     python scripts/gpu_suite.py --tune          # sweep tiles, warps and stages, write the kernels' configuration table
 
-It writes JSON and a Markdown table to model_cards/results/ after every row. Sections come in order of priority and end
-with the budget. Where a pattern's parity failed, no speed-up is printed for it.
+On a machine that is lent for ten minutes a command, and that gives back one folder:
+
+    python3 scripts/gpu_suite.py --out "$OUT"
+    python3 scripts/gpu_suite.py --out "$OUT" --tune        # its table comes back as tuned.json
+    python3 scripts/gpu_suite.py --out "$OUT" --resume model_cards/results      # go on with what came back earlier
+
+JSON and a Markdown table are written to --out after every row. Sections come in order of priority and end with the
+budget; no row starts that could end after it. A run goes on with the rows of the same code, card, torch and triton,
+but for those that failed. Where a pattern's parity failed, no speed-up is printed for it.
+
+``ms`` is a call as its user has it, the host's launches included; ``ms in a graph`` the device alone, by replay of a
+CUDA graph. Each has a speed-up of its own, over the dense attention that is the fastest measured in the same way.
 """
 
 from __future__ import annotations
@@ -16,22 +26,52 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from sa_hf.tools.bench.suite import Suite
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+Sections = dict[str, Callable[[], None]]
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=9.0, help="minutes of wall time (default 9)")
+    parser.add_argument("--budget", type=float, default=9.0, help="minutes until the last row ends (default 9)")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, kernels under the interpreter")
     parser.add_argument("--roofline", action="store_true", help="write the paper roofline table and stop")
     parser.add_argument("--tune", action="store_true", help="sweep launch configurations before the timing")
-    parser.add_argument("--only", default="", help="sections to run, comma separated (parity,forward,backward,...)")
+    parser.add_argument("--only", default="", help="sections to run, comma separated (parity,dense,ours,decode,...)")
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run already has")
     parser.add_argument("--out", type=Path, default=ROOT / "model_cards" / "results", help="folder of the result files")
+    parser.add_argument("--resume", type=Path, help="folder of an earlier run's files (default: --out)")
     return parser.parse_args()
+
+
+def interpreter_problem() -> str | None:
+    """Why the kernels cannot be interpreted here, or None."""
+    try:
+        triton, numpy = version("triton"), version("numpy")
+    except PackageNotFoundError as error:
+        return f"--dry-run runs the kernels under Triton's interpreter, and {error.name} is not installed"
+    if first_two(triton) >= (3, 7) or first_two(numpy) < (2, 4):
+        return None
+    return (
+        f"--dry-run cannot run here: the interpreter of triton {triton} fails with numpy {numpy} "
+        "('only 0-dimensional arrays can be converted to Python scalars'); "
+        "install 'numpy<2.4' or 'triton>=3.7'. The kernels on a GPU are not affected"
+    )
+
+
+def first_two(number: str) -> tuple[int, int]:
+    major, minor = number.split(".")[:2]
+    return int(major), int(minor)
 
 
 def roofline_table(out: Path) -> Path:
@@ -69,85 +109,149 @@ def roofline_table(out: Path) -> Path:
     return report.path.with_suffix(".md")
 
 
-def main() -> int:
-    deadline_from = time.monotonic()
-    args = arguments()
-    if args.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+def header(device: torch.device) -> dict[str, Any]:
+    """What the rows were measured on; see ``report.SAME`` for what has to agree for them to be gone on with."""
+    from sa_hf.ops.triton.configs import TUNED
+    from sa_hf.tools.bench.report import code_digest, digest, machine
+
+    table = Path(os.environ.get("SA_HF_TRITON_CONFIGS", TUNED))
+    return {
+        "title": f"GPU suite: {result_name(device)}",
+        **machine(device),
+        "code": code_digest(),
+        "launches": f"{table.name} {digest([table], table.parent)}" if table.exists() else "as shipped",
+        "command": 'python3 scripts/gpu_suite.py --out "$OUT"',
+        "figures": "ms is a call, the host's launches included; ms in a graph the device alone, by replay of a CUDA "
+        "graph; speed-ups compare calls with calls and graphs with graphs; rates are of the device's time",
+    }
+
+
+def result_name(device: torch.device) -> str:
     import torch
 
-    from sa_hf.tools.bench.report import Report, machine
-    from sa_hf.tools.bench.roofline import Ceilings
-    from sa_hf.tools.bench.suite import (
-        Suite,
-        data_parity_section,
-        decode_section,
-        dense_section,
-        flex_section,
-        model_section,
-        option_parity_section,
-        option_section,
-        parity_section,
-        speed_section,
-    )
+    if device.type == "cpu":
+        return "dry_run"
+    return "gpu_" + torch.cuda.get_device_name(device).lower().replace(" ", "_")
+
+
+def prepare(args: argparse.Namespace, device: torch.device, deadline: float) -> dict[str, dict[str, Any]]:
+    """Compile all kernels ahead and, where asked for, tune; the rows of the report by section. Neither ends the run."""
+    import torch
+
+    from sa_hf.ops.triton.tune import tune
+    from sa_hf.tools.bench.precompile import precompile
+    from sa_hf.tools.bench.timing import device_ms
+
+    rows: dict[str, dict[str, Any]] = {}
+
+    def attempt(section: str, step: Callable[[], dict[str, Any]]) -> None:
+        try:
+            rows[section] = step()
+        except Exception as error:
+            rows[section] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # raises where the device itself failed
+        print(f"{section}: {rows[section]}", flush=True)
+
+    def compiled(tuning: bool) -> None:
+        if device.type == "cuda" and torch.version.hip is None:
+            major, minor = torch.cuda.get_device_capability(device)
+            attempt("compilation", lambda: precompile(10 * major + minor, tune=tuning))
+
+    def tuned() -> dict[str, Any]:
+        budget = min(240.0, 0.4 * (deadline - time.monotonic()))
+        table = tune(device, device_ms, dry_run=args.dry_run, budget=budget, copy=args.out / "tuned.json")
+        return {"table": str(table), "copy": str(args.out / "tuned.json")}
+
+    compiled(args.tune)
+    if args.tune:
+        args.out.mkdir(parents=True, exist_ok=True)
+        attempt("tuning", tuned)
+        compiled(False)  # the launches that were chosen, for all the other variants of their kernels
+    return rows
+
+
+def measured_ceilings(device: torch.device, dry: bool) -> dict[str, float]:
+    import torch
+
     from sa_hf.tools.bench.timing import copy_bandwidth, l2_bandwidth, matmul_rate
 
+    size, gib, mib = (256, 0.01, 1.0) if dry else (8192, 2.0, 16.0)
+    return {
+        "TFLOP/s": matmul_rate(device, torch.float32 if dry else torch.bfloat16, size),
+        "GB/s": copy_bandwidth(device, gib),
+        "L2 GB/s": l2_bandwidth(device, mib),
+    }
+
+
+def sections(suite: Suite) -> Sections:
+    """What is measured, the most valuable first; ``--only`` goes by the first word of a name."""
+    from sa_hf.tools.bench import suite as parts
+
+    long = 64 if suite.dry else 16384
+    more = [] if suite.dry else [4096, 65536, 2048, 8192, 32768, 131072]
+    dims = [16] if suite.dry else [128, 64]
+    found: Sections = {
+        "parity": lambda: parts.parity_section(suite),
+        "parity options": lambda: parts.option_parity_section(suite),
+        "parity data": lambda: parts.data_parity_section(suite),
+        "dense": lambda: parts.dense_section(suite, [long], dims),
+        "ours": lambda: parts.speed_section(suite, [long], dims),
+        "decode": lambda: parts.decode_section(suite, [64] if suite.dry else [65536, 524288]),
+        "training": lambda: parts.model_section(suite),
+        "options": lambda: parts.option_section(suite, long),
+        "hf-bigbird": lambda: parts.bigbird_section(suite, [] if suite.dry else [long]),
+    }
+    for length in more:  # a length is of use with both
+        found[f"dense {length}"] = lambda n=length: parts.dense_section(suite, [n], dims)  # type: ignore[misc]
+        found[f"ours {length}"] = lambda n=length: parts.speed_section(suite, [n], dims)  # type: ignore[misc]
+    found["flex"] = lambda: parts.flex_section(suite, [] if suite.dry else [long])
+    return found
+
+
+def main() -> int:
+    begin = time.monotonic()
+    args = arguments()
     if args.roofline:
         print(f"wrote {roofline_table(args.out)}")
         return 0
+    if args.dry_run:
+        problem = interpreter_problem()
+        if problem is not None:
+            print(problem, file=sys.stderr)
+            return 2
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+    import torch
+
     if not args.dry_run and not torch.cuda.is_available():
         print(
             "no CUDA device here: use --dry-run (toy sizes on the CPU) or --roofline (the paper table)", file=sys.stderr
         )
         return 2
+    from sa_hf.tools.bench.report import Report
+    from sa_hf.tools.bench.roofline import Ceilings
+    from sa_hf.tools.bench.suite import Suite, renew_speed_ups
+
     device = torch.device("cpu" if args.dry_run else "cuda")
-    name = "dry_run" if args.dry_run else "gpu_" + torch.cuda.get_device_name(device).lower().replace(" ", "_")
-    header = {"title": f"GPU suite: {name}", **machine(device), "command": "python scripts/gpu_suite.py"}
-    report = Report(args.out / f"{name}.json", header, fresh=args.fresh)
-    if not args.dry_run and torch.version.hip is None:
-        from sa_hf.tools.bench.precompile import precompile
-
-        major, minor = torch.cuda.get_device_capability(device)
-        report.add("compilation", "all kernels", precompile(10 * major + minor, tune=args.tune))
-    if args.tune:
-        from sa_hf.ops.triton.tune import tune
-
-        print(f"wrote {tune(device, dry_run=args.dry_run)}")
-    size, gib = (256, 0.01) if args.dry_run else (8192, 2.0)
-    dtype = torch.float32 if args.dry_run else torch.bfloat16
-    ceilings = Ceilings(
-        str(header["device"]), matmul_rate(device, dtype, size), copy_bandwidth(device, gib),
-        l2_bandwidth(device, 1.0 if args.dry_run else 16.0),
-    )  # fmt: skip
-    suite = Suite(device, args.dry_run, deadline_from + 60 * args.budget, report, ceilings)
-    report.add(
-        "ceilings",
-        "measured",
-        {"TFLOP/s": ceilings.tflops, "GB/s": ceilings.memory_gbs, "L2 GB/s": ceilings.l2_gbs},
-    )
-    long = [64] if args.dry_run else [16384]
-    more = [] if args.dry_run else [4096, 65536, 2048, 8192, 32768, 131072]
-    dims = [16] if args.dry_run else [128, 64]
-    sections: dict[str, Callable[[], None]] = {
-        "parity": lambda: parity_section(suite),
-        "parity options": lambda: option_parity_section(suite),
-        "parity data": lambda: data_parity_section(suite),
-        "dense": lambda: dense_section(suite, long, dims),
-        "ours": lambda: speed_section(suite, long, dims),
-        "options": lambda: option_section(suite, long[0]),
-        "decode": lambda: decode_section(suite, [64] if args.dry_run else [65536, 524288]),
-        "training": lambda: model_section(suite),
-        "flex": lambda: flex_section(suite, [] if args.dry_run else long),
-        "dense lengths": lambda: dense_section(suite, more, dims),
-        "ours lengths": lambda: speed_section(suite, more, dims),
-    }
-    wanted = [s for s in args.only.split(",") if s]
-    for section, run in sections.items():
-        if not wanted or section.split()[0] in wanted:
+    deadline = begin + 60 * args.budget
+    prepared = prepare(args, device, deadline)
+    file = f"{result_name(device)}.json"
+    resume = None if args.resume is None else args.resume / file
+    report = Report(args.out / file, header(device), fresh=args.fresh, resume=resume)
+    for section, row in prepared.items():
+        report.add(section, "all kernels", row)
+    measured = measured_ceilings(device, args.dry_run)
+    report.add("ceilings", "measured", measured)
+    suite = Suite(device, args.dry_run, deadline, report, Ceilings(file, *measured.values()))
+    for name, run in sections(suite).items():
+        if not args.only or name.split()[0] in args.only.split(","):
             run()
+    renew_speed_ups(suite)
     report.save()
     failed = [k for k, r in report.rows("parity").items() if r.get("pass") is not True]
     errors = [f"{s}/{k}" for s, rows in report.data["sections"].items() for k, r in rows.items() if "error" in r]
+    if suite.left_out:
+        print(f"no time for {suite.left_out} rows: run again with --resume {args.out}")
     print(f"wrote {report.path.with_suffix('.md')}; parity failures: {failed or 'none'}; errors: {errors or 'none'}")
     return 1 if failed or (args.dry_run and errors) else 0
 

@@ -106,8 +106,8 @@ def parse_indices(spec: Any, count: int, what: str) -> tuple[int, ...]:
     if isinstance(spec, bool) or not isinstance(spec, str | int | Iterable):
         raise SparseAttentionError(f"{what}s={spec!r} must be a range such as '0-3,6' or '4-', or a list of numbers")
     found: list[int] = []
-    pieces = spec.split(",") if isinstance(spec, str) else [spec] if isinstance(spec, int) else list(spec)
-    for piece in pieces:
+    spec = spec if isinstance(spec, str | int) else list(spec)
+    for piece in _pieces(spec):
         found.extend(_piece(piece, count, what, spec))
     if not found:
         raise SparseAttentionError(f"{what}s={spec!r} names no {what}; the model has {what}s 0 to {count - 1}")
@@ -115,6 +115,10 @@ def parse_indices(spec: Any, count: int, what: str) -> tuple[int, ...]:
     if repeated:
         raise SparseAttentionError(f"{what}s={spec!r} names {what} {repeated[0]} twice; name each once")
     return tuple(sorted(found))
+
+
+def _pieces(spec: Any) -> list[Any]:
+    return spec.split(",") if isinstance(spec, str) else [spec] if isinstance(spec, int) else spec
 
 
 def _piece(piece: Any, count: int, what: str, spec: Any) -> range:
@@ -133,9 +137,20 @@ def _piece(piece: Any, count: int, what: str, spec: Any) -> range:
     if not 0 <= first < count or last >= count:
         raise SparseAttentionError(
             f"{what}s={spec!r} reaches {what} {first if not 0 <= first < count else last}, "
-            f"but there are {what}s 0 to {count - 1} only; nearest: {max(0, min(first, count - 1))}-{count - 1}"
+            f"but there are {what}s 0 to {count - 1} only; nearest: {_nearest(spec, count)!r}"
         )
     return range(first, last + 1)
+
+
+def _nearest(spec: Any, count: int) -> str:
+    """What is left of indices, some out of range, with each of those moved to the nearest one there is."""
+    found: set[int] = set()
+    for piece in _pieces(spec):
+        ends = [piece, piece] if isinstance(piece, int) else [int(x) for x in re.findall(r"\d+", str(piece))]
+        if ends:
+            first, last = ends[0], count - 1 if str(piece).strip().endswith("-") else ends[-1]
+            found.update(range(max(0, min(first, count - 1)), max(0, min(last, count - 1)) + 1))
+    return format_indices(sorted(found))
 
 
 def format_indices(indices: Sequence[int]) -> str:
@@ -268,7 +283,7 @@ def assignment_from_dict(data: Any) -> Assignment:
         raise ConfigVersionError(
             f"'sa_hf' in config.json has version {version!r}"
             + (f" and the unknown keys {unknown}" if unknown else "")
-            + f"; this sa_hf reads versions up to {CONFIG_VERSION}: upgrade with `pip install -U sa_hf`"
+            + f"; this sa_hf reads versions up to {CONFIG_VERSION}: update it (`git pull`, then `pip install .`)"
         )
     result: Assignment = {}
     for stack, entries in data["layers"].items():

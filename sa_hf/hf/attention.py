@@ -22,13 +22,15 @@ from sa_hf.hf.conv import ConvTaps
 from sa_hf.hf.families import window_band
 from sa_hf.hf.layer_cache import LayerMemory, absolute_keys, check_reach
 from sa_hf.hf.layers import active_child, leaves
-from sa_hf.hf.masks import ForwardInputs, MaskRequest, handed_over, said_ids, sparse_mask, traced_sequences
+from sa_hf.hf.masks import ForwardInputs, MaskRequest, handed_over, packed_mask, said_ids, sparse_mask, traced_sequences
 from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
 from sa_hf.hf.rotary import before_rotary
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention, default_scale
 
 IMPLEMENTATION = "sparse_sa_hf"
+# What a model runs inside dense(model) for a call that names its sequences.
+PACKED = "packed_sa_hf"
 # On an attention module, beside its child: PEFT may wrap and copy the child itself.
 PLACE = "sa_hf_place"
 
@@ -48,11 +50,17 @@ HARMLESS = {
 @dataclass(eq=False)
 class Activity:
     """Whether a patched model's hooks act; off inside ``dense(model)``. ``traced`` is what the outer call was given,
-    under torch.compile, which traces an attribute and no context variable. ``forwards`` counts those in training."""
+    under torch.compile, which traces an attribute and no context variable. ``forwards`` counts those in training;
+    ``owner`` is the class of the model that is patched."""
 
+    owner: str = "model"
     on: bool = True
     forwards: int = 0
     traced: ForwardInputs | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside dense(model) is no part of that block, and nothing would ever switch it on again.
+        return {**vars(self), "on": True, "traced": None}
 
 
 @dataclass(eq=False)
@@ -83,6 +91,8 @@ def register() -> None:
     """Make the adapter known to transformers; done at the first patch, never at import."""
     AttentionInterface.register(IMPLEMENTATION, sparse_attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, sparse_mask)
+    AttentionInterface.register(PACKED, packed_attention_forward)
+    AttentionMaskInterface.register(PACKED, packed_mask)
 
 
 def place_of(module: nn.Module) -> Place:
@@ -242,10 +252,14 @@ def _sequences(
         ).with_extra_tokens(extra)
     outer = handed_over()
     if ids is not None or lengths is not None or (outer is not None and outer.sequence_ids is not None):
-        raise SparseAttentionError(
-            "sequence_ids and cu_seq_lens_q need a model that builds an attention mask; this one has none"
-        )
+        raise _without_mask()
     return Sequences.full(query.shape[0], query.shape[2] - extra, key.shape[2] - extra).with_extra_tokens(extra)
+
+
+def _without_mask() -> SparseAttentionError:
+    return SparseAttentionError(
+        "sequence_ids and cu_seq_lens_q need a model that builds an attention mask; this one has none"
+    )
 
 
 def _given(place: Place, request: MaskRequest, kwargs: dict[str, Any]) -> ForwardInputs | None:
@@ -269,10 +283,24 @@ def _dense_forward(
     # Cross-attention computes its own bias, which is no table.
     if kwargs.get("position_bias") is not None and place.spec is not None:
         kwargs["position_bias"] = expanded_bias(kwargs["position_bias"], query, key, request, place.extra_tokens)
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(place.original, eager)
+    function = _original_function(module, place)
     output: Tensor = function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
     return output, None
+
+
+def _original_function(module: nn.Module, place: Place) -> Any:
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(place.original, eager)
+
+
+def packed_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+) -> Any:
+    """A layer's original attention inside ``dense(model)``; the sequences are in its mask (:func:`packed_mask`)."""
+    place = place_of(module)
+    if attention_mask is None and place.spec is not None:
+        raise _without_mask()
+    return _original_function(module, place)(module, query, key, value, attention_mask, **kwargs)
 
 
 def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -280,33 +308,53 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     place = place_of(module)
     if not place.activity.on:
         return None
+    _check_implementation(module)
     hidden: Any = args[0] if args else kwargs.get("hidden_states")
     rotary = kwargs.get("position_embeddings")
     if rotary is None and len(args) > 1 and isinstance(args[1], tuple):
         rotary = args[1]
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     memory = None if cache is None else LayerMemory.of(cache, module)
+    if memory is not None:
+        memory.announce(active_child(module))
     kwargs = {**kwargs, "sparse_call": LayerCall(hidden, rotary, memory)}
     conv = getattr(active_child(module), "conv", None)
     if isinstance(conv, ConvTaps):
         request = next((x for x in (*args, *kwargs.values()) if isinstance(x, MaskRequest)), None)
         prepare = _prepare_uncompiled if memory is not None and torch.compiler.is_compiling() else _prepare
-        prepare(conv, hidden, place, request, memory)
+        prepare(conv, hidden, module, request, memory)
     if has_bias_table(module) and kwargs.get("position_bias") is None:
         kwargs["position_bias"] = bias_table(module, _positions(kwargs.get("mask"), hidden), hidden.device)
     return args, kwargs
 
 
+def _check_implementation(module: nn.Module) -> None:
+    """That the layer will ask for the adapter: a part that was copied inside ``dense(model)`` would not, nor would a
+    model whose config was set to another attention by hand."""
+    config: Any = getattr(module, "config", None)
+    asked = getattr(config, "_attn_implementation", IMPLEMENTATION)
+    if asked != IMPLEMENTATION:
+        raise SparseAttentionError(
+            f"the config of {type(module).__name__} was set to attn_implementation={asked!r}, so its pattern would not "
+            "run; use `with sa_hf.dense(model):` or `sa_hf.unpatch_model(model)`, and copy a part of a patched model "
+            "outside of `dense`"
+        )
+
+
 def _prepare(
-    conv: ConvTaps, hidden: Tensor, place: Place, request: MaskRequest | None, memory: LayerMemory | None
+    conv: ConvTaps, hidden: Tensor, module: nn.Module, request: MaskRequest | None, memory: LayerMemory | None
 ) -> None:
-    conv.prepare(hidden, _layer_sequences(place, request, hidden), memory)
+    conv.prepare(hidden, _layer_sequences(module, request, hidden), memory)
 
 
 _prepare_uncompiled = torch.compiler.disable(_prepare, reason=NO_CACHE_IN_GRAPHS)
 
 
-def _layer_sequences(place: Place, request: MaskRequest | None, hidden: Any) -> Sequences:
+def _layer_sequences(module: nn.Module, request: MaskRequest | None, hidden: Any) -> Sequences:
+    place = place_of(module)
+    if request is not None and torch.compiler.is_compiling():
+        causal = bool(getattr(module, "is_causal", False))
+        return cast(Sequences, traced_sequences(request, place.activity.traced, causal, place.extra_tokens))
     if request is not None:
         return request.sequences(place.extra_tokens)
     length = int(hidden.shape[1]) - place.extra_tokens

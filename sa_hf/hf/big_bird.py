@@ -77,7 +77,7 @@ def ask_interface(model: nn.Module) -> bool:
     if any(isinstance(owner.self, BigBirdBlockSparseAttention) for owner in owners):
         raise UnsupportedModelError(
             f"{type(model).__name__} is in its attention_type='block_sparse' form, which computes its attention "
-            "itself; convert it with `sa_hf.tools.convert.convert_bigbird(model)` (or `sa-hf convert`), "
+            "itself; convert it with `sa_hf.convert_bigbird(model)` (or `sa-hf convert`), "
             "which keeps its weights and blocks"
         )
     changed = [owner for owner in owners if type(owner.self) is BigBirdSelfAttention]

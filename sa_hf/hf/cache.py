@@ -26,7 +26,8 @@ def sparse_cache(model: nn.Module) -> Cache:
 
     Lossless: the logits are those of a full cache. ``.report()``: ``{layer: {"pattern", "seen", "kept", "bytes"}}``.
     A pattern that may read any past key (LogSparse without a window of the model's own, random blocks) keeps all. It
-    cannot be cropped, so it serves greedy search, sampling and beams, and not assisted generation.
+    cannot be cropped, so it serves greedy search, sampling and beams, and not assisted generation. It serves the
+    patterns that it was filled under, and raises under others, inside ``dense(model)`` and after ``unpatch_model``.
 
     Raises:
         SparseAttentionError: the model is not patched, or has no decoder.
@@ -91,7 +92,11 @@ def _bytes(layer: Any) -> int:
 
 
 class KeptLayer(DynamicLayer):
-    """Holds the keys at ``slots`` (int64, ascending) of the ``seen`` tokens so far; the rows of a batch share them."""
+    """Holds the keys at ``slots`` (int64, ascending) of the ``seen`` tokens so far; the rows of a batch share them.
+
+    What it dropped, only the pattern that it ``kept_for`` can do without: a layer's pattern announces itself before its
+    keys join, and attention that does not (dense, unpatched) reads all keys.
+    """
 
     is_croppable = False
 
@@ -101,8 +106,29 @@ class KeptLayer(DynamicLayer):
         self.values: Any
         self.slots = torch.zeros(0, dtype=torch.int64)
         self.seen = self.asked_at = 0
+        self.kept_for: tuple[Any, ...] | None = None  # None as long as nothing was dropped
+        self.announced = False
+
+    def announce(self, child: SparseAttention) -> None:
+        """Called before ``update`` by the layer whose pattern reads what that returns.
+
+        Raises:
+            SparseAttentionError: another pattern said which keys could go.
+        """
+        if self.kept_for is not None and self.kept_for != _pattern_of(child):
+            raise self._other_reader(f"this layer's pattern is now {_name_of(_pattern_of(child))}")
+        self.announced = True
+
+    def _other_reader(self, now: str) -> SparseAttentionError:
+        return SparseAttentionError(
+            f"this sparse_cache holds {len(self.slots)} of {self.seen} keys, those that {_name_of(self.kept_for)} "
+            f"reads, but {now}: start again from the prompt, with a new cache"
+        )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.kept_for is not None and not self.announced:
+            raise self._other_reader("this layer now reads all of them (inside dense(model), or without its pattern)")
+        self.announced = False
         new = key_states.shape[-2]
         fresh = torch.arange(self.seen, self.seen + new, device=key_states.device)
         self.slots = torch.cat([self.slots.to(key_states.device), fresh])
@@ -127,6 +153,7 @@ class KeptLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.slots, self.seen, self.asked_at = torch.zeros(0, dtype=torch.int64), 0, 0
+        self.kept_for, self.announced = None, False
 
     def evict(self, child: SparseAttention, inputs: AttentionInputs) -> None:
         """Drop the keys that no row's next queries can read."""
@@ -141,11 +168,20 @@ class KeptLayer(DynamicLayer):
         dropped = len(self.slots) - len(chosen)
         if dropped == 0 or (decoding and dropped * EVICTED_PART < len(chosen)):
             return
+        self.kept_for = _pattern_of(child)
         self.slots = self.slots[chosen]
         self.keys, self.values = (x.index_select(2, chosen.to(x.device)) for x in (self.keys, self.values))
         for entry in memory_of(self).values():
             if entry.need is None:
                 entry.tensor = entry.tensor.index_select(entry.dim, chosen.to(entry.tensor.device))
+
+
+def _pattern_of(child: SparseAttention) -> tuple[Any, ...]:
+    return tuple((leaf.config, leaf.heads) for leaf in leaves(child))
+
+
+def _name_of(pattern: tuple[Any, ...] | None) -> str:
+    return " + ".join(repr(config) for config in dict.fromkeys(config for config, _ in pattern or ()))
 
 
 def readable_slots(child: SparseAttention, inputs: AttentionInputs) -> Tensor | None:

@@ -219,7 +219,7 @@ def _left_out(module: str) -> bool:
 
 
 def _refusal(module: str) -> str:
-    return f'raise ImportError("a checkpoint does not carry {module}: `pip install sa_hf`")'
+    return f'raise ImportError("a checkpoint does not carry {module}: install sa_hf")'
 
 
 def _not_flat(name: str, node: ast.stmt) -> SparseAttentionError:

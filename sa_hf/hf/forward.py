@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.attention import Activity, refuse_attentions
+from sa_hf.hf.attention import PACKED, Activity, refuse_attentions
 from sa_hf.hf.centroids import follow_optimizers
 from sa_hf.hf.layers import sparse_children, tie_layers
-from sa_hf.hf.losses import add_to_loss
+from sa_hf.hf.losses import LABELS, add_to_loss, total_losses
 from sa_hf.hf.masks import ForwardInputs, hand_over
 from sa_hf.patterns.base import SparseAttention
 
 
 class OuterForward:
     """Reads what the model is given about its sequences, for the masks built inside; counts training steps once per
-    outer forward; joins the auxiliary losses to the model's own."""
+    outer forward; joins the auxiliary losses to the model's own.
 
-    def __init__(self, root: PreTrainedModel, activity: Activity, names: list[str]) -> None:
+    Args: configs: the model's own, each with its original implementation; names: the attention modules.
+    """
+
+    def __init__(
+        self, root: PreTrainedModel, activity: Activity, names: list[str], configs: list[tuple[PreTrainedConfig, str]]
+    ) -> None:
         self.activity = activity
-        self.names = names  # of the attention modules
+        self.names = names
+        self.configs = configs
         self.parameters = list(inspect.signature(root.forward).parameters)
         self.tied: tuple[int, ...] = ()
+        self.warned = False  # of losses that join none
+        self.before_packed: list[str] = []  # the implementations that a packed call inside dense(model) replaces
 
     def register(self, root: PreTrainedModel) -> list[Any]:
         return [
@@ -39,17 +48,12 @@ class OuterForward:
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hand_over(None)
-        if not self.activity.on:
-            return None
         named = self._named(args, kwargs)
+        if not self.activity.on:
+            return self._before_dense(model, args, kwargs, named)
         if named.get("output_attentions") or getattr(model.config, "output_attentions", False):
             refuse_attentions()
-        crossed = getattr(model.config, "is_encoder_decoder", False) or named.get("encoder_hidden_states") is not None
-        if crossed and named.get("sequence_ids") is not None:
-            raise SparseAttentionError(
-                f"sequence_ids cannot say which sequences of encoder and decoder belong together in a "
-                f"{type(model).__name__}, whose cross-attention would mix them; pad the batch instead"
-            )
+        _check_not_crossed(model, named)
         children = sparse_children(model, self.names)
         self._tie(children)
         if model.training:
@@ -64,9 +68,38 @@ class OuterForward:
         hand_over(given)
         if torch.compiler.is_compiling():
             self.activity.traced = given
+        return self._without_ids(args, kwargs)
+
+    def _without_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "sequence_ids" in self.parameters:
             return None
         return args, {key: value for key, value in kwargs.items() if key != "sequence_ids"}
+
+    def _before_dense(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]
+    ) -> Any:
+        """A call inside ``dense(model)``: where it names its sequences, its masks are made within them."""
+        ids = named.get("sequence_ids")
+        if ids is None:
+            return None
+        _check_not_crossed(model, named)
+        mask = named.get("attention_mask")
+        if torch.compiler.is_compiling() or (isinstance(mask, Tensor) and mask.dim() != 2):
+            raise SparseAttentionError(
+                "sequence_ids inside dense(model) join the 2-D attention_mask [batch, length] of an uncompiled model; "
+                "call the model itself, or give one sequence per row"
+            )
+        originals = {id(config): original for config, original in self.configs}
+        hand_over(ForwardInputs(ids, originals=originals))
+        self.before_packed = [config._attn_implementation for config, _ in self.configs]
+        for config, _ in self.configs:
+            config._attn_implementation_internal = PACKED
+        return self._without_ids(args, kwargs)
+
+    def _after_dense(self) -> None:
+        for (config, _), before in zip(self.configs, self.before_packed, strict=False):
+            config._attn_implementation_internal = before
+        self.before_packed = []
 
     def _tie(self, children: list[SparseAttention]) -> None:
         """Tie the layers again where other modules act than before: PEFT copies each of them on its own."""
@@ -77,11 +110,40 @@ class OuterForward:
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hand_over(None)
+        self._after_dense()
         if not self.activity.on or output is None:
             return output
         children = sparse_children(model, self.names)
         try:
-            return add_to_loss(model, children, self._named(args, kwargs), output) if model.training else output
+            if not model.training:
+                return output
+            self._warn_of_lost_losses(model, children)
+            return add_to_loss(model, children, self._named(args, kwargs), output)
         finally:
             for child in children:
                 child.drop_graph()
+
+    def _warn_of_lost_losses(self, model: nn.Module, children: list[SparseAttention]) -> None:
+        """Once: a model that takes no labels never has a loss that the auxiliary ones could join."""
+        if self.warned or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if not LABELS.isdisjoint(self.parameters):
+            return
+        lost = [name for name, loss in total_losses(children).items() if loss.requires_grad]
+        self.warned = True
+        if lost:
+            name = type(model).__name__
+            warnings.warn(
+                f"{name} computes no loss, so the auxiliary losses {lost} are not trained on: patch the model that "
+                f"computes it (the one around this {name}), not this part of it",
+                stacklevel=2,
+            )
+
+
+def _check_not_crossed(model: nn.Module, named: dict[str, Any]) -> None:
+    crossed = getattr(model.config, "is_encoder_decoder", False) or named.get("encoder_hidden_states") is not None
+    if crossed and named.get("sequence_ids") is not None:
+        raise SparseAttentionError(
+            f"sequence_ids cannot say which sequences of encoder and decoder belong together in a "
+            f"{type(model).__name__}, whose cross-attention would mix them; pad the batch instead"
+        )

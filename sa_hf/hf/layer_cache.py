@@ -169,6 +169,13 @@ class LayerMemory:
         memory[name] = Remembered(kept, 1, old.start + joined.shape[1] - kept.shape[1], need)
         return joined, old.start
 
+    def announce(self, child: SparseAttention) -> None:
+        """Tell a ``sparse_cache`` which pattern reads the keys that it hands out next; it may refuse that one."""
+        layer = self.layer if self.layer_idx < len(self.cache.layers) else None
+        announce = getattr(layer, "announce", None)
+        if announce is not None:
+            announce(child)
+
     def settle(self) -> None:
         """Put inputs that waited for the layer onto it; called once its keys have joined."""
         if self.pending:

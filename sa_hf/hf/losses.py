@@ -11,14 +11,18 @@ from torch import Tensor, nn
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.families import root_model
 from sa_hf.patterns.base import SparseAttention
+from sa_hf.patterns.mixture import added
 
 IGNORED_LABEL = -100
+# Arguments of a forward that computes a loss.
+LABELS = frozenset({"labels", "start_positions"})
 
 
 def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
     """The auxiliary losses of the last forward, by name, summed over layers: detached fp32 scalars, unscaled.
 
-    They are there in evaluation too; the live ones join ``loss`` in training, where labels are given.
+    They are there in evaluation too; the live ones join ``loss`` in training, times their coefficients, where labels
+    are given. Routing's commitment, off by default (``commitment_coef=0``), is then there in training alone.
 
     Raises:
         SparseAttentionError: the model is not patched.
@@ -27,16 +31,12 @@ def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
 
     root = root_model(model)
     patch = required_patch(root, "auxiliary_losses")
-    return {name: loss.detach() for name, loss in total_losses(patch.children(root)).items()}
+    return added(child.unscaled_losses() for child in patch.children(root))
 
 
 def total_losses(children: list[SparseAttention]) -> dict[str, Tensor]:
-    """The losses of all layers, summed by name."""
-    total: dict[str, Tensor] = {}
-    for child in children:
-        for name, loss in child.aux_losses().items():
-            total[name] = total[name] + loss.to(total[name].device) if name in total else loss
-    return total
+    """The losses of all layers as they join the model's own, summed by name."""
+    return added(child.aux_losses() for child in children)
 
 
 def add_to_loss(model: nn.Module, children: list[SparseAttention], given: Mapping[str, Any], output: Any) -> Any:
@@ -58,7 +58,7 @@ def add_to_loss(model: nn.Module, children: list[SparseAttention], given: Mappin
 
 def _loss_of(output: Any, given: Mapping[str, Any]) -> Tensor | None:
     if isinstance(output, tuple):
-        labelled = any(given.get(name) is not None for name in ("labels", "start_positions"))
+        labelled = any(given.get(name) is not None for name in LABELS)
         first = output[0] if output else None
         return first if labelled and isinstance(first, Tensor) and first.dim() == 0 else None
     loss = output.get("loss") if isinstance(output, Mapping) else None

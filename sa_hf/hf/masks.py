@@ -7,9 +7,9 @@ from it; layers left dense have the original mask built from it, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,12 +32,14 @@ OFFSETS = ("q_offset", "kv_offset")
 @dataclass(eq=False)
 class ForwardInputs:
     """What the model's outer call was given about its sequences, for masks that are built inside it; ``number`` counts
-    the training forwards of the model, this one included."""
+    the training forwards of the model, this one included. ``originals``: inside ``dense(model)``, the implementation
+    of each of its configs, by id."""
 
     sequence_ids: Tensor | None = None
     position_ids: Tensor | None = None
     cu_seq_lens: Tensor | None = None
     number: int = 0
+    originals: Mapping[int, str] = field(default_factory=dict)
 
 
 _FORWARD: ContextVar[ForwardInputs | None] = ContextVar("sa_hf_forward", default=None)
@@ -234,6 +236,18 @@ def sparse_mask(*, attention_mask: Any = None, **arguments: Any) -> MaskRequest:
             "[batch, length] (1 real, 0 padding)"
         )
     return MaskRequest({**arguments, "attention_mask": attention_mask})
+
+
+def packed_mask(*, config: Any = None, attention_mask: Any = None, **arguments: Any) -> Any:
+    """The mask function inside ``dense(model)`` for a call that names its sequences: the original mask within them."""
+    given = handed_over()
+    original = None if given is None else given.originals.get(id(config))
+    if original is None:
+        raise UnsupportedModelError(
+            "sequence_ids inside dense(model) need a model that builds its masks by its own configs, which this one "
+            "does not; pad the batch instead"
+        )
+    return MaskRequest({**arguments, "config": config, "attention_mask": attention_mask}).dense(original, given=given)
 
 
 def with_extra_tokens(mask: Tensor, count: int, padding: Tensor | None) -> Tensor:

@@ -28,8 +28,9 @@ from sa_hf.hf.extra_tokens import ExtraTokenHooks, ExtraTokens, extra_tokens_of_
 from sa_hf.hf.families import Site, Sites, find_sites, root_model, switch_back, switch_over
 from sa_hf.hf.forward import OuterForward
 from sa_hf.hf.layers import active_child, sparse_children, tie_layers
+from sa_hf.hf.nested import STATE, check_not_nested, guard_saving, not_patched
 from sa_hf.hf.position_bias import has_bias_table
-from sa_hf.hf.positions import Extension, own_configs, plan_extension
+from sa_hf.hf.positions import Extension, check_tokenizer, own_configs, plan_extension
 from sa_hf.hf.probe import probe as run_probe
 from sa_hf.hf.rotary import rotary_function
 from sa_hf.hf.saving import CONFIG_FIELDS, disable_saving, enable_saving
@@ -40,7 +41,6 @@ from sa_hf.patterns.base import SparseAttention
 from sa_hf.patterns.mixture import MixedSparseAttention, check_parts
 
 Model = TypeVar("Model", bound=nn.Module)
-_STATE = "sa_hf_patch"
 
 
 @dataclass(eq=False)
@@ -50,7 +50,7 @@ class Patch:
     assignment: Assignment
     engine: str
     sites: Sites
-    activity: Activity = field(default_factory=Activity)
+    activity: Activity
     handles: list[Any] = field(default_factory=list)
     # (module name, attribute, the config that stood there)
     originals: list[tuple[str, str, PreTrainedConfig]] = field(default_factory=list)
@@ -67,14 +67,23 @@ class Patch:
         """The pattern modules of the layers that are not dense."""
         return sparse_children(root, self.names)
 
+    def resume(self) -> None:
+        """Go on in a copy, perhaps in another process: with sparse attention, as a copy is in no ``dense`` block."""
+        register()
+        guard_saving()
+        if self.activity.on:
+            for config, _ in self.configs:
+                config._attn_implementation_internal = IMPLEMENTATION
+
     def inherit(self, old: Patch) -> None:
         """Take over what patching again leaves as it is: configs already copied, positions already lengthened."""
         self.originals, self.configs, self.extension = old.originals, old.configs, old.extension
+        self.activity = old.activity  # inside dense(model), patching again ends no block
 
 
 def patch_of(model: nn.Module) -> Patch | None:
     """The patch of a model, or None where it has none."""
-    patch = getattr(root_model(model), _STATE, None)
+    patch = getattr(root_model(model), STATE, None)
     return patch if isinstance(patch, Patch) else None
 
 
@@ -96,7 +105,9 @@ def patch_model(
     attention mask, by ``position_ids`` that restart; layers left dense see the same sequences, also with ``use_cache``
     on (where Transformers' own mask would not). 4-D masks are refused.
 
-    Save the model that was patched: of a part that was patched alone, the model around it knows nothing.
+    Patch the whole model, not a part of it (``model.bert``): of a part that is patched alone the model around it knows
+    nothing. Its ``save_pretrained`` raises, auxiliary losses do not join its loss (they warn), ``max_length`` is not in
+    its config, and every function here takes the part. A base model that is used by itself is a whole.
 
     Args:
         pattern: a name, a config, ``{"0-3": "dense", "4-": config}`` by layers, ``{"heads": {"0-5": config, ...}}`` by
@@ -113,10 +124,12 @@ def patch_model(
 
     Raises:
         UnsupportedModelError: the model's attention cannot be replaced exactly; the model stays as it was.
-        SparseAttentionError: a pattern, range or option that is wrong; the model stays as it was.
+        SparseAttentionError: a wrong pattern, range or option, or a part of the model or the model around it is patched
+            already; the model stays as it was.
     """
     check_transformers()
     root = root_model(model)
+    check_tokenizer(tokenizer)
     sites = find_sites(root)
     assignment = parse_assignment(pattern, sites.num_heads, layers=layers, options=options)
     lengthening = None
@@ -150,13 +163,15 @@ def apply_assignment(
         raise SparseAttentionError(f"engine={engine!r} must be one of {list(ENGINES)}")
     old = patch_of(root)
     sites = find_sites(root, max_length)
+    attention = [*(site.name for site in sites.all_sites), *sites.cross]
+    check_not_nested(root, attention, None if old is None else old.activity)
     check_assignment(assignment, sites.num_heads)
     assignment = {stack: dict(assignment.get(stack, {})) for stack in sites.stacks}
     extra = _check_stacks(root, sites, assignment)
     if probe:
         run_probe(root, sites, {site.name for site, _ in _targets(sites, assignment)})
     children = {site.name: _build(entry, site, root) for site, entry in _targets(sites, assignment)}
-    patch = Patch(assignment, engine, sites)
+    patch = Patch(assignment, engine, sites, Activity(type(root).__name__))
     if old is not None:
         _keep_state(root, old, assignment, children)
     for stack in sites.stacks.values():
@@ -169,6 +184,9 @@ def apply_assignment(
 
 def unpatch_model(model: Model) -> Model:
     """Give a model its original attention back, bit for bit; ``sparse.*`` goes, trained weights of the model stay.
+
+    Undoes the ``max_length`` of a ``patch_model`` in this process. A model that was loaded keeps the positions it was
+    saved with: the checkpoint holds the lengthened table, and not where it ended before.
 
     Raises:
         SparseAttentionError: the model is not patched.
@@ -187,7 +205,8 @@ def unpatch_model(model: Model) -> Model:
 @contextmanager
 def dense(model: Model) -> Iterator[Model]:
     """The model's original attention inside the block."""
-    patch = required_patch(root_model(model), "dense")
+    root = root_model(model)
+    patch = required_patch(root, "dense")
     before = [config._attn_implementation for config, _ in patch.configs]
     was_on, patch.activity.on = patch.activity.on, False
     for config, original in patch.configs:
@@ -196,17 +215,17 @@ def dense(model: Model) -> Iterator[Model]:
         yield model
     finally:
         patch.activity.on = was_on
-        for (config, _), implementation in zip(patch.configs, before, strict=True):
-            config._attn_implementation_internal = implementation
+        now = patch_of(root)
+        if now is not None and now.configs is patch.configs:  # else unpatched meanwhile: its configs are as they were
+            for (config, _), implementation in zip(patch.configs, before, strict=True):
+                config._attn_implementation_internal = implementation
 
 
 def required_patch(root: PreTrainedModel, function: str) -> Patch:
     """The patch of a model that ``function`` needs; raises ``SparseAttentionError`` where there is none."""
     patch = patch_of(root)
     if patch is None:
-        raise SparseAttentionError(
-            f"{function}: this {type(root).__name__} is not patched; patch_model(model, ...) comes first"
-        )
+        raise not_patched(root, function)
     return patch
 
 
@@ -277,6 +296,7 @@ def _keep_state(
 
 def _attach(root: PreTrainedModel, patch: Patch, children: dict[str, SparseAttention], extra: dict[str, int]) -> None:
     register()
+    guard_saving()
     switch_over(root)
     if not patch.configs:
         _rebind_configs(root, patch)
@@ -295,9 +315,9 @@ def _attach(root: PreTrainedModel, patch: Patch, children: dict[str, SparseAtten
     for stack, count in extra.items():
         if count:
             _attach_extra_tokens(root, patch, stack, count)
-    patch.handles += OuterForward(root, patch.activity, patch.names).register(root)
+    patch.handles += OuterForward(root, patch.activity, patch.names, patch.configs).register(root)
     root.config.sa_hf = assignment_to_dict(patch.assignment)
-    setattr(root, _STATE, patch)
+    setattr(root, STATE, patch)
     enable_saving(root)
 
 
@@ -380,4 +400,4 @@ def _remove(root: PreTrainedModel, patch: Patch) -> None:
         module = root.get_submodule(name)
         del module.sparse
         delattr(module, PLACE)
-    delattr(root, _STATE)
+    delattr(root, STATE)

@@ -257,10 +257,7 @@ def plan_extension(
             f"rope_parameters are given, but {type(root).__name__} has no rotary embedding; leave them out"
         )
     tables, limit = position_tables(root), position_limit(root)
-    if tokenizer is not None and not hasattr(tokenizer, "model_max_length"):
-        raise SparseAttentionError(
-            f"tokenizer={tokenizer!r} has no model_max_length to set; give the model's own tokenizer, or leave it out"
-        )
+    check_tokenizer(tokenizer)
     if rope_parameters is not None:
         _check_rope(root, rope_parameters, limit)
     if max_length is None:
@@ -292,6 +289,14 @@ def plan_extension(
                 stacklevel=3,
             )
     return ExtensionPlan(limit, max_length, tokenizer, rope_parameters, tables)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise ``SparseAttentionError`` where a tokenizer is given that has no limit to set."""
+    if tokenizer is not None and not hasattr(tokenizer, "model_max_length"):
+        raise SparseAttentionError(
+            f"tokenizer={tokenizer!r} has no model_max_length to set; give the model's own tokenizer, or leave it out"
+        )
 
 
 def _no_length(value: Any, limit: int | None) -> SparseAttentionError:

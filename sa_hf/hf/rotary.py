@@ -12,7 +12,6 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -52,10 +51,16 @@ def rotary_function(module: nn.Module) -> RotaryFunction | None:
         SparseAttentionError: it turns them in a way that cannot be undone.
     """
     kind: Any = type(module)
-    return _function_of(kind)
+    if kind not in _FUNCTIONS:
+        _FUNCTIONS[kind] = _function_of(kind)
+    return _FUNCTIONS[kind]
 
 
-@lru_cache(maxsize=256)
+# Patching asks for each layer's. A plain dict: torch.compile would trace into a cached function, and not get far in
+# one that reads source.
+_FUNCTIONS: dict[type, RotaryFunction | None] = {}
+
+
 def _function_of(attention: Any) -> RotaryFunction | None:
     try:
         source = textwrap.dedent(inspect.getsource(attention.forward))

@@ -24,7 +24,7 @@ What remains, beyond our reach:
 - From the hub, the first load of a checkpoint fetches dozens of small code files, and Transformers announces them; pin
   a ``revision`` to be sure of what runs.
 - What a checkpoint carries loads, runs, trains, saves and unpatches (``model.unpatch_model()``); drawing, the tools and
-  the command line need ``pip install sa_hf``.
+  the command line need sa_hf itself.
 """
 
 from __future__ import annotations
@@ -47,8 +47,11 @@ from sa_hf.hf.publish import REMOTE_FILE, code_files, save_whole
 CONFIG_KEY = "sa_hf"
 # What a patched model's config holds beside its architecture's own fields.
 CONFIG_FIELDS = (CONFIG_KEY, "auto_map", "attn_implementation")
-# Read by a load without our code, whose error then shows it; nobody registers a function under this name.
-REMEDY = "sa_hf: load with trust_remote_code=True"
+# Read by a load without our code, whose error then shows it; nobody registers a function under a name that begins so.
+REMEDY = "sa_hf: load with "
+# Of several Auto classes that give a class, the ones that its users know first, and those that stand for others last.
+_BEST_KNOWN = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+_LEAST_KNOWN = ("AutoModelForPreTraining", "AutoModelWithLMHead")
 _CHECKED = "sa_hf_state_checked"
 
 
@@ -58,12 +61,28 @@ _CHECKED = "sa_hf_state_checked"
 def enable_saving(model: PreTrainedModel) -> None:
     """Make a patched model, and the models inside it, save what a load needs; ``config.sa_hf`` must be there."""
     saved = getattr(model.config, CONFIG_KEY)
-    for module in _models(model):
+    # The outer model last: where models share a config, it says what loads the whole.
+    for module in reversed(_models(model)):
         vars(module).pop("save_pretrained", None)
         module.__class__ = sparse_class(module.__class__)
         module.config.sa_hf = saved
-        module.config.auto_map = auto_map(module.config, type(module).__name__)
-        module.config.attn_implementation = REMEDY
+        _say_how_to_load(module)
+
+
+def _say_how_to_load(model: PreTrainedModel) -> None:
+    name = type(model).__name__.removeprefix("FSDP")
+    model.config.auto_map = auto_map(model.config, name)
+    model.config.attn_implementation = remedy(model.config.auto_map, name)
+
+
+def remedy(entries: Mapping[str, str], name: str) -> str:
+    """What the error of a load without our code says: the Auto class that gives the model's class, ``name``.
+
+    A class's own ``from_pretrained`` runs no code of a checkpoint, whatever it is told.
+    """
+    found = [auto for auto, remote in entries.items() if remote.rpartition(".")[2] == name]
+    found.sort(key=lambda auto: (auto in _LEAST_KNOWN, auto not in _BEST_KNOWN))
+    return f"{REMEDY}{(*found, 'AutoModel*')[0]}.from_pretrained(..., trust_remote_code=True)"
 
 
 def disable_saving(model: PreTrainedModel) -> None:
@@ -131,6 +150,7 @@ class SparseModelMixin:
     @functools.wraps(PreTrainedModel.save_pretrained)
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         save = super().save_pretrained  # type: ignore[misc]  # as above
+        _say_how_to_load(cast(PreTrainedModel, self))
         save_whole(self, save, functools.partial(code_files, __name__, __file__), save_directory, args, kwargs)
 
     def unpatch_model(self) -> Any:
@@ -148,6 +168,14 @@ class SparseModelMixin:
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Nothing: a registered class would have Transformers copy code files of its own choice at each save."""
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]  # as above
+        from sa_hf.hf.patching import patch_of
+
+        patch = patch_of(cast(PreTrainedModel, self))
+        if patch is not None:
+            patch.resume()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class goes under the name of the Transformers class, so pickle would find that one instead.
@@ -204,7 +232,7 @@ def saved_assignment(config: PreTrainedConfig) -> Assignment:
             "folder without `config=`, or start from its own: AutoConfig.from_pretrained(folder)"
         )
     asked = config._attn_implementation
-    if asked not in (None, REMEDY, IMPLEMENTATION):
+    if asked not in (None, IMPLEMENTATION) and not str(asked).startswith(REMEDY):
         raise SparseAttentionError(
             f"attn_implementation={asked!r} would replace the sparse attention of this checkpoint; leave it out. For "
             "dense attention, load and call `sa_hf.unpatch_model(model)`"

@@ -22,8 +22,8 @@ DEFAULT_SPARSE_LR = 1e-2
 def training_figures(model: nn.Module) -> dict[str, float]:
     """What a patched model reports of its last forward, flat: ``{"sparse/<name>": value}``.
 
-    The auxiliary losses as :func:`sa_hf.auxiliary_losses` names them, and the mean over the layers of each figure of
-    the patterns (spans, density, cluster entropy). Empty for a model that is not patched.
+    The auxiliary losses as they join the model's loss, times their coefficients, and the mean over the layers of each
+    figure of the patterns (spans, density, cluster entropy). Empty for a model that is not patched.
     """
     figures = {f"sparse/{name}": float(loss.detach()) for name, loss in total_losses(_layers(model)).items()}
     by_name: dict[str, list[float]] = defaultdict(list)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.engine import Engine, choose_engine
+from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS
 from sa_hf.ops.members import Means, means_backward, means_forward
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.run import plan_backward, plan_forward
@@ -61,7 +62,7 @@ def _call(
     return _RULES[rule](data), options, choose_engine(engine, query, options)
 
 
-@torch.library.custom_op("sa_hf::planned_attention", mutates_args=())
+@torch.library.custom_op("sa_hf::planned_attention", mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS)
 def _planned(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, spans: Tensor | None, first: Tensor | None,
     second: Tensor | None, seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int],
@@ -89,7 +90,7 @@ def _(query, key, value, bias, spans, first, second, seed, ids, rule, numbers, h
     )  # fmt: skip
 
 
-@torch.library.custom_op("sa_hf::planned_attention_backward", mutates_args=())
+@torch.library.custom_op("sa_hf::planned_attention_backward", mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS)
 def _planned_backward(
     grad: Tensor, out: Tensor, lse: Tensor, slot_out: Tensor, slot_lse: Tensor, query: Tensor, key: Tensor,
     value: Tensor, bias: Tensor | None, spans: Tensor | None, first: Tensor | None, second: Tensor | None,

@@ -107,9 +107,17 @@ class Sequences:
             )
         )
 
-    @cached_property
+    @property
     def groups(self) -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
         """Sequences of equal shape together: ``(((query_length, key_length), indices into spans), ...)``."""
+        # Python 3.11 locks a cached property, and torch.compile cannot trace a lock.
+        return self._grouped() if torch.compiler.is_compiling() else self._known_groups
+
+    @cached_property
+    def _known_groups(self) -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
+        return self._grouped()
+
+    def _grouped(self) -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
         found: dict[tuple[int, int], list[int]] = {}
         for index, span in enumerate(self.spans):
             if span.query_length > 0:

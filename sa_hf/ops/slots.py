@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sa_hf.ops.graphs import capturing
 from sa_hf.ops.parts import Index, Part
 
 # Elements merged at once on the CPU: 1 MB in fp32 stays in the cache (8 heads x 16,384 x 64: 9 ms, at once 33 ms).
@@ -121,9 +122,3 @@ def _first_rows(batch: int, own: int, heads: int, length: int, device: torch.dev
     """Where the rows of each lane begin, int64 ``[batch, heads, 1]``; ``own`` heads serve ``heads`` query heads."""
     lane = torch.arange(batch, device=device)[:, None] * own + torch.arange(heads, device=device) // (heads // own)
     return lane.unsqueeze(-1) * length
-
-
-def capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: nothing may be read then, and what is made has no values yet, so that it
-    must not be kept for later calls."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -330,6 +330,10 @@ class SparseAttention(nn.Module):
         """The live auxiliary losses of the last forward, scaled as they join the model's loss (fp32 scalars)."""
         return {}
 
+    def unscaled_losses(self) -> dict[str, Tensor]:
+        """The same without their coefficients, detached: figures to report."""
+        return {}
+
     def figures(self) -> dict[str, float]:
         """Figures of the last forward to report: spans, cluster sizes, mask density."""
         return {}

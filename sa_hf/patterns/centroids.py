@@ -57,25 +57,38 @@ class CentroidState(LearnedAttention):
         self.register_buffer("empty_steps", torch.zeros(key_heads, num_clusters, dtype=torch.int64, device=spec.device))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=spec.device))
         self._is_initialized: bool | None = None  # the buffer as last read: reading it anew would wait for the device
-        self._micro_batch = 0
-        self._statistics: dict[int, Statistics] = {}
-        self._sample: tuple[int, Tensor] | None = None  # of the first micro-batch: [kv, vectors, d]
+        # Of the micro-batches since the last update: a recomputation may count the latest anew, the others are one sum.
+        # (No numbers of micro-batches: torch.compile would trace anew for each.)
+        self._latest: Statistics | None = None
+        self._earlier: Statistics | None = None
+        self._sample: Tensor | None = None  # of the first micro-batch: [kv, vectors, d]
+        self._sample_is_settled = False
         self._sizes: Tensor | None = None
 
     def advance_step(self) -> None:
         super().advance_step()
-        self._micro_batch += 1
-        # Only the latest may be counted anew, so those before it are one sum, however many there are.
-        earlier = list(self._statistics.values())
-        if len(earlier) > 1:
-            self._statistics = {self._micro_batch - 1: _sum(earlier)}
+        if self._latest is not None:
+            self._earlier, self._latest = self._gathered(), None
+        self._sample_is_settled = self._sample is not None
+
+    def _gathered(self) -> Statistics | None:
+        """Everything since the last update; the candidates are the latest ones."""
+        if self._latest is None or self._earlier is None:
+            return self._earlier if self._latest is None else self._latest
+        sums, counts = self._earlier.sums + self._latest.sums, self._earlier.counts + self._latest.counts
+        return Statistics(sums, counts, self._latest.candidates)
+
+    def _forget(self) -> None:
+        self._latest = self._earlier = self._sample = None
+        self._sample_is_settled = False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._is_initialized = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_statistics": {}, "_sample": None, "_is_initialized": None}
+        forgotten = dict.fromkeys(("_latest", "_earlier", "_sample", "_is_initialized"))
+        return {**super().__getstate__(), **forgotten, "_sample_is_settled": False}
 
     @torch.no_grad()
     def gather(self, query: Tensor, key: Tensor, clusters: tuple[Tensor, Tensor], real: Tensor) -> None:
@@ -99,17 +112,19 @@ class CentroidState(LearnedAttention):
         flat_keys = key.float().transpose(0, 1).flatten(1, 2)
         chosen = tokens[(u * count).long().clamp(max=len(tokens) - 1)]
         candidates = torch.gather(flat_keys, 1, chosen.unsqueeze(-1).expand(-1, -1, key.shape[-1]))
-        self._statistics[self._micro_batch] = Statistics(sums, counts, candidates)
-        if self._needs_kmeans() and (self._sample is None or self._sample[0] == self._micro_batch):
+        self._latest = Statistics(sums, counts, candidates)
+        if self._needs_kmeans() and not self._sample_is_settled:
             size = min(SAMPLED_TOKENS, len(tokens))
             spread = (torch.arange(size, device=real.device) + 0.5) * count / size
             at = tokens[spread.long().clamp(max=len(tokens) - 1)]
             # [B, group + 1, kv, N, d] -> [kv, tokens, group + 1, d]
             flat = vectors.float().permute(2, 0, 3, 1, 4).flatten(1, 2)
-            self._sample = self._micro_batch, flat[:, at].flatten(1, 2)
+            self._sample = flat[:, at].flatten(1, 2)
 
     def _needs_kmeans(self) -> bool:
         if self._is_initialized is None:
+            if torch.compiler.is_compiling():  # a buffer cannot be read there; a sample too many costs little
+                return True
             self._is_initialized = bool(self.initialized)
         return not self._is_initialized
 
@@ -129,14 +144,6 @@ class CentroidState(LearnedAttention):
             "cluster_max": float(self._sizes.max()),
             "cluster_min": float(self._sizes.min()),
         }
-
-
-def _sum(statistics: Sequence[Statistics]) -> Statistics:
-    """Of micro-batches in their order; the candidates are the last one's."""
-    sums, counts = statistics[0].sums, statistics[0].counts
-    for one in statistics[1:]:
-        sums, counts = sums + one.sums, counts + one.counts
-    return Statistics(sums, counts, statistics[-1].candidates)
 
 
 def random_directions(seed: int, words: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -170,21 +177,19 @@ def update_centroids(layers: Sequence[CentroidState]) -> None:
         if layer._needs_kmeans():
             if bool(sampled > 0):
                 _start(layer, main, ranks)
-        elif layer._statistics or ranks > 1:
+        elif layer._gathered() is not None or ranks > 1:
             _move(layer, sums, counts, candidates)
-        layer._statistics.clear()
-        layer._sample = None
+        layer._forget()
 
 
 def _total(layer: CentroidState, main: bool) -> tuple[Tensor, ...]:
     """Sums, counts, candidates (the main rank's alone), and whether the main rank has a sample for k-means."""
-    gathered = list(layer._statistics.values())
+    gathered = layer._gathered()
     mu = layer.centroids.float()
     sums, counts, candidates = torch.zeros_like(mu), torch.zeros_like(mu[..., 0]), torch.zeros_like(mu)
-    if gathered:
-        total = _sum(gathered)
-        sums, counts = total.sums, total.counts
-        candidates = total.candidates if main else candidates
+    if gathered is not None:
+        sums, counts = gathered.sums, gathered.counts
+        candidates = gathered.candidates if main else candidates
     return sums, counts, candidates, mu.new_full((), float(main and layer._sample is not None))
 
 
@@ -193,7 +198,7 @@ def _start(layer: CentroidState, main: bool, ranks: int) -> None:
     if main and layer._sample is not None:
         words = (layer.spec.layer_idx, layer.heads[0], layer.num_clusters)
         draws = seeded_uniform(layer.config.seed, words, layer.empty_steps.numel(), start.device)
-        start = kmeans(layer._sample[1], layer.num_clusters, draws.view_as(layer.empty_steps))
+        start = kmeans(layer._sample, layer.num_clusters, draws.view_as(layer.empty_steps))
     start = start.contiguous()
     if ranks > 1:
         dist.broadcast(start, src=0)

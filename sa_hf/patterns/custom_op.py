@@ -17,6 +17,7 @@ from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import NotStaticError
 from sa_hf.ops.attend import PlanFor, sequences_backward, sequences_forward
 from sa_hf.ops.engine import choose_engine
+from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS
 from sa_hf.ops.parts import Band, Part, ScoreOptions
 from sa_hf.ops.sequences import PendingSequences, Sequences, Span
 from sa_hf.ops.slots import examine_slots
@@ -107,7 +108,7 @@ def _options(
     )  # fmt: skip
 
 
-@torch.library.custom_op("sa_hf::static_attention", mutates_args=())
+@torch.library.custom_op("sa_hf::static_attention", mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS)
 def _static_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, seed: Tensor | None, query_gather: Tensor | None,
     key_gather: Tensor | None, mask: Tensor | None, ids: Tensor | None, layer: str, spans: list[int], extra: int,
@@ -126,7 +127,7 @@ def _(query, key, value, *rest):  # type: ignore[no-untyped-def]  # signature fi
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=stats)
 
 
-@torch.library.custom_op("sa_hf::static_attention_backward", mutates_args=())
+@torch.library.custom_op("sa_hf::static_attention_backward", mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS)
 def _static_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None,
     seed: Tensor | None, query_gather: Tensor | None, key_gather: Tensor | None, mask: Tensor | None,

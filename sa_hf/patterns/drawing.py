@@ -109,7 +109,7 @@ def plot(
     """Write a picture of the pattern: rows are queries, columns keys, one panel per head (at most four).
 
     Raises:
-        ImportError: matplotlib is missing (`pip install sa_hf[tools]`).
+        ImportError: matplotlib is missing (`pip install '.[tools]'` in a clone).
         NotStaticError: the pattern has no mask of its own.
     """
     panels = min(num_heads, MAX_PANELS)
@@ -122,7 +122,7 @@ def plot_mask(mask: Tensor, path: str | os.PathLike[str], title: str, *, causal:
     """Write a picture of given masks or gates, ``[heads, n, n]`` in [0, 1], in the same style.
 
     Raises:
-        ImportError: matplotlib is missing (`pip install sa_hf[tools]`).
+        ImportError: matplotlib is missing (`pip install '.[tools]'` in a clone).
     """
     length = mask.shape[1]
     cells = min(length, PLOT_CELLS)
@@ -134,7 +134,7 @@ def _draw(cells: list[Tensor], path: str | os.PathLike[str], title: str, length:
         from matplotlib.backend_bases import FigureCanvasBase
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'sa_hf[tools]'") from error
+        raise ImportError("drawing needs matplotlib: pip install '.[tools]' in a clone of sa_hf") from error
     formats, suffix = sorted(FigureCanvasBase.filetypes), os.path.splitext(path)[1][1:].lower()
     if suffix and suffix not in formats:
         raise SparseAttentionError(

@@ -35,6 +35,7 @@ class LearnedAttention(SparseAttention):
         super().__init__(config, spec)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=spec.device))
         self._live: dict[str, Tensor] = {}
+        self._unscaled: dict[str, Tensor] = {}
         self._may_keep_graph = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedAttention:
@@ -59,14 +60,20 @@ class LearnedAttention(SparseAttention):
     def aux_losses(self) -> dict[str, Tensor]:
         return dict(self._live)
 
+    def unscaled_losses(self) -> dict[str, Tensor]:
+        return dict(self._unscaled)
+
     def expired_keys(self) -> Tensor | None:
         """Which keys of the last forward (causal) no later query can read, bool ``[B, Nk]``, padding included; what a
         cache may drop. None where the pattern cannot say."""
         return None
 
-    def _keep_loss(self, name: str, loss: Tensor) -> None:
+    def _keep_loss(self, name: str, loss: Tensor, coefficient: float) -> None:
+        """Keep a loss, to join the model's own times its coefficient."""
         if self._may_keep_graph or not self.training:
-            self._live[name] = loss if self._may_keep_graph else loss.detach()
+            scaled = coefficient * loss
+            self._live[name] = scaled if self._may_keep_graph else scaled.detach()
+            self._unscaled[name] = loss.detach()
 
     def uniform(self, count: int, *, layer: int, stream: int = 0, steps_back: int = 0) -> Tensor:
         """``count`` draws in the open interval (0, 1), fp64: a function of (seed, step, layer, element) alone."""

@@ -233,7 +233,7 @@ def _increasing(field: str, value: Any) -> tuple[int, ...]:
             f"{MAX_BRANCHES}"
         )
     if not values or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
-        raise SparseAttentionError(f"{rule}; for example (512, 1024)")
+        raise SparseAttentionError(f"{rule}; for example (512, 1024), on a command line 512,1024")
     nearest = tuple(sorted({min(max(v, 1), MAX_INTEGER) for v in values}))
     if nearest != values:
         raise SparseAttentionError(f"{rule}; nearest: {nearest}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -37,6 +37,15 @@ def check_parts(parts: Parts, spec: LayerSpec) -> None:
     """Raise ``SparseAttentionError`` where a part cannot serve its heads."""
     for heads, config in parts:
         config.check_layer(part_spec(heads, spec))
+
+
+def added(losses: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Losses of several modules, summed by name."""
+    total: dict[str, Tensor] = {}
+    for one in losses:
+        for name, loss in one.items():
+            total[name] = total[name] + loss.to(total[name].device) if name in total else loss
+    return total
 
 
 class MixedSparseAttention(SparseAttention):
@@ -84,11 +93,10 @@ class MixedSparseAttention(SparseAttention):
         return all(part.reads_listed_keys(inputs) for part in self._parts())
 
     def aux_losses(self) -> dict[str, Tensor]:
-        total: dict[str, Tensor] = {}
-        for part in self._parts():
-            for name, loss in part.aux_losses().items():
-                total[name] = total[name] + loss if name in total else loss
-        return total
+        return added(part.aux_losses() for part in self._parts())
+
+    def unscaled_losses(self) -> dict[str, Tensor]:
+        return added(part.unscaled_losses() for part in self._parts())
 
     def figures(self) -> dict[str, float]:
         return {f"part{i}_{k}": v for i, part in enumerate(self._parts()) for k, v in part.figures().items()}

@@ -206,8 +206,10 @@ class RoutingAttention(CentroidState):
             query, key = (layer_norm(x, x.shape[-1:]) for x in vectors)
         self.gather(query, key, clusters, real)
         if self.config.commitment_coef > 0:
-            loss = self.config.commitment_coef * self._commitment(query, key, clusters, real)
-            self._keep_loss("routing_commitment", loss)
+            loss = self._commitment(query, key, clusters, real)
+            self._keep_loss("routing_commitment", loss, self.config.commitment_coef)
+        elif self.training and not self.steps_back:
+            self._unscaled["routing_commitment"] = self._gathered_commitment(query, key, real)
         return clusters
 
     def _causal(self, group: Group, of_queries: Tensor, of_keys: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -247,6 +249,17 @@ class RoutingAttention(CentroidState):
             total = total + error.masked_fill(~real[:, None], 0).sum()
             count += x.shape[1]
         return total / (real.sum() * count).clamp(min=1)
+
+    @torch.no_grad()
+    def _gathered_commitment(self, query: Tensor, key: Tensor, real: Tensor) -> Tensor:
+        """The same as a figure, from what :meth:`gather` has just summed by cluster: nothing is gathered per token."""
+        now, mu = self._latest, self.centroids.float()
+        if now is None:
+            raise RuntimeError("nothing was gathered")
+        squares = sum((x.square().sum(-1) * real[:, None]).sum() for x in (query, key))
+        total = squares - 2 * (mu * now.sums).sum() + (now.counts * mu.square().sum(-1)).sum()
+        count = real.sum() * (query.shape[1] + key.shape[1]) * query.shape[-1]
+        return (total / count.clamp(min=1)).to(query.dtype)
 
     def expired_keys(self) -> Tensor | None:
         if self._seen is None:

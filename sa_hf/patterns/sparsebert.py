@@ -241,9 +241,16 @@ class SparseBertAttention(LearnedAttention):
 
     def aux_losses(self) -> dict[str, Tensor]:
         """``sparsebert_density``: made here and not in the forward, so it lives outside of any checkpointed region."""
+        return self._losses(self.config.density_coef)
+
+    @torch.no_grad()
+    def unscaled_losses(self) -> dict[str, Tensor]:
+        return self._losses(1.0)
+
+    def _losses(self, coefficient: float) -> dict[str, Tensor]:
         if self._owner or self.config.frozen or not self._seen:
             return {}
-        return {"sparsebert_density": self.config.density_coef * self._density(self.gate()) / self._layers_averaged}
+        return {"sparsebert_density": coefficient * self._density(self.gate()) / self._layers_averaged}
 
     def _density(self, gate: Tensor) -> Tensor:
         """Mean gate over the heads and the pairs of the last forward that have a logit."""

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.decode import decode_attention
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.sequences import Sequences
@@ -72,7 +73,10 @@ def _places(index: Tensor, key_slots: Tensor) -> Tensor:
     """Where the listed slots stand among those that a cache kept; every listed one must be there."""
     places = torch.searchsorted(key_slots, index.clamp(min=0)).clamp(max=max(0, len(key_slots) - 1))
     if bool(((key_slots[places] != index) & (index >= 0)).any()):
-        raise RuntimeError("the cache dropped a key that the pattern still reads: `keep` and `decode_keys` disagree")
+        raise SparseAttentionError(
+            "the cache dropped a key that this layer's pattern reads: it was filled under another pattern; start again "
+            "from the prompt, with a new cache"
+        )
     return places.where(index >= 0, -1)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tasks.language import stdlib_texts, token_chunks
+from sa_hf.tasks.language import longest_chunk, stdlib_texts, token_chunks
 from sa_hf.tasks.metrics import accuracy
 from sa_hf.tasks.synthetic import CorridorTask, MaskedSummationTask, SeriesTask
 from sa_hf.tasks.topic import TopicTask
@@ -23,6 +23,8 @@ CLASSIFICATION, FORECASTING = "sequence-classification", "forecasting"
 # Where the source of rows has no end of its own.
 DEFAULT_TRAIN_ROWS, DEFAULT_EVALUATION_ROWS = 256, 64
 MASKED_SHARE = 0.15
+# The share of a single text's chunks that is held out, where nothing else is there to evaluate on.
+HELD_OUT = 0.1
 _LOADERS = {
     ".txt": "text",
     ".md": "text",
@@ -40,8 +42,9 @@ _LABEL_COLUMNS = ("label", "labels", "class", "target")
 class Source:
     """Rows before tokenizing: ``{"text"}`` with ``"label"`` for classification, or ready inputs of the model.
 
-    ``labels`` are the class names; ``vocab_size`` is set for synthetic token ids, which a freshly made model reads;
-    ``model_options`` are fields that the data asks of such a model's config.
+    ``evaluation`` is empty where there is one text alone: the last tenth of its chunks is held out. ``labels`` are the
+    class names; ``vocab_size`` is set for synthetic token ids, which a freshly made model reads; ``model_options`` are
+    fields that the data asks of such a model's config.
     """
 
     train: Rows
@@ -72,8 +75,14 @@ def load_source(
         train_rows, evaluation_rows: at most so many rows; None is all, or 256 and 64 where rows are made.
 
     Raises:
-        SparseAttentionError: the data set does not serve the task, or a column is missing.
+        SparseAttentionError: the data set is not there or does not serve the task, a column is missing, or a number is
+            too small.
     """
+    for flag, value, least in (
+        ("train_rows", train_rows, 1), ("eval_rows", evaluation_rows, 1), ("max_length", max_length, 2)
+    ):  # fmt: skip
+        if value is not None and value < least:
+            raise SparseAttentionError(f"{flag}={value} must be at least {least}; nearest: {least}")
     train, evaluation = train_rows or DEFAULT_TRAIN_ROWS, evaluation_rows or DEFAULT_EVALUATION_ROWS
     if dataset == CORRIDOR:
         _needs(task, "causal-lm", dataset)
@@ -115,15 +124,32 @@ def tokenize(
     if task == CLASSIFICATION:
         return _documents(source.train, tokenizer, max_length), _documents(source.evaluation, tokenizer, max_length)
     limits = train_rows or DEFAULT_TRAIN_ROWS, evaluation_rows or DEFAULT_EVALUATION_ROWS
+    if not source.evaluation:
+        return _one_text(source.train, tokenizer, max_length, limits)
     chunks = []
     for rows, limit, split in zip((source.train, source.evaluation), limits, ("training", "evaluation"), strict=True):
         found = token_chunks((r["text"] for r in rows), tokenizer, max_length, limit)
         if not found:
+            longest = longest_chunk((r["text"] for r in rows), tokenizer)
             raise SparseAttentionError(
-                f"the {split} texts fill no chunk of max_length={max_length} tokens; choose a shorter max_length"
+                f"the {split} texts fill no chunk of max_length={max_length} tokens; give longer ones, or max_length "
+                f"of at most {longest}"
             )
         chunks.append(found)
     return chunks[0], chunks[1]
+
+
+def _one_text(rows: Rows, tokenizer: Any, max_length: int, limits: tuple[int, int]) -> tuple[Rows, Rows]:
+    # The cut does not depend on the limits, so that scripts/evaluate.py finds what training held out.
+    found = token_chunks((r["text"] for r in rows), tokenizer, max_length)
+    if len(found) < 2:
+        longest = longest_chunk((r["text"] for r in rows), tokenizer)
+        raise SparseAttentionError(
+            f"the one text holds about {longest} tokens; at max_length={max_length} it must fill two chunks, one of "
+            f"them for evaluation: give a longer text, or max_length of at most {longest // 2}"
+        )
+    held_out = max(1, int(len(found) * HELD_OUT))
+    return found[:-held_out][: limits[0]], found[-held_out:][: limits[1]]
 
 
 def collator(task: str, tokenizer: Any, seed: int = 0) -> Callable[[list[dict[str, Any]]], Any]:
@@ -195,6 +221,13 @@ def _from_datasets(
     splits = _load_splits(dataset, dataset_config, task)
     train = splits["train"]
     held_out = next((splits[name] for name in ("validation", "dev", "test") if name in splits), None)
+    if held_out is None and len(train) < 2:
+        if not len(train) or task == CLASSIFICATION:
+            raise SparseAttentionError(
+                f"dataset {dataset!r} holds {len(train)} rows and no validation split; {task} needs at least "
+                f"{2 if task == CLASSIFICATION else 1}, or a file whose name begins with 'validation'"
+            )
+        return Source(_Texts(train, _column(train.column_names, text_column, _TEXT_COLUMNS, "text_column")), [])
     if held_out is None:
         cut = train.train_test_split(test_size=0.1, seed=seed)
         train, held_out = cut["train"], cut["test"]
@@ -237,7 +270,7 @@ def _load_splits(dataset: str, dataset_config: str | None, task: str) -> Any:
 
     path = Path(dataset)
     if not path.exists():
-        return datasets.load_dataset(dataset, dataset_config)
+        return _from_hub(dataset, dataset_config)
     files = sorted(p for p in path.rglob("*") if p.suffix in _LOADERS) if path.is_dir() else [path]
     kinds = {_LOADERS.get(p.suffix) for p in files}
     if len(kinds) != 1 or None in kinds:
@@ -252,6 +285,23 @@ def _load_splits(dataset: str, dataset_config: str | None, task: str) -> Any:
             f"{dataset!r} is plain text without labels; classification needs json, parquet or csv"
         )
     return datasets.load_dataset(kind, data_files=_by_split(files), **options)
+
+
+def _from_hub(dataset: str, dataset_config: str | None) -> Any:
+    import datasets
+
+    # Hub names are "name" or "owner/name", and no file of ours.
+    if Path(dataset).suffix in _LOADERS or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
+        raise SparseAttentionError(
+            f"dataset {dataset!r} does not exist; give a file or folder of {sorted(_LOADERS)}, a hub name, or "
+            f"{STDLIB!r}"
+        )
+    try:
+        return datasets.load_dataset(dataset, dataset_config)
+    except OSError as error:
+        raise SparseAttentionError(
+            f"dataset {dataset!r} is no file or folder here, and the hub did not give it: {error}"
+        ) from error
 
 
 def _by_split(files: Sequence[Path]) -> dict[str, list[str]]:

@@ -27,8 +27,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--dataset_config", help="configuration of a hub data set")
     data.add_argument("--text_column", help="default: text, content, ...")
     data.add_argument("--label_column", help="default: label, labels, ...")
-    data.add_argument("--train_rows", type=int, help="at most so many rows for training")
-    data.add_argument("--eval_rows", type=int, help="at most so many rows for evaluation")
+    data.add_argument("--train_rows", type=int, help="at most so many rows for training, >= 1")
+    data.add_argument("--eval_rows", type=int, help="at most so many rows for evaluation, >= 1")
     data.add_argument("--seed", type=int, default=0)
     data.add_argument("--max_length", type=int, default=512, help="tokens per row")
 
@@ -58,7 +58,7 @@ def parse_flags(
             come behind the file's, and so win.
 
     Raises:
-        SparseAttentionError: the file is no mapping, or has a key that is no flag.
+        SparseAttentionError: the file cannot be read, is no mapping, or has a key that is no flag.
     """
     import yaml
 
@@ -66,7 +66,10 @@ def parse_flags(
     given = parser.parse_args(argv)
     if given.config is None:
         return given
-    values = yaml.safe_load(Path(given.config).read_text()) or {}
+    try:
+        values = yaml.safe_load(Path(given.config).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SparseAttentionError(f"--config {given.config} must be a readable YAML file of flags: {error}") from error
     known = {action.dest for action in parser._actions} - {"help", "config"}
     if not isinstance(values, dict):
         raise SparseAttentionError(f"{given.config} must hold a mapping of flags to values, not {values!r}")

@@ -39,6 +39,13 @@ def token_chunks(texts: Iterable[str], tokenizer: Any, length: int, limit: int |
     return chunks
 
 
+def longest_chunk(texts: Iterable[str], tokenizer: Any) -> int:
+    """The largest ``length`` at which :func:`token_chunks` fills one chunk of these texts."""
+    start = _first(tokenizer.cls_token_id, tokenizer.bos_token_id) is not None
+    end = _first(tokenizer.sep_token_id, tokenizer.eos_token_id) is not None
+    return start + sum(len(ids) + end for ids in _token_lists(texts, tokenizer))
+
+
 def _token_lists(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
     for text in texts:
         # verbose=False: these texts are longer than the model reads, on purpose; they are cut into chunks.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sa_hf.config import did_you_mean
-from sa_hf.errors import SparseAttentionError
+from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -41,7 +41,8 @@ def load_for_task(
         model_options: fields of the model's config to set before it is made or loaded.
 
     Raises:
-        SparseAttentionError: the task, or a field of ``model_options``, is unknown.
+        SparseAttentionError: the task, or a field of ``model_options``, is unknown, the model does not serve the task,
+            or it is a sparse checkpoint and ``trust_remote_code`` is False.
     """
     import transformers
 
@@ -56,18 +57,24 @@ def load_for_task(
     if name in TOYS:
         tokenizer = transformers.ByT5Tokenizer(mask_token="<extra_id_0>", model_max_length=max_length)
         config = _toy_config(name, vocab_size or len(tokenizer), max_length, options)
-        return auto_class.from_config(config), tokenizer
-    from sa_hf.tools.load import resolve
+        check_head(config, task)
+        model = auto_class.from_config(config)
+        check_causality(model, task)
+        return model, tokenizer
+    from sa_hf.tools.load import check_trust, read_config, resolve
 
     folder = resolve(name)
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = read_config(name, trust_remote_code=trust_remote_code)
+    check_trust(config, name, trust_remote_code, "--trust_remote_code")
     _set(config, options)
+    check_head(config, task)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     model = auto_class.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
+    check_causality(model, task)
     return model, tokenizer
 
 
@@ -84,6 +91,39 @@ def auto_class_of(task: str) -> Any:
         )
     # Transformers does not export this one at its top.
     return AutoModelForTimeSeriesPrediction if task == "forecasting" else getattr(transformers, AUTO_CLASSES[task])
+
+
+def check_head(config: Any, task: str) -> None:
+    """Raise ``SparseAttentionError`` where a model of this config has no head for the task."""
+    wanted = auto_class_of(task)
+
+    def has(auto: Any) -> bool:
+        # A model with code of its own names its Auto classes in the config.
+        return type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or {})
+
+    if not has(wanted):
+        fitting = [name for name in AUTO_CLASSES if has(auto_class_of(name))]
+        raise SparseAttentionError(
+            f"a model of type {config.model_type!r} has no head for --task {task} ({wanted.__name__}); "
+            + (f"nearest: --task {fitting[0]}; its tasks: {fitting}" if fitting else "no task here fits it")
+        )
+
+
+def check_causality(model: Any, task: str) -> None:
+    """Raise ``SparseAttentionError`` for a causal language model whose attention sees the tokens that it predicts."""
+    from sa_hf.hf.families import find_sites
+
+    if task != "causal-lm":
+        return
+    try:
+        sites = find_sites(model).all_sites
+    except UnsupportedModelError:  # patch_model says so where it matters; --pattern none trains any model
+        return
+    if not all(site.spec.causal for site in sites):
+        raise SparseAttentionError(
+            f"--task causal-lm trains the next token, but the attention of {type(model).__name__} is bidirectional and "
+            "sees it; nearest: --task masked-lm, or --model_set is_decoder=true where the model knows this field"
+        )
 
 
 def _set(config: Any, options: Mapping[str, Any]) -> None:

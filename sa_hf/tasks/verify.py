@@ -64,13 +64,15 @@ def verify_reload(model: Any, folder: str | Path, task: str, batch: dict[str, Te
 
 def load_saved(folder: str | Path, task: str) -> Any:
     """A saved model through the task's Auto class; a folder with an adapter is loaded with its patched base."""
-    from sa_hf.tasks.models import auto_class_of
+    from sa_hf.tasks.models import auto_class_of, check_head
+    from sa_hf.tools.load import read_config
 
     if (Path(folder) / "adapter_config.json").exists():
         from peft import PeftConfig, PeftModel
 
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         return PeftModel.from_pretrained(auto_class_of(task).from_pretrained(base, trust_remote_code=True), str(folder))
+    check_head(read_config(str(folder), trust_remote_code=True), task)
     return auto_class_of(task).from_pretrained(str(folder), trust_remote_code=True)
 
 

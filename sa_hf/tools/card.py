@@ -7,20 +7,22 @@ from pathlib import Path
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tools.inspect import Inspection, inspect_checkpoint
+from sa_hf.tools.load import auto_class, read_config
 
 TEMPLATE = """# {title}
 
-{architecture} with sparse attention by [sa_hf](https://pypi.org/project/sa-hf/): {patterns}.
+{architecture} with sparse attention by sa_hf: {patterns}.
 
 ## How to load
 
 ```python
-from transformers import AutoModel
+from transformers import {auto}
 
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
+model = {auto}.from_pretrained("{name}", trust_remote_code=True)
 ```
 
-The checkpoint carries the code that it needs; where `sa_hf` is installed in the same version, that is used instead.
+The checkpoint carries the code that it needs; where `sa_hf` is installed in the same version (`pip install .` in a
+clone of its repository), that is used instead. Load it through an Auto class: a concrete class raises.
 Without `trust_remote_code=True` loading raises: the weights were trained for this attention, not for the dense one.
 
 ## Attention, layer by layer
@@ -52,6 +54,7 @@ def write_card(folder: str | Path, *, base_model: str | None = None, force: bool
         title=folder.resolve().name,
         name=folder.resolve().name,
         architecture=found.architecture,
+        auto=auto_class(read_config(str(folder))).__name__,
         patterns=_pattern_counts(found),
         table=_layer_table(found),
         state=f"{len(found.state)} tensors" if found.state else "none (static patterns)",

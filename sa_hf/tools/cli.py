@@ -1,211 +1,33 @@
-"""The command line: ``sa-hf doctor | summary | preview | inspect | suggest | bench | convert | card``."""
+"""Entry point of the command line ``sa-hf``; what it can do stands in ``commands.py``."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.table import Table
-
-from sa_hf.config import available_patterns
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tools.load import load_model, make_config, resolve
 
-app = typer.Typer(
-    help="Sparse attention for Hugging Face Transformers.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
-console = Console()
-
-Model = Annotated[str, typer.Argument(help="hub name, folder, or 'minilm' (the embedded model)")]
-Pattern = Annotated[str, typer.Argument(help="pattern name, e.g. bigbird")]
-Options = Annotated[list[str] | None, typer.Option("--set", "-s", help="field=value of the config, repeatable")]
-Preset = Annotated[str | None, typer.Option(help="a named preset of the pattern")]
-Causal = Annotated[bool, typer.Option("--causal/--bidirectional", help="intersect with j <= i")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run the code that a checkpoint carries")]
-
-
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    drawn = Table(title=title, title_justify="left")
-    for column in columns:
-        drawn.add_column(column, overflow="fold")
-    for row in rows:
-        drawn.add_row(*row)
-    console.print(drawn)
-
-
-@app.command()
-def doctor() -> None:
-    """Check this machine: versions, devices, engines, parity with the oracle. Exit 1 where something is wrong."""
-    from sa_hf.tools.doctor import examine
-
-    findings = examine()
-    marks = {None: "", True: "ok", False: "WRONG"}
-    table("sa-hf doctor", ["what", "found", "", "advice"], [[f.what, f.found, marks[f.ok], f.advice] for f in findings])
-    if any(f.ok is False for f in findings):
-        raise typer.Exit(1)
-
-
-@app.command()
-def summary(
-    model: Model,
-    pattern: Annotated[
-        str | None, typer.Option(help="patch with this pattern first; none for a sparse checkpoint")
-    ] = None,
-    options: Options = None,
-    length: Annotated[int | None, typer.Option(help="tokens; default: the model's limit")] = None,
-    layers: Annotated[str | None, typer.Option(help='layers to patch, e.g. "0-3,6"')] = None,
-    trust: Trust = False,
-) -> None:
-    """What runs where in a patched model: pattern, density, engine, memory, per layer."""
-    from sa_hf import patch_model
-    from sa_hf import summary as summarise
-    from sa_hf.hf.positions import lengthening
-
-    loaded = load_model(model, trust_remote_code=trust)
-    if pattern is not None:
-        longer = lengthening(loaded, length)
-        patch_model(loaded, make_config(pattern, options or []), layers=layers, max_length=longer)
-    typer.echo(str(summarise(loaded, length)))
-
-
-@app.command()
-def preview(
-    pattern: Pattern,
-    length: Annotated[int, typer.Option(help="sequence length in tokens")] = 256,
-    options: Options = None,
-    preset: Preset = None,
-    causal: Causal = False,
-    heads: Annotated[int, typer.Option(help="number of heads; the first is drawn in the terminal")] = 1,
-    plot: Annotated[Path | None, typer.Option(help="write a picture to this file instead")] = None,
-) -> None:
-    """Draw a pattern's mask in the terminal, or to an image file."""
-    config = make_config(pattern, options or [], preset)
-    if plot is not None:
-        config.plot(plot, length, causal, num_heads=heads)
-        console.print(f"wrote {plot}")
-    else:
-        typer.echo(config.preview(length, causal, num_heads=heads))
-
-
-@app.command("inspect")
-def inspect_command(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]) -> None:
-    """What a saved checkpoint holds: patterns per layer, learned state, carried code. Exit 1 on problems."""
-    from sa_hf.tools.inspect import inspect_checkpoint
-
-    found = inspect_checkpoint(folder)
-    console.print(f"{found.architecture}, sa_hf version {found.version}, {len(found.code_files)} code files")
-    rows = [
-        [stack, index, name, ", ".join(f"{k}={v}" for k, v in fields.items() if k not in {"name", "version"})]
-        for stack, index, name, fields in found.layers
-    ]
-    table(str(folder), ["stack", "layer", "pattern", "config"], rows)
-    if found.state:
-        table(
-            "learned state", ["tensor", "dtype", "shape"], [[n, d, str(list(s))] for n, (d, s) in found.state.items()]
-        )
-    for problem in found.problems:
-        console.print(f"problem: {problem}", markup=False)
-    if found.problems:
-        raise typer.Exit(1)
-
-
-@app.command()
-def suggest(
-    model: Model,
-    length: Annotated[int, typer.Option(help="the length you want to run at")] = 4096,
-    text: Annotated[
-        Path | None, typer.Option(help="a text file: measure the attention mass that each pattern keeps")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="tokens of the text to measure on (dense attention)")] = 512,
-    trust: Trust = False,
-) -> None:
-    """Rank the patterns for a model and a length: share of the dense pairs, and of the model's attention mass."""
-    from sa_hf.tools.suggest import dense_attention_of
-    from sa_hf.tools.suggest import suggest as rank
-
-    loaded = load_model(model, trust_remote_code=trust).eval()
-    causal = bool(getattr(loaded.config, "is_decoder", False)) or loaded.can_generate()
-    attention = None
-    if text is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
-        encoded = tokenizer(text.read_text(), return_tensors="pt", truncation=True, max_length=tokens)
-        attention = dense_attention_of(loaded, encoded.input_ids)
-    heads = loaded.config.get_text_config().num_attention_heads
-    defaults = {name: cls().to_dict() for name, cls in available_patterns().items()}
-    rows = [
-        [
-            s.config.name,
-            ", ".join(f"{k}={v}" for k, v in s.config.to_dict().items() if v != defaults[s.config.name].get(k)),
-            f"{s.density:.3f}",
-            "" if s.mass is None else f"{s.mass:.3f}",
-            s.purpose,
-        ]
-        for s in rank(num_heads=heads, causal=causal, length=length, attention=attention)
-    ]
-    kind = "causal" if causal else "bidirectional"
-    table(f"{model}, {kind}, {length} tokens", ["pattern", "set", "pairs of dense", "attention mass", "made for"], rows)
-
-
-@app.command()
-def bench(
-    pattern: Pattern,
-    length: Annotated[int, typer.Option(help="tokens")] = 4096,
-    options: Options = None,
-    preset: Preset = None,
-    causal: Causal = False,
-    heads: Annotated[int, typer.Option()] = 8,
-    head_dim: Annotated[int, typer.Option()] = 64,
-) -> None:
-    """Time one pattern against dense attention on this machine, forward and forward+backward, after a parity check."""
-    from sa_hf.tools.bench.quick import compare
-
-    rows = compare(
-        make_config(pattern, options or [], preset), length, causal=causal, num_heads=heads, head_dim=head_dim
-    )
-    table(f"{pattern}, n = {length}", ["pass", "dense ms", "sparse ms", "first call ms", "speed-up"], rows)
-
-
-@app.command()
-def convert(
-    source: Annotated[str, typer.Argument(help="a Hugging Face BigBird checkpoint: hub name or folder")],
-    target: Annotated[Path, typer.Argument(help="folder to write")],
-    options: Options = None,
-) -> None:
-    """Convert a checkpoint of Hugging Face's own BigBird to a patched model with our kernels."""
-    from sa_hf.tools.convert import convert_bigbird
-    from sa_hf.tools.load import parse_options
-
-    convert_bigbird(resolve(source), target, **parse_options(options or []))
-    console.print(f"wrote {target}")
-
-
-@app.command()
-def card(
-    folder: Annotated[Path, typer.Argument(help="a checkpoint folder; its README.md is written")],
-    base_model: Annotated[str | None, typer.Option(help="the model that it was made from")] = None,
-    force: Annotated[bool, typer.Option(help="replace a README.md that is there")] = False,
-) -> None:
-    """Write a model card for a sparse checkpoint: what it is, how to load it, patterns per layer."""
-    from sa_hf.tools.card import write_card
-
-    console.print(f"wrote {write_card(folder, base_model=base_model, force=force)}")
+# What the commands cannot start without; the extra "tools" holds them.
+EXTRA = {"typer", "rich"}
 
 
 def main() -> None:
-    """Entry point of ``sa-hf``: bad input, a missing file or package end with their message and exit code 2."""
+    """Bad input, a missing file or package end with their message and exit code 2."""
     try:
+        # Imported here: without the extra it fails, and that is one line, too.
+        from sa_hf.tools.commands import app
+
         app()
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        needed = f"the command line needs {name}: run `pip install '.[tools]'` in a clone of sa_hf's repository"
+        stop(needed if name in EXTRA else error)
     except (SparseAttentionError, OSError, ImportError) as error:
-        print(f"sa-hf: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        stop(error)
+
+
+def stop(message: object) -> None:
+    print(f"sa-hf: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoTokenizer, BigBirdConfig, PreTrainedModel
 
-from sa_hf.config import SparseAttentionConfig
+from sa_hf.config import SparseAttentionConfig, check_fields
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.patching import patch_model
 from sa_hf.patterns.bigbird import BigBirdAttentionConfig
@@ -64,6 +64,7 @@ def convert_bigbird(
 
 def pattern_of(config: BigBirdConfig, **options: Any) -> SparseAttentionConfig:
     """The pattern that a Hugging Face BigBird config describes, with single fields replaced by ``options``."""
+    check_fields(BigBirdAttentionConfig, options)
     if config.attention_type == "original_full" and not options:
         return DenseAttentionConfig()
     if config.is_decoder and config.attention_type == "block_sparse":

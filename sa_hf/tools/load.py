@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -12,6 +13,16 @@ from sa_hf.config import SparseAttentionConfig, check_fields, pattern_class
 from sa_hf.errors import SparseAttentionError
 
 MINILM = "minilm"
+# The Auto class to name where several stand for one architecture, as AutoModelForPreTraining stands beside many.
+PREFERRED = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
 
 
 def minilm_path() -> Path:
@@ -36,35 +47,71 @@ def resolve(model: str) -> str:
     return str(minilm_path()) if model == MINILM else model
 
 
-def load_model(model: str, *, trust_remote_code: bool = False) -> Any:
-    """The model in the class that its config names, else the bare AutoModel."""
+def read_config(model: str, *, trust_remote_code: bool = False) -> Any:
+    """The config of a model, by a name that :func:`resolve` takes.
+
+    Raises:
+        SparseAttentionError: Transformers cannot read it, or it asks for code that is not trusted.
+    """
     import transformers
 
-    name = resolve(model)
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    try:
+        return transformers.AutoConfig.from_pretrained(resolve(model), trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        advice = "; pass --trust-remote-code" if "trust_remote_code" in str(error) else ""
+        raise SparseAttentionError(
+            f"the config of {model!r} cannot be read{advice} ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def check_trust(config: Any, model: str, trust_remote_code: bool, flag: str) -> None:
+    """Raise ``SparseAttentionError`` for a sparse checkpoint that may not run its code; ``flag`` allows it."""
+    if getattr(config, "sa_hf", None) is not None and not trust_remote_code:
+        raise SparseAttentionError(
+            f"{model!r} is a sparse checkpoint, which loads by the code that it carries; pass {flag}"
+        )
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class of the architecture that a config names, else the bare AutoModel."""
+    import transformers
+
+    from sa_hf.hf.saving import auto_classes
+
     wanted = (config.architectures or [""])[0]
-    for auto in (
-        transformers.AutoModelForCausalLM,
-        transformers.AutoModelForMaskedLM,
-        transformers.AutoModelForSeq2SeqLM,
-        transformers.AutoModelForSequenceClassification,
-        transformers.AutoModelForTokenClassification,
-        transformers.AutoModelForQuestionAnswering,
-    ):
-        found = auto._model_mapping.get(type(config), None)
-        classes = found if isinstance(found, tuple) else (found,)
-        if any(c is not None and c.__name__ == wanted for c in classes):
-            return auto.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return transformers.AutoModel.from_pretrained(name, trust_remote_code=trust_remote_code)
+    found = []
+    for auto in auto_classes():
+        mapped = auto._model_mapping.get(type(config), None)
+        classes = mapped if isinstance(mapped, tuple | list) else (mapped,)
+        # A few Auto classes are not exported at the top, where a reader of a model card would import them from.
+        if any(c is not None and c.__name__ == wanted for c in classes) and hasattr(transformers, auto.__name__):
+            found.append(auto)
+    ranks = {name: rank for rank, name in enumerate(PREFERRED)}
+    return min(found, key=lambda auto: ranks.get(auto.__name__, len(ranks)), default=transformers.AutoModel)
+
+
+def load_model(model: str, *, trust_remote_code: bool = False) -> Any:
+    """The model in the class that its config names, else the bare AutoModel.
+
+    Raises:
+        SparseAttentionError: a sparse checkpoint without ``trust_remote_code``, or an unreadable config.
+    """
+    config = read_config(model, trust_remote_code=trust_remote_code)
+    check_trust(config, model, trust_remote_code, "--trust-remote-code")
+    return auto_class(config).from_pretrained(resolve(model), trust_remote_code=trust_remote_code)
 
 
 def parse_value(text: str) -> Any:
-    """A flag's value as JSON where it is JSON (numbers, true, null, lists), else the text itself."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return {"None": None, "True": True, "False": False}.get(text, text)
-    return tuple(value) if isinstance(value, list) else value
+    """A flag's value: JSON (numbers, true, null, lists), a sequence as ``1,2`` or ``(1, 2)``, else the text itself."""
+    items = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+    # A sequence of one is written "(1,)" in Python and "1," in haste.
+    for candidate in (text, f"[{items.removesuffix(',')}]" if "," in text else text):
+        try:
+            value = json.loads(candidate)
+        except json.JSONDecodeError:
+            continue
+        return tuple(value) if isinstance(value, list) else value
+    return {"None": None, "True": True, "False": False}.get(text, text)
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -86,7 +133,16 @@ def make_config(pattern: str, pairs: Sequence[str] = (), preset: str | None = No
     """A configuration from a pattern's name, an optional preset and ``field=value`` options."""
     cls = pattern_class(pattern)
     options = parse_options(pairs)
-    if preset is not None:
-        return cls.preset(preset, **options)
-    check_fields(cls, options)
-    return cls(**options)
+    try:
+        if preset is not None:
+            return cls.preset(preset, **options)
+        check_fields(cls, options)
+        return cls(**options)
+    except SparseAttentionError as error:
+        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(cls)}
+        sequences = [name for name in options if isinstance(defaults.get(name), tuple)]
+        if not sequences:
+            raise
+        # The pattern's own example is Python, whose parentheses and blanks a shell does not pass on.
+        typed = " ".join(f"{name}={','.join(str(v) for v in defaults[name][:2])}" for name in sequences)
+        raise SparseAttentionError(f"{error}. On the command line a sequence is typed so: {typed}") from error

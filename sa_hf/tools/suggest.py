@@ -12,7 +12,7 @@ from torch import Tensor
 from sa_hf.config import SparseAttentionConfig, pattern_class
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.counts import kept_pairs
-from sa_hf.patterns.base import Geometry, StaticPatternConfig, dense_multiplicity, finished_plan
+from sa_hf.patterns.base import Geometry, StaticPatternConfig, dense_multiplicity, finished_plan, whole_geometry
 
 # What each pattern is for, from its paper's own tasks.
 PURPOSE = {
@@ -25,14 +25,55 @@ PURPOSE = {
 }
 
 
+DEFAULT_TOKENS = 512  # dense attention of every layer is held: it grows with the square
+# A pattern that keeps more than this share of each measured row keeps its mass, too, whatever its shape.
+TRIVIAL_DENSITY = 0.9
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pattern keeps of ``length`` measured tokens.
+
+    ``density``: its share of the dense pairs; ``mass``: its share of the dense model's attention probability, mean over
+    rows; ``chance``: the mass that it would keep of even attention, the mean over rows of their kept share.
+    """
+
+    length: int
+    density: float
+    mass: float
+    chance: float
+
+    @property
+    def gain(self) -> float | None:
+        """How far the mass exceeds that of as many pairs chosen blindly, 0, on the way to all of it, 1; None where
+        nearly all pairs are kept."""
+        return None if self.chance > TRIVIAL_DENSITY else (self.mass - self.chance) / (1 - self.chance)
+
+
 @dataclass(frozen=True)
 class Suggestion:
-    """One candidate: kept pairs relative to dense; the dense model's attention mass on them (None: unmeasured)."""
+    """One candidate: pairs computed at the wanted length relative to dense, and what was measured on a text, if so."""
 
     config: SparseAttentionConfig
     density: float
-    mass: float | None
+    measured: Measured | None
     purpose: str
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Smaller is better: by gain where there is one, then by cost."""
+        gain = None if self.measured is None else self.measured.gain
+        return (1.0 if gain is None else -gain, self.density)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of self-attention of a model, and the dense probabilities of its layers on a text, if measured."""
+
+    name: str
+    num_heads: int
+    causal: bool
+    attention: list[Tensor] | None = None
 
 
 def candidates(causal: bool, length: int) -> Iterator[StaticPatternConfig]:
@@ -51,7 +92,7 @@ def candidates(causal: bool, length: int) -> Iterator[StaticPatternConfig]:
 def suggest(
     *, num_heads: int, causal: bool, length: int, attention: list[Tensor] | None = None, max_density: float = 0.5
 ) -> list[Suggestion]:
-    """Candidates at a length, the best first: by attention mass where it was measured, else by cost.
+    """Candidates at a length, the best first: by the attention mass gained where it was measured, else by cost.
 
     Args:
         attention: the dense model's probabilities per layer, ``[B, H, n, n]``, on real text of one length.
@@ -68,9 +109,19 @@ def suggest(
         geometry = Geometry(length, length, tuple(range(num_heads)), num_heads, 0, causal)
         density = kept_pairs(finished_plan(config, geometry, torch.device("cpu")), length, num_heads) / dense
         if density <= max_density:
-            mass = None if attention is None else attention_mass(config, attention, causal)
-            found.append(Suggestion(config, density, mass, PURPOSE[config.name]))
-    return sorted(found, key=lambda s: (-(s.mass or 0.0), s.density))
+            measured = None if attention is None else measure(config, attention, causal)
+            found.append(Suggestion(config, density, measured, PURPOSE[config.name]))
+    return sorted(found, key=lambda s: s.rank)
+
+
+def measure(config: StaticPatternConfig, attention: list[Tensor], causal: bool) -> Measured:
+    """A pattern's share of the pairs and of the probability, at the length of the given attention."""
+    heads, length = attention[0].shape[1], attention[0].shape[-1]
+    kept = config.row_sizes(whole_geometry(length, heads, 0, causal)).double()
+    # A causal row has few pairs at its start: its share of them is not the share of all pairs.
+    dense = torch.arange(1, length + 1) if causal else torch.full((length,), length)
+    density, chance = float(kept.sum() / (dense.sum() * heads)), float((kept / dense).mean())
+    return Measured(length, density, attention_mass(config, attention, causal), chance)
 
 
 def attention_mass(config: StaticPatternConfig, attention: list[Tensor], causal: bool) -> float:
@@ -84,13 +135,51 @@ def attention_mass(config: StaticPatternConfig, attention: list[Tensor], causal:
     return float(torch.stack(shares).mean())
 
 
-def dense_attention_of(model: Any, input_ids: Tensor) -> list[Tensor]:
-    """The probabilities of every self-attention layer of an unpatched encoder or decoder, by its eager attention."""
+def stacks_of(model: Any, input_ids: Tensor | None = None) -> list[Stack]:
+    """The stacks of an unpatched model, encoder before decoder, with their attention on ``input_ids`` where given.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot be made sparse.
+    """
+    from sa_hf.hf.families import find_sites
+
+    found = find_sites(model).stacks
+    attention = {} if input_ids is None else dense_attention_of(model, input_ids)
+    stacks = []
+    for name in sorted(found, reverse=True):
+        spec = found[name][0].spec
+        # A model of one stack gives its attention without a name.
+        stacks.append(Stack(name, spec.num_heads, spec.causal, attention.get(name, attention.get(""))))
+    return stacks
+
+
+def dense_attention_of(model: Any, input_ids: Tensor) -> dict[str, list[Tensor]]:
+    """The probabilities of every self-attention layer of an unpatched model, by its eager attention: ``{"": layers}``,
+    of an encoder-decoder model ``{"encoder": layers, "decoder": layers}``, both on the same text."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
+    both = bool(model.config.is_encoder_decoder)
     try:
         with torch.no_grad():
-            output = model(input_ids=input_ids, output_attentions=True)
+            inputs = {"input_ids": input_ids, **({"decoder_input_ids": input_ids} if both else {})}
+            output = model(**inputs, output_attentions=True)
     finally:
         model.set_attn_implementation(before)
-    return list(output.attentions)
+    if both:
+        return {"encoder": list(output.encoder_attentions), "decoder": list(output.decoder_attentions)}
+    return {"": list(output.attentions)}
+
+
+def tokens_to_measure(limit: int | None, tokens: int | None) -> int:
+    """How many tokens of a text to measure on: as asked, else 512 or the model's limit.
+
+    Raises:
+        SparseAttentionError: fewer than 2, or more than the model takes.
+    """
+    if tokens is None:
+        return DEFAULT_TOKENS if limit is None else min(DEFAULT_TOKENS, limit)
+    if tokens < 2:
+        raise SparseAttentionError(f"tokens={tokens} must be at least 2; nearest: 2")
+    if limit is not None and tokens > limit:
+        raise SparseAttentionError(f"tokens={tokens} is above the model's limit of {limit}; nearest: {limit}")
+    return tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -76,6 +77,54 @@ def test_patched_decoder_compiles_whole(padded: bool) -> None:
         *([*torch.autograd.grad(x.square().sum(), list(model.parameters()))] for x in (expected, ours)), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+LEARNED = [
+    ("routing", {"num_clusters": 4}),
+    ("sparsebert", {"mask_length": 64}),
+    ("expire_span", {"max_span": 16, "ramp": 4}),
+    ("logsparse", {"conv_kernel_size": 3}),
+]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+@pytest.mark.parametrize(("name", "fields"), LEARNED, ids=[n for n, _ in LEARNED])
+def test_learned_patterns_compile_whole(name: str, fields: dict[str, Any], family: str, training: bool) -> None:
+    import transformers as tf
+
+    torch._dynamo.reset()  # the models of earlier cases count as recompilations
+    if name == "expire_span" and family == "encoder":
+        pytest.skip("expire_span is causal")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
+        "max_position_embeddings": 128,
+    }  # fmt: skip
+    if family == "decoder":
+        model: Any = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, num_key_value_heads=2))
+    else:
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = tf.BertForMaskedLM(tf.BertConfig(**sizes, **no_dropout))
+    model = patch_model(model.train(training), name, **fields)
+    call = {"input_ids": torch.randint(64, (2, 40))} | ({"use_cache": False} if family == "decoder" else {})
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    # Gumbel noise and such are drawn by the number of the training forward: the first of each of two equal models.
+    twin = copy.deepcopy(model)
+    expected, ours = twin(**call).logits, compiled(**call).logits
+    torch.testing.assert_close(ours, expected)
+    grads = [
+        torch.autograd.grad(x.square().sum(), list(m.parameters()), allow_unused=True)
+        for x, m in ((expected, twin), (ours, model))
+    ]
+    for theirs, mine in zip(*grads, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    for _ in range(2):  # the counts of steps are new, and gradients are there
+        compiled(**call).logits.sum().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(compiled(**call).logits, [twin(**call).logits for _ in range(3)][-1])
 
 
 def test_compiled_packing_follows_the_position_ids() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from hf_cases import case, error
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 
 import sa_hf
+from sa_hf.hf.attention import IMPLEMENTATION
 
 CASES: dict[str, tuple[str, Any]] = {
     "static": ("llama", sa_hf.SlidingWindowAttentionConfig(window=3)),
@@ -50,6 +54,16 @@ def test_a_pickled_model_runs_the_same(name: str) -> None:
     torch.save(c.model, file)
     file.seek(0)
     c.model = torch.load(file, weights_only=False)
+    assert torch.equal(c.output(), expected)
+
+
+def test_a_pickled_model_runs_in_a_process_that_has_patched_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = case("llama")
+    sa_hf.patch_model(c.model, "sliding_window", window=3)
+    expected, written = c.output(), pickle.dumps(c.model)
+    monkeypatch.delitem(AttentionInterface._global_mapping, IMPLEMENTATION)
+    monkeypatch.delitem(AttentionMaskInterface._global_mapping, IMPLEMENTATION)
+    c.model = pickle.loads(written)
     assert torch.equal(c.output(), expected)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -76,8 +77,10 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ("bigbird", {"num_random_blocks": -1}, "num_random_blocks=-1"),
     ("sliding_window", {"window": 0}, "nearest: 1"),
     ("sliding_window", {"windw": 3}, "did you mean 'window'"),
-    ("star", {"layers": "7-"}, "layers 0 to 1"),
-    ("star", {"layers": "1-4"}, "reaches layer 4"),
+    ("star", {"layers": "7-"}, "layers 0 to 1.*nearest: '1'"),
+    ("star", {"layers": "1-4"}, "reaches layer 4.*nearest: '1'"),
+    ("star", {"layers": [0, 9]}, "reaches layer 9.*nearest: '0-1'"),
+    ("star", {"layers": [0, -3]}, "reaches layer -3.*nearest: '0'"),
     ("star", {"layers": "1-0"}, "'0-1'"),
     ("star", {"layers": "a"}, "no layer range"),
     ("star", {"layers": "0,0-1"}, "layer 0 twice"),
@@ -104,6 +107,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ("star", {"max_length": 0}, "max_length=0"),
     ("star", {"max_length": 32}, "nearest: 64"),
     ("star", {"max_length": True}, "max_length=True"),
+    ("star", {"tokenizer": 3}, "tokenizer=3 has no model_max_length"),
     ({"0": "bigbird", "1": {"heads": {"0": "routing", "1-": "stars"}}}, {}, "did you mean 'star'"),
 ]
 
@@ -130,8 +134,8 @@ def test_bad_input_raises_and_changes_nothing(pattern: Any, options: Any, messag
     [
         (None, SparseAttentionError, "must be"),
         ({"version": 1, "layers": []}, SparseAttentionError, "must be"),
-        ({"version": 99, "layers": {}}, ConfigVersionError, "upgrade"),
-        ({"version": True, "layers": {}}, ConfigVersionError, "upgrade"),
+        ({"version": 99, "layers": {}}, ConfigVersionError, "update it"),
+        ({"version": True, "layers": {}}, ConfigVersionError, "update it"),
         ({"version": 1, "layers": {}, "new": 1}, ConfigVersionError, "'new'"),
         ({"version": 1, "layers": {"middle": {}}}, SparseAttentionError, "'middle'"),
         ({"version": 1, "layers": {"encoder": {"x": {}}}}, SparseAttentionError, "names layer 'x'"),
@@ -235,6 +239,54 @@ def test_copies_are_models_of_their_own() -> None:
     sa_hf.unpatch_model(twin)
     assert torch.equal(c.output(), dense)
     assert twin.config is not original.config
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_made_inside_dense_are_sparse(way: str) -> None:
+    c = case("t5")
+    sa_hf.patch_model(c.model, "sliding_window", window=3)
+    sparse, original = c.output(), c.model
+    with sa_hf.dense(original):
+        dense = c.output()
+        c.model = copy.deepcopy(original) if way == "deepcopy" else pickle.loads(pickle.dumps(original))
+        assert torch.equal(c.output(), sparse)
+        part = copy.deepcopy(original.encoder)
+        c.model, twin = original, c.model
+        assert torch.equal(c.output(), dense)
+    assert torch.equal(c.output(), sparse)
+    c.model = twin
+    assert torch.equal(c.output(), sparse)
+    with sa_hf.dense(twin):
+        assert torch.equal(c.output(), dense)
+    with pytest.raises(SparseAttentionError, match=r"copy a part of a patched model outside of `dense`"):
+        part(c.inputs["input_ids"])
+
+
+def test_patching_and_unpatching_inside_dense() -> None:
+    c = case("llama")
+    dense = c.output()
+    sa_hf.patch_model(c.model, "sliding_window", window=3)
+    with sa_hf.dense(c.model):
+        sa_hf.patch_model(c.model, "star")
+        assert torch.equal(c.output(), dense)
+    assert error(c.output(), dense) > 1e-3
+    with sa_hf.dense(c.model):
+        sa_hf.unpatch_model(c.model)
+    assert torch.equal(c.output(), dense)
+    sa_hf.patch_model(c.model, "star")
+    with sa_hf.dense(c.model):
+        c.model.config.vocab_size += 1  # so that the configs stay
+        sa_hf.patch_model(sa_hf.unpatch_model(c.model), "star")
+    sa_hf.unpatch_model(c.model)
+    assert torch.equal(c.output(), dense)
+
+
+def test_an_implementation_set_by_hand_does_not_run_dense() -> None:
+    c = case("llama")
+    sa_hf.patch_model(c.model, "sliding_window", window=3)
+    c.model.config._attn_implementation = "eager"
+    with pytest.raises(SparseAttentionError, match="attn_implementation='eager'"):
+        c.output()
 
 
 def test_dense_restores_after_an_error_and_nests() -> None:

@@ -114,6 +114,46 @@ def test_sequence_ids_of_the_wrong_shape_raise_in_dense_layers_too() -> None:
         run(model, tokens(1, 9), sequence_ids=torch.zeros(1, 8, dtype=torch.long))
 
 
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [("gemma2", "eager"), *((f, i) for f in ("llama", "gpt2", "bert", "modernbert") for i in ("sdpa", "eager"))],
+)
+def test_sequence_ids_inside_dense(family: str, implementation: str) -> None:
+    model = tiny_model(family, _attn_implementation=implementation)
+    rows = [tokens(1, n, seed=n) for n in (7, 13)]
+    positions = [torch.arange(n)[None] for n in (7, 13)]
+    with torch.no_grad():
+        alone = torch.cat([run(model, row, position_ids=at) for row, at in zip(rows, positions, strict=True)], dim=1)
+        mixed = run(model, torch.cat(rows, dim=1))
+    sa_hf.patch_model(model, PATTERNS["window"], layers="0")
+    joined = torch.cat([*rows, torch.zeros(1, 2, dtype=torch.long)], dim=1)
+    given = {
+        "attention_mask": torch.tensor([[1] * 20 + [0] * 2]),
+        "position_ids": torch.cat([*positions, torch.zeros(1, 2, dtype=torch.long)], dim=1),
+        "sequence_ids": torch.tensor([[4] * 7 + [2] * 15]),
+    }
+    with sa_hf.dense(model):
+        assert error(run(model, joined, **given)[:, :20], alone) < 1e-5
+        assert error(run(model, torch.cat(rows, dim=1)), mixed) < 1e-6  # and nothing of it stays
+        assert model.config._attn_implementation == implementation
+        with pytest.raises(SparseAttentionError, match=r"\[1, 22\]"):
+            run(model, joined, **{**given, "sequence_ids": given["sequence_ids"][:, :5]})
+        assert model.config._attn_implementation == implementation
+        with pytest.raises(SparseAttentionError, match="2-D"):
+            run(model, joined, **{**given, "attention_mask": torch.ones(1, 1, 22, 22)})
+
+
+def test_sequence_ids_inside_dense_raise_where_they_would_be_dropped() -> None:
+    ids, sequences = tokens(1, 9), torch.tensor([[1] * 4 + [2] * 5])
+    flash = sa_hf.patch_model(tiny_model("llama"), PATTERNS["window"])
+    flash.sa_hf_patch.configs[:] = [(config, "flash_attention_2") for config, _ in flash.sa_hf_patch.configs]
+    with sa_hf.dense(flash), pytest.raises(SparseAttentionError, match=r"flash_attention_2.*sdpa"):
+        run(flash, ids, sequence_ids=sequences)
+    both = sa_hf.patch_model(tiny_model("t5"), PATTERNS["window"])
+    with sa_hf.dense(both), pytest.raises(SparseAttentionError, match="cross-attention"):
+        run(both, ids, sequence_ids=sequences, decoder_input_ids=ids)
+
+
 def test_sequence_ids_beside_cross_attention_raise() -> None:
     c = case("t5")
     sa_hf.patch_model(c.model, PATTERNS["window"])

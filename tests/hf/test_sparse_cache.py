@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from generation_cases import LOSSLESS, PATTERNS, TOLERANCE, generate, patched, prompt
-from hf_cases import tiny_model
+from hf_cases import tiny_model, tokens
 from torch import Tensor
 
 import sa_hf
@@ -86,6 +86,52 @@ def test_sparse_cache_keeps_dense_layers_whole_and_refuses_to_be_cropped() -> No
         cache.layers[0].crop(-1)
     cache.reset()
     assert cache.report()[0]["seen"] == cache.report()[0]["kept"] == 0
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("reader", ["dense", "unpatched", "wider", "narrower", "layer left dense"])
+def test_a_cache_that_dropped_keys_serves_no_other_pattern(reader: str, new: int) -> None:
+    model = tiny_model("llama")
+    sa_hf.patch_model(model, "sliding_window", window=4)
+    ids = tokens(1, 20)
+    cache = sa_hf.sparse_cache(model)
+
+    def step(begin: int, end: int) -> Tensor:
+        with torch.no_grad():
+            out: Tensor = model(ids[:, begin:end], past_key_values=cache).logits
+        return out
+
+    step(0, 15)
+    assert cache.report()[0]["kept"] == 3
+    match = r"holds 3 of 15 keys.*start again from the prompt"
+    if reader == "dense":
+        with sa_hf.dense(model), pytest.raises(SparseAttentionError, match=match):
+            step(15, 15 + new)
+        with torch.no_grad():  # refused before anything changed, so its own pattern goes on
+            assert torch.allclose(step(15, 20), model(ids).logits[:, 15:], atol=1e-4)
+        return
+    if reader == "unpatched":
+        sa_hf.unpatch_model(model)
+    elif reader == "layer left dense":
+        sa_hf.patch_model(model, "sliding_window", window=4, layers="1")
+    else:
+        sa_hf.patch_model(model, "sliding_window", window=9 if reader == "wider" else 2)
+    with pytest.raises(SparseAttentionError, match=match):
+        step(15, 15 + new)
+    cache.reset()
+    step(0, 3)
+
+
+def test_a_cache_that_dropped_nothing_serves_any_attention() -> None:
+    model = tiny_model("llama")
+    sa_hf.patch_model(model, "sliding_window", window=30)
+    ids = tokens(1, 20)
+    cache = sa_hf.sparse_cache(model)
+    with torch.no_grad():
+        model(ids[:, :15], past_key_values=cache)
+        with sa_hf.dense(model):
+            last = model(ids[:, 15:], past_key_values=cache).logits
+        assert torch.allclose(last, model(ids).logits[:, 15:], atol=1e-4)
 
 
 def test_sparse_cache_needs_a_patched_decoder() -> None:

@@ -123,7 +123,7 @@ def test_auxiliary_losses_join_in_training_where_labels_are_given(return_dict: b
     with torch.no_grad():
         out, extra = losses(model, input_ids=ids[:, :12], labels=ids[:, :12], return_dict=return_dict)
         sa_hf.unpatch_model(copy.deepcopy(model))
-    assert extra["expire_span"] == pytest.approx(0.1 * 12, rel=1e-4)
+    assert extra["expire_span"] == pytest.approx(12, rel=1e-4)
     assert not extra["expire_span"].requires_grad
     with torch.no_grad(), sa_hf.dense(model):
         own = loss_of(model(ids[:, :12], labels=ids[:, :12], return_dict=return_dict))
@@ -131,11 +131,42 @@ def test_auxiliary_losses_join_in_training_where_labels_are_given(return_dict: b
 
     model.train()
     out, extra = losses(model, input_ids=ids[:, :12], labels=ids[:, :12], return_dict=return_dict)
-    assert torch.allclose(loss_of(out), own + extra["expire_span"], atol=1e-5)
+    assert torch.allclose(loss_of(out), own + 0.1 * extra["expire_span"], atol=1e-5)
     out, extra = losses(model, input_ids=ids[:, :12], return_dict=return_dict)
     assert extra.keys() == {"expire_span"}
     assert model.model.layers[0].self_attn.sparse.aux_losses()["expire_span"].grad_fn is None
     copy.deepcopy(model)  # a graph tensor that is kept would break it
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("expire_span", lambda c: replace(EXPIRING, span_loss_coef=c)),
+        ("sparsebert_density", lambda c: replace(MASKS, density_coef=c, share_layers=False)),
+        ("routing_commitment", lambda c: sa_hf.RoutingAttentionConfig(num_clusters=2, window=4, commitment_coef=c)),
+    ],
+)
+def test_auxiliary_losses_are_figures_without_their_coefficients(name: str, make: Any, training: bool) -> None:
+    """The same at every coefficient, 0 too; what joins the loss is theirs times it. Also in mixtures by heads."""
+    ids = tokens(2, 20)
+    for pattern in (make, lambda c: {"1": {"heads": {"0-1": "star", "2-": make(c)}}}):
+        found, joined = {}, {}
+        for coefficient in (0.0, 0.5, 2.0):
+            model = sa_hf.patch_model(tiny_model("llama"), pattern(coefficient))
+            model.train(training)
+            out, extra = losses(model, input_ids=ids, labels=ids)
+            found[coefficient], joined[coefficient] = extra, float(out.loss.detach())
+        expected = found[2.0][name]
+        assert not expected.requires_grad
+        assert expected > 0.05
+        for coefficient, extra in found.items():
+            if name == "routing_commitment" and not training and coefficient == 0:
+                assert extra == {}
+                continue
+            assert torch.allclose(extra[name], expected, rtol=1e-4)
+            added = coefficient * float(expected) if training else 0.0
+            assert joined[coefficient] - joined[0.0] == pytest.approx(added, rel=1e-3, abs=1e-4)
 
 
 def test_the_loss_reaches_what_it_regularises() -> None:
@@ -167,7 +198,7 @@ def test_the_loss_counts_once_per_optimizer_step() -> None:
         count = int((label[:, 1:] != -100).sum())
         out, extra = losses(model, input_ids=one, labels=label, num_items_in_batch=items)
         total += float(out.loss.detach())
-        weighted += float(extra["expire_span"]) * count / items
+        weighted += 0.1 * float(extra["expire_span"]) * count / items
         model.eval()
         plain += float(model(one, labels=label, num_items_in_batch=items).loss.detach())
         model.train()

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from transformers.models.auto import modeling_auto
 import sa_hf
 from sa_hf import ConfigVersionError, SparseAttentionError
 from sa_hf.hf.patching import patch_model, unpatch_model
-from sa_hf.hf.saving import REMEDY, sparse_class
+from sa_hf.hf.saving import sparse_class
 
 WINDOW = sa_hf.SlidingWindowAttentionConfig(window=5, num_sink_tokens=1)
+LOAD_CALL = r"sa_hf: load with AutoModelForCausalLM\.from_pretrained\(\.\.\., trust_remote_code=True\)"
 PATTERN = {"0": WINDOW, "1": "bigbird"}
 
 
@@ -67,7 +69,8 @@ def test_what_the_config_holds(saved):
     config = config_of(folder)
     assert config["sa_hf"] == model.config.sa_hf
     assert config["sa_hf"]["layers"]["decoder"]["0"] == WINDOW.to_dict()
-    assert config["attn_implementation"] == REMEDY
+    assert re.fullmatch(LOAD_CALL, config["attn_implementation"])
+    assert not re.search(r"/|sdpa|flash|flex_attention", config["attn_implementation"])
     assert config["model_type"] == "llama"
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["auto_map"] == {
@@ -130,8 +133,39 @@ PLAIN_LOADS = {
 
 @pytest.mark.parametrize("way", PLAIN_LOADS)
 def test_plain_loads_raise_with_the_remedy(saved, way):
-    with pytest.raises(ValueError, match="sa_hf: load with trust_remote_code=True"):
+    with pytest.raises(ValueError, match=LOAD_CALL):
         PLAIN_LOADS[way](saved[1])
+
+
+@pytest.mark.parametrize(
+    ("family", "auto"),
+    [
+        ("bert", "AutoModelForSequenceClassification"),
+        ("bart", "AutoModelForSeq2SeqLM"),
+        ("t5", "AutoModelForSeq2SeqLM"),
+        ("llama", "AutoModelForCausalLM"),
+    ],
+)
+def test_the_remedy_names_the_auto_class_of_what_was_saved(tmp_path, family, auto):
+    """Also where the model and the one inside it, which share a config, are saved in turn."""
+    model = patched(family)
+    name, inner = type(model).__name__, model.base_model
+    inner_auto = auto if inner is model else "AutoModel"
+    for one, wanted in ((model, auto), (inner, inner_auto), (model, auto)):
+        one.save_pretrained(tmp_path / "m")
+        remedy = f"sa_hf: load with {wanted}.from_pretrained(..., trust_remote_code=True)"
+        assert config_of(tmp_path / "m")["attn_implementation"] == remedy
+    assert type(load(tmp_path / "m", getattr(modeling_auto, auto))).__name__ == name
+
+
+def test_checkpoints_with_the_remedy_of_old_load(tmp_path, saved):
+    model = patched()
+    model.save_pretrained(tmp_path / "m")
+    edit_config(tmp_path / "m", attn_implementation="sa_hf: load with trust_remote_code=True")
+    loaded = load(tmp_path / "m")
+    assert torch.equal(output(loaded, inputs(model)), output(model, inputs(model)))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        type(llama()).from_pretrained(tmp_path / "m")
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", {"": "sdpa"}])
@@ -173,7 +207,7 @@ def test_from_config_with_trust(saved):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"version": 99}, ConfigVersionError, "version 99.*upgrade"),
+        ({"version": 99}, ConfigVersionError, "version 99.*update it"),
         ({"news": 1}, ConfigVersionError, "news"),
         ({"layers": {"decoder": {"0": {"name": "sliding_window", "span": 3}}}}, ConfigVersionError, "span"),
         ({"layers": {"decoder": {"0": {"name": "sliding_window", "version": 7}}}}, ConfigVersionError, "version 7"),

@@ -67,11 +67,50 @@ def test_text_files_are_documents_for_language_models(tmp_path: Path) -> None:
 def test_mixed_kinds_and_short_texts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("short")
     short = Source([{"text": "short"}], [{"text": "short"}])
-    with pytest.raises(SparseAttentionError, match="max_length=64"):
+    with pytest.raises(SparseAttentionError, match=r"max_length=64.*at most 6"):
         tokenize(short, "causal-lm", TOKENIZER, 64, None, None)
     write_jsonl(tmp_path / "b.jsonl", [{"text": "x"}])
     with pytest.raises(SparseAttentionError, match="one kind"):
         load_source("causal-lm", str(tmp_path), max_length=8)
+
+
+def test_one_text_file_is_cut_after_chunking(tmp_path: Path) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text("".join(f"{i:04d}" for i in range(60)))  # 240 bytes and an end token: 30 chunks of 8
+    source = load_source("causal-lm", str(path), max_length=8)
+    rows, held_out = tokenize(source, "causal-lm", TOKENIZER, 8, None, None)
+    assert (len(rows), len(held_out)) == (27, 3)
+    assert TOKENIZER.decode(held_out[0]["input_ids"]) == "00540055"
+    # Evaluation holds out the same, whatever it asks to see of it.
+    assert tokenize(source, "causal-lm", TOKENIZER, 8, 1, 2) == (rows[:1], held_out[:2])
+    with pytest.raises(SparseAttentionError, match="max_length of at most 120"):
+        tokenize(source, "causal-lm", TOKENIZER, 121, None, None)
+    assert [len(part) for part in tokenize(source, "causal-lm", TOKENIZER, 120, None, None)] == [1, 1]
+
+
+def test_one_row_cannot_be_split_for_classification(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "one.jsonl", [{"text": "x", "label": 1}])
+    with pytest.raises(SparseAttentionError, match="holds 1 rows"):
+        load_source("sequence-classification", str(tmp_path / "one.jsonl"), max_length=8)
+
+
+@pytest.mark.parametrize("name", ["nofile.csv", "./folder", "/a/b", "a/b/c"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(SparseAttentionError, match="does not exist"):
+        load_source("causal-lm", name, max_length=8)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"train_rows": 0}, "train_rows=0.*nearest: 1"),
+        ({"evaluation_rows": -3}, "eval_rows=-3.*nearest: 1"),
+        ({"max_length": 0}, "max_length=0.*nearest: 2"),
+    ],
+)
+def test_numbers_too_small_are_refused(numbers: dict[str, int], message: str) -> None:
+    with pytest.raises(SparseAttentionError, match=message):
+        load_source("causal-lm", "stdlib", **{"max_length": 8, **numbers})
 
 
 def test_masks_are_labelled_and_accuracy_counts_them_alone() -> None:

@@ -190,12 +190,23 @@ def test_a_flag_that_is_none_is_named(tmp_path: Path) -> None:
         (["--task", "causal-lm", "--dataset", "summation"], "sequence-classification"),
         (["--task", "causal-lm", "--dataset", "corridor", "--model", "minilm"], "token ids of its own"),
         (["--model_set", "no_such_field=1"], "no_such_field"),
+        (["--task", "causal-lm"], "bidirectional.*nearest: --task masked-lm"),
+        (["--task", "masked-lm", "--model", "tiny-gpt2"], "nearest: --task causal-lm"),
+        (["--train_rows", "0"], "train_rows=0"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
 )
 def test_bad_flags_stop_before_training(flags: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(SparseAttentionError, match=message):
         run(tmp_path, "--model", "tiny-bert", "--max_length", "64", *flags)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_bert_made_a_decoder_is_a_causal_language_model(tmp_path: Path) -> None:
+    flags = ["--model", "tiny-bert", "--task", "causal-lm", "--max_length", "32", "--model_set", "is_decoder=true"]
+    assert run(tmp_path, *flags, "--pattern", "sliding_window")["reload_verified"]
+    with pytest.raises(SparseAttentionError, match="pass --trust_remote_code"):
+        run(tmp_path / "again", *flags, "--model", str(tmp_path))
 
 
 @pytest.mark.parametrize("path", sorted((SCRIPTS / "configs").glob("*.yaml")), ids=lambda p: p.stem)

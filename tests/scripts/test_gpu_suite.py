@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +15,18 @@ pytest.importorskip("triton")
 SUITE = Path(__file__).parents[2] / "scripts" / "gpu_suite.py"
 
 
+def dry_run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SUITE), "--dry-run", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=540, env=os.environ | (environment or {})
+    )
+
+
 def test_dry_run_measures_every_section(tmp_path: Path) -> None:
-    command = [sys.executable, str(SUITE), "--dry-run", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=540)
+    done = dry_run("--out", str(tmp_path), "--tune")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     sections = json.loads((tmp_path / "dry_run.json").read_text())["sections"]
-    assert set(sections) == {"ceilings", "parity", "dense", "ours", "options", "decode", "training"}
+    assert set(sections) == {"tuning", "ceilings", "parity", "dense", "ours", "decode", "training", "options"}
     parity = sections["parity"]
     assert all(row["pass"] is True for row in parity.values())
     tested = {key.split("/")[0] for key in parity}
@@ -40,30 +48,71 @@ def test_dry_run_measures_every_section(tmp_path: Path) -> None:
     # A speed-up is printed because parity held, and for no pattern that parity did not cover.
     assert all(isinstance(row["speed-up"], float) for row in sections["ours"].values())
     assert "| bigbird/causal" in (tmp_path / "dry_run.md").read_text()
+    # Only what lies in the folder comes back from a lent machine.
+    tuned = json.loads((tmp_path / "tuned.json").read_text())
+    assert set(tuned) == {"forward|128|32|0", "key|128|32|0"}
+    assert all(set(launch) == {"rows", "columns", "warps", "stages"} for launch in tuned.values())
 
 
-def test_a_row_that_failed_is_tried_again(tmp_path: Path) -> None:
-    from sa_hf.tools.bench.report import Report
+def test_a_run_goes_on_in_another_folder(tmp_path: Path) -> None:
+    """As on a lent machine: a first run's folder came back, a second run starts with an empty one."""
+    names = ("first", "second", "fresh")
+    for name, extra in zip(names, ([], ["--resume", str(tmp_path / "first")], ["--fresh"]), strict=True):
+        done = dry_run("--out", str(tmp_path / name), "--only", "decode", *extra)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["dry_run.json", "dry_run.md"]
+    rows = [json.loads((tmp_path / name / "dry_run.json").read_text())["sections"]["decode"] for name in names]
+    assert rows[0] == rows[1]
+    assert rows[0] != rows[2]
 
-    header = {"device": "d", "commit": "c", "torch": "t", "triton": "x"}
-    report = Report(tmp_path / "r.json", header)
-    report.add("dense", "good", {"ms": 1.0})
-    report.add("dense", "bad", {"error": "out of memory"})
-    resumed = Report(tmp_path / "r.json", header)
-    assert [resumed.done("dense", key) for key in ("good", "bad", "new")] == [True, False, False]
+
+def installed(folder: Path, **versions: str) -> dict[str, str]:
+    """The environment of a process that finds packages of these versions."""
+    for name, number in versions.items():
+        metadata = folder / f"{name}-{number}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_the_dry_run_refuses_an_interpreter_that_fails(tmp_path: Path) -> None:
+    """Triton 3.6 reads a number out of an array of one element, which numpy 2.4 refuses."""
+    out = tmp_path / "out"
+    done = dry_run("--out", str(out), environment=installed(tmp_path, triton="3.6.0", numpy="2.5.2"))
+    assert done.returncode == 2
+    assert "triton 3.6.0" in done.stderr
+    assert "numpy<2.4" in done.stderr
+    assert "triton>=3.7" in done.stderr
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("triton", "numpy"), [("3.6.0", "2.3.5"), ("3.7.0", "2.5.2"), ("3.10.0", "2.4.6")])
+def test_other_interpreters_are_let_through(triton: str, numpy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = runpy.run_path(str(SUITE))
+    monkeypatch.setitem(
+        suite["interpreter_problem"].__globals__, "version", {"triton": triton, "numpy": numpy}.__getitem__
+    )
+    assert suite["interpreter_problem"]() is None
 
 
 def test_the_bigbird_of_transformers_runs_as_a_baseline() -> None:
     import torch
 
     from sa_hf.tools.bench.baselines import hugging_face_bigbird
+    from sa_hf.tools.bench.timing import attention_calls
 
     q, k, v = (torch.randn(1, 2, 768, 16, requires_grad=True) for _ in range(3))
-    out = hugging_face_bigbird(2, 16, 64, torch.device("cpu"), torch.float32)(q, k, v)
-    # [batch, length, heads, head_dim], the first row of blocks dense
+    run = hugging_face_bigbird(2, 16, 64, torch.device("cpu"), torch.float32)
+    out = run(q, k, v)
+    assert out.shape == q.shape
+    # The first row of blocks is dense.
     weights = torch.softmax(q[:, :, :64] @ k.transpose(-1, -2) / 4, dim=-1)
-    torch.testing.assert_close(out[:, :64].view(1, 64, 2, 16).transpose(1, 2), weights @ v, rtol=1e-4, atol=1e-5)
-    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.sum(), (q, k, v)))
+    torch.testing.assert_close(out[:, :, :64], weights @ v, rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(out, (q, k, v), torch.randn_like(q))
+    assert [g.shape for g in gradients] == [q.shape] * 3
+    assert all(g.abs().sum() > 0 for g in gradients)
+    for backward in (False, True):  # as the suite times it
+        attention_calls(run, [(q, k, v)], backward)[0]()
 
 
 def test_offsets_read_their_rows_for_each_pair() -> None:

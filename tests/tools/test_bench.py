@@ -12,7 +12,7 @@ from sa_hf import SlidingWindowAttentionConfig
 from sa_hf.config import pattern_class
 from sa_hf.tools.bench import parity as parity_module
 from sa_hf.tools.bench.parity import Shape, parity, relative_rms
-from sa_hf.tools.bench.report import Report
+from sa_hf.tools.bench.report import Report, code_digest
 from sa_hf.tools.bench.roofline import H200_DATASHEET, work
 
 
@@ -59,10 +59,49 @@ def test_nan_never_passes() -> None:
     assert relative_rms(torch.tensor([1.0, float("nan"), 1.0, 1.0]), oracle) == float("inf")
 
 
-def test_report_resumes_only_on_the_same_machine_and_commit(tmp_path: Path) -> None:
-    header = {"title": "t", "device": "d", "commit": "c", "torch": "1", "triton": "1"}
+def test_report_resumes_only_for_the_same_machine_and_code(tmp_path: Path) -> None:
+    header = {"title": "t", "device": "d", "commit": "c", "code": "x", "torch": "1", "triton": "1"}
     first = Report(tmp_path / "r.json", header)
     first.add("parity", "a", {"pass": True, "out": 1.5e-7})
     assert Report(tmp_path / "r.json", header).done("parity", "a")
-    assert not Report(tmp_path / "r.json", {**header, "commit": "other"}).done("parity", "a")
+    # The lent machine's checkout has no commit.
+    moved = Report(tmp_path / "other" / "r.json", {**header, "commit": "unknown"}, resume=tmp_path / "r.json")
+    assert moved.done("parity", "a")
+    assert moved.data["header"]["commit"] == "unknown"
+    for field in ("code", "device", "torch", "triton", "launches"):
+        assert not Report(tmp_path / "r.json", {**header, field: "other"}).done("parity", "a")
+    assert not Report(tmp_path / "r.json", header, fresh=True).done("parity", "a")
     assert "| a | yes | 1.5e-07 |" in (tmp_path / "r.md").read_text()
+
+
+def test_rows_that_failed_are_measured_again(tmp_path: Path) -> None:
+    report = Report(tmp_path / "r.json", {})
+    rows = {
+        "timed": ({"ms": 1.0}, True),
+        "not captured": ({"ms": 1.0, "no graph": "why"}, True),
+        "passed": ({"pass": True}, True),
+        "failed": ({"pass": False}, False),
+        "no number": ({"pass": None}, False),
+        "raised": ({"error": "out of memory"}, False),
+    }
+    for key, (row, _) in rows.items():
+        report.add("s", key, row)
+    resumed = Report(tmp_path / "r.json", {})
+    assert {key: resumed.done("s", key) for key in [*rows, "new"]} == {k: d for k, (_, d) in rows.items()} | {
+        "new": False
+    }
+
+
+def test_the_code_of_a_report_is_the_content_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "sa_hf" / "ops").mkdir(parents=True)
+    kernel, script, notes = (tmp_path / p for p in ("sa_hf/ops/k.py", "scripts/gpu_suite.py", "sa_hf/notes.md"))
+    seen = []
+    for path, text in ((kernel, "a"), (script, "a"), (kernel, "b"), (script, "b")):
+        path.write_text(text)
+        seen.append(code_digest(tmp_path))
+    notes.write_text("no code")
+    assert code_digest(tmp_path) == seen[-1]
+    kernel.rename(kernel.with_name("renamed.py"))
+    seen.append(code_digest(tmp_path))
+    assert len(set(seen)) == len(seen)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
+from sa_hf.ops.graphs import capturing
 from sa_hf.ops.parts import BAND, FULL, BlockLayout, SegmentPart
-from sa_hf.ops.slots import capturing
 
 UNBOUNDED = 1 << 30
 TILES = (16, 32, 64, 128)

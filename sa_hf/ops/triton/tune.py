@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -19,6 +18,10 @@ from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, Part, ScoreOptions
 from sa_hf.ops.triton.configs import TUNED, Launch, launch, trial, write
 from sa_hf.ops.triton.engine import TritonEngine
 from sa_hf.ops.triton.launch import architecture
+
+# Milliseconds of a call on the device, given calls on inputs of their own. The bench has one that does not count the
+# host's launches: they take as long as a kernel.
+Clock = Callable[[Sequence[Callable[[], object]], torch.device], float]
 
 # rows, columns, warps, stages. A candidate that does not compile or does not fit the machine is passed over.
 TILES = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 8, 2), (64, 64, 8, 2)]
@@ -78,28 +81,41 @@ def jobs() -> list[Job]:
     return found
 
 
-def tune(device: torch.device, *, dry_run: bool = False, budget: float = 240.0) -> Path:
-    """Measure the candidates for ``budget`` seconds; returns the file written (a temporary one in a dry run)."""
+def tune(
+    device: torch.device, clock: Clock, *, dry_run: bool = False, budget: float = 240.0, copy: Path | None = None
+) -> Path:
+    """Measure the candidates for ``budget`` seconds; returns the file written (a temporary one in a dry run).
+
+    Args: copy: written after each kernel, so that a run that is stopped leaves what it found.
+
+    Raises: what the device raised; the table has been written up to there.
+    """
     deadline = time.monotonic() + budget
     length, heads, dtype = (64, 1, torch.float32) if dry_run else (16384, 16, torch.bfloat16)
-    bits, arch = 8 * dtype.itemsize, architecture(device)
+    arch = architecture(device)
+    path = Path(tempfile.mkdtemp()) / "tuned.json" if dry_run else TUNED
     table: dict[str, Launch] = {}
-    for job in jobs()[:2] if dry_run else jobs():
-        name = job.name(bits, arch)
-        call = _call(job, length, heads, dtype, device)
-        times: dict[Launch, float] = {}
-        candidates = job.launches(bits, arch)
-        for candidate in candidates[:2] if dry_run else candidates:
+    try:
+        for job in jobs()[:2] if dry_run else jobs():
             if time.monotonic() > deadline:
                 break
-            with trial({**table, name: candidate}):
-                spent = _milliseconds(call, device, 1 if dry_run else 20)
-            if spent is not None:
-                times[candidate] = spent
-        if times:
-            table[name] = min(times, key=lambda c: times[c])
-    path = Path(tempfile.mkdtemp()) / "tuned.json" if dry_run else TUNED
-    write(path, table)
+            calls = _calls(job, length, heads, dtype, device, 2)
+            name, candidates = job.name(8 * dtype.itemsize, arch), job.launches(8 * dtype.itemsize, arch)
+            times: dict[Launch, float] = {}
+            for candidate in candidates[:2] if dry_run else candidates:
+                if time.monotonic() > deadline:
+                    break
+                with trial({**table, name: candidate}):
+                    spent = _milliseconds(calls, device, clock)
+                if spent is not None:
+                    times[candidate] = spent
+            if times:
+                table[name] = min(times, key=lambda c: times[c])
+                if copy is not None:
+                    write(copy, table)
+    finally:
+        if table:
+            write(path, table)
     return path
 
 
@@ -110,7 +126,7 @@ def candidate_calls(length: int) -> Iterator[Callable[[], None]]:
     for job in jobs():
 
         def with_each(job: Job = job) -> None:
-            call = _call(job, length, 1, torch.bfloat16, device)
+            (call,) = _calls(job, length, 1, torch.bfloat16, device, 1)
             for candidate in job.launches(bits, arch):
                 with trial({job.name(bits, arch): candidate}):
                     call()
@@ -118,15 +134,35 @@ def candidate_calls(length: int) -> Iterator[Callable[[], None]]:
         yield with_each
 
 
-def _call(job: Job, length: int, heads: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
-    g = torch.Generator(device).manual_seed(0)
+def _calls(
+    job: Job, length: int, heads: int, dtype: torch.dtype, device: torch.device, sets: int
+) -> list[Callable[[], object]]:
+    """The kernel of a job on ``sets`` of inputs: where it can be called alone, without the rest of the backward, beside
+    which a candidate's gain is small."""
+    part, options = _moved(job.part(length), device), job.options()
+    generator = torch.Generator(device).manual_seed(0)
     sizes = (1, heads, length, job.head_dim)
-    q, k, v, grad = (torch.randn(sizes, generator=g, device=device, dtype=dtype) for _ in range(4))
-    engine, part, options = TritonEngine(), _moved(job.part(length), device), job.options()
-    if not job.backward:
-        return lambda: engine.forward(part, q, k, v, options)
-    out, lse = engine.forward(part, q, k, v, options)
-    return lambda: engine.backward(part, q, k, v, out, lse, grad, options)
+
+    def call() -> Callable[[], object]:
+        q, k, v, grad = (torch.randn(sizes, generator=generator, device=device, dtype=dtype) for _ in range(4))
+        engine = TritonEngine()
+        if not job.backward:
+            return lambda: engine.forward(part, q, k, v, options)
+        out, lse = engine.forward(part, q, k, v, options)
+        if not isinstance(part, BlockPart):
+            return lambda: engine.backward(part, q, k, v, out, lse, grad, options)
+        # The launchers need triton, which this package is imported without.
+        from sa_hf.ops.triton import launch_block
+        from sa_hf.ops.triton.lists import layout_lists
+        from sa_hf.ops.triton.scores import Scores
+
+        lists, scores = layout_lists(part.layout), Scores.of(options, None, None, q, k)
+        operands = launch_block.backward_operands(q, k, v, out, lse, grad, scores)
+        if job.kernel.startswith("query"):
+            return lambda: launch_block._query_gradient(lists, operands, scores)
+        return lambda: launch_block._key_gradient(lists, operands, scores)
+
+    return [call() for _ in range(sets)]
 
 
 def _moved(part: Part, device: torch.device) -> Part:
@@ -137,26 +173,25 @@ def _moved(part: Part, device: torch.device) -> Part:
     return replace(part, layout=replace(layout, **tensors))
 
 
-def _milliseconds(call: Callable[[], object], device: torch.device, repeats: int) -> float | None:
-    """Median time of a call; None where the configuration does not compile or fit."""
-    import triton
+def _milliseconds(
+    calls: Sequence[Callable[[], object]], device: torch.device, clock: Clock
+) -> float | None:  # fmt: skip
+    """Time of a call by the clock; None where the configuration does not compile or fit."""
+    try:
+        calls[0]()
+    except Exception as error:
+        if not _does_not_fit(error):
+            raise
+        return None
+    return clock(calls, device)
+
+
+def _does_not_fit(error: Exception) -> bool:
+    """Whether a launch failed for its configuration: the compiler's errors and Triton's own (out of shared memory, of
+    registers). An error of the device ends everything that follows, and says nothing about a configuration."""
     from triton.runtime.errors import TritonError
 
-    try:
-        call()
-    except (triton.CompilationError, TritonError, RuntimeError):
-        return None
-    spent = []
-    for _ in range(repeats):
-        if device.type != "cuda":
-            begin = time.perf_counter()
-            call()
-            spent.append(1e3 * (time.perf_counter() - begin))
-            continue
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        spent.append(start.elapsed_time(end))
-    return median(spent)
+    if isinstance(error, TritonError):
+        return True
+    of_device = isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError) or "CUDA" in str(error)
+    return isinstance(error, RuntimeError) and not of_device

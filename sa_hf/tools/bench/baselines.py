@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from sa_hf.patterns.base import Geometry, StaticPatternConfig
 from sa_hf.patterns.logsparse import LogSparseAttentionConfig
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+# What is compared: the time of a call as its user has it, launches by the host included, and that of the device alone.
+FIGURES = (("ms", ""), ("ms in a graph", " in a graph"))
 
 
 def dense_runs(causal: bool, device: torch.device) -> Iterator[tuple[str, Run]]:
@@ -38,6 +40,18 @@ def dense_runs(causal: bool, device: torch.device) -> Iterator[tuple[str, Run]]:
             return out.transpose(1, 2)
 
         yield "flash-attention-3", flash3
+
+
+def over_dense(dense: Mapping[str, Mapping[str, Any]], row: Mapping[str, Any], tail: str) -> dict[str, Any]:
+    """A row's speed-ups over the fastest of the dense rows whose keys end in ``tail``: calls are compared with calls,
+    graphs with graphs."""
+    found: dict[str, Any] = {}
+    for figure, ending in FIGURES:
+        times = [(r[figure], k.split("/")[0]) for k, r in dense.items() if k.endswith(tail) and figure in r]
+        if times and figure in row:
+            fastest, name = min(times)
+            found |= {f"speed-up{ending}": fastest / row[figure], f"over{ending}": name}
+    return found
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -141,7 +155,7 @@ def hugging_face_bigbird(
             q, k, v, band, from_mask, to_mask, blocked, blocked, num_heads, 3, head_dim, block_size, block_size,
             batch, length, length, seed=0, plan_from_length=None, plan_num_rand_blocks=None, **extra,
         )  # fmt: skip
-        context: Tensor = out[0]
-        return context
+        context: Tensor = out[0]  # [B, n, H, D]
+        return context.transpose(1, 2)
 
     return run

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from sa_hf.config import SparseAttentionConfig, pattern_class
-from sa_hf.patterns.base import StaticPatternConfig
+from sa_hf.patterns.base import Geometry, StaticPatternConfig
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ def timing_cases(toy: bool = False) -> list[Case]:
     return ordered
 
 
+# What compiled FlexAttention is measured on, each with the block of its mask: a row costs 15 to 30 s of compilation.
+FLEX_CASES = (("bigbird/causal", 128), ("sliding_window/causal", 128), ("logsparse/causal", 128))
+
+
 def parity_configs() -> list[tuple[str, StaticPatternConfig]]:
     """Small shapes of every static pattern, odd ones too, for parity with the fp64 oracle."""
     return [
@@ -72,6 +79,15 @@ def parity_configs() -> list[tuple[str, StaticPatternConfig]]:
         ("fixed-per-head", _config("sparse_transformer", kind="fixed", stride=32, summary=8, head_mode="per_head")),
         ("star", _config("star")),
     ]
+
+
+def decode_lists(config: StaticPatternConfig, length: int, heads: int) -> Tensor:
+    """The positions that the last of ``length`` reads, int64 ``[1, heads, 1, m]``, ended by -1."""
+    rows = config.decode_keys(length - 1, Geometry(length, 1, tuple(range(heads)), heads, 0, True))
+    index = torch.full((1, heads, 1, max(len(row) for row in rows)), -1, dtype=torch.int64)
+    for head, row in enumerate(rows):
+        index[0, head, 0, : len(row)] = row
+    return index
 
 
 def describe(config: SparseAttentionConfig) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.planned import planned_attention
 from sa_hf.patterns.clusters import CLUSTERS, MEMBERS
 from sa_hf.tools.bench.parity import ParityResult, Shape, bound_of, relative_rms
+from sa_hf.tools.bench.timing import capture
 
 NUM_CLUSTERS = 4
 RAMP = 16.0
@@ -80,7 +82,7 @@ CASES = (
 )
 
 
-def _inputs(case: DataCase, shape: Shape, seed: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+def case_inputs(case: DataCase, shape: Shape, seed: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Query, key, value and the gradient of the output; the data."""
     generator = torch.Generator().manual_seed(seed)
     heads = (shape.num_heads, *[shape.num_key_value_heads] * 2, shape.num_heads)
@@ -88,7 +90,7 @@ def _inputs(case: DataCase, shape: Shape, seed: int) -> tuple[list[Tensor], tupl
     return vectors, case.draw(shape, generator)
 
 
-def _run(case: DataCase, vectors: Sequence[Tensor], data: Sequence[Tensor], engine: str) -> tuple[Tensor, ...]:
+def run_case(case: DataCase, vectors: Sequence[Tensor], data: Sequence[Tensor], engine: str) -> tuple[Tensor, ...]:
     """Output and the gradients of query, key, value and of what is continuous in the data."""
     *qkv, grad = vectors
     leaves = [x.detach().requires_grad_() for x in qkv]
@@ -101,12 +103,12 @@ def data_parity(
     case: DataCase, dtype: torch.dtype, device: torch.device, *, engine: str, shape: Shape
 ) -> ParityResult:  # fmt: skip
     """Errors against a fixed bound; ``dense_errors`` repeats it."""
-    vectors, data = _inputs(case, shape, 0)
+    vectors, data = case_inputs(case, shape, 0)
     rounded = [x.to(dtype) for x in vectors]
     exact = [x.double() if x.is_floating_point() else x for x in data]
-    oracle = _run(case, [x.double() for x in rounded], exact, "native")
+    oracle = run_case(case, [x.double() for x in rounded], exact, "native")
     moved = [x.to(device) for x in rounded], [x.to(device) for x in data]
-    first, second = (_run(case, *moved, engine) for _ in range(2))
+    first, second = (run_case(case, *moved, engine) for _ in range(2))
     errors = tuple(relative_rms(a.cpu(), b) for a, b in zip(first, oracle, strict=True))
     same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     return ParityResult(errors, (bound_of(dtype),) * len(errors), same)
@@ -117,24 +119,15 @@ def replay_equals_a_new_run(
 ) -> bool:  # fmt: skip
     """Capture forward and backward in a CUDA graph, change all inputs, replay: the result is that of a new run. On the
     CPU, where nothing is captured, the call itself is run again."""
-    draws = [_inputs(case, shape, seed) for seed in (0, 1)]
+    draws = [case_inputs(case, shape, seed) for seed in (0, 1)]
     vectors, other = ([x.to(device, dtype) for x in drawn[0]] for drawn in draws)
     data, other_data = ([x.to(device) for x in drawn[1]] for drawn in draws)
-    result = _run(case, vectors, data, engine)
-    graph = None
-    if device.type == "cuda":
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            _run(case, vectors, data, engine)
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = _run(case, vectors, data, engine)
+    run = partial(run_case, case, vectors, data, engine)
+    replay, result = capture(run) if device.type == "cuda" else (None, ())
     for old, new in zip([*vectors, *data], [*other, *other_data], strict=True):
         old.copy_(new)
-    if graph is None:
-        result = _run(case, vectors, data, engine)
+    if replay is None:
+        result = run()
     else:
-        graph.replay()
-    return all(torch.equal(a, b) for a, b in zip(result, _run(case, other, other_data, engine), strict=True))
+        replay()
+    return all(torch.equal(a, b) for a, b in zip(result, run_case(case, other, other_data, engine), strict=True))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +61,27 @@ class ParityResult:
             if not ours < ABSOLUTE_BOUND or ours > max(RATIO_FLOOR, times * dense):
                 return False
         return self.deterministic
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def row_key(label: str, causal: bool, dtype: torch.dtype, shape: Shape) -> str:
+    """The key of a parity row; a kind of row appends its name."""
+    return f"{label}/{'causal' if causal else 'full'}/{dtype_name(dtype)}/D{shape.head_dim}/n{shape.length}"
+
+
+def parity_held(rows: Mapping[str, Mapping[str, Any]], label: str, causal: bool, dtype: torch.dtype) -> bool:
+    """Whether there are parity rows of a pattern's kernels in this dtype, and all passed; the first word of the label
+    names the pattern. Kernels of another dtype are other kernels."""
+    wanted = [label.split("-")[0], "causal" if causal else "full", dtype_name(dtype)]
+    passed = []
+    for key, row in rows.items():
+        name, *rest = key.split("/")[:3]
+        if [name.split("-")[0], *rest] == wanted:
+            passed.append(row.get("pass") is True)
+    return bool(passed) and all(passed)
 
 
 def relative_rms(x: Tensor, oracle: Tensor) -> float:

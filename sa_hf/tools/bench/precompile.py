@@ -15,19 +15,24 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from sa_hf.ops import planned
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.run import plan_backward, plan_forward
 from sa_hf.ops.triton import TritonEngine
 from sa_hf.patterns.base import Geometry, StaticPatternConfig
 from sa_hf.patterns.custom_op import cached_plan
+from sa_hf.tools.bench import learned
 from sa_hf.tools.bench.cases import parity_configs, timing_cases
 from sa_hf.tools.bench.parity import PARITY_DTYPES, PARITY_SHAPES, Shape, option_case
 
-# Kernels do not depend on the length; at this one every pattern has all its kinds of tiles.
-TIMING_LENGTH = 4096
+# Kernels do not depend on the length, but a few parts do: segments of whole tiles of 128 slots get others than those
+# that are not. Between these lengths a pattern has all its kinds of parts (tested against the lengths of the suite).
+TIMING_LENGTHS = (2048, 4096, 16384)
+TUNING_LENGTH = 4096
 
 
 def precompile(arch: int, *, tune: bool) -> dict[str, Any]:
@@ -64,7 +69,8 @@ def _share(index: int, workers: int, arch: int, tune: bool) -> tuple[int, list[s
 
 
 def suite_calls() -> Iterator[Callable[[], None]]:
-    """Calls that reach the kernels of the parity and of the timing sections."""
+    """Calls that reach the kernels of all sections, of the timings before those of the parity."""
+    yield from timing_calls()
     for dtype in PARITY_DTYPES:
         for shape in PARITY_SHAPES:
             for _, config in parity_configs():
@@ -73,10 +79,41 @@ def suite_calls() -> Iterator[Callable[[], None]]:
         for option in ("softcap", "bias", "spans", "dropout"):
             config, options = option_case(option, PARITY_SHAPES[0], torch.device("cpu"))
             yield partial(_run, config, PARITY_SHAPES[0], dtype, True, options)
+        for case in learned.CASES:
+            yield partial(_run_by_data, case, PARITY_SHAPES[0], dtype)
+
+
+def timing_calls() -> Iterator[Callable[[], None]]:
+    """Calls that reach the kernels of the timing sections."""
     for case in timing_cases():
-        for head_dim in (128, 64):
-            shape = Shape(1, 1, 1, TIMING_LENGTH, head_dim)
-            yield partial(_run, case.config, shape, torch.bfloat16, case.causal, ScoreOptions(1.0))
+        for length in TIMING_LENGTHS:
+            for head_dim in (128, 64):
+                shape = Shape(1, 1, 1, length, head_dim)
+                yield partial(_run, case.config, shape, torch.bfloat16, case.causal, ScoreOptions(1.0))
+        if (case.label, case.causal) == ("sliding_window", True):
+            shape = Shape(1, 1, 1, TIMING_LENGTHS[0], 64)
+            for options in (
+                ScoreOptions(1.0, dropout=0.1, seed=torch.tensor(0)),
+                ScoreOptions(1.0, spans=torch.zeros(1, 1, shape.length)),
+            ):
+                yield partial(_run, case.config, shape, torch.bfloat16, True, options)
+    yield _decode
+
+
+def _decode() -> None:
+    """A step over lists that are long enough to be split and merged, and one that is not."""
+    from sa_hf.ops.triton.launch_decode import decode
+
+    key = torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16)
+    for most in (4096, 1):
+        decode(key, key, key, torch.zeros(1, 1, 1, most, dtype=torch.int64), ScoreOptions(1.0))
+
+
+def _run_by_data(case: learned.DataCase, shape: Shape, dtype: torch.dtype) -> None:
+    """The operator asks for an engine that serves its tensors, and these lie on the CPU: here the kernels do."""
+    vectors, data = learned.case_inputs(case, shape, 0)
+    with patch.object(planned, "choose_engine", lambda *_: TritonEngine()):
+        learned.run_case(case, [x.to(dtype) for x in vectors], data, "triton")
 
 
 def _run(
@@ -96,4 +133,4 @@ def _run(
 def _tuning_calls() -> Iterator[Callable[[], None]]:
     from sa_hf.ops.triton.tune import candidate_calls
 
-    yield from candidate_calls(TIMING_LENGTH)
+    yield from candidate_calls(TUNING_LENGTH)

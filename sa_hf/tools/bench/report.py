@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+# Rows are kept where these fields of the header are equal. The commit is not among them: a checkout without .git has
+# none, and one with changes has that of no code in particular.
+SAME = ("device", "torch", "triton", "code", "launches")
+
+
+def code_digest(root: Path = ROOT) -> str:
+    """Of the Python files that a row of the GPU suite depends on, by name and content."""
+    return digest([*root.glob("sa_hf/**/*.py"), root / "scripts" / "gpu_suite.py"], root)
+
+
+def digest(files: Iterable[Path], root: Path = ROOT) -> str:
+    """Twelve hexadecimal digits of the files' names below ``root`` and their content; absent files count as empty."""
+    total = hashlib.sha256()
+    for path in sorted(files):
+        content = path.read_bytes() if path.exists() else b""
+        total.update(f"{os.path.relpath(path, root)}\0{len(content)}\0".encode() + content)
+    return total.hexdigest()[:12]
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -57,26 +78,32 @@ def _commit() -> str:
 
 
 class Report:
-    """Rows by section and key, saved after each one; what is there already is not measured again."""
+    """Rows by section and key, saved after each one; what is there already is not measured again.
 
-    def __init__(self, path: Path, header: dict[str, Any], *, fresh: bool = False) -> None:
+    Args:
+        path: the JSON file; what it has already is gone on with, unless ``fresh`` or another header's (``SAME``).
+        resume: the file to go on with where there is none at ``path``.
+    """
+
+    def __init__(
+        self, path: Path, header: dict[str, Any], *, fresh: bool = False, resume: Path | None = None
+    ) -> None:  # fmt: skip
         self.path = path
         self.data: dict[str, Any] = {"header": header, "sections": {}}
-        if path.exists() and not fresh:
-            earlier = json.loads(path.read_text())
-            same = all(
-                earlier.get("header", {}).get(k) == header.get(k) for k in ("device", "commit", "torch", "triton")
-            )
-            if same:
-                self.data = earlier
+        known = path if path.exists() or resume is None else resume
+        if known.exists() and not fresh:
+            earlier = json.loads(known.read_text())
+            if all(earlier.get("header", {}).get(k) == header.get(k) for k in SAME):
+                self.data["sections"] = earlier["sections"]
 
     def rows(self, section: str) -> dict[str, dict[str, Any]]:
         rows: dict[str, dict[str, Any]] = self.data["sections"].setdefault(section, {})
         return rows
 
     def done(self, section: str, key: str) -> bool:
-        """Whether a row is there; one that ended in an error is tried again by the next run."""
-        return "error" not in self.rows(section).get(key, {"error": "missing"})
+        """Whether a row is there; one that ended in an error or did not pass is tried again by the next run."""
+        row = self.rows(section).get(key, {"error": "missing"})
+        return "error" not in row and row.get("pass", True) is True
 
     def add(self, section: str, key: str, row: dict[str, Any]) -> None:
         self.rows(section)[key] = row
