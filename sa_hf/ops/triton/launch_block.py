@@ -22,7 +22,7 @@ from sa_hf.ops.triton.launch import aligned, build_options, chunks, configuratio
 from sa_hf.ops.triton.lists import TileLists, WorkList
 from sa_hf.ops.triton.scores import Scores, position_spans
 
-COMBINE_ROWS = 16
+COMBINE_ROWS, COMBINE_ROWS_WIDE = 16, 8  # up to head_dim 128, and beyond (16 spill on sm_80)
 PREPARE_ROWS = 32
 
 
@@ -60,8 +60,8 @@ def block_backward(
 ) -> Gradients:
     """Exact flash backward of a part; ``out`` and ``lse`` are the merged ones of the plan."""
     operands = backward_operands(query, key, value, out, lse, grad_out, scores)
-    dq = _query_gradient(lists, operands, scores)
-    dk, dv, d_spans = _key_gradient(lists, operands, scores)
+    dq = query_gradient(lists, operands, scores)
+    dk, dv, d_spans = key_gradient(lists, operands, scores)
     bias = _bias_gradient(lists, operands, scores)
     return Gradients(dq, dk, dv, bias, d_spans)
 
@@ -99,7 +99,8 @@ def backward_operands(
     return Operands(query, key, value, grad_out, delta, shift)
 
 
-def _query_gradient(lists: TileLists, operands: Operands, scores: Scores) -> Tensor:
+def query_gradient(lists: TileLists, operands: Operands, scores: Scores) -> Tensor:
+    """dQ, in the queries' shape and dtype."""
     query, key = operands.query, operands.key
     batch, heads, _, d = query.shape
     work, config = lists.by_query(), configuration(variant("query", lists, scores), query)
@@ -117,9 +118,10 @@ def _query_gradient(lists: TileLists, operands: Operands, scores: Scores) -> Ten
     return dq
 
 
-def _key_gradient(
+def key_gradient(
     lists: TileLists, operands: Operands, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dK and dV in the keys' shape and dtype, and the gradient of the spans at their positions."""
     query, key = operands.query, operands.key
     batch, heads, _, d = query.shape
     kv_heads, n_k = key.shape[1], key.shape[2]
@@ -256,7 +258,7 @@ def _combine(
     """Reduce the pieces of the cut lists: by log-sum-exp (``vector`` is it), or by a sum, of both."""
     if not len(work.splits):
         return
-    rows = min(COMBINE_ROWS, tile)
+    rows = min(COMBINE_ROWS if whole.shape[3] <= 128 else COMBINE_ROWS_WIDE, tile)
     combine_kernel[(len(work.splits) * (tile // rows) * reps[0] * reps[1],)](
         part, part_vector, whole, vector, work.splits, **strides("o", whole), n=whole.shape[2], heads=whole.shape[1],
         list_heads=list_heads, rep_heads=reps[0], reps=reps[0] * reps[1], slots=work.slots, tiles=tiles,

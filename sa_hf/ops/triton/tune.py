@@ -159,8 +159,8 @@ def _calls(
         lists, scores = layout_lists(part.layout), Scores.of(options, None, None, q, k)
         operands = launch_block.backward_operands(q, k, v, out, lse, grad, scores)
         if job.kernel.startswith("query"):
-            return lambda: launch_block._query_gradient(lists, operands, scores)
-        return lambda: launch_block._key_gradient(lists, operands, scores)
+            return lambda: launch_block.query_gradient(lists, operands, scores)
+        return lambda: launch_block.key_gradient(lists, operands, scores)
 
     return [call() for _ in range(sets)]
 
