@@ -35,7 +35,6 @@ PLAIN = Budget(scores=2**19, keys=2**20)
 FLASH_KEY_ELEMENTS = 2**19
 # The flash op multiplies 32 rows at a time in tiles of fewer.
 TALL_ROWS = 192
-LOW = True
 
 
 class NativeEngine:
@@ -156,7 +155,7 @@ def _tiles(part: BlockPart | SegmentPart, rules: ScoreRules, head_dim: int, fast
 
 def _tall(tile: TileBatch, queries: Tensor) -> bool:
     """Whether the flash op runs a batch of tiles faster than products of matrices."""
-    return LOW is False or tile.triangular or queries.shape[1] >= TALL_ROWS
+    return tile.triangular or queries.shape[1] >= TALL_ROWS
 
 
 def _pairs(
