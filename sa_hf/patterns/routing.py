@@ -256,10 +256,11 @@ class RoutingAttention(CentroidState):
         now, mu = self._latest, self.centroids.float()
         if now is None:
             raise RuntimeError("nothing was gathered")
-        squares = sum((x.square().sum(-1) * real[:, None]).sum() for x in (query, key))
+        squares = sum((torch.linalg.vector_norm(x, dim=-1).square() * real[:, None]).sum() for x in (query, key))
         total = squares - 2 * (mu * now.sums).sum() + (now.counts * mu.square().sum(-1)).sum()
         count = real.sum() * (query.shape[1] + key.shape[1]) * query.shape[-1]
-        return (total / count.clamp(min=1)).to(query.dtype)
+        mean: Tensor = total / count.clamp(min=1)
+        return mean.to(query.dtype)
 
     def expired_keys(self) -> Tensor | None:
         if self._seen is None:

@@ -87,8 +87,7 @@ class NativeEngine:
         lse = _flat(part, lse.unsqueeze(-1), "query").squeeze(-1)
         gathered = OptionGradients.zeros(options, q.dtype)
         if isinstance(part, OffsetsPart):
-            delta = (grad * o).sum(-1)
-            grads = offsets_backward(part, rules, q * options.scale, k, v, lse, delta, grad, gathered)
+            grads = offsets_backward(part, rules, q * options.scale, k, v, lse, _delta(grad, o), grad, gathered)
             grads[0].mul_(options.scale)
         else:
             grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -96,16 +95,16 @@ class NativeEngine:
                 operands = tile.queries(q), tile.keys(k), tile.keys(v)
                 tile_out, tile_lse, tile_grad = tile.queries(o), tile.queries(lse), tile.queries(grad)
                 pairs, ramps = _pairs(rules, tile, q.dtype, fast)
-                delta = (tile_grad * tile_out).sum(-1)
                 if fast and _tall(tile, operands[0]):
                     tile_q, tile_k, tile_v = flash.flash_backward(
                         tile_grad, *operands, tile_out, tile_lse, pairs.added, options.scale, causal=tile.triangular
                     )
                 else:
                     tile_q, tile_k, tile_v = tile_backward(
-                        options, pairs, *operands, tile_lse, delta, tile_grad, gathered
+                        options, pairs, *operands, tile_lse, _delta(tile_grad, tile_out), tile_grad, gathered
                     )
                 if ramps is not None and gathered.spans is not None:
+                    delta = _delta(tile_grad, tile_out)
                     ramps.add_gradient(gathered.spans, operands, tile_lse, delta, tile_grad, options.scale)
                 tile.write_gradient(grads[0], tile_q)
                 tile.add_keys(grads[1], tile_k)
@@ -151,6 +150,10 @@ def _tiles(part: BlockPart | SegmentPart, rules: ScoreRules, head_dim: int, fast
     if isinstance(part, BlockPart):
         return block_tiles(part.layout, rules.lanes, budget)
     return segment_tiles(part, rules.lanes, budget, whole_segments=fast and rules.key_filled is None)
+
+
+def _delta(grad: Tensor, out: Tensor) -> Tensor:
+    return (grad * out).sum(-1)
 
 
 def _tall(tile: TileBatch, queries: Tensor) -> bool:
