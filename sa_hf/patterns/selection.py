@@ -28,14 +28,31 @@ def nearest_centroid(vectors: Tensor, centroids: Tensor, norm: bool) -> Tensor:
         bias) of the vectors first.
     """
     lanes, unit = _lanes(vectors, centroids)
+    if norm:
+        # LayerNorm takes the mean from a vector and scales it. The scale changes no choice, and x - mean(x) has the
+        # product with a centroid that x has with the centroid less its mean.
+        unit = unit - unit.mean(-1, keepdim=True)
     chosen = torch.empty(lanes.shape[:2], dtype=torch.int64, device=lanes.device)
     with torch.autocast(lanes.device.type, enabled=False):
         for some, tokens in _pieces(lanes, unit.shape[1]):
-            x = lanes[some, tokens]
-            x = layer_norm(x, x.shape[-1:]) if norm else x
-            # The first of equal ones, as documented; argmax is a tenth slower.
-            chosen[some, tokens] = (x @ unit[some].transpose(-1, -2)).max(-1).indices
+            chosen[some, tokens] = _first_largest(lanes[some, tokens] @ unit[some].transpose(-1, -2))
     return chosen.view(vectors.shape[:-1])
+
+
+def _first_largest(scores: Tensor) -> Tensor:
+    """Column of the largest of each row, int64; the first of equal ones.
+
+    Scores in fp32 are used up on the CPU, where torch's maximum without its index runs through vector instructions and
+    that with the index does not (4,096 rows of 128: 0.29 ms; this 0.12 ms).
+    """
+    if scores.device.type != "cpu" or scores.dtype != torch.float32:
+        return scores.max(-1).indices
+    # 0 at the largest and below it elsewhere: the sign bit, then numbers that fall from column to column.
+    words = scores.sub_(scores.amax(-1, keepdim=True)).view(torch.int32)
+    last = scores.shape[-1] - 1
+    from_end = torch.arange(last, -1, -1, dtype=torch.int32)
+    words = words.bitwise_and_(torch.iinfo(torch.int32).min).bitwise_or_(from_end)
+    return last - words.amax(-1).clamp_(0, last).long()
 
 
 @torch.library.custom_op("sa_hf::nearest_vectors", mutates_args=())

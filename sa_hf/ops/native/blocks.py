@@ -76,8 +76,9 @@ class BlockTiles:
 
     def _out_of_range(self, key_range: Tensor) -> Tensor:
         batch, heads, slots, _ = key_range.shape
-        lists = list_of(self.all_lanes, self.lanes, batch, heads)
-        row = key_range.view(batch * heads, slots, 2)[lists[:, None], self.query_slots.clamp(max=slots - 1)]
+        first = list_of(self.all_lanes, self.lanes, batch, heads) * slots
+        at = first[:, None] + self.query_slots.clamp_(max=slots - 1)
+        row = key_range.reshape(-1, 2).index_select(0, at.flatten()).view(*at.shape, 2)
         return outside(self.key_slots[:, None, :].to(row.dtype), row[..., 0:1], row[..., 1:2])
 
     def queries(self, x: Tensor) -> Tensor:
@@ -261,6 +262,8 @@ def _key_run(first: list[int], consecutive: list[bool]) -> tuple[int, int] | Non
 
 def _spread(list_of_row: Tensor, list_of_lane: Tensor, lists: int) -> tuple[Tensor, Tensor]:
     """Every (lane, row) with the row in the lane's list, lane by lane; rows are sorted by list."""
+    if lists == len(list_of_lane):  # each lane has its own
+        return list_of_row, torch.arange(len(list_of_row), device=list_of_row.device)
     per_list = torch.bincount(list_of_row, minlength=lists)
     first = per_list.cumsum(0) - per_list
     per_lane = per_list[list_of_lane]
@@ -274,6 +277,9 @@ def mask_table(layout: BlockLayout, rows_of: Tensor) -> tuple[Tensor, Tensor]:
     tiles of one shape share one."""
     device = layout.columns.device
     bq, bk = layout.block_q, layout.block_k
+    full = torch.ones(1, bq, bk, dtype=torch.bool, device=device)
+    if layout.key_range is not None and layout.band.unbounded and len(layout.masks) == 0:  # the ranges say it all
+        return torch.zeros_like(rows_of), full
     # Lists made from data have spare entries at the end, which belong to no row.
     column, kind = layout.columns[: len(rows_of)].long(), layout.kind[: len(rows_of)]
     shift = (rows_of % layout.num_query_blocks) * bq - column * bk
@@ -285,7 +291,6 @@ def mask_table(layout: BlockLayout, rows_of: Tensor) -> tuple[Tensor, Tensor]:
     bands = layout.band.contains(i, j)
     last = layout.key_slots - (layout.num_key_blocks - 1) * bk
     bands &= (code % 2 == 0)[:, None, None] | (j < last)
-    full = torch.ones(1, bq, bk, dtype=torch.bool, device=device)
     mask_id = torch.where(kind >= 0, kind.long() + 1 + len(code), 0)
     whole = bands.flatten(1).all(1)
     mask_id[banded] = torch.where(whole[inverse], 0, inverse + 1)

@@ -53,7 +53,7 @@ class NativeEngine:
         rules = ScoreRules.of(options, lanes, part.query_index, part.key_index)
         q, k, v = (_flat(part, x, side) for x, side in ((query, "query"), (key, "key"), (value, "key")))
         if isinstance(part, OffsetsPart):
-            out, lse = offsets_forward(part, rules, q * options.scale, k, v)
+            out, lse = offsets_forward(part, rules, q, k, v)
         else:
             out, lse = torch.empty_like(q), q.new_full(q.shape[:2], -torch.inf)
             for tile in _tiles(part, rules, q.shape[-1], fast):
@@ -71,8 +71,10 @@ class NativeEngine:
             lse.masked_fill_(~rules.query_filled, -torch.inf)
         # Rows that no tile wrote are those without keys: most parts have none, so they are not filled beforehand.
         empty = torch.isneginf(lse)
-        if empty.device.type != "cpu" or bool(empty.any()):
+        if empty.device.type != "cpu":
             out.masked_fill_(empty.unsqueeze(-1), 0)
+        else:
+            out[torch.nonzero(empty, as_tuple=True)] = 0
         return out.reshape(query.shape).to(query.dtype), lse.reshape(query.shape[:3])
 
     def backward(
@@ -87,8 +89,7 @@ class NativeEngine:
         lse = _flat(part, lse.unsqueeze(-1), "query").squeeze(-1)
         gathered = OptionGradients.zeros(options, q.dtype)
         if isinstance(part, OffsetsPart):
-            grads = offsets_backward(part, rules, q * options.scale, k, v, lse, _delta(grad, o), grad, gathered)
-            grads[0].mul_(options.scale)
+            grads = offsets_backward(part, rules, q, k, v, lse, _delta(grad, o), grad, gathered)
         else:
             grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
             for tile in _tiles(part, rules, q.shape[-1], fast):

@@ -103,24 +103,34 @@ def chunks(part: OffsetsPart, lanes: Lanes, head_dim: int) -> Iterator[Chunk]:
 
 
 def offsets_forward(part: OffsetsPart, rules: ScoreRules, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``q [lanes, N, D]`` (scaled), ``k, v [key lanes, N, D]`` -> output ``[lanes, N, D]`` and log-sum-exp
+    """``q [lanes, N, D]``, ``k, v [key lanes, N, D]`` -> output ``[lanes, N, D]`` and log-sum-exp
     ``[lanes, N]``."""
     lanes = rules.lanes
     queries, keys, values = grouped(q, lanes), grouped(k, lanes), grouped(v, lanes)
-    out = torch.zeros_like(q)
+    out = torch.empty_like(q)
     lse = q.new_full(q.shape[:2], -torch.inf)
     grouped_out, grouped_lse = grouped(out, lanes), grouped(lse, lanes)
     for chunk in chunks(part, lanes, q.shape[-1]):
         pairs = chunk.pairs(rules, q.dtype)
-        scores, _ = shape_scores(rules.options, pairs, chunk.product(queries, keys, 0.0))
+        product = chunk.product(queries, keys, 0.0).mul_(rules.options.scale)
+        scores, _ = shape_scores(rules.options, pairs, product)
         weight, factor, row_lse = softmax_weights(rules.options, pairs, scores)
         weight *= factor
         target = chunk.rows(grouped_lse)
         target.copy_(row_lse.view(target.shape))
         weight = weight.unflatten(0, target.shape[:3])
+        written = False
         for number, rows, inner, at in chunk.runs():
-            left = weight[:, :, :, inner, number, None]
-            grouped_out[:, chunk.key_head, chunk.member, rows].addcmul_(left, values[:, chunk.key_head, :, at])
+            left, right = weight[:, :, :, inner, number, None], values[:, chunk.key_head, :, at]
+            sums = grouped_out[:, chunk.key_head, chunk.member, rows]
+            if written:
+                sums.addcmul_(left, right)
+            elif rows == slice(chunk.begin, chunk.end):
+                torch.mul(left, right, out=sums)
+            else:
+                chunk.rows(grouped_out).zero_()
+                sums.addcmul_(left, right)
+            written = True
     return out, lse
 
 
@@ -128,7 +138,7 @@ def offsets_backward(
     part: OffsetsPart, rules: ScoreRules, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, grad: Tensor,
     gathered: OptionGradients,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of (scaled) queries, keys and values; ``lse`` and ``delta [lanes, N]`` are the whole plan's."""
+    """Gradients of queries, keys and values; ``lse`` and ``delta [lanes, N]`` are the whole plan's."""
     lanes = rules.lanes
     queries, keys, values = grouped(q, lanes), grouped(k, lanes), grouped(v, lanes)
     upstreams, all_lse, all_delta = grouped(grad, lanes), grouped(lse, lanes), grouped(delta, lanes)
@@ -136,12 +146,14 @@ def offsets_backward(
     grad_q, grad_k, grad_v = (grouped(x, lanes) for x in grads)
     for chunk in chunks(part, lanes, q.shape[-1]):
         pairs = chunk.pairs(rules, q.dtype)
-        product, upstream = chunk.product(queries, keys, 0.0), chunk.product(upstreams, values, 0.0)
+        product = chunk.product(queries, keys, 0.0).mul_(rules.options.scale)
+        upstream = chunk.product(upstreams, values, 0.0)
         shape = chunk.rows(all_lse).shape
         row_lse, row_delta = (chunk.rows(x).reshape(-1, shape[3]) for x in (all_lse, all_delta))
         shaped = shape_scores(rules.options, pairs, product)
         grad_score, seen = score_gradient(rules.options, pairs, shaped, upstream, row_lse, row_delta, gathered)
-        grad_score, seen = grad_score.unflatten(0, shape[:3]), seen.unflatten(0, shape[:3])
+        grad_score = grad_score.mul_(rules.options.scale).unflatten(0, shape[:3])
+        seen = seen.unflatten(0, shape[:3])
         for number, rows, inner, at in chunk.runs():
             heads = chunk.key_head
             by_score = grad_score[:, :, :, inner, number, None]

@@ -137,7 +137,9 @@ def tile_scores(options: ScoreOptions, pairs: Pairs, q: Tensor, k: Tensor) -> tu
     """:func:`shape_scores` of a batch of tiles ``q [T, a, d]``, ``k [T, m, d]``."""
     added = _added(pairs, q.dtype)
     if added is not None and options.softcap is None:  # the product starts from the mask: no pass of its own
-        return _bend_and_bias(options, pairs, torch.baddbmm(added, q, k.transpose(1, 2), alpha=options.scale))
+        own = added.shape == (len(q), q.shape[1], k.shape[1])  # made for this batch, so used up
+        product = torch.baddbmm(added, q, k.transpose(1, 2), alpha=options.scale, out=added if own else None)
+        return _bend_and_bias(options, pairs, product)
     scores, bend = _bend_and_bias(options, pairs, scaled_product(q, k.transpose(1, 2), options.scale))
     return scores if added is None else scores.add_(added), bend
 
@@ -176,10 +178,9 @@ def softmax_weights(options: ScoreOptions, pairs: Pairs, scores: Tensor) -> tupl
     weight = torch.softmax(scores, -1)
     # The largest probability is at least 1 / m: its logarithm loses nothing.
     lse = peak - weight.amax(-1, keepdim=True).log_()
-    empty = torch.isneginf(peak)
-    if bool(empty.any()):
-        weight.masked_fill_(empty, 0)
-        lse.masked_fill_(empty, -torch.inf)
+    empty = torch.nonzero(torch.isneginf(peak.squeeze(-1)), as_tuple=True)
+    if len(empty[0]):  # a few rows: filling by a mask would read and write all weights
+        weight[empty], lse[empty] = 0, -torch.inf
     if pairs.dropped is not None:
         drop_(weight, pairs.dropped)
     return weight, 1 / (1 - options.dropout), lse.squeeze(-1)
