@@ -31,6 +31,9 @@ GROWTH_LENGTHS = [2048, 4096, 8192, 16384, 32768, 65536]
 TRAINING_LENGTHS = [8192, 16384]
 QUICK_SPEED, QUICK_GROWTH = [128, 256], [128, 256, 512]
 DROPOUT = 0.1
+# Torch's own switch: its tensors from 2 MB on live in pages of 2 MB, where the system hands those out on request
+# (Linux, transparent_hugepage = madvise). Every contender runs under it.
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 # The length whose configurations the tables name; strides and clusters grow with the square root of it.
 CONFIG_LENGTH = 16384
 
@@ -51,6 +54,7 @@ def main(
     processes: Annotated[
         int, typer.Option(min=1, help="processes per table row of times; the median of their medians counts")
     ] = 1,
+    huge_pages: Annotated[bool, typer.Option(help=f"tensors in pages of 2 MB ({HUGE_PAGES}=1)")] = True,
     quick: Annotated[bool, typer.Option(help="toy sizes, for CI")] = False,
     resume: Annotated[bool, typer.Option(help="keep the rows of the result file, and name both commits")] = False,
     output: Annotated[
@@ -67,7 +71,7 @@ def main(
     labels = list(cpu_cases(1024, toy=quick))
     check_choices("section", section, SECTIONS)
     check_choices("pattern", pattern, labels)
-    shared = {"threads": threads, "toy": quick, "seconds": 0.0 if quick else seconds}
+    shared = {"threads": threads, "toy": quick, "seconds": 0.0 if quick else seconds, "huge_pages": huge_pages}
     bench = Bench(output, shared, [x for x in labels if not pattern or x in pattern], resume, processes)
     wanted = section or SECTIONS
     speed, growth = (
@@ -135,7 +139,7 @@ class Bench:
         self.cases = {label: case for label, case in cpu_cases(CONFIG_LENGTH, shared["toy"]).items() if label in labels}
         self.result: dict[str, Any] = {
             "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
-            "machine": machine(torch.device("cpu")),
+            "machine": {**machine(torch.device("cpu")), HUGE_PAGES: str(int(shared["huge_pages"]))},
             "shape": "batch 1, 8 heads, head_dim 64, fp32",
             "configs": {label: describe(case.config) for label, case in self.cases.items()},
             "speed": [], "memory": [], "growth": [],
@@ -160,7 +164,9 @@ class Bench:
         if self.shared["toy"] and "parity" in self.result:
             return measure({**self.shared, **task})
         command = [sys.executable, __file__, "--child", json.dumps({**self.shared, **task})]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+        # Before torch's first allocation, so in the environment.
+        environment = {"PYTHONWARNINGS": "ignore", HUGE_PAGES: str(int(self.shared["huge_pages"]))}
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
         if done.returncode:
             raise RuntimeError(f"{task} failed:\n{done.stderr[-4000:]}")
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
