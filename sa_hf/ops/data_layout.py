@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sa_hf.ops.graphs import hold
 from sa_hf.ops.parts import BAND, FULL, Band, BlockLayout, BlockPart, Part
 from sa_hf.ops.planned import PlanData, plan_rule
 
@@ -50,7 +51,8 @@ def expiring_layout(spans: Tensor, query_slots: int, ramp: float, left: int, blo
         left: the largest ``i - j`` that the pattern and the model's window allow.
     """
     batch, heads, key_slots = spans.shape
-    row, column, kind = _band_tiles(query_slots, key_slots, left, block, spans.device)
+    row, column, kind = tiles = _band_tiles(query_slots, key_slots, left, block, spans.device)
+    hold(spans, tiles)
     position = torch.arange(key_slots, device=spans.device)
     # In fp64: at position 131,072 a sum in fp32 is 0.016 off, and would drop a key that still has a little weight.
     end = torch.nn.functional.pad(spans.double() + position + ramp, (0, -key_slots % block), value=-torch.inf)

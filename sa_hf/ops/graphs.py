@@ -7,7 +7,7 @@ from torch import Tensor
 
 # torch.compile(mode="reduce-overhead") records its graphs in a memory pool of its own and refuses tensors that outlive
 # a run there, as the plans and lists do that the first call of a length makes: it runs these operators between its
-# graphs. A graph recorded by hand after a first call (`torch.cuda.graph`) holds them.
+# graphs.
 OUTSIDE_COMPILED_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
 
@@ -15,3 +15,21 @@ def capturing(x: Tensor) -> bool:
     """Whether a CUDA graph is being captured: nothing may be read then, and what is made has no values yet, so that it
     must not be kept for later calls."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+# A graph recorded by hand (`torch.cuda.graph`) knows the addresses of what was made before it, and does not keep it
+# alive; the caches that do are bounded.
+_HELD: dict[int, object] = {}
+
+
+def hold(x: Tensor, *used: object) -> None:
+    """Keep for good what a launch on ``x`` uses, if a CUDA graph is being captured: it may be replayed at any time."""
+    if capturing(x):
+        _HELD.update((id(thing), thing) for thing in used)
+
+
+def settled(x: Tensor) -> Tensor:
+    """``x``, waited for: what a cache keeps may be read from another stream than made it."""
+    if x.is_cuda and not capturing(x):
+        torch.cuda.current_stream(x.device).synchronize()
+    return x

@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sa_hf.ops.graphs import hold
+
 _MASK64 = (1 << 64) - 1
 
 
@@ -47,10 +49,16 @@ def hash32(x: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-@lru_cache(maxsize=256)
 def counter_words(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Numbers of heads or of sequences, int64 on the device, made once: a copy from the host in every call would hold
     up the launches, and cannot be captured in a CUDA graph."""
+    words = _counter_words(numbers, device)
+    hold(words, words)
+    return words
+
+
+@lru_cache(maxsize=256)
+def _counter_words(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # what is made in evaluation serves training too
         return torch.tensor(numbers, dtype=torch.int64, device=device)
 

@@ -9,6 +9,7 @@ from sa_hf.ops.data_layout import exact_lists, range_layout
 from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, Part, SegmentPart
 from sa_hf.ops.planned import PlanData, plan_rule
 
+DECODE_STEP = 64  # keys of a decoded row come in multiples of it, so that few lengths occur
 CLUSTERS, MEMBERS = "clusters", "members"  # rules of plans
 
 # -- causal --------------------------------------------------------------------------------------------------------
@@ -55,7 +56,10 @@ def last_row_plan(query_cluster: Tensor, key_cluster: Tensor, window: int, left:
     keys = torch.where(readable, position, -1).topk(count, dim=-1).values
     own = torch.full_like(keys[..., :1], n_k - 1) if count else torch.full_like(query_cluster, n_k - 1)
     index = torch.cat([keys, own], dim=-1)
-    return [SegmentPart(1, count + 1, 1, count + 1, key_index=index)]
+    if not exact_lists(index.device):  # the lists of a segment are made on the host, for each length of it
+        index = torch.nn.functional.pad(index, (0, -index.shape[-1] % DECODE_STEP), value=-1)
+    slots = index.shape[-1]
+    return [SegmentPart(1, slots, 1, slots, key_index=index)]
 
 
 @plan_rule(CLUSTERS)

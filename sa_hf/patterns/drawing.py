@@ -35,8 +35,8 @@ def mask_cells(mask: Tensor, rows: int, columns: int) -> Tensor:
     """Share of kept pairs in the cells of a grid over ``mask`` (bool ``[queries, keys]``), ``[rows, columns]``."""
     row = torch.arange(mask.shape[0]) * rows // mask.shape[0]
     column = torch.arange(mask.shape[1]) * columns // mask.shape[1]
-    by_row = torch.zeros(rows, mask.shape[1]).index_add_(0, row, mask.float())
-    kept = torch.zeros(rows, columns).index_add_(1, column, by_row)
+    by_row = torch.zeros(rows, mask.shape[1], dtype=torch.float32).index_add_(0, row, mask.float())
+    kept = torch.zeros(rows, columns, dtype=torch.float32).index_add_(1, column, by_row)
     pairs = torch.bincount(row, minlength=rows)[:, None] * torch.bincount(column, minlength=columns)
     return kept / pairs.clamp(min=1)
 
@@ -55,7 +55,7 @@ def pattern_cells(
     sampled = sampled * length // len(sampled)
     for head in whole.heads:
         geometry = replace(whole, heads=(head,))
-        kept = torch.zeros(rows, columns)
+        kept = torch.zeros(rows, columns, dtype=torch.float32)
         for position in sampled.tolist():
             keys = torch.unique(config.decode_keys(position, geometry)[0])
             kept[position * rows // length] += torch.bincount(keys * columns // length, minlength=columns)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.engine import Gradients
+from sa_hf.ops.graphs import hold
 from sa_hf.ops.parts import BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.triton.lists import TileLists, layout_lists, segment_lists
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 16, 256
+LARGEST_GRID = 65535  # of CUDA, second and third axis
 
 
 class TritonEngine:
@@ -40,7 +42,7 @@ class TritonEngine:
         with on_device(query.device):
             if isinstance(part, OffsetsPart):
                 return launch_offsets.offsets_forward(part, query, key, value, scores)
-            return launch_block.block_forward(_lists(part, query.device), query, key, value, scores)
+            return launch_block.block_forward(_held_lists(part, query), query, key, value, scores)
 
     def backward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
@@ -53,13 +55,17 @@ class TritonEngine:
         with on_device(query.device):
             if isinstance(part, OffsetsPart):
                 return launch_offsets.offsets_backward(part, query, key, value, out, lse, grad_out, scores)
-            return launch_block.block_backward(
-                _lists(part, query.device), query, key, value, out, lse, grad_out, scores
-            )
+            return launch_block.block_backward(_held_lists(part, query), query, key, value, out, lse, grad_out, scores)
 
 
 def _lists(part: BlockPart | SegmentPart, device: torch.device) -> TileLists:
     return segment_lists(part, device) if isinstance(part, SegmentPart) else layout_lists(part.layout)
+
+
+def _held_lists(part: BlockPart | SegmentPart, query: Tensor) -> TileLists:
+    lists = _lists(part, query.device)
+    hold(query, part, lists)
+    return lists
 
 
 def interpreting() -> bool:
@@ -91,6 +97,10 @@ def _input_reason(query: Tensor, options: ScoreOptions) -> str | None:
         return f"dtype {query.dtype} is none of float16, bfloat16, float32"
     if head_dim % 8 or not SMALLEST_HEAD_DIM <= head_dim <= LARGEST_HEAD_DIM:
         return f"head_dim={head_dim} is no multiple of 8 in {SMALLEST_HEAD_DIM} .. {LARGEST_HEAD_DIM}"
+    if query.shape[0] > LARGEST_GRID:
+        return f"batch={query.shape[0]} is above the {LARGEST_GRID} of a launch grid's third axis"
+    if options.scale <= 0:
+        return f"scale={options.scale} must be positive"
     if options.ramp <= 0:
         return f"ramp={options.ramp} must be positive"
     return None

@@ -33,6 +33,11 @@ def empty_like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def stats_empty(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised fp32 for what kernels accumulate, whatever torch's default dtype is."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
 def chunks(head_dim: int) -> dict[str, int]:
     """head_dim as two power-of-two chunks, the tail of the second masked: 80 = 64 + 16, 128 = 128 + 0."""
     first = 1 << (head_dim.bit_length() - 1)

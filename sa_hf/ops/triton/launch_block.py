@@ -18,7 +18,16 @@ from sa_hf.ops.triton.backward import key_kernel, prepare_kernel, query_kernel
 from sa_hf.ops.triton.bias import bias_kernel
 from sa_hf.ops.triton.configs import Launch
 from sa_hf.ops.triton.forward import combine_kernel, forward_kernel
-from sa_hf.ops.triton.launch import aligned, build_options, chunks, configuration, empty_like, packed, strides
+from sa_hf.ops.triton.launch import (
+    aligned,
+    build_options,
+    chunks,
+    configuration,
+    empty_like,
+    packed,
+    stats_empty,
+    strides,
+)
 from sa_hf.ops.triton.lists import TileLists, WorkList
 from sa_hf.ops.triton.scores import Scores, position_spans
 
@@ -30,10 +39,10 @@ def block_forward(lists: TileLists, query: Tensor, key: Tensor, value: Tensor, s
     """Output in the query's dtype, contiguous, log-sum-exp fp32 ``[B, H, query_slots]``."""
     query, key, value = aligned(query), aligned(key), aligned(value)
     batch, heads, n_q, d = query.shape
-    out, lse = empty_like(query), torch.empty(batch, heads, n_q, device=query.device)
+    out, lse = empty_like(query), stats_empty(query, batch, heads, n_q)
     work, config = lists.by_query(), configuration(variant("forward", lists, scores), query)
     reps = _repeats(lists, batch, heads)
-    part, part_lse = _partials(work, reps, lists.tile_q, (d, 1), query.device)
+    part, part_lse = _partials(work, reps, lists.tile_q, (d, 1), query)
     block_q, block_k = _blocks(config, lists.tile_q, lists.tile_k)
     forward_kernel[_grid(work, lists.tile_q // block_q, reps)](
         query, key, value, out, lse, part, part_lse, **_list_pointers(lists, work), **scores.pointers,
@@ -90,7 +99,7 @@ def backward_operands(
 ) -> Operands:  # fmt: skip
     query, key, value, out, grad_out = (aligned(x) for x in (query, key, value, out, grad_out))
     batch, heads, n_q, d = query.shape
-    delta, shift = (torch.empty(batch, heads, n_q, device=query.device) for _ in range(2))
+    delta, shift = (stats_empty(query, batch, heads, n_q) for _ in range(2))
     pqb, pqh = scores.query.strides
     prepare_kernel[triton.cdiv(n_q, PREPARE_ROWS), heads, batch](
         out, grad_out, packed(lse), scores.query.index, delta, shift, **strides("o", out), **strides("g", grad_out),
@@ -106,7 +115,7 @@ def query_gradient(lists: TileLists, operands: Operands, scores: Scores) -> Tens
     work, config = lists.by_query(), configuration(variant("query", lists, scores), query)
     reps = _repeats(lists, batch, heads)
     dq = empty_like(query)
-    (part,) = _partials(work, reps, lists.tile_q, (d,), query.device)
+    (part,) = _partials(work, reps, lists.tile_q, (d,), query)
     block_q, block_k = _blocks(config, lists.tile_q, lists.tile_k)
     query_kernel[_grid(work, lists.tile_q // block_q, reps)](
         *operands, dq, part, **_list_pointers(lists, work), **scores.pointers, **operands.strides, **strides("o", dq),
@@ -134,10 +143,10 @@ def key_gradient(
     reps = (rep_heads, rep_batch)
     grown = out_heads != kv_heads
     dk, dv = (
-        torch.empty(batch, out_heads, n_k, d, device=key.device) if grown else empty_like(key) for _ in range(2)
+        stats_empty(key, batch, out_heads, n_k, d) if grown else empty_like(key) for _ in range(2)
     )  # fmt: skip
-    d_span = None if scores.spans is None else torch.empty(batch, out_heads, n_k, device=key.device)
-    part_k, part_v, part_span = _partials(work, reps, lists.tile_k, (d, d, 1), key.device)
+    d_span = None if scores.spans is None else stats_empty(key, batch, out_heads, n_k)
+    part_k, part_v, part_span = _partials(work, reps, lists.tile_k, (d, d, 1), key)
     block_k, block_q = _blocks(config, lists.tile_k, lists.tile_q)
     sizes = _sizes(lists, query, key, reps) | {"list_heads": 1 if lists.heads == 1 else out_heads}
     key_kernel[_grid(work, lists.tile_k // block_k, reps)](
@@ -215,12 +224,10 @@ def _grid(work: WorkList, subs: int, reps: tuple[int, int]) -> tuple[int]:
     return (len(work.items) * subs * reps[0] * reps[1],)
 
 
-def _partials(
-    work: WorkList, reps: tuple[int, int], tile: int, widths: tuple[int, ...], device: torch.device
-) -> list[Tensor]:
+def _partials(work: WorkList, reps: tuple[int, int], tile: int, widths: tuple[int, ...], like: Tensor) -> list[Tensor]:
     """fp32 buffers of the cut lists' pieces; one element where nothing was cut (an argument never changes its type)."""
     rows = reps[0] * reps[1] * work.slots * tile
-    return [torch.empty(max(rows * width, 1), device=device) for width in widths]
+    return [stats_empty(like, max(rows * width, 1)) for width in widths]
 
 
 def _list_pointers(lists: TileLists, work: WorkList) -> dict[str, Tensor | None]:

@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 
 import triton
+from sa_hf.ops.graphs import hold
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.triton.decode import decode_kernel, merge_kernel
 from sa_hf.ops.triton.engine import on_device
-from sa_hf.ops.triton.launch import aligned, build_options, chunks, configuration, empty_like, packed, strides
+from sa_hf.ops.triton.launch import (
+    aligned,
+    build_options,
+    chunks,
+    configuration,
+    empty_like,
+    packed,
+    stats_empty,
+    strides,
+)
 from sa_hf.ops.triton.scores import LOG2E
 
 # A split reads at least this many keys: below it, merging costs more than the memory's latency saves.
@@ -22,6 +32,7 @@ PROGRAMS_WANTED = 264
 
 
 def decode(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions) -> Tensor:
+    hold(query, index)
     query, key, value, index = aligned(query), aligned(key), aligned(value), packed(index)
     batch, heads, n_q, d = query.shape
     group = heads // key.shape[1]
@@ -35,8 +46,8 @@ def decode(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: Sc
     splits = max(1, min(triton.cdiv(_programs(query.device), programs), most // SMALLEST_SPLIT))
     chunk = max(1, triton.cdiv(triton.cdiv(most, splits), config.columns)) * config.columns
     splits = max(1, triton.cdiv(most, chunk))
-    part = torch.empty(max(1, batch * heads * n_q * splits * d), device=query.device)
-    part_lse = torch.empty(max(1, batch * heads * n_q * splits), device=query.device)
+    part = stats_empty(query, max(1, batch * heads * n_q * splits * d))
+    part_lse = stats_empty(query, max(1, batch * heads * n_q * splits))
     bias = None if options.distance_bias is None else (options.distance_bias.float() * LOG2E).contiguous()
     spans = None if options.spans is None else packed(options.spans.float())
     rows = max(config.rows, 1 << (pack - 1).bit_length())

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import triton
 from sa_hf.ops.engine import Gradients
+from sa_hf.ops.graphs import hold, settled
 from sa_hf.ops.parts import OffsetsPart
-from sa_hf.ops.triton.launch import aligned, build_options, chunks, configuration, empty_like, strides
+from sa_hf.ops.triton.launch import aligned, build_options, chunks, configuration, empty_like, stats_empty, strides
 from sa_hf.ops.triton.launch_block import backward_operands, bias_table
 from sa_hf.ops.triton.offsets import offsets_forward_kernel, offsets_key_kernel, offsets_query_kernel
 from sa_hf.ops.triton.scores import Scores, position_spans
@@ -27,7 +28,7 @@ def offsets_forward(
     """Output in the query's dtype, contiguous, log-sum-exp fp32 ``[B, H, length]``."""
     query, key, value = aligned(query), aligned(key), aligned(value)
     batch, heads, n, d = query.shape
-    out, lse = empty_like(query), torch.empty(batch, heads, n, device=query.device)
+    out, lse = empty_like(query), stats_empty(query, batch, heads, n)
     config = configuration("offsets", query)
     offsets_forward_kernel[triton.cdiv(n, config.rows), heads, batch](
         query, key, value, out, lse, **scores.pointers, **_arguments(part, query, key, scores),
@@ -56,7 +57,7 @@ def offsets_backward(
     if options.distance_bias is not None:
         table, unit = bias_table(options.distance_bias, operands, scores)
     if options.spans is not None:
-        d_span = torch.empty(batch, heads, n, device=query.device)
+        d_span = stats_empty(query, batch, heads, n)
     dq, dk, dv = empty_like(query), empty_like(key), empty_like(key)
     shared = {
         **scores.pointers, **_arguments(part, query, key, scores), **operands.strides, **chunks(query.shape[3]),
@@ -81,7 +82,8 @@ def offsets_backward(
 
 
 def _arguments(part: OffsetsPart, query: Tensor, key: Tensor, scores: Scores) -> dict[str, Any]:
-    offsets, counts = _table(part.offsets, query.device)
+    offsets, counts = table = _table(part.offsets, query.device)
+    hold(query, table)
     heads = query.shape[1]
     return {
         **scores.scalars, "offsets_ptr": offsets, "counts_ptr": counts, "n": part.length, "heads": heads,
@@ -96,4 +98,4 @@ def _table(offsets: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[
     most = max(1, *(len(row) for row in offsets))
     table = torch.tensor([[*row, *[0] * (most - len(row))] for row in offsets], dtype=torch.int32)
     counts = torch.tensor([len(row) for row in offsets], dtype=torch.int32)
-    return table.to(device), counts.to(device)
+    return settled(table.to(device)), settled(counts.to(device))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.ops.graphs import capturing
+from sa_hf.ops.graphs import capturing, settled
 from sa_hf.ops.parts import BAND, FULL, BlockLayout, SegmentPart
 
 UNBOUNDED = 1 << 30
@@ -101,6 +101,8 @@ class TileLists:
             build = {"query": self._by_query, "key": self._by_key, "diagonal": self._by_diagonal}[name]
             known = build(flat)
             if not capturing(self.columns):
+                if self.longest is None:  # lists made from data serve one call, and nothing may wait for them
+                    settled(known.items)
                 self._cache[name, flat] = known
         return known
 
@@ -188,6 +190,8 @@ def layout_lists(layout: BlockLayout) -> TileLists:
             UNBOUNDED if layout.band.right is None else layout.band.right, layout.longest,
         )  # fmt: skip
         if not capturing(lists.columns):
+            if lists.longest is None:
+                settled(lists.columns)
             _LISTS[layout] = lists
     return lists
 
@@ -245,7 +249,7 @@ def _segment_lists(
     kind = torch.where(whole, FULL, BAND).int()
     row_start = torch.nn.functional.pad(count.cumsum(0), (1, 0))
     ranges = torch.stack([low, high, own], 1).int()[None, None].contiguous()
-    moved = [x.to(device) for x in (row_start, row, column.int(), kind, ranges)]
+    moved = [settled(x.to(device)) for x in (row_start, row, column.int(), kind, ranges)]
     # Equal segments of whole tiles: no tile crosses a segment, and the band says all that the key range would.
     banded = (alone or (q_segment == k_segment and q_segment % tile == 0)) and not skip
     return TileLists(

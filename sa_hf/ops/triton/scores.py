@@ -125,7 +125,7 @@ def _slot_spans(spans: Tensor | None, key: SlotPositions, slots: int) -> Tensor 
 
 def position_spans(grad: Tensor, key: SlotPositions, like: Tensor) -> Tensor:
     """The adjoint of the gather into slots: ``grad [B, H, slots]`` to the shape of ``like [B, H | 1, Nk]``."""
-    result = torch.zeros(like.shape[0], grad.shape[1], like.shape[2], device=grad.device)
+    result = torch.zeros(like.shape[0], grad.shape[1], like.shape[2], dtype=torch.float32, device=grad.device)
     if key.index is None:
         result[..., key.base : key.base + grad.shape[2]] = grad
     else:

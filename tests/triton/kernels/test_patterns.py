@@ -40,3 +40,25 @@ def test_pattern(name: str, fields: dict[str, object], causal: bool) -> None:
         results.append([out.detach(), *(x.grad for x in leaves)])
     for ours, oracle in zip(*results, strict=True):
         assert error(ours, oracle) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["bigbird", "logsparse"])
+def test_the_default_dtype_changes_nothing(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts that load a model in bfloat16 set it; sums, log-sum-exp and partials stay in fp32."""
+    monkeypatch.setattr("sa_hf.ops.triton.lists.SMALLEST_CUT", 2)  # lists are cut: partials
+    config = sa_hf.available_patterns()[name](**({"block_size": 16} if name == "bigbird" else {}))
+    g = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 2, 130, 16, generator=g) for _ in range(4))
+    causal, results = name == "logsparse", []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            out = sparse_attention(*leaves, config, causal=causal, engine="triton")
+            out.backward(grad)
+            step = sparse_attention(q[:, :, -1:], k, v, config, causal=True, engine="triton")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append([out.detach(), *(x.grad for x in leaves), step])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
