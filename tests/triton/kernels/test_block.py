@@ -252,9 +252,10 @@ def test_tiles_that_no_kernel_has_are_refused() -> None:
 
 def test_reasons() -> None:
     engine = TritonEngine()
-    options = ScoreOptions(scale=1.0)
-    for shape, dtype, word in (
-        ((1, 1, 4, 12), torch.float32, "head_dim=12"),
-        ((1, 1, 4, 16), torch.float64, "float64"),
+    for shape, dtype, scale, word in (
+        ((1, 1, 4, 12), torch.float32, 1.0, "head_dim=12"),
+        ((1, 1, 4, 16), torch.float64, 1.0, "float64"),
+        ((65536, 1, 1, 16), torch.float32, 1.0, "batch=65536"),
+        ((1, 1, 4, 16), torch.float32, 0.0, "scale=0.0"),
     ):
-        assert word in str(engine.unsupported(torch.zeros(shape, dtype=dtype), options))
+        assert word in str(engine.unsupported(torch.zeros(shape, dtype=dtype), ScoreOptions(scale=scale)))
