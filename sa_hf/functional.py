@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import NotStaticError, SparseAttentionError
+from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.parts import Band
 from sa_hf.ops.reference import dense_attention
 from sa_hf.ops.sequences import Sequences
@@ -15,6 +16,7 @@ from sa_hf.patterns.custom_op import layer_key, static_attention
 from sa_hf.patterns.static import static_options
 
 
+@with_host_defaults
 def sparse_attention(
     query: Tensor,
     key: Tensor,

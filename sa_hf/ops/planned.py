@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sa_hf.ops.engine import Engine, choose_engine
 from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS
+from sa_hf.ops.host import host_defaults
 from sa_hf.ops.members import Means, means_backward, means_forward
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.run import plan_backward, plan_forward
@@ -68,13 +69,14 @@ def _planned(
     second: Tensor | None, seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int],
     heads: list[int], engine: str, mean_slots: int, scalars: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    plan, options, runs = _call(
-        query, key, bias, spans, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
-    )  # fmt: skip
-    if mean_slots:
-        means = means_forward(plan, query, key, value, options, runs)
-        return means.out, means.lse, means.slot_out, means.slot_lse
-    out, lse = plan_forward(plan, query, key, value, options, runs)
+    with host_defaults():
+        plan, options, runs = _call(
+            query, key, bias, spans, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
+        )  # fmt: skip
+        if mean_slots:
+            means = means_forward(plan, query, key, value, options, runs)
+            return means.out, means.lse, means.slot_out, means.slot_lse
+        out, lse = plan_forward(plan, query, key, value, options, runs)
     return out.contiguous(), lse.contiguous(), query.new_empty(0), lse.new_empty(0)
 
 
@@ -97,14 +99,15 @@ def _planned_backward(
     seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int], heads: list[int], engine: str,
     mean_slots: int, scalars: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    plan, options, runs = _call(
-        query, key, bias, spans, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
-    )  # fmt: skip
-    if mean_slots:
-        means = Means(out, lse, slot_out, slot_lse)
-        grads = means_backward(plan, query, key, value, means, grad, options, runs)
-    else:
-        grads = plan_backward(plan, query, key, value, out, lse, grad, options, runs)
+    with host_defaults():
+        plan, options, runs = _call(
+            query, key, bias, spans, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
+        )  # fmt: skip
+        if mean_slots:
+            means = Means(out, lse, slot_out, slot_lse)
+            grads = means_backward(plan, query, key, value, means, grad, options, runs)
+        else:
+            grads = plan_backward(plan, query, key, value, out, lse, grad, options, runs)
     of_bias, of_spans = (
         query.new_empty(0) if x is None else x.contiguous() for x in (grads.distance_bias, grads.spans)
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.counts import row_counts
+from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.layout import Predicate, build_layout
 from sa_hf.ops.parts import Band, BlockPart, Part, SegmentPart, shift
 from sa_hf.ops.sequences import Sequences
@@ -207,6 +208,7 @@ class StaticPatternConfig(SparseAttentionConfig):
 
     # -- the mask --------------------------------------------------------------------------------------------------
 
+    @with_host_defaults
     def multiplicity(self, length: int, num_heads: int = 1, layer_idx: int = 0, causal: bool = False) -> Tensor:
         """How often each pair is read, int64 ``[num_heads, length, length]``; above 1 for LongNet alone."""
         return dense_multiplicity(self, whole_geometry(length, num_heads, layer_idx, causal))
@@ -214,6 +216,7 @@ class StaticPatternConfig(SparseAttentionConfig):
     def mask(self, length: int, num_heads: int = 1, layer_idx: int = 0, causal: bool = False) -> Tensor:
         return self.multiplicity(length, num_heads, layer_idx, causal) > 0
 
+    @with_host_defaults
     def row_sizes(self, geometry: Geometry) -> Tensor:
         """Distinct keys of each query, int64 ``[len(heads), query_length]``, without an n x n tensor."""
         parts = pattern_parts(self, geometry, torch.device("cpu"))

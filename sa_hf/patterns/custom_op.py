@@ -18,6 +18,7 @@ from sa_hf.errors import NotStaticError
 from sa_hf.ops.attend import PlanFor, sequences_backward, sequences_forward
 from sa_hf.ops.engine import choose_engine
 from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS
+from sa_hf.ops.host import host_defaults
 from sa_hf.ops.parts import Band, Part, ScoreOptions
 from sa_hf.ops.sequences import PendingSequences, Sequences, Span
 from sa_hf.ops.slots import examine_slots
@@ -115,10 +116,11 @@ def _static_attention(
     scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     options = _options(layer, scale, softcap, dropout, bias, seed, extra)
-    sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
-    engine = choose_engine(_layer(layer)[2], query, options)
-    out, lse = sequences_forward(query, key, value, sequences, _plan_for(layer, query.device), options, engine)
-    return out.contiguous(), lse.contiguous()
+    with host_defaults():
+        sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
+        engine = choose_engine(_layer(layer)[2], query, options)
+        out, lse = sequences_forward(query, key, value, sequences, _plan_for(layer, query.device), options, engine)
+        return out.contiguous(), lse.contiguous()
 
 
 @_static_attention.register_fake
@@ -134,11 +136,12 @@ def _static_attention_backward(
     ids: Tensor | None, layer: str, spans: list[int], extra: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     options = _options(layer, scale, softcap, dropout, bias, seed, extra)
-    sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
-    engine = choose_engine(_layer(layer)[2], query, options)
-    grads = sequences_backward(
-        query, key, value, out, lse, grad, sequences, _plan_for(layer, query.device), options, engine
-    )  # fmt: skip
+    with host_defaults():
+        sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
+        engine = choose_engine(_layer(layer)[2], query, options)
+        grads = sequences_backward(
+            query, key, value, out, lse, grad, sequences, _plan_for(layer, query.device), options, engine
+        )  # fmt: skip
     table = query.new_empty(0) if grads.distance_bias is None else grads.distance_bias.contiguous()
     return grads.query.contiguous(), grads.key.contiguous(), grads.value.contiguous(), table
 

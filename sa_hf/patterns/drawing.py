@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
+from sa_hf.ops.host import with_host_defaults
 from sa_hf.patterns.base import StaticPatternConfig, whole_geometry
 
 if TYPE_CHECKING:
@@ -66,12 +67,14 @@ def pattern_cells(
 # -- terminal ------------------------------------------------------------------------------------------------------
 
 
+@with_host_defaults
 def preview(mask: Tensor, title: str) -> str:
     """A mask (bool ``[queries, keys]``) in block characters, darker where more is kept, at most 64 columns wide."""
     columns = min(mask.shape[1], PREVIEW_COLUMNS)
     return draw_cells(mask_cells(mask, max(1, min(mask.shape[0], columns) // 2), columns), title)
 
 
+@with_host_defaults
 def preview_pattern(config: SparseAttentionConfig, length: int, causal: bool, num_heads: int, layer_idx: int) -> str:
     """Head 0 of a pattern, drawn as by :func:`preview` at any length."""
     columns = min(length, PREVIEW_COLUMNS)
@@ -97,6 +100,7 @@ def _title(config: SparseAttentionConfig, length: int, causal: bool, density: fl
 # -- images --------------------------------------------------------------------------------------------------------
 
 
+@with_host_defaults
 def plot(
     config: SparseAttentionConfig,
     path: str | os.PathLike[str],
@@ -118,6 +122,7 @@ def plot(
     _draw([drawn for drawn, _ in zip(cells, range(panels), strict=False)], path, title, length, causal)
 
 
+@with_host_defaults
 def plot_mask(mask: Tensor, path: str | os.PathLike[str], title: str, *, causal: bool = False) -> None:
     """Write a picture of given masks or gates, ``[heads, n, n]`` in [0, 1], in the same style.
 
