@@ -257,18 +257,27 @@ def dense_multiplicity(config: StaticPatternConfig, geometry: Geometry) -> Tenso
     return total
 
 
-def finished_plan(config: StaticPatternConfig, geometry: Geometry, device: torch.device) -> list[Part]:
-    """The pattern's parts for a geometry, lonely rows and extra tokens included."""
-    return with_extra_tokens(pattern_parts(config, geometry, device), config.extra_tokens, geometry)
+def finished_plan(
+    config: StaticPatternConfig, geometry: Geometry, device: torch.device, extra: int | None = None
+) -> list[Part]:
+    """The pattern's parts for a geometry, lonely rows and extra tokens included.
+
+    ``extra`` tokens are those of the stack, which another layer may have asked for; None: the pattern's own.
+    """
+    extra = config.extra_tokens if extra is None else extra
+    return with_extra_tokens(pattern_parts(config, geometry, device, extra), extra, geometry)
 
 
-def pattern_parts(config: StaticPatternConfig, geometry: Geometry, device: torch.device) -> list[Part]:
-    """The pattern's parts over the sequence alone, lonely rows included: none where every row reads extra tokens."""
+def pattern_parts(
+    config: StaticPatternConfig, geometry: Geometry, device: torch.device, extra: int | None = None
+) -> list[Part]:
+    """The pattern's parts over the sequence alone, lonely rows included: none where every row reads ``extra`` tokens
+    (None: the pattern's own)."""
     if geometry.query_offset == 0:
         parts = config.plan(geometry, device)
     else:
         parts = config.block_plan(geometry, device, config.candidates(geometry))
-    if config.drop_diagonal and not config.extra_tokens:
+    if config.drop_diagonal and not (config.extra_tokens if extra is None else extra):
         position = torch.arange(geometry.query_offset, geometry.key_length, device=device)
         counts = row_counts(parts, geometry.query_length, len(geometry.heads), device)
         heads = torch.tensor(geometry.heads, device=device)[:, None]

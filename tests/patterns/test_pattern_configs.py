@@ -249,7 +249,11 @@ def test_interleaved_parts_of_a_mixture_warn_alike() -> None:
         hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, vocab_size=99
     )
     first, last = {"heads": {"0-1": config, "2-3": "dense"}}, {"heads": {"0-1": "dense", "2-3": config}}
-    for pattern, part in (({"0,2": first}, "local"), ({"1": last}, "column"), ({"0": first, "1": last}, "(local|column)")):
+    for pattern, part in (
+        ({"0,2": first}, "local"),
+        ({"1": last}, "column"),
+        ({"0": first, "1": last}, "(local|column)"),
+    ):
         with pytest.warns(UserWarning, match=f"one parity.*{part} part alone"):
             sa_hf.patch_model(transformers.LlamaForCausalLM(llama), pattern)
     with warnings.catch_warnings():
