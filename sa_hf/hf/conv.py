@@ -120,7 +120,10 @@ class ConvHook:
                     names[query].register_forward_hook(self.query),
                     names[key].register_forward_hook(self.key),
                 ]
-        for hook, known in ((self.thirds, THIRDS), (self.thirds_of_heads, THIRDS_OF_HEADS)):
+        # GPTBigCode names its projection as GPT-2 does; without multi_query it splits each head's.
+        by_head = getattr(self.attention, "multi_query", None) is False
+        thirds = self.thirds_of_heads if by_head else self.thirds
+        for hook, known in ((thirds, THIRDS), (self.thirds_of_heads, THIRDS_OF_HEADS)):
             for name in known:
                 if name in names:
                     return [names[name].register_forward_hook(hook)]

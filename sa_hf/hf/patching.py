@@ -37,8 +37,8 @@ from sa_hf.hf.saving import CONFIG_FIELDS, disable_saving, enable_saving
 from sa_hf.hf.training import warn_of_adapter_without_state
 from sa_hf.hf.versions import check_transformers
 from sa_hf.ops.engine import ENGINES
-from sa_hf.patterns.base import SparseAttention
-from sa_hf.patterns.mixture import MixedSparseAttention, check_parts
+from sa_hf.patterns.base import LayerSpec, SparseAttention
+from sa_hf.patterns.mixture import MixedSparseAttention, part_spec
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -241,25 +241,30 @@ def _targets(sites: Sites, assignment: Assignment) -> list[tuple[Site, LayerEntr
 def _check_stacks(root: PreTrainedModel, sites: Sites, assignment: Assignment) -> dict[str, int]:
     """Check every entry against its layer; returns the extra tokens of each stack."""
     for stack, layers in sites.stacks.items():
-        configs = assignment.get(stack, {})
-        for config in {c: None for c in configs.values() if isinstance(c, SparseAttentionConfig)}:
-            config.check_layers([site.spec for index, site in enumerate(layers) if configs.get(index) == config])
+        # By the heads, too: a part of a mixture is checked over the layers that run it on the same ones.
+        together: dict[tuple[SparseAttentionConfig, tuple[int, ...] | None], list[LayerSpec]] = {}
+        for index, entry in sorted(assignment.get(stack, {}).items()):
+            for spec, config in _running(entry, layers[index]):
+                together.setdefault((config, spec.heads), []).append(spec)
+        for (config, _), specs in together.items():
+            config.check_layers(specs)
     for site, entry in _targets(sites, assignment):
         attention = root.get_submodule(site.name)
-        if isinstance(entry, SparseAttentionConfig):
-            running = [entry]
-            if getattr(entry, "conv_kernel_size", 1) > 1:
-                check_projections(attention)
-        else:
-            parts = _parts(entry, site)
-            check_parts(parts, site.spec)
-            running = [config for _, config in parts]
-        if any(config.reads_before_rotary for config in running):
+        if getattr(entry, "conv_kernel_size", 1) > 1:
+            check_projections(attention)
+        if any(config.reads_before_rotary for _, config in _running(entry, site)):
             rotary_function(attention)  # raises where it cannot be undone
     return {
         stack: extra_tokens_of_stack([e for e in entries.values() if isinstance(e, SparseAttentionConfig)], stack)
         for stack, entries in assignment.items()
     }
+
+
+def _running(entry: LayerEntry, site: Site) -> list[tuple[LayerSpec, SparseAttentionConfig]]:
+    """The configs that a layer runs, and what each sees of it."""
+    if isinstance(entry, SparseAttentionConfig):
+        return [(site.spec, entry)]
+    return [(part_spec(heads, site.spec), config) for heads, config in _parts(entry, site)]
 
 
 def _parts(

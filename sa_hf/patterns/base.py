@@ -196,7 +196,7 @@ class StaticPatternConfig(SparseAttentionConfig):
             keys = keys[
                 geometry.full_band.contains(torch.full_like(keys, position), keys) & (keys < geometry.key_length)
             ]
-            if self.drop_diagonal and bool((keys != position).any()):
+            if self.drop_diagonal and (self.extra_tokens or bool((keys != position).any())):
                 keys = keys[keys != position]
             rows.append(keys)
         return rows if len(rows) > 1 else rows * len(geometry.heads)
@@ -242,7 +242,10 @@ def whole_geometry(length: int, num_heads: int, layer_idx: int, causal: bool) ->
 
 
 def dense_multiplicity(config: StaticPatternConfig, geometry: Geometry) -> Tensor:
-    """The whole pattern over positions, int64 ``[len(heads), query_length, key_length]``: the oracle's mask."""
+    """The whole pattern over positions, int64 ``[len(heads), query_length, key_length]``: the oracle's mask.
+
+    Extra tokens have no column: with ``drop_diagonal``, a row that reads nothing but them is empty.
+    """
     head = torch.tensor(geometry.heads)[:, None, None]
     i = torch.arange(geometry.query_offset, geometry.key_length)[None, :, None]
     j = torch.arange(geometry.key_length)[None, None, :]
@@ -252,23 +255,32 @@ def dense_multiplicity(config: StaticPatternConfig, geometry: Geometry) -> Tenso
         total += (branch(head, i, j) & band).long()
     if config.drop_diagonal:
         diagonal = (i == j).expand_as(total)
-        lonely = (total * ~diagonal).sum(-1, keepdim=True) == 0
-        total = torch.where(diagonal & ~lonely, 0, total)
+        others = (total * ~diagonal).sum(-1, keepdim=True) + config.extra_tokens
+        total = torch.where(diagonal & (others > 0), 0, total)
     return total
 
 
-def finished_plan(config: StaticPatternConfig, geometry: Geometry, device: torch.device) -> list[Part]:
-    """The pattern's parts for a geometry, lonely rows and extra tokens included."""
-    return with_extra_tokens(pattern_parts(config, geometry, device), config.extra_tokens, geometry)
+def finished_plan(
+    config: StaticPatternConfig, geometry: Geometry, device: torch.device, extra: int | None = None
+) -> list[Part]:
+    """The pattern's parts for a geometry, lonely rows and extra tokens included.
+
+    ``extra`` tokens are those of the stack, which another layer may have asked for; None: the pattern's own.
+    """
+    extra = config.extra_tokens if extra is None else extra
+    return with_extra_tokens(pattern_parts(config, geometry, device, extra), extra, geometry)
 
 
-def pattern_parts(config: StaticPatternConfig, geometry: Geometry, device: torch.device) -> list[Part]:
-    """The pattern's parts over the sequence alone, lonely rows included."""
+def pattern_parts(
+    config: StaticPatternConfig, geometry: Geometry, device: torch.device, extra: int | None = None
+) -> list[Part]:
+    """The pattern's parts over the sequence alone, lonely rows included: none where every row reads ``extra`` tokens
+    (None: the pattern's own)."""
     if geometry.query_offset == 0:
         parts = config.plan(geometry, device)
     else:
         parts = config.block_plan(geometry, device, config.candidates(geometry))
-    if config.drop_diagonal:
+    if config.drop_diagonal and not (config.extra_tokens if extra is None else extra):
         position = torch.arange(geometry.query_offset, geometry.key_length, device=device)
         counts = row_counts(parts, geometry.query_length, len(geometry.heads), device)
         heads = torch.tensor(geometry.heads, device=device)[:, None]

@@ -33,10 +33,13 @@ TENSORS = 9
 
 
 @lru_cache(maxsize=PLANS_CACHED)
-def cached_plan(config: StaticPatternConfig, geometry: Geometry, device: torch.device) -> tuple[Part, ...]:
-    """The plan of a geometry; layers and calls share it."""
+def cached_plan(
+    config: StaticPatternConfig, geometry: Geometry, device: torch.device, extra: int | None = None
+) -> tuple[Part, ...]:
+    """The plan of a geometry, and of the extra tokens in front of it (None: the pattern's own); layers and calls share
+    it."""
     with torch.no_grad():
-        plan = tuple(finished_plan(config, geometry, device))
+        plan = tuple(finished_plan(config, geometry, device, extra))
         examine_slots(plan)
         return plan
 
@@ -67,14 +70,14 @@ def _layer(key: str) -> tuple[StaticPatternConfig, Geometry, str]:
     return config, Geometry(1, 1, at, int(num_heads), int(layer_idx), causal == "1", band), engine
 
 
-def _plan_for(key: str, device: torch.device) -> PlanFor:
+def _plan_for(key: str, device: torch.device, extra: int) -> PlanFor:
     config, at, _ = _layer(key)
 
     def plan_for(query_length: int, key_length: int) -> tuple[Part, ...]:
         geometry = Geometry(
             key_length, query_length, at.heads, at.num_heads, at.layer_idx, at.causal, at.band, at.block
         )  # fmt: skip
-        return cached_plan(config, geometry, device)
+        return cached_plan(config, geometry, device, extra)
 
     return plan_for
 
@@ -119,7 +122,8 @@ def _static_attention(
     with host_defaults():
         sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
         engine = choose_engine(_layer(layer)[2], query, options)
-        out, lse = sequences_forward(query, key, value, sequences, _plan_for(layer, query.device), options, engine)
+        plan_for = _plan_for(layer, query.device, extra)
+        out, lse = sequences_forward(query, key, value, sequences, plan_for, options, engine)
         return out.contiguous(), lse.contiguous()
 
 
@@ -140,7 +144,7 @@ def _static_attention_backward(
         sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
         engine = choose_engine(_layer(layer)[2], query, options)
         grads = sequences_backward(
-            query, key, value, out, lse, grad, sequences, _plan_for(layer, query.device), options, engine
+            query, key, value, out, lse, grad, sequences, _plan_for(layer, query.device, extra), options, engine
         )  # fmt: skip
     table = query.new_empty(0) if grads.distance_bias is None else grads.distance_bias.contiguous()
     return grads.query.contiguous(), grads.key.contiguous(), grads.value.contiguous(), table

@@ -130,7 +130,8 @@ class ExpireSpanAttention(LearnedAttention):
         """
         if key_positions is None:
             key_positions = torch.arange(spans.shape[-1], device=spans.device).expand(spans.shape[0], -1)
-        return (spans + self.config.ramp <= (position - key_positions)[:, None]).all(1)
+        # In fp64, as the layout that drops tiles: fp32 rounds the sum, and would drop a key with a little weight left.
+        return (spans.double() + self.config.ramp <= (position - key_positions)[:, None]).all(1)
 
     def expired_keys(self) -> Tensor | None:
         if self._seen is None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from sa_hf.config import MAX_INTEGER, check_choice, register_pattern, shown
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.layout import Predicate
+from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.parts import Band, Part, SegmentPart
 from sa_hf.patterns.base import Geometry, StaticPatternConfig
 
@@ -165,6 +166,7 @@ class LongNetAttentionConfig(StaticPatternConfig):
                 keys.append(torch.arange(begin + s, end, r))
         return torch.cat(keys).sort().values
 
+    @with_host_defaults
     def row_sizes(self, geometry: Geometry) -> Tensor:
         """The union of the branches, counted per run of rows that share their segments and active branches."""
         sizes = torch.zeros(len(geometry.heads), geometry.key_length, dtype=torch.int64)

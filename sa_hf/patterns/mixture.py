@@ -33,12 +33,6 @@ def key_heads(heads: tuple[int, ...], spec: LayerSpec) -> list[int]:
     return [h // group for h in heads]
 
 
-def check_parts(parts: Parts, spec: LayerSpec) -> None:
-    """Raise ``SparseAttentionError`` where a part cannot serve its heads."""
-    for heads, config in parts:
-        config.check_layer(part_spec(heads, spec))
-
-
 def added(losses: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Losses of several modules, summed by name."""
     total: dict[str, Tensor] = {}

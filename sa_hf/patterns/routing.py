@@ -167,6 +167,11 @@ class RoutingAttention(CentroidState):
     def _route(self, inputs: AttentionInputs) -> Tensor:
         vectors = self._vectors(inputs)
         observed = inputs.causal or self.training or self.config.commitment_coef > 0
+        if not self.training:
+            # Of an earlier forward. Evaluation makes fewer figures: no commitment without a coefficient, which takes a
+            # pass over all normalised vectors, and no sizes of bidirectional clusters, which it does not need.
+            self._unscaled.pop("routing_commitment", None)
+            self._sizes = None
         clusters = self._observe(vectors, inputs.sequences) if observed else None
         options = score_options(inputs, self.heads[self.config.num_local_heads :])
         if inputs.causal and clusters is not None:

@@ -106,9 +106,11 @@ class SparseBertAttention(LearnedAttention):
             self.register_buffer("kept", None)
         # In a tuple, so that it does not become a child: the first layer alone saves the mask.
         self._owner: tuple[SparseBertAttention, ...] = ()
+        self._tied: tuple[SparseBertAttention, ...] = ()  # the owner alone: the other layers that read its mask
         self._layers_averaged = 1
         self._sequences: Sequences | None = None
-        self._seen: list[tuple[int, int, int, Band]] = []  # (sequences, query length, key length, band) of the forward
+        self._seen: list[tuple[int, int, int]] = []  # (sequences, query length, key length) of the forward
+        self._band = Band()  # of the forward
 
     # -- sharing ---------------------------------------------------------------------------------------------------
 
@@ -120,6 +122,7 @@ class SparseBertAttention(LearnedAttention):
         first = layers[0]
         if first is self:
             self._take_over()
+            self._tied = tuple(layer for layer in layers[1:] if isinstance(layer, SparseBertAttention))
         if first is self or not isinstance(first, SparseBertAttention):
             return
         if len(first.heads) != len(self.heads):
@@ -129,7 +132,7 @@ class SparseBertAttention(LearnedAttention):
             )
         self.register_parameter("logits", None)
         self.register_buffer("kept", None)
-        self._owner = (first,)
+        self._owner, self._tied = (first,), ()
 
     def _take_over(self) -> None:
         """Own the mask, where the layer that owned it has left the stack."""
@@ -204,7 +207,7 @@ class SparseBertAttention(LearnedAttention):
         for (_, key_length), _ in inputs.sequences.groups:
             self._check_length(key_length)
         self._sequences = inputs.sequences
-        self._seen = [(len(rows), *shape, band) for shape, rows in inputs.sequences.groups]
+        self._seen, self._band = [(len(rows), *shape) for shape, rows in inputs.sequences.groups], band
         options = score_options(inputs, self.heads)
         kept = self.owner.kept
         gate = self.gate() if kept is None else kept
@@ -250,26 +253,30 @@ class SparseBertAttention(LearnedAttention):
     def _losses(self, coefficient: float) -> dict[str, Tensor]:
         if self._owner or self.config.frozen or not self._seen:
             return {}
-        return {"sparsebert_density": coefficient * self._density(self.gate()) / self._layers_averaged}
+        # A shared logit counts with the pairs that any layer reads through it: in a model that slides in its first
+        # layer, others read further than the owner does.
+        bands = [layer._band for layer in (self, *self._tied) if layer._seen]
+        density = self._density(self.gate(), _any_of(bands))
+        return {"sparsebert_density": coefficient * density / self._layers_averaged}
 
-    def _density(self, gate: Tensor) -> Tensor:
-        """Mean gate over the heads and the pairs of the last forward that have a logit."""
-        pairs = self._pairs(gate.device)
+    def _density(self, gate: Tensor, band: Band) -> Tensor:
+        """Mean gate over the heads and the pairs of the last forward that lie in a band and have a logit."""
+        pairs = self._pairs(gate.device, band)
         return (gate * pairs).sum() / (pairs.sum() * len(self.heads)).clamp(min=1)
 
-    def _pairs(self, device: torch.device) -> Tensor:
-        """How many pairs of the last forward each logit stands for, fp32 ``[mask_length(, mask_length)]``."""
+    def _pairs(self, device: torch.device, band: Band) -> Tensor:
+        """How many pairs of the last forward in a band each logit stands for, fp32 ``[mask_length(, mask_length)]``."""
         length = self.config.mask_length
         if not self.config.structured:
             total = torch.zeros(length, length, device=device)
             at = torch.arange(length, device=device)
-            for sequences, n_q, n_k, band in self._seen:
+            for sequences, n_q, n_k in self._seen:
                 rows = slice(n_k - n_q, n_k)
                 total[rows, :n_k] += sequences * band.contains(at[rows, None], at[None, :n_k]).float()
             return total.fill_diagonal_(0) if self.config.drop_diagonal else total
         distance = torch.arange(length, device=device)
         total = torch.zeros(length, device=device)
-        for sequences, n_q, n_k, band in self._seen:
+        for sequences, n_q, n_k in self._seen:
             behind = (n_k - distance.clamp(min=n_k - n_q)).clamp(min=0) * band.contains(distance, distance * 0)
             ahead = (n_q - distance).clamp(min=0) * band.contains(distance * 0, distance) * (distance > 0)
             total += sequences * (behind + ahead)
@@ -280,7 +287,7 @@ class SparseBertAttention(LearnedAttention):
     def figures(self) -> dict[str, float]:
         if not self._seen:
             return {}
-        return {"mask_density": float(self._density(self.keep_table().float()))}
+        return {"mask_density": float(self._density(self.keep_table().float(), self._band))}
 
     def density(self, length: int) -> float:
         """Pairs that evaluation keeps at a length, over the pairs of dense attention."""
@@ -297,6 +304,12 @@ class SparseBertAttention(LearnedAttention):
             self.register_parameter("logits", None)
             self.register_buffer("kept", kept)
         self.config = replace(self.config, frozen=True)
+
+
+def _any_of(bands: Sequence[Band]) -> Band:
+    """The pairs of any of some bands; each holds the own position, so those make one band."""
+    lefts, rights = zip(*bands, strict=True)
+    return Band(*(None if None in side else max(side) for side in (lefts, rights)))
 
 
 def _whole(logits: Any) -> Tensor:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hf_cases import CONFIGS, FAMILIES, case, error, tiny_model, tokens
 
 import sa_hf
 from sa_hf import SparseAttentionError
 from sa_hf.hf.conv import check_projections, earlier_slots
 from sa_hf.ops.sequences import Sequences
+from sa_hf.patterns.base import AttentionInputs
 
 FULL = 1000
 
@@ -81,6 +83,38 @@ def test_queries_and_keys_are_a_convolution_of_the_input(family: str) -> None:
         if family == "gpt_neox":
             added = [torch.stack([a.view(*a.shape[:2], 4, 8) for a in added], dim=3).flatten(2)]
         assert torch.allclose(out, own + torch.cat(added, dim=-1), atol=1e-4)
+
+
+@pytest.mark.parametrize("multi_query", [False, True])
+def test_the_taps_join_the_queries_and_keys_of_gpt_bigcode(multi_query: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its projection has GPT-2's name, and the thirds of each head or, with one key head, all queries first."""
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 99, "n_positions": 64}
+    config = transformers.GPTBigCodeConfig(**sizes, multi_query=multi_query, bos_token_id=1, eos_token_id=1)
+    model = transformers.GPTBigCodeForCausalLM(config).eval()
+    sa_hf.patch_model(model, "logsparse", local_window=FULL, conv_kernel_size=2)
+    attention = model.transformer.h[0].attn
+    taps = attention.sparse.conv
+    seen: dict[str, torch.Tensor] = {}
+
+    def attend(inputs: AttentionInputs) -> torch.Tensor:
+        seen.update(query=inputs.query, key=inputs.key, value=inputs.value)
+        return inputs.query
+
+    monkeypatch.setattr(attention.sparse, "forward", attend)
+    ids = tokens(2, 6)
+    with torch.no_grad():
+        model(ids)
+        before = dict(seen)
+        for weight in (taps.query, taps.key):
+            weight.normal_()
+        model(ids)
+        hidden = model.transformer.h[0].ln_1(model.transformer.wte(ids) + model.transformer.wpe(torch.arange(6)))
+    earlier = torch.nn.functional.pad(hidden[:, :-1], (0, 0, 1, 0))
+    for name, weight in (("query", taps.query), ("key", taps.key)):
+        added = (earlier @ weight[0].T).unflatten(-1, (-1, 8)).transpose(1, 2)
+        assert added.shape == before[name].shape
+        assert torch.allclose(seen[name] - before[name], added, atol=1e-4)
+    assert torch.equal(seen["value"], before["value"])
 
 
 @pytest.mark.parametrize("side", ["left", "right", "inside"])

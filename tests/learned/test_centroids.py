@@ -114,6 +114,21 @@ def test_empty_clusters_stay_and_are_reseeded() -> None:
     assert float(cosine(centres[:1], module.centroids[0])[0, 3]) > 0.9
 
 
+@pytest.mark.parametrize("coefficient", [0.0, 0.25])
+@pytest.mark.parametrize("causal", [False, True])
+def test_evaluation_leaves_no_figures_of_the_training_before(causal: bool, coefficient: float) -> None:
+    module, fresh = (build(2, causal=causal, commitment_coef=coefficient) for _ in range(2))
+    _train(module, attention_inputs(seed=0, causal=causal))
+    assert module.unscaled_losses().keys() == {"routing_commitment"}
+    inputs = attention_inputs(seed=50, causal=causal)
+    for one in (module, fresh):
+        one.eval()(inputs)
+    assert module.unscaled_losses() == fresh.unscaled_losses()
+    assert module.figures() == fresh.figures()
+    assert bool(module.unscaled_losses()) is (coefficient > 0)
+    assert bool(module.figures()) is (causal or coefficient > 0)
+
+
 def test_commitment_loss_and_its_gradient() -> None:
     module = build(2, 1, commitment_coef=0.25).train()
     inputs = attention_inputs(1, 2, 1, 18)

@@ -221,6 +221,15 @@ def test_dead_tiles_are_left_out() -> None:
     assert layout.columns[int(layout.row_start[19]) : int(layout.row_start[20])].tolist() == [0, 8, 9]
 
 
+def test_a_key_leaves_the_cache_where_its_tiles_end() -> None:
+    """In fp32 the span and the ramp are 100,000 together, and would lose what is left of the weight there."""
+    module = build(max_span=2**18, ramp=100_000)
+    spans = torch.tensor([[[0.001]]])
+    assert 1 + (float(spans) - 100_000) / 100_000 > 0
+    assert not bool(module.evictable(100_000, spans))
+    assert bool(module.evictable(100_001, spans))
+
+
 def test_lists_of_fixed_capacity_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU runs: no length is read from the device, and spare entries belong to no row."""
     module = build(per_head=True, max_span=400)

@@ -271,6 +271,42 @@ def test_shared_mask_is_owned_by_the_first_layer() -> None:
         config.build(layer_spec(heads=4)).tie(layers)
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_shared_mask_is_charged_for_every_pair_that_a_layer_reads(structure: str, causal: bool) -> None:
+    """A first layer that slides does not hide what the others read further away; equal layers count once."""
+    config = SparseBertAttentionConfig(mask_length=16, structure=structure, hard=False)
+    found = {}
+    for bands in (
+        (Band(2, 1), Band(4, 0), Band()),
+        (Band(2, 1), Band(4, 0)),
+        (Band(4, 1),),
+        (Band(4, 1),) * 3,
+        (Band(),),
+    ):
+        layers = [config.build(layer_spec(layer=i, causal=causal)).train() for i in range(len(bands))]
+        scatter_logits(layers[0])
+        for layer in layers:
+            layer.tie(layers)
+        for layer, band in zip(layers, bands, strict=True):
+            layer(attention_inputs(length=14, causal=causal, band=band))
+        loss = layers[0].aux_losses()["sparsebert_density"]
+        loss.backward()
+        assert layers[0].logits is not None
+        found[bands] = float(loss.detach()), layers[0].logits.grad
+        for layer, band in zip(layers, bands, strict=True):  # the figure is of the layer's own pairs
+            alone = config.build(layer_spec(causal=causal)).eval()
+            alone.logits = layers[0].logits
+            alone(attention_inputs(length=14, causal=causal, band=band))
+            assert layer.figures() == alone.figures()
+    first, second, one, three, full = found.values()
+    for (loss, grad), (expected, wanted) in ((first, full), (second, one), (three, one)):
+        assert loss == pytest.approx(expected, rel=1e-6)
+        assert torch.allclose(grad, wanted)
+    if structure == "structured":
+        assert bool((first[1][:, :14] != 0).all())
+
+
 def test_a_shared_mask_outlives_the_layer_that_owned_it() -> None:
     config = SparseBertAttentionConfig(mask_length=16)
     layers = [config.build(layer_spec(layer=i)) for i in range(3)]
@@ -293,7 +329,7 @@ def test_unshared_masks_average_their_loss() -> None:
         layer.advance_step()
         layer(attention_inputs(length=16))
     total = sum(float(layer.aux_losses()["sparsebert_density"].detach()) for layer in layers)
-    mean = sum(float(layer._density(layer.gate()).detach()) for layer in layers) / 4
+    mean = sum(float(layer._density(layer.gate(), layer._band).detach()) for layer in layers) / 4
     assert math.isclose(total, 20 * mean, rel_tol=1e-6)
 
 

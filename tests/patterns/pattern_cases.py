@@ -66,6 +66,9 @@ CASES: dict[str, list[StaticPatternConfig]] = {
         BigBirdAttentionConfig(block_size=16, num_random_blocks=0, num_window_blocks=1, num_global_blocks=4),
         BigBirdAttentionConfig(block_size=128, num_random_blocks=1, seed=2**63 - 1),
         BigBirdAttentionConfig(block_size=4, num_random_blocks=2),
+        BigBirdAttentionConfig(
+            block_size=1, num_window_blocks=0, num_random_blocks=0, num_global_blocks=0, num_extra_tokens=2
+        ),
     ],
     "star": [
         StarAttentionConfig(),

@@ -174,5 +174,7 @@ def expected(
         counts = torch.where((i - j).abs() <= window, counts, 0)
     if drop_diagonal:
         others = torch.where(i == j, 0, counts)
-        counts = torch.where(others.sum(-1, keepdim=True) > 0, others, counts)
+        # Extra tokens have no column, but every row reads them.
+        extra = getattr(config, "num_extra_tokens", 0) > 0 or getattr(config, "relay", None) == "virtual"
+        counts = torch.where((others.sum(-1, keepdim=True) > 0) | extra, others, counts)
     return counts

@@ -25,11 +25,12 @@ from sa_hf import (
 )
 from sa_hf.ops.parts import Band
 from sa_hf.ops.reference import part_multiplicity
-from sa_hf.patterns.base import Geometry, StaticPatternConfig, pattern_parts
+from sa_hf.ops.sequences import Sequences
+from sa_hf.patterns.base import AttentionInputs, Geometry, LayerSpec, StaticPatternConfig, pattern_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:longnet")
 
-# Extra tokens run in a model alone; the pattern over the real tokens is covered by the plans' tests.
+# A pattern's own extra tokens run in a model alone; those of the plans are covered by their tests.
 CASES = [config for config in every_case() if config.extra_tokens == 0]
 cases = pytest.mark.parametrize("config", CASES, ids=label)
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 16
@@ -107,6 +108,34 @@ def test_padding_is_as_if_cut_out(config: StaticPatternConfig, causal: bool) -> 
         alone = by_definition(*(x[row : row + 1, :, real] for x in tensors[:3]), counts)
         rows.append(torch.zeros(1, HEADS, n, HEAD_DIM, dtype=torch.float64).index_copy(2, real, alone))
     assert_same(config, tensors, torch.cat(rows), causal=causal, attention_mask=mask)
+
+
+@cases
+@pytest.mark.parametrize("drop", [False, True])
+def test_extra_tokens_of_another_layer_are_read_by_everything(config: StaticPatternConfig, drop: bool) -> None:
+    """They run through the whole stack, so a pattern without any of its own has them in front of its sequences, too."""
+    n, extra = 37, 2
+    vectors = inputs(2, extra + n)
+    mask = torch.ones(2, n, dtype=torch.long)
+    mask[1, 20:] = 0
+    layer = LayerSpec(1, 2, HEADS, KEY_HEADS, HEAD_DIM, HEADS * HEAD_DIM, False)
+    sparse = replace(config, drop_diagonal=drop).build(layer)
+    sequences = Sequences.from_mask(2, n, n, mask).with_extra_tokens(extra)
+    out = sparse(AttentionInputs(*vectors[:3], sequences, False, HEAD_DIM**-0.5))
+    gradients = torch.autograd.grad(out, vectors[:3], vectors[3])
+    exact = [x.detach().double().requires_grad_() for x in vectors[:3]]
+    wanted = []
+    for row, length in enumerate((n, 20)):
+        counts = expected(config, tuple(range(HEADS)), Layer(length, False, HEADS, 1))
+        if drop:  # the extra tokens are another key of every row
+            counts = torch.where(torch.eye(length, dtype=torch.bool), 0, counts)
+        counts = torch.nn.functional.pad(counts, (extra, 0, extra, 0), value=1)
+        alone = by_definition(*(x[row : row + 1, :, : extra + length] for x in exact), counts)
+        wanted.append(torch.nn.functional.pad(alone, (0, 0, 0, n - length)))
+    whole = torch.cat(wanted)
+    assert error(out, whole) < 1e-5
+    for got, want in zip(gradients, torch.autograd.grad(whole, exact, vectors[3].double()), strict=True):
+        assert error(got, want) < 1e-5
 
 
 @cases

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from pattern_cases import every_case, label, static_patterns
 
+import sa_hf
 from sa_hf import (
     BigBirdAttentionConfig,
     ConfigVersionError,
@@ -238,6 +240,25 @@ def test_interleaved_layers_of_one_parity_warn() -> None:
         warnings.simplefilter("error")
         config.check_layers([spec(0), spec(3)])
         SparseTransformerAttentionConfig().check_layers([spec(0), spec(2)])
+
+
+def test_interleaved_parts_of_a_mixture_warn_alike() -> None:
+    """Over the layers that run the part on the same heads."""
+    config = SparseTransformerAttentionConfig(head_mode="interleaved")
+    llama = transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, vocab_size=99
+    )
+    first, last = {"heads": {"0-1": config, "2-3": "dense"}}, {"heads": {"0-1": "dense", "2-3": config}}
+    for pattern, part in (
+        ({"0,2": first}, "local"),
+        ({"1": last}, "column"),
+        ({"0": first, "1": last}, "(local|column)"),
+    ):
+        with pytest.warns(UserWarning, match=f"one parity.*{part} part alone"):
+            sa_hf.patch_model(transformers.LlamaForCausalLM(llama), pattern)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sa_hf.patch_model(transformers.LlamaForCausalLM(llama), {"0-1": first, "2,3": last})
 
 
 # -- layers and calls refused --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pattern_definitions import DEFINITIONS, Layer, expected
 from sa_hf.ops.counts import row_counts
 from sa_hf.ops.parts import Band, BlockPart
 from sa_hf.ops.reference import part_multiplicity
-from sa_hf.patterns.base import Geometry, StaticPatternConfig, pattern_parts
+from sa_hf.patterns.base import Geometry, StaticPatternConfig, finished_plan, pattern_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:longnet")
 
@@ -61,6 +61,20 @@ def test_plan_is_the_definition(config: StaticPatternConfig, causal: bool) -> No
                 at = (n, num_heads, heads, window, drop)
                 assert torch.equal(summed(parts, geometry), want), at
                 assert torch.equal(row_counts(parts, n, len(heads)), want.sum(-1)), at
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("config", [c for c in every_case() if c.extra_tokens], ids=label)
+def test_every_position_reads_the_extra_tokens_and_is_read_by_them(config: StaticPatternConfig, drop: bool) -> None:
+    """A row that reads them and nothing else loses its own position like any other."""
+    chosen, extra = replace(config, drop_diagonal=drop), config.extra_tokens
+    for n in LENGTHS:
+        for window in (None, 0, 3):
+            geometry = Geometry(n, n, (0, 1), 2, 0, False, Band(window, window))
+            want = expected(config, (0, 1), Layer(n, False, 2), window=window, drop_diagonal=drop)
+            want = torch.nn.functional.pad(want, (extra, 0, extra, 0), value=1)
+            whole = replace(geometry, key_length=extra + n, query_length=extra + n)
+            assert torch.equal(summed(finished_plan(chosen, geometry, CPU), whole), want), (n, window)
 
 
 @cases
