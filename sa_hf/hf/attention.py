@@ -25,6 +25,7 @@ from sa_hf.hf.layers import active_child, leaves
 from sa_hf.hf.masks import ForwardInputs, MaskRequest, handed_over, packed_mask, said_ids, sparse_mask, traced_sequences
 from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
 from sa_hf.hf.rotary import before_rotary
+from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention, default_scale
 
@@ -138,6 +139,7 @@ def sparse_attention_forward(
     return attend(module, place, child, call, query, key, value, request, scaling, dropout, kwargs), None
 
 
+@with_host_defaults
 def _attend(
     module: nn.Module, place: Place, child: SparseAttention, call: LayerCall, query: Tensor, key: Tensor, value: Tensor,
     request: MaskRequest | None, scaling: float | None, dropout: float, kwargs: dict[str, Any],
@@ -341,6 +343,7 @@ def _check_implementation(module: nn.Module) -> None:
         )
 
 
+@with_host_defaults
 def _prepare(
     conv: ConvTaps, hidden: Tensor, module: nn.Module, request: MaskRequest | None, memory: LayerMemory | None
 ) -> None:

@@ -14,6 +14,7 @@ from sa_hf.hf.attention import place_of
 from sa_hf.hf.families import Site, computes_in, root_model
 from sa_hf.hf.layers import active_child, leaves
 from sa_hf.ops.engine import choose_engine
+from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.patterns.base import DEFAULT_BLOCK, LayerSpec, SparseAttention, StaticPatternConfig, whole_geometry
 from sa_hf.patterns.dense import DenseAttentionConfig
@@ -61,6 +62,7 @@ class Summary:
     __repr__ = __str__
 
 
+@with_host_defaults
 def summary(model: nn.Module, length: int | None = None) -> Summary:
     """What runs where: pattern, density, engine and estimated attention memory of each layer.
 
