@@ -1,9 +1,9 @@
-"""Our own small tensors are made on the CPU or name their device, whatever ``torch.set_default_device`` says."""
+"""What a caller sets for torch as a whole, and operators of ours do not follow: its default device, its autocast."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -19,6 +19,17 @@ def host_defaults() -> AbstractContextManager[object]:
     if torch.compiler.is_compiling() or torch.get_default_device().type == "cpu":
         return nullcontext()
     return torch.device("cpu")
+
+
+def own_rules(device: torch.device) -> AbstractContextManager[object]:
+    """For the inside of an operator: :func:`host_defaults`, and products in the precision that it chose. Autocast would
+    make them in bfloat16, also in a backward that is called under it."""
+    if not torch.is_autocast_enabled(device.type):
+        return host_defaults()
+    rules = ExitStack()
+    rules.enter_context(host_defaults())
+    rules.enter_context(torch.autocast(device.type, enabled=False))
+    return rules
 
 
 def with_host_defaults(function: Callable[P, R]) -> Callable[P, R]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sa_hf.ops.engine import Engine, choose_engine
 from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS
-from sa_hf.ops.host import host_defaults
+from sa_hf.ops.host import own_rules
 from sa_hf.ops.members import Means, means_backward, means_forward
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.run import plan_backward, plan_forward
@@ -69,7 +69,7 @@ def _planned(
     second: Tensor | None, seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int],
     heads: list[int], engine: str, mean_slots: int, scalars: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    with host_defaults():
+    with own_rules(query.device):
         plan, options, runs = _call(
             query, key, bias, spans, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
         )  # fmt: skip
@@ -99,7 +99,7 @@ def _planned_backward(
     seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int], heads: list[int], engine: str,
     mean_slots: int, scalars: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    with host_defaults():
+    with own_rules(query.device):
         plan, options, runs = _call(
             query, key, bias, spans, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
         )  # fmt: skip

@@ -18,7 +18,7 @@ from sa_hf.errors import NotStaticError
 from sa_hf.ops.attend import PlanFor, sequences_backward, sequences_forward
 from sa_hf.ops.engine import choose_engine
 from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS
-from sa_hf.ops.host import host_defaults
+from sa_hf.ops.host import own_rules
 from sa_hf.ops.parts import Band, Part, ScoreOptions
 from sa_hf.ops.sequences import PendingSequences, Sequences, Span
 from sa_hf.ops.slots import examine_slots
@@ -119,7 +119,7 @@ def _static_attention(
     scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     options = _options(layer, scale, softcap, dropout, bias, seed, extra)
-    with host_defaults():
+    with own_rules(query.device):
         sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
         engine = choose_engine(_layer(layer)[2], query, options)
         plan_for = _plan_for(layer, query.device, extra)
@@ -140,7 +140,7 @@ def _static_attention_backward(
     ids: Tensor | None, layer: str, spans: list[int], extra: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     options = _options(layer, scale, softcap, dropout, bias, seed, extra)
-    with host_defaults():
+    with own_rules(query.device):
         sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
         engine = choose_engine(_layer(layer)[2], query, options)
         grads = sequences_backward(
