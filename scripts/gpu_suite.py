@@ -84,7 +84,7 @@ def roofline_table(out: Path) -> Path:
         "title": "Paper roofline (predictions, nothing here was run on a GPU)",
         "ceilings": f"{H200_DATASHEET.name}: {H200_DATASHEET.tflops:.0f} TFLOP/s bf16, "
         f"{H200_DATASHEET.memory_gbs:.0f} GB/s; L2 taken as {H200_DATASHEET.l2_gbs:.0f} GB/s",
-        "shape": "batch 1, 16 heads, D = 128, bf16, tiles of 64",
+        "shape": "batch 1, 16 heads, D = 128, bf16, tiles of 64; segments of 128 where those fit",
         "command": "python scripts/gpu_suite.py --roofline",
     }
     report = Report(out / "roofline_paper.json", header, fresh=True)
