@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sa_hf import LongNetAttentionConfig
 from sa_hf.tools.bench import suite as suite_module
 from sa_hf.tools.bench import timing
 from sa_hf.tools.bench.cases import timing_cases
 from sa_hf.tools.bench.parity import parity_held
 from sa_hf.tools.bench.report import Report
-from sa_hf.tools.bench.roofline import H200_DATASHEET
+from sa_hf.tools.bench.roofline import H200_DATASHEET, work
 from sa_hf.tools.bench.suite import Suite
 from sa_hf.tools.bench.timing import Timing, attention_calls, graph_figure
 
@@ -173,6 +174,19 @@ def test_calls_compute_what_they_time() -> None:
         for call in attention_calls(run, sets, backward):
             call()
     assert seen == [False, False, True, True]
+
+
+def test_the_ceiling_of_the_cache_is_taken_without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "device_ms", lambda calls, device: 2.0)  # a graph's figure where there are graphs
+    assert timing.l2_bandwidth(CPU, mib=1.0) == pytest.approx(2 * 20 * 2**20 / 2e-3 / 1e9)
+
+
+def test_segments_are_counted_on_the_tiles_that_they_run_on() -> None:
+    config = LongNetAttentionConfig(segment_length=(256,), dilated_ratio=(1,))
+    w = work(config, 512, causal=True, batch=3, num_heads=2, num_key_value_heads=2, head_dim=64)
+    tiles = 3 * 2 * 2 * 3  # two segments, each of two tiles of 128 on the diagonal and one below
+    assert w.executed_pairs == tiles * 128 * 128
+    assert w.tile_bytes == tiles * 128 * 2 * 64 * 2  # rows of K and V, bf16
 
 
 # -- comparisons ---------------------------------------------------------------------------------------------------
