@@ -97,16 +97,27 @@ def test_a_graph_holds_what_fills_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeCuda:
-    """The parts of ``torch.cuda`` that a capture goes through; like torch, one that fails stays on its stream."""
+    """The parts of ``torch.cuda`` that a capture goes through. Like torch, one that fails stays on its stream, and
+    where its end fails too, the allocator stays with its pool and takes no other; a pool is released once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.current, self.generator_captured, self.alive = "main", False, True
-        for name in ("current_stream", "Stream", "stream", "graph", "CUDAGraph", "set_stream", "synchronize"):
+        self.current, self.generator_captured, self.alive, self.end_fails = "main", False, True, True
+        self.recording: int | None = None
+        self.pools: dict[int, int] = {}  # uses
+        for name in (
+            "current_stream", "Stream", "stream", "graph", "CUDAGraph", "set_stream", "synchronize",
+            "graph_pool_handle", "current_device",
+        ):  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        for name in ("endAllocateToPool", "releasePool"):
+            monkeypatch.setattr(torch._C, f"_cuda_{name}", getattr(self, name), raising=False)
         monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
 
     def current_stream(self) -> Any:
         return FakeStream(self.current)
+
+    def current_device(self) -> int:
+        return 0
 
     def Stream(self) -> Any:
         return FakeStream("side")
@@ -123,6 +134,18 @@ class FakeCuda:
         if not self.alive:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+    def graph_pool_handle(self) -> int:
+        return len(self.pools) + 1
+
+    def endAllocateToPool(self, device: int, pool: int) -> None:
+        if self.recording != pool:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.recording = None
+
+    def releasePool(self, device: int, pool: int) -> None:
+        self.pools[pool] -= 1
+        assert self.pools[pool] >= 0  # torch ends the process
+
     @contextlib.contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
         before, self.current = self.current, stream.name
@@ -130,11 +153,19 @@ class FakeCuda:
         self.current = before
 
     @contextlib.contextmanager
-    def graph(self, graph: Any) -> Iterator[None]:
+    def graph(self, graph: Any, pool: int | None = None) -> Iterator[None]:
+        if self.recording is not None:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
         before, self.current = self.current, "captured"
-        self.generator_captured = True
-        yield  # an exception of the body leaves both as they are
-        self.current, self.generator_captured = before, False
+        self.generator_captured, self.recording = True, pool or self.graph_pool_handle()
+        self.pools[self.recording] = 1
+        try:
+            yield
+        except ValueError:  # of the call that is captured: the stream and the generator stay as they are
+            if not self.end_fails:
+                self.recording = None
+            raise
+        self.current, self.generator_captured, self.recording = before, False, None
 
 
 class FakeStream:
@@ -144,8 +175,10 @@ class FakeStream:
     def wait_stream(self, other: FakeStream) -> None: ...
 
 
-def test_what_follows_a_failed_capture_runs_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end_fails", [True, False])
+def test_what_follows_a_failed_capture_runs_as_before(end_fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
+    cuda.end_fails = end_fails
 
     def breaks_in_the_capture() -> str:
         if cuda.current == "captured":
@@ -156,6 +189,10 @@ def test_what_follows_a_failed_capture_runs_as_before(monkeypatch: pytest.Monkey
         timing.capture(breaks_in_the_capture)
     assert cuda.current == "main"
     assert not cuda.generator_captured
+    assert cuda.recording is None
+    # One that the capture ended itself is its graph's to release.
+    assert cuda.pools[1] == (0 if end_fails else 1)
+    assert timing.capture(lambda: "result")[1] == "result"
     cuda.alive = False
     with pytest.raises(RuntimeError, match="illegal memory access"):
         timing.capture(breaks_in_the_capture)
