@@ -186,26 +186,26 @@ def measured_ceilings(device: torch.device, dry: bool) -> dict[str, float]:
 
 def sections(suite: Suite) -> Sections:
     """What is measured, the most valuable first; ``--only`` goes by the first word of a name."""
-    from sa_hf.tools.bench import suite as parts
+    from sa_hf.tools.bench import rows_others, rows_parity, rows_speed
 
     long = 64 if suite.dry else 16384
     more = [] if suite.dry else [4096, 65536, 2048, 8192, 32768, 131072]
     dims = [16] if suite.dry else [128, 64]
     found: Sections = {
-        "parity": lambda: parts.parity_section(suite),
-        "parity options": lambda: parts.option_parity_section(suite),
-        "parity data": lambda: parts.data_parity_section(suite),
-        "dense": lambda: parts.dense_section(suite, [long], dims),
-        "ours": lambda: parts.speed_section(suite, [long], dims),
-        "decode": lambda: parts.decode_section(suite, [64] if suite.dry else [65536, 524288]),
-        "training": lambda: parts.model_section(suite),
-        "options": lambda: parts.option_section(suite, long),
-        "hf-bigbird": lambda: parts.bigbird_section(suite, [] if suite.dry else [long]),
+        "parity": lambda: rows_parity.parity_section(suite),
+        "parity options": lambda: rows_parity.option_parity_section(suite),
+        "parity data": lambda: rows_parity.data_parity_section(suite),
+        "dense": lambda: rows_speed.dense_section(suite, [long], dims),
+        "ours": lambda: rows_speed.speed_section(suite, [long], dims),
+        "decode": lambda: rows_speed.decode_section(suite, [64] if suite.dry else [65536, 524288]),
+        "training": lambda: rows_speed.model_section(suite),
+        "options": lambda: rows_speed.option_section(suite, long),
+        "hf-bigbird": lambda: rows_others.bigbird_section(suite, [] if suite.dry else [long]),
     }
     for length in more:  # a length is of use with both
-        found[f"dense {length}"] = lambda n=length: parts.dense_section(suite, [n], dims)  # type: ignore[misc]
-        found[f"ours {length}"] = lambda n=length: parts.speed_section(suite, [n], dims)  # type: ignore[misc]
-    found["flex"] = lambda: parts.flex_section(suite, [] if suite.dry else [long])
+        found[f"dense {length}"] = lambda n=length: rows_speed.dense_section(suite, [n], dims)  # type: ignore[misc]
+        found[f"ours {length}"] = lambda n=length: rows_speed.speed_section(suite, [n], dims)  # type: ignore[misc]
+    found["flex"] = lambda: rows_others.flex_section(suite, [] if suite.dry else [long])
     return found
 
 
@@ -228,9 +228,10 @@ def main() -> int:
             "no CUDA device here: use --dry-run (toy sizes on the CPU) or --roofline (the paper table)", file=sys.stderr
         )
         return 2
+    from sa_hf.tools.bench.compare import renew_speed_ups
     from sa_hf.tools.bench.report import Report
     from sa_hf.tools.bench.roofline import Ceilings
-    from sa_hf.tools.bench.suite import Suite, renew_speed_ups
+    from sa_hf.tools.bench.suite import Suite
 
     device = torch.device("cpu" if args.dry_run else "cuda")
     deadline = begin + 60 * args.budget

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sa_hf import LongNetAttentionConfig
+from sa_hf.tools.bench import compare, rows_speed, timing
 from sa_hf.tools.bench import suite as suite_module
-from sa_hf.tools.bench import timing
 from sa_hf.tools.bench.cases import timing_cases
 from sa_hf.tools.bench.parity import parity_held
 from sa_hf.tools.bench.report import Report
@@ -231,7 +231,7 @@ def test_segments_are_counted_on_the_tiles_that_they_run_on() -> None:
 
 def compared(suite: Suite) -> dict[str, Any]:
     case = next(c for c in timing_cases(toy=True) if c.key == "sliding_window/causal")
-    return suite_module.ours(suite, case, 64, 16, False)
+    return rows_speed.ours(suite, case, 64, 16, False)
 
 
 def test_graphs_are_compared_with_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,11 +275,11 @@ def test_a_dtype_is_gated_on_its_own_parity(tmp_path: Path) -> None:
     for dtype, passed in (("bfloat16", True), ("float32", False)):
         suite.report.add("parity", f"longnet/causal/{dtype}/D16/n40", {"pass": passed})
     row = {"ms": 2.0}
-    assert "not shown" in suite_module.speed_ups(suite, row, "/causal/D16/n64/fwd", "longnet")["speed-up"]
+    assert "not shown" in compare.speed_ups(suite, row, "/causal/D16/n64/fwd", "longnet")["speed-up"]
     suite.report.add("parity", "longnet/causal/float32/D16/n40", {"pass": True})
-    assert suite_module.speed_ups(suite, row, "/causal/D16/n64/fwd", "longnet") == {"speed-up": 4.0, "over": "sdpa"}
+    assert compare.speed_ups(suite, row, "/causal/D16/n64/fwd", "longnet") == {"speed-up": 4.0, "over": "sdpa"}
     # An option's kernels are others.
-    options = suite_module.speed_ups(suite, row, "/causal/D16/n64/fwd", "longnet", "dropout")
+    options = compare.speed_ups(suite, row, "/causal/D16/n64/fwd", "longnet", "dropout")
     assert "not shown" in options["speed-up"]
 
 
@@ -290,7 +290,7 @@ def test_a_resumed_run_compares_again(tmp_path: Path) -> None:
     suite.report.add("ours", "longnet/causal/D16/n64/fwd+bwd", {"error": "out of memory"})
     suite.report.add("parity", "longnet/causal/float32/D16/n40", {"pass": True})
     suite.report.add("dense", "sdpa/causal/D16/n64/fwd", {"ms": 8.0})
-    suite_module.renew_speed_ups(suite)
+    compare.renew_speed_ups(suite)
     assert suite.report.rows("ours") == {
         "longnet/causal/D16/n64/fwd": {"ms": 2.0, "speed-up": 4.0, "over": "sdpa"},
         "longnet/causal/D16/n64/fwd+bwd": {"error": "out of memory"},
@@ -384,7 +384,7 @@ import sa_hf.ops.triton.engine as engine
 from sa_hf.ops import data_layout
 from sa_hf.ops.triton.record import record_launches
 from sa_hf.patterns import clusters
-from sa_hf.tools.bench import precompile, suite as parts
+from sa_hf.tools.bench import precompile, rows_parity, rows_speed, suite as suite_module
 from sa_hf.tools.bench.parity import PARITY_SHAPES
 from sa_hf.tools.bench.report import Report
 from sa_hf.tools.bench.roofline import H200_DATASHEET
@@ -407,24 +407,25 @@ def measure(calls, *_, **__):
     return Timing(1.0, 1.0, 1.0, 1, None)
 
 
-suite = parts.Suite(torch.device("cpu"), False, float("inf"), Report(Path(sys.argv[1]), {}), H200_DATASHEET)
+suite = suite_module.Suite(torch.device("cpu"), False, float("inf"), Report(Path(sys.argv[1]), {}), H200_DATASHEET)
 answers = [
     (engine, "_machine_reason", lambda device: None), (data_layout, "exact_lists", lambda device: False),
-    (clusters, "exact_lists", lambda device: False), (parts, "inputs", inputs), (parts, "measure", measure),
-    (parts, "PARITY_SHAPES", PARITY_SHAPES[::2]),
+    (clusters, "exact_lists", lambda device: False), (rows_speed, "inputs", inputs),
+    (rows_speed, "measure", measure), (suite_module, "measure", measure),
+    (rows_parity, "PARITY_SHAPES", PARITY_SHAPES[::2]),
 ]
 with contextlib.ExitStack() as stack, record_launches(GPUTarget("cuda", 90, 32)) as launched:
     for answer in answers:
         stack.enter_context(patch.object(*answer))
     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-    with patch.object(parts, "PARITY_DTYPES", (torch.bfloat16,)):
-        parts.parity_section(suite)
-    parts.option_parity_section(suite)
-    parts.data_parity_section(suite)
-    parts.decode_section(suite, [65536])
-    parts.option_section(suite, 4096)
-    parts.speed_section(suite, [2048, 16384, 32768], [64])
-    parts.speed_section(suite, [4096], [128])
+    with patch.object(rows_parity, "PARITY_DTYPES", (torch.bfloat16,)):
+        rows_parity.parity_section(suite)
+    rows_parity.option_parity_section(suite)
+    rows_parity.data_parity_section(suite)
+    rows_speed.decode_section(suite, [65536])
+    rows_speed.option_section(suite, 4096)
+    rows_speed.speed_section(suite, [2048, 16384, 32768], [64])
+    rows_speed.speed_section(suite, [4096], [128])
 errors = [row for rows in suite.report.data["sections"].values() for row in rows.values() if "error" in row]
 assert not errors, errors[:3]
 assert len(launched) > 150, len(launched)
