@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,12 @@ import torch
 from torch import Tensor
 
 from sa_hf import LongNetAttentionConfig
-from sa_hf.tools.bench import compare, rows_speed, timing
+from sa_hf.tools.bench import compare, precompile, restart, rows_speed, timing
 from sa_hf.tools.bench import suite as suite_module
 from sa_hf.tools.bench.cases import timing_cases
 from sa_hf.tools.bench.parity import parity_held
 from sa_hf.tools.bench.report import Report
+from sa_hf.tools.bench.restart import DeviceLost
 from sa_hf.tools.bench.roofline import H200_DATASHEET, work
 from sa_hf.tools.bench.suite import Suite
 from sa_hf.tools.bench.timing import Timing, attention_calls, graph_figure
@@ -337,6 +341,101 @@ def test_an_error_is_a_row_and_the_next_one_runs(tmp_path: Path) -> None:
     assert Report(tmp_path / "r.json", {}).rows("ours") == {"bad": {"error": "ValueError: two"}, "good": {"ms": 1.0}}
 
 
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_row_that_kills_the_device_is_not_tried_again(
+    raises: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one whose call ended well: what it launched has failed after it."""
+    suite = Suite(torch.device("cuda"), True, float("inf"), Report(tmp_path / "r.json", {}), H200_DATASHEET)
+    seen: list[dict[str, Any]] = []
+    broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize(device: torch.device) -> None:
+        if seen:
+            raise broken
+
+    def kills() -> dict[str, Any]:
+        seen.append(Report(tmp_path / "r.json", {}).rows("ours")["bad"])  # were the process to end here
+        if raises:
+            raise ValueError("what was called")
+        return {"ms": 1.0}
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    suite.row("ours", "good", lambda: {"ms": 1.0})
+    with pytest.raises(DeviceLost, match="ours/bad: RuntimeError: CUDA error"):
+        suite.row("ours", "bad", kills)
+    assert seen == [{"error": "started, never ended"}]
+    resumed = Report(tmp_path / "r.json", {})
+    error = "ValueError: what was called" if raises else f"RuntimeError: {broken}"
+    assert resumed.rows("ours")["bad"] == {"error": error, "fatal": True}
+    assert resumed.done("ours", "bad")
+    assert resumed.given_up() == ["ours/bad"]
+    assert "they never ended: ours/bad" in (tmp_path / "r.md").read_text()
+
+
+def test_memory_that_stays_costs_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = Suite(torch.device("cuda"), True, float("inf"), Report(tmp_path / "r.json", {}), H200_DATASHEET)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # it is asked for
+        suite.row("ours", "bad", lambda: {"error": "out of memory"})
+
+    def raises() -> None:
+        raise RuntimeError("captures underway")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", raises)
+    suite.row("ours", "worse", lambda: {"error": "out of memory"})
+    assert not suite.report.done("ours", "worse")  # the next run tries
+
+
+RESTARTS = """
+import os, sys, time
+
+from sa_hf.tools.bench import restart
+
+before, words = restart.deadline_before(), sys.argv[1:]
+if before is None:
+    held = os.open(sys.argv[0], os.O_RDONLY)
+    os.set_inheritable(held, True)
+    sys.argv.append(str(held))
+    print("first", flush=True)
+    restart.restart(time.monotonic() + 100.0)
+assert 50.0 < before - time.monotonic() < 100.0, before
+try:
+    os.fstat(int(words[-1]))
+except OSError:
+    print("again", *words[:-1])
+"""
+
+
+def test_a_restart_goes_on_to_the_same_deadline(tmp_path: Path) -> None:
+    script = tmp_path / "restarts.py"
+    script.write_text(RESTARTS)
+    command = [sys.executable, str(script), "--out", "x", "--fresh", "--tune", "--budget", "9"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split("\n")[:2] == ["first", "again --out x --budget 9"]
+
+
+def test_the_suite_starts_anew_where_the_device_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "gpu_suite.py"))
+    deadlines: list[float] = []
+
+    def fails() -> None:
+        raise DeviceLost("ours/bad: it was hot")
+
+    names = script["measure_all"].__globals__
+    monkeypatch.setitem(names, "prepare", lambda *_: None)
+    monkeypatch.setitem(names, "measured_ceilings", lambda *_: {"TFLOP/s": 1.0, "GB/s": 1.0, "L2 GB/s": 1.0})
+    monkeypatch.setitem(names, "sections", lambda suite: {"ours": fails})
+    monkeypatch.setattr(restart, "restart", deadlines.append)
+    now = time.monotonic()
+    for left in (500.0, 30.0):  # with little left it would measure nothing
+        script["measure_all"](argparse.Namespace(only="", dry_run=True), toy_suite(tmp_path, now + left))
+    assert deadlines == [now + 500.0]
+
+
 class Noted(Suite):
     """Takes note of the rows that it would measure."""
 
@@ -366,6 +465,17 @@ def test_a_length_is_measured_whole_before_the_next(tmp_path: Path) -> None:
     at = names.index("dense 4096")
     assert names[at : at + 4] == ["dense 4096", "ours 4096", "dense 65536", "ours 65536"]
     assert names[-1] == "flex"
+
+
+def test_the_rows_of_a_tuned_run_are_those_of_its_launches(tmp_path: Path) -> None:
+    """The report is there before the tuning, whose table makes other launches of the earlier rows."""
+    Report(tmp_path / "r.json", {"launches": "a"}).add("ours", "row", {"ms": 1.0})
+    report = Report(tmp_path / "r.json", {"launches": "a"})
+    report.add("tuning", "all kernels", {"table": "b"})
+    report.head({"launches": "a"}, keep=("tuning",))
+    assert set(report.data["sections"]) == {"ours", "tuning"}
+    report.head({"launches": "b"}, keep=("tuning",))
+    assert report.data == {"header": {"launches": "b"}, "sections": {"tuning": {"all kernels": {"table": "b"}}}}
 
 
 # -- compiled ahead ------------------------------------------------------------------------------------------------
@@ -432,6 +542,36 @@ assert len(launched) > 150, len(launched)
 missing = [k.name for k in launched if k.key not in {k.key for k in ahead}]
 assert not missing, missing
 """
+
+
+class FakeKernel:
+    def __init__(self, name: str, now: list[float], seconds: float) -> None:
+        self.name, self.now, self.seconds = name, now, seconds
+
+    def compile(self) -> None:
+        self.now[0] += self.seconds
+        if self.name == "bad":
+            raise ValueError("no such instruction")
+
+
+def test_no_kernel_is_compiled_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(precompile.time, "monotonic", lambda: now[0])
+    kernels = [FakeKernel(name, now, 4.0) for name in ("good", "bad", "slow", "late", "later")]
+    assert precompile.compile_until(kernels, 10.0) == (2, ["bad"], 2)
+    assert precompile.compile_until(kernels, 100.0) == (4, ["bad"], 0)
+
+
+def test_a_compiler_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(multiprocessing.active_children())
+    monkeypatch.setattr(precompile.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(precompile, "GRACE_SECONDS", 0.0)  # its process is still importing torch
+    row = precompile.precompile(90, tune=False, until=time.monotonic())
+    assert row["kernels"] == 0
+    assert row["stopped in time"] == "0 kernels not begun, 1 of 1 processes ended"
+    for child in set(multiprocessing.active_children()) - before:
+        child.join(60.0)
+    assert not set(multiprocessing.active_children()) - before
 
 
 def test_what_the_suite_runs_was_compiled_ahead(tmp_path: Path) -> None:

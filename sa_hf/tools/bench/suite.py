@@ -6,6 +6,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sa_hf.tools.bench.baselines import Run
-from sa_hf.tools.bench.report import Report
+from sa_hf.tools.bench.report import STARTED, Report
+from sa_hf.tools.bench.restart import DeviceLost, device_error, first_line
 from sa_hf.tools.bench.roofline import Ceilings
 from sa_hf.tools.bench.timing import attention_calls, graph_figure, measure
 
@@ -60,26 +62,36 @@ class Suite:
         return self.device.type == "cuda"
 
     def row(self, section: str, key: str, measured: Callable[[], dict[str, Any]]) -> None:
-        """Measure one row unless it is there or time is short; an error becomes the row."""
+        """Measure one row unless it is there or time is short; an error becomes the row.
+
+        Raises: DeviceLost: the device itself failed, and with it all that followed in this process.
+        """
         if self.report.done(section, key):
             return
         if not self.time_for(section):
             self.left_out += 1
             return
         begin = time.monotonic()
+        # Should it hang or end the process, the next run finds that here and passes over it.
+        self.report.add(section, key, {"error": STARTED})
         try:
             result = measured()
         except Exception as error:
-            result = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            result = {"error": first_line(error)}
             if os.environ.get("SA_HF_TRACE"):
                 traceback.print_exc()
+        # Also after a row without an error: a graph that cannot be captured is none, whatever the reason.
+        lost = device_error(self.device)
+        if lost is not None:
+            result = {"error": result.get("error", lost), "fatal": True}
         self.report.add(section, key, result)
         self.longest[section] = max(self.longest.get(section, 0.0), time.monotonic() - begin)
         print(f"{section:>10} {key}: {result}", flush=True)
+        if lost is not None:
+            raise DeviceLost(f"{section}/{key}: {lost}")
         if "error" in result and self.device.type == "cuda":
-            # Where the device itself failed, this raises: all that followed would fail with it. A new run goes on.
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # memory that cannot be given back is no reason to end
+                torch.cuda.empty_cache()
 
 
 def inputs(suite: Suite, length: int, head_dim: int, sets: int) -> list[tuple[Tensor, ...]]:
