@@ -198,16 +198,19 @@ def measured_ceilings(device: torch.device, dry: bool) -> dict[str, float]:
 def sections(suite: Suite) -> Sections:
     """What is measured, the most valuable first; ``--only`` goes by the first word of a name."""
     from sa_hf.tools.bench import rows_others, rows_parity, rows_speed
+    from sa_hf.tools.bench.cases import FLEX_BLOCK, FLEX_OTHER_BLOCK
 
     long = 64 if suite.dry else 16384
     more = [] if suite.dry else [4096, 65536, 2048, 8192, 32768, 131072]
     dims = [16] if suite.dry else [128, 64]
+    flex = [] if suite.dry else [long]
     found: Sections = {
         "parity": lambda: rows_parity.parity_section(suite),
         "parity options": lambda: rows_parity.option_parity_section(suite),
         "parity data": lambda: rows_parity.data_parity_section(suite),
         "dense": lambda: rows_speed.dense_section(suite, [long], dims),
         "ours": lambda: rows_speed.speed_section(suite, [long], dims),
+        "flex": lambda: rows_others.flex_section(suite, flex, FLEX_BLOCK),
         "decode": lambda: rows_speed.decode_section(suite, [64] if suite.dry else [65536, 524288]),
         "training": lambda: rows_speed.model_section(suite),
         "options": lambda: rows_speed.option_section(suite, long),
@@ -216,7 +219,7 @@ def sections(suite: Suite) -> Sections:
     for length in more:  # a length is of use with both
         found[f"dense {length}"] = lambda n=length: rows_speed.dense_section(suite, [n], dims)  # type: ignore[misc]
         found[f"ours {length}"] = lambda n=length: rows_speed.speed_section(suite, [n], dims)  # type: ignore[misc]
-    found["flex"] = lambda: rows_others.flex_section(suite, [] if suite.dry else [long])
+    found["flex other"] = lambda: rows_others.flex_section(suite, flex, FLEX_OTHER_BLOCK, passes=(False,))
     return found
 
 
