@@ -21,7 +21,8 @@ from torch import Tensor
 from sa_hf import LongNetAttentionConfig
 from sa_hf.tools.bench import compare, precompile, restart, rows_speed, timing
 from sa_hf.tools.bench import suite as suite_module
-from sa_hf.tools.bench.cases import timing_cases
+from sa_hf.tools.bench.baselines import Dense, dense_runs, fresh_compiler
+from sa_hf.tools.bench.cases import Case, timing_cases
 from sa_hf.tools.bench.parity import parity_held
 from sa_hf.tools.bench.report import Report
 from sa_hf.tools.bench.restart import DeviceLost
@@ -301,6 +302,106 @@ def test_a_resumed_run_compares_again(tmp_path: Path) -> None:
     }
 
 
+def test_the_break_even_is_the_smallest_length_that_is_as_fast(tmp_path: Path) -> None:
+    suite = toy_suite(tmp_path)
+    suite.report.add("parity", "longnet/causal/float32/D16/n40", {"pass": True})
+    for n, mine in ((8192, 2.0), (2048, 8.0), (4096, 4.0)):  # dense takes 4: equal at 4096
+        tail = f"/causal/D64/n{n}/fwd"
+        suite.report.add("dense", f"sdpa{tail}", {"ms": 4.0, "ms in a graph": 4.0})
+        for label in ("longnet", "bigbird"):  # bigbird has no parity here
+            suite.report.add("ours", f"{label}{tail}", {"ms": mine, "ms in a graph": 5.0})
+    suite.report.add("ours", "longnet/causal/D64/n64/fwd", {"error": "out of memory"})
+    compare.renew_speed_ups(suite)
+    row = {"from n": 4096, "from n in a graph": "none", "measured at": "2048, 4096, 8192"}
+    assert suite.report.rows("break-even") == {"longnet/causal/D64/fwd": row}
+    assert "| longnet/causal/D64/fwd | 4096 | none | 2048, 4096, 8192 |" in suite.report.markdown()
+
+
+class Entered:
+    """A scope that tells how often it was entered."""
+
+    times = 0
+
+    def __enter__(self) -> None:
+        Entered.times += 1
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_the_backend_is_chosen_once_for_all_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = toy_suite(tmp_path)
+    monkeypatch.setattr(Suite, "few", {"warm_up": 2, "repeats": 3})
+    monkeypatch.setattr(rows_speed, "dense_runs", lambda *_: [Dense("sdpa", sum_of_values, Entered)])
+    rows_speed.dense_section(suite, [32], [16])
+    assert Entered.times == len(suite.report.rows("dense")) == 4
+    assert all("ms" in row for row in suite.report.rows("dense").values())
+    (flash, cudnn) = list(dense_runs(True, torch.device("cuda")))[:2]
+    q = torch.randn(1, 2, 8, 16)
+    with cudnn.scope(), pytest.raises(RuntimeError):  # there is no such backend on a CPU
+        flash.run(q, q, q)
+    assert flash.run(q, q, q).shape == q.shape
+
+
+def test_a_cold_compiler_finds_nothing() -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    before = cache_dir()
+    with fresh_compiler():
+        assert cache_dir() != before
+        assert not os.listdir(cache_dir())
+    assert cache_dir() == before
+
+
+class Cached(Suite):
+    """With a cache of 64 KiB, like that of a GPU."""
+
+    @property
+    def cache_bytes(self) -> int:
+        return 2**16
+
+
+def test_inputs_in_turn_pass_the_cache(tmp_path: Path) -> None:
+    suite = toy_suite(tmp_path, kind=Cached)
+    sets = suite_module.inputs(suite, 64, 16)  # two heads and one of keys, fp32
+    assert len(sets) == -(-2 * 2**16 // (2 * 3 * 64 * 16 * 4))
+    assert len(suite_module.inputs(suite, 4096, 16)) == 2
+    assert len(suite_module.inputs(suite, 64, 16, 1)) == 1
+
+
+@pytest.mark.parametrize("case", [c for c in timing_cases(toy=True) if c.causal], ids=lambda c: c.label)
+def test_decoding_reads_other_keys_at_each_call(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = toy_suite(tmp_path, kind=Cached)
+    length, seen = 1024, []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor, *_: Any) -> None:
+        assert int(index.max()) < length
+        seen.append(index)
+
+    def all_in_turn(calls: list[Callable[[], object]], *_: Any, **__: Any) -> Timing:
+        for call in calls:
+            call()
+        return Timing(1.0, 1.0, 1.0, 1, None)
+
+    monkeypatch.setattr("sa_hf.ops.decode.decode_attention", attend)
+    monkeypatch.setattr(rows_speed, "measure", all_in_turn)
+    row = rows_speed.decoded(suite, case, length)
+    assert all(torch.equal(x >= 0, seen[0] >= 0) for x in seen)  # as many in each
+    named = {(head, int(j)) for x in seen for head in range(2) for j in x[0, head, 0] if j >= 0}
+    assert row["MiB in rotation"] == len(named) * 2 * 16 * 4 / 2**20
+    # Two heads of 1024 keys are four of these caches: each pattern gets past one with the lists that it takes.
+    assert row["of memory bandwidth"] > 0
+
+
+def test_a_rate_of_the_cache_is_none_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = toy_suite(tmp_path, kind=Cached)
+    monkeypatch.setattr(rows_speed, "MOST_LISTS", 2)
+    monkeypatch.setattr(rows_speed, "measure", lambda *_, **__: Timing(1.0, 1.0, 1.0, 1, None))
+    case = next(c for c in timing_cases(toy=True) if c.label == "star")
+    row = rows_speed.decoded(suite, case, 256)
+    assert row["GB/s"] > 0
+    assert "of memory bandwidth" not in row
+
+
 # -- the budget ----------------------------------------------------------------------------------------------------
 
 
@@ -450,13 +551,15 @@ def test_the_most_valuable_rows_come_first(tmp_path: Path, monkeypatch: pytest.M
     rows = [(section, key) for section, keys in suite.report.data["sections"].items() for key in keys]
     first = {section: index for index, (section, _) in reversed(list(enumerate(rows)))}
     assert sorted(first, key=first.__getitem__) == [
-        "parity", "dense", "ours", "decode", "training", "options", "hf-bigbird", "flex",
+        "parity", "dense", "ours", "flex", "decode", "training", "options", "hf-bigbird",
     ]  # fmt: skip
     for section in ("dense", "ours"):
         lengths = [key.split("/")[3] for name, key in rows if name == section]
         assert lengths[0] == "n16384"
         assert len(set(lengths)) == 7
-    assert len(suite.report.rows("flex")) == 6  # three cases, forward and training: each compiles for 15 to 30 s
+    flex = list(suite.report.rows("flex"))  # each compiles for 15 to 30 s
+    assert [key.split("/", 4)[4] for key in flex] == ["fwd/block128", "fwd+bwd/block128"] * 3 + ["fwd/block64"] * 3
+    assert len({key.split("/")[0] for key in flex[:6]}) == 3
 
 
 def test_a_length_is_measured_whole_before_the_next(tmp_path: Path) -> None:
@@ -464,7 +567,7 @@ def test_a_length_is_measured_whole_before_the_next(tmp_path: Path) -> None:
     names = list(runpy.run_path(str(ROOT / "scripts" / "gpu_suite.py"))["sections"](suite))
     at = names.index("dense 4096")
     assert names[at : at + 4] == ["dense 4096", "ours 4096", "dense 65536", "ours 65536"]
-    assert names[-1] == "flex"
+    assert names[-1] == "flex other"
 
 
 def test_the_rows_of_a_tuned_run_are_those_of_its_launches(tmp_path: Path) -> None:
@@ -507,7 +610,7 @@ with record_launches(GPUTarget("cuda", 90, 32)) as ahead:
         call()
 
 
-def inputs(suite, length, head_dim, sets):
+def inputs(suite, length, head_dim, sets=2):
     sizes = (1, 2, length, head_dim)
     return [tuple(torch.empty(sizes, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)) for _ in range(sets)]
 

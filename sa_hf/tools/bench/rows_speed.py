@@ -15,27 +15,30 @@ from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import Geometry
 from sa_hf.patterns.custom_op import cached_plan
-from sa_hf.tools.bench.baselines import Run, dense_runs
+from sa_hf.tools.bench.baselines import Dense, dense_runs
 from sa_hf.tools.bench.cases import Case, decode_lists, timing_cases
 from sa_hf.tools.bench.compare import speed_ups
 from sa_hf.tools.bench.roofline import work
 from sa_hf.tools.bench.suite import Suite, ending, first_call, inputs, timed
 from sa_hf.tools.bench.timing import graph_figure, measure
 
+MOST_LISTS = 1024  # of decoding, in turn: as many kernels in a graph
+
 
 def dense_section(suite: Suite, lengths: list[int], head_dims: list[int]) -> None:
     for head_dim in head_dims:
         for length in lengths:
             for causal in (True, False):
-                for label, run in dense_runs(causal, suite.device):
+                for dense in dense_runs(causal, suite.device):
                     for backward in (False, True):
 
                         def measured(
-                            run: Run = run, n: int = length, d: int = head_dim, b: bool = backward
+                            dense: Dense = dense, n: int = length, d: int = head_dim, b: bool = backward
                         ) -> dict[str, Any]:
-                            return timed(suite, run, inputs(suite, n, d, 2), b)
+                            with dense.scope():
+                                return timed(suite, dense.run, inputs(suite, n, d), b)
 
-                        suite.row("dense", label + ending(causal, head_dim, length, backward), measured)
+                        suite.row("dense", dense.label + ending(causal, head_dim, length, backward), measured)
 
 
 counted_work = lru_cache(maxsize=None)(work)
@@ -55,7 +58,7 @@ def ours(
 ) -> dict[str, Any]:  # fmt: skip
     """Our time, the achieved rates (in a graph where there is one: the device's), and the speed-up where the parity of
     the pattern and of the ``options`` holds."""
-    sets = inputs(suite, length, head_dim, 2)
+    sets = inputs(suite, length, head_dim)
     heads, kv_heads = sets[0][0].shape[1], sets[0][1].shape[1]
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def option_section(suite: Suite, length: int) -> None:
 def gated(suite: Suite, case: Any, length: int, head_dim: int, backward: bool) -> dict[str, Any]:
     """The same window with expire-spans: the soft gate and its gradient."""
 
-    sets = inputs(suite, length, head_dim, 2)
+    sets = inputs(suite, length, head_dim)
     heads = sets[0][0].shape[1]
     span = float(case.config.window)
     spans = torch.full((1, 1, length), 0.7 * span, device=suite.device, requires_grad=True)
@@ -125,23 +128,37 @@ def decoded(suite: Suite, case: Case, length: int) -> dict[str, Any]:
     from sa_hf.ops.decode import decode_attention
 
     head_dim = 16 if suite.dry else 128
-    sets = [tuple(x.detach() for x in s) for s in inputs(suite, length, head_dim, 2)]
-    index = decode_lists(case.config, length, sets[0][0].shape[1]).to(suite.device)
-    options = ScoreOptions(head_dim**-0.5)
-    calls = [
-        partial(decode_attention, q[:, :, -1:].contiguous(), k, v, index, options, suite.engine) for q, k, v in sets
-    ]
+    q, k, v = (x.detach() for x in inputs(suite, length, head_dim, 1)[0])
+    query, options = q[:, :, -1:].contiguous(), ScoreOptions(head_dim**-0.5)
+    index = decode_lists(case.config, length, q.shape[1])
+    key_bytes = 2 * head_dim * suite.dtype.itemsize  # of K and V
+    moved = int((index >= 0).sum()) * key_bytes
+    lists = rotated_lists(index, length, min(MOST_LISTS, suite.sets_past_cache(moved)))
+    in_rotation = distinct_keys(lists, length) * key_bytes
+    calls = [partial(decode_attention, query, k, v, x.to(suite.device), options, suite.engine) for x in lists]
     called = measure(calls, suite.device, **suite.few).median_ms
     figure = graph_figure(calls, suite.device, called) if suite.graphs else {}
     ms = figure.pop("ms in a graph", None)
-    moved = 2 * int((index >= 0).sum()) * head_dim * suite.dtype.itemsize
     rate = moved / (ms or called) / 1e6
     row = {"us called": called * 1e3} | ({} if ms is None else {"us in a graph": ms * 1e3}) | figure
-    return row | {
-        "keys per head": index.shape[3],
-        "GB/s": rate,
-        "of memory bandwidth": rate / suite.ceilings.memory_gbs,
-    }
+    row |= {"keys per head": index.shape[3], "MiB in rotation": in_rotation / 2**20, "GB/s": rate}
+    # What stays in the cache says nothing about memory.
+    return row | ({"of memory bandwidth": rate / suite.ceilings.memory_gbs} if in_rotation > suite.cache_bytes else {})
+
+
+def rotated_lists(index: Tensor, length: int, count: int) -> list[Tensor]:
+    """The lists, and ``count - 1`` times the same further on (around the end): as much to read, but of other keys."""
+    # One more each time: by whole strides the keys of a strided pattern would be the same again.
+    steps = [number * (length // count + 1) for number in range(count)]
+    return [torch.where(index < 0, index, (index + step) % length) for step in steps]
+
+
+def distinct_keys(lists: list[Tensor], length: int) -> int:
+    """Keys that lists ``[1, heads, 1, m]`` name between them, over the heads."""
+    named = torch.zeros(lists[0].shape[1], length + 1, dtype=torch.bool)
+    for index in lists:
+        named.scatter_(1, index[0, :, 0].where(index[0, :, 0] >= 0, length), True)
+    return int(named[:, :length].sum())
 
 
 def model_section(suite: Suite) -> None:

@@ -61,6 +61,17 @@ class Suite:
     def graphs(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of the L2 cache of a GPU."""
+        if self.device.type != "cuda":
+            return 0
+        return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
+
+    def sets_past_cache(self, touched: int) -> int:
+        """How many inputs have to take turns, ``touched`` bytes of each, for none to be in the cache at its turn."""
+        return max(2, -(-2 * self.cache_bytes // touched))
+
     def row(self, section: str, key: str, measured: Callable[[], dict[str, Any]]) -> None:
         """Measure one row unless it is there or time is short; an error becomes the row.
 
@@ -94,13 +105,15 @@ class Suite:
                 torch.cuda.empty_cache()
 
 
-def inputs(suite: Suite, length: int, head_dim: int, sets: int) -> list[tuple[Tensor, ...]]:
+def inputs(suite: Suite, length: int, head_dim: int, sets: int | None = None) -> list[tuple[Tensor, ...]]:
+    """Query, key and value, ``sets`` times; by default as often as it takes to pass the cache."""
     heads, kv_heads = (2, 1) if suite.dry else (16, 16)
+    touched = 2 * (heads + kv_heads) * length * head_dim * suite.dtype.itemsize  # and what comes out
 
     def draw(h: int) -> Tensor:
         return torch.randn(1, h, length, head_dim, device=suite.device, dtype=suite.dtype, requires_grad=True)
 
-    return [(draw(heads), draw(kv_heads), draw(kv_heads)) for _ in range(sets)]
+    return [(draw(heads), draw(kv_heads), draw(kv_heads)) for _ in range(sets or suite.sets_past_cache(touched))]
 
 
 def timed(
