@@ -13,7 +13,8 @@ On a machine that is lent for ten minutes a command, and that gives back one fol
 
 JSON and a Markdown table are written to --out after every row. Sections come in order of priority and end with the
 budget; no row starts that could end after it. A run goes on with the rows of the same code, card, torch and triton,
-but for those that failed. Where a pattern's parity failed, no speed-up is printed for it.
+and tries again those that failed, but for those in which the device itself failed (the program then starts anew and
+passes over them) and those that never ended. Where a pattern's parity failed, no speed-up is printed for it.
 
 ``ms`` is a call as its user has it, the host's launches included; ``ms in a graph`` the device alone, by replay of a
 CUDA graph. Each has a speed-up of its own, over the dense attention that is the fastest measured in the same way.
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from sa_hf.tools.bench.report import Report
     from sa_hf.tools.bench.suite import Suite
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,9 +42,14 @@ sys.path.insert(0, str(ROOT))
 
 Sections = dict[str, Callable[[], None]]
 
+COMPILE_SHARE = 0.35  # of the time left: what is missing then compiles where it is first used
+RESTART_SECONDS = 60.0  # a restart with less time left would measure nothing
+
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--budget", type=float, default=9.0, help="minutes until the last row ends (default 9)")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, kernels under the interpreter")
     parser.add_argument("--roofline", action="store_true", help="write the paper roofline table and stop")
@@ -84,7 +91,7 @@ def roofline_table(out: Path) -> Path:
         "title": "Paper roofline (predictions, nothing here was run on a GPU)",
         "ceilings": f"{H200_DATASHEET.name}: {H200_DATASHEET.tflops:.0f} TFLOP/s bf16, "
         f"{H200_DATASHEET.memory_gbs:.0f} GB/s; L2 taken as {H200_DATASHEET.l2_gbs:.0f} GB/s",
-        "shape": "batch 1, 16 heads, D = 128, bf16, tiles of 64",
+        "shape": "batch 1, 16 heads, D = 128, bf16, tiles of 64; segments of 128 where those fit",
         "command": "python scripts/gpu_suite.py --roofline",
     }
     report = Report(out / "roofline_paper.json", header, fresh=True)
@@ -134,29 +141,33 @@ def result_name(device: torch.device) -> str:
     return "gpu_" + torch.cuda.get_device_name(device).lower().replace(" ", "_")
 
 
-def prepare(args: argparse.Namespace, device: torch.device, deadline: float) -> dict[str, dict[str, Any]]:
-    """Compile all kernels ahead and, where asked for, tune; the rows of the report by section. Neither ends the run."""
+def prepare(args: argparse.Namespace, device: torch.device, deadline: float, report: Report) -> None:
+    """Compile all kernels ahead and, where asked for, tune; neither ends the run, but for a device that fails."""
     import torch
 
     from sa_hf.ops.triton.tune import tune
     from sa_hf.tools.bench.precompile import precompile
+    from sa_hf.tools.bench.report import STARTED
+    from sa_hf.tools.bench.restart import DeviceLost, device_error, first_line
     from sa_hf.tools.bench.timing import device_ms
 
-    rows: dict[str, dict[str, Any]] = {}
-
     def attempt(section: str, step: Callable[[], dict[str, Any]]) -> None:
+        report.add(section, "all kernels", {"error": STARTED})
         try:
-            rows[section] = step()
+            row = step()
         except Exception as error:
-            rows[section] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # raises where the device itself failed
-        print(f"{section}: {rows[section]}", flush=True)
+            row = {"error": first_line(error)}
+        lost = device_error(device)
+        report.add(section, "all kernels", row if lost is None else {"error": lost, "fatal": True})
+        print(f"{section}: {row}", flush=True)
+        if lost is not None:
+            raise DeviceLost(f"{section}: {lost}")
 
     def compiled(tuning: bool) -> None:
         if device.type == "cuda" and torch.version.hip is None:
             major, minor = torch.cuda.get_device_capability(device)
-            attempt("compilation", lambda: precompile(10 * major + minor, tune=tuning))
+            until = time.monotonic() + COMPILE_SHARE * (deadline - time.monotonic())
+            attempt("compilation", lambda: precompile(10 * major + minor, tune=tuning, until=until))
 
     def tuned() -> dict[str, Any]:
         budget = min(240.0, 0.4 * (deadline - time.monotonic()))
@@ -168,7 +179,7 @@ def prepare(args: argparse.Namespace, device: torch.device, deadline: float) -> 
         args.out.mkdir(parents=True, exist_ok=True)
         attempt("tuning", tuned)
         compiled(False)  # the launches that were chosen, for all the other variants of their kernels
-    return rows
+        report.head(header(device), keep=("compilation", "tuning"))  # rows of other launches are of no use
 
 
 def measured_ceilings(device: torch.device, dry: bool) -> dict[str, float]:
@@ -186,26 +197,29 @@ def measured_ceilings(device: torch.device, dry: bool) -> dict[str, float]:
 
 def sections(suite: Suite) -> Sections:
     """What is measured, the most valuable first; ``--only`` goes by the first word of a name."""
-    from sa_hf.tools.bench import suite as parts
+    from sa_hf.tools.bench import rows_others, rows_parity, rows_speed
+    from sa_hf.tools.bench.cases import FLEX_BLOCK, FLEX_OTHER_BLOCK
 
     long = 64 if suite.dry else 16384
     more = [] if suite.dry else [4096, 65536, 2048, 8192, 32768, 131072]
     dims = [16] if suite.dry else [128, 64]
+    flex = [] if suite.dry else [long]
     found: Sections = {
-        "parity": lambda: parts.parity_section(suite),
-        "parity options": lambda: parts.option_parity_section(suite),
-        "parity data": lambda: parts.data_parity_section(suite),
-        "dense": lambda: parts.dense_section(suite, [long], dims),
-        "ours": lambda: parts.speed_section(suite, [long], dims),
-        "decode": lambda: parts.decode_section(suite, [64] if suite.dry else [65536, 524288]),
-        "training": lambda: parts.model_section(suite),
-        "options": lambda: parts.option_section(suite, long),
-        "hf-bigbird": lambda: parts.bigbird_section(suite, [] if suite.dry else [long]),
+        "parity": lambda: rows_parity.parity_section(suite),
+        "parity options": lambda: rows_parity.option_parity_section(suite),
+        "parity data": lambda: rows_parity.data_parity_section(suite),
+        "dense": lambda: rows_speed.dense_section(suite, [long], dims),
+        "ours": lambda: rows_speed.speed_section(suite, [long], dims),
+        "flex": lambda: rows_others.flex_section(suite, flex, FLEX_BLOCK),
+        "decode": lambda: rows_speed.decode_section(suite, [64] if suite.dry else [65536, 524288]),
+        "training": lambda: rows_speed.model_section(suite),
+        "options": lambda: rows_speed.option_section(suite, long),
+        "hf-bigbird": lambda: rows_others.bigbird_section(suite, [] if suite.dry else [long]),
     }
     for length in more:  # a length is of use with both
-        found[f"dense {length}"] = lambda n=length: parts.dense_section(suite, [n], dims)  # type: ignore[misc]
-        found[f"ours {length}"] = lambda n=length: parts.speed_section(suite, [n], dims)  # type: ignore[misc]
-    found["flex"] = lambda: parts.flex_section(suite, [] if suite.dry else [long])
+        found[f"dense {length}"] = lambda n=length: rows_speed.dense_section(suite, [n], dims)  # type: ignore[misc]
+        found[f"ours {length}"] = lambda n=length: rows_speed.speed_section(suite, [n], dims)  # type: ignore[misc]
+    found["flex other"] = lambda: rows_others.flex_section(suite, flex, FLEX_OTHER_BLOCK, passes=(False,))
     return found
 
 
@@ -229,29 +243,53 @@ def main() -> int:
         )
         return 2
     from sa_hf.tools.bench.report import Report
-    from sa_hf.tools.bench.roofline import Ceilings
-    from sa_hf.tools.bench.suite import Suite, renew_speed_ups
+    from sa_hf.tools.bench.restart import deadline_before
+    from sa_hf.tools.bench.roofline import H200_DATASHEET
+    from sa_hf.tools.bench.suite import Suite
 
     device = torch.device("cpu" if args.dry_run else "cuda")
-    deadline = begin + 60 * args.budget
-    prepared = prepare(args, device, deadline)
+    deadline = deadline_before() or begin + 60 * args.budget
     file = f"{result_name(device)}.json"
     resume = None if args.resume is None else args.resume / file
     report = Report(args.out / file, header(device), fresh=args.fresh, resume=resume)
-    for section, row in prepared.items():
-        report.add(section, "all kernels", row)
-    measured = measured_ceilings(device, args.dry_run)
-    report.add("ceilings", "measured", measured)
-    suite = Suite(device, args.dry_run, deadline, report, Ceilings(file, *measured.values()))
-    for name, run in sections(suite).items():
-        if not args.only or name.split()[0] in args.only.split(","):
-            run()
+    suite = Suite(device, args.dry_run, deadline, report, H200_DATASHEET)  # until its own are measured
+    measure_all(args, suite)
+    return conclude(args, suite)
+
+
+def measure_all(args: argparse.Namespace, suite: Suite) -> None:
+    """Everything in turn, and again in a new process where the device failed."""
+    from sa_hf.tools.bench.restart import DeviceLost, deadline_before, restart
+    from sa_hf.tools.bench.roofline import Ceilings
+
+    try:
+        if deadline_before() is None:  # what was compiled before a restart lies on disk
+            prepare(args, suite.device, suite.deadline, suite.report)
+        measured = measured_ceilings(suite.device, args.dry_run)
+        suite.report.add("ceilings", "measured", measured)
+        suite.ceilings = Ceilings(suite.report.path.name, *measured.values())
+        for name, run in sections(suite).items():
+            if not args.only or name.split()[0] in args.only.split(","):
+                run()
+    except DeviceLost as lost:
+        print(f"the device failed in {lost}", flush=True)
+        if suite.deadline - time.monotonic() > RESTART_SECONDS:
+            restart(suite.deadline)
+
+
+def conclude(args: argparse.Namespace, suite: Suite) -> int:
+    """Compare what was measured, say what is missing, and return the exit status."""
+    from sa_hf.tools.bench.compare import renew_speed_ups
+
+    report = suite.report
     renew_speed_ups(suite)
     report.save()
     failed = [k for k, r in report.rows("parity").items() if r.get("pass") is not True]
     errors = [f"{s}/{k}" for s, rows in report.data["sections"].items() for k, r in rows.items() if "error" in r]
     if suite.left_out:
         print(f"no time for {suite.left_out} rows: run again with --resume {args.out}")
+    if given_up := report.given_up():
+        print(f"not tried again, since the device failed in them or they never ended: {given_up}")
     print(f"wrote {report.path.with_suffix('.md')}; parity failures: {failed or 'none'}; errors: {errors or 'none'}")
     return 1 if failed or (args.dry_run and errors) else 0
 

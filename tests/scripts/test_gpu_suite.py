@@ -26,7 +26,17 @@ def test_dry_run_measures_every_section(tmp_path: Path) -> None:
     done = dry_run("--out", str(tmp_path), "--tune")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     sections = json.loads((tmp_path / "dry_run.json").read_text())["sections"]
-    assert set(sections) == {"tuning", "ceilings", "parity", "dense", "ours", "decode", "training", "options"}
+    assert set(sections) == {
+        "tuning",
+        "ceilings",
+        "parity",
+        "dense",
+        "ours",
+        "decode",
+        "training",
+        "options",
+        "break-even",
+    }
     parity = sections["parity"]
     assert all(row["pass"] is True for row in parity.values())
     tested = {key.split("/")[0] for key in parity}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,18 +22,26 @@ Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 FIGURES = (("ms", ""), ("ms in a graph", " in a graph"))
 
 
-def dense_runs(causal: bool, device: torch.device) -> Iterator[tuple[str, Run]]:
-    """The dense attentions of this machine, named; one that cannot run raises when it is called."""
+@dataclass(frozen=True)
+class Dense:
+    """A dense attention; ``scope`` is entered once around all of its calls, which would be the longer for it."""
+
+    label: str
+    run: Run
+    scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def dense_runs(causal: bool, device: torch.device) -> Iterator[Dense]:
+    """The dense attentions of this machine; one that cannot run raises when it is called."""
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _sdpa(q, k, v, causal)
+
     if device.type != "cuda":
-        yield "sdpa", lambda q, k, v: _sdpa(q, k, v, causal)
+        yield Dense("sdpa", sdpa)
         return
     for label, backend in (("sdpa-flash", SDPBackend.FLASH_ATTENTION), ("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION)):
-
-        def run(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
-            with sdpa_kernel(backend):
-                return _sdpa(q, k, v, causal)
-
-        yield label, run
+        yield Dense(label, sdpa, partial(sdpa_kernel, backend))
     if importlib.util.find_spec("flash_attn_interface") is not None:
         from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]  # FlashAttention 3, optional
 
@@ -39,7 +50,7 @@ def dense_runs(causal: bool, device: torch.device) -> Iterator[tuple[str, Run]]:
             out: Tensor = result[0] if isinstance(result, tuple) else result
             return out.transpose(1, 2)
 
-        yield "flash-attention-3", flash3
+        yield Dense("flash-attention-3", flash3)
 
 
 def over_dense(dense: Mapping[str, Mapping[str, Any]], row: Mapping[str, Any], tail: str) -> dict[str, Any]:
@@ -70,6 +81,8 @@ def flex_run(
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     geometry = Geometry(length, length, tuple(range(num_heads)), num_heads, 0, causal)
+    # The forward's own tiles are of up to 128, and have to divide the mask's.
+    options = {"fwd_BLOCK_M": block, "fwd_BLOCK_N": block} if block < 128 else None
     # Without this the ninth mask of a process would run uncompiled, over all pairs.
     torch.compiler.reset()
     tables = (_block_table(config, geometry, device), _distance_table(config, geometry, device))
@@ -82,10 +95,20 @@ def flex_run(
     compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+        grouped = q.shape[1] != k.shape[1]
+        out: Tensor = compiled(q, k, v, block_mask=block_mask, enable_gqa=grouped, kernel_options=options)
         return out
 
     return run
+
+
+def fresh_compiler() -> AbstractContextManager[Any]:
+    """Inside, nothing is found that was compiled before, by this process or another."""
+    from torch._inductor import utils
+
+    fresh = getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache  # its name before torch 2.8
+    found: AbstractContextManager[Any] = fresh()
+    return found
 
 
 def _formula(config: StaticPatternConfig, geometry: Geometry) -> Callable[..., Tensor]:

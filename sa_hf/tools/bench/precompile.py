@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
+from math import inf
+from multiprocessing import active_children, get_context
 from typing import Any
 from unittest.mock import patch
 
@@ -33,22 +34,37 @@ from sa_hf.tools.bench.parity import PARITY_DTYPES, PARITY_SHAPES, Shape, option
 # that are not. Between these lengths a pattern has all its kinds of parts (tested against the lengths of the suite).
 TIMING_LENGTHS = (2048, 4096, 16384)
 TUNING_LENGTH = 4096
+GRACE_SECONDS = 15.0  # for the kernels that were begun in time
 
 
-def precompile(arch: int, *, tune: bool) -> dict[str, Any]:
-    """Compile on every core for compute capability ``arch / 10``; returns the row of the report."""
+def precompile(arch: int, *, tune: bool, until: float = inf) -> dict[str, Any]:
+    """Compile on every core for compute capability ``arch / 10``; returns the row of the report.
+
+    Args: until: by ``time.monotonic``: no kernel is begun later. What is missing compiles where it is first used.
+    """
     workers = os.cpu_count() or 1
     begin = time.perf_counter()
+    before = active_children()
     # The parent may hold a CUDA context, which a forked child could not use.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        done = list(pool.map(partial(_share, workers=workers, arch=arch, tune=tune), range(workers)))
-    failed = [name for _, names in done for name in names]
-    row: dict[str, Any] = {"kernels": sum(count for count, _ in done), "seconds": time.perf_counter() - begin}
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    share = partial(_share, workers=workers, arch=arch, tune=tune, until=until)
+    futures = [pool.submit(share, index) for index in range(workers)]
+    seconds = max(0.0, until + GRACE_SECONDS - time.monotonic())
+    late = wait(futures, None if seconds == inf else seconds).not_done
+    pool.shutdown(wait=not late, cancel_futures=True)
+    for child in set(active_children()) - set(before) if late else ():
+        child.kill()  # a kernel that takes for ever would hold up the suite
+    done = [future.result() for future in futures if future not in late]
+    failed = [name for _, names, _ in done for name in names]
+    left = sum(count for _, _, count in done)
+    row: dict[str, Any] = {"kernels": sum(count for count, _, _ in done), "seconds": time.perf_counter() - begin}
+    if left or time.monotonic() > until:
+        row["stopped in time"] = f"{left} kernels not begun, {len(late)} of {workers} processes ended"
     return row | ({"not compiled": ", ".join(failed)} if failed else {})
 
 
-def _share(index: int, workers: int, arch: int, tune: bool) -> tuple[int, list[str]]:
-    """One worker's part: how many kernels it compiled, and the names of those that failed."""
+def _share(index: int, workers: int, arch: int, tune: bool, until: float = inf) -> tuple[int, list[str], int]:
+    """One worker's part; returns what :func:`compile_until` does."""
     from triton.backends.compiler import GPUTarget
 
     from sa_hf.ops.triton.record import record_launches
@@ -57,15 +73,23 @@ def _share(index: int, workers: int, arch: int, tune: bool) -> tuple[int, list[s
     warnings.simplefilter("ignore")
     with record_launches(GPUTarget("cuda", arch, 32)) as recorded:
         for call in [*suite_calls(), *(_tuning_calls() if tune else [])]:
+            if time.monotonic() > until:
+                break
             call()
-    failed = []
-    mine = recorded[index::workers]
-    for kernel in mine:
+    return compile_until(recorded[index::workers], until)
+
+
+def compile_until(kernels: Sequence[Any], until: float) -> tuple[int, list[str], int]:
+    """Compile in turn, beginning none later: the number compiled, the names of those that failed, those not begun."""
+    failed: list[str] = []
+    for done, kernel in enumerate(kernels):
+        if time.monotonic() > until:
+            return done - len(failed), failed, len(kernels) - done
         try:
             kernel.compile()
         except Exception:  # whatever the compiler says, the suite meets it again where it counts
             failed.append(kernel.name)
-    return len(mine) - len(failed), failed
+    return len(kernels) - len(failed), failed, 0
 
 
 def suite_calls() -> Iterator[Callable[[], None]]:

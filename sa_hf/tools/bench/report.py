@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # Rows are kept where these fields of the header are equal. The commit is not among them: a checkout without .git has
 # none, and one with changes has that of no code in particular.
 SAME = ("device", "torch", "triton", "code", "launches")
+STARTED = "started, never ended"  # the error of a row while it is measured
 
 
 def code_digest(root: Path = ROOT) -> str:
@@ -89,21 +90,31 @@ class Report:
         self, path: Path, header: dict[str, Any], *, fresh: bool = False, resume: Path | None = None
     ) -> None:  # fmt: skip
         self.path = path
-        self.data: dict[str, Any] = {"header": header, "sections": {}}
         known = path if path.exists() or resume is None else resume
-        if known.exists() and not fresh:
-            earlier = json.loads(known.read_text())
-            if all(earlier.get("header", {}).get(k) == header.get(k) for k in SAME):
-                self.data["sections"] = earlier["sections"]
+        self._earlier: dict[str, Any] = json.loads(known.read_text()) if known.exists() and not fresh else {}
+        self.data: dict[str, Any] = {"sections": {}}
+        self.head(header)
+
+    def head(self, header: dict[str, Any], keep: Iterable[str] = ()) -> None:
+        """Set the header, and begin with the earlier run's rows where they are of the same; the sections to ``keep``
+        stay as they are."""
+        kept = {k: v for k, v in self.data["sections"].items() if k in keep}
+        same = self._earlier and all(self._earlier.get("header", {}).get(k) == header.get(k) for k in SAME)
+        self.data = {"header": header, "sections": {**(self._earlier["sections"] if same else {}), **kept}}
 
     def rows(self, section: str) -> dict[str, dict[str, Any]]:
         rows: dict[str, dict[str, Any]] = self.data["sections"].setdefault(section, {})
         return rows
 
     def done(self, section: str, key: str) -> bool:
-        """Whether a row is there; one that ended in an error or did not pass is tried again by the next run."""
+        """Whether a row is there; one that ended in an error or did not pass is tried again by the next run, unless it
+        ended that run."""
         row = self.rows(section).get(key, {"error": "missing"})
-        return "error" not in row and row.get("pass", True) is True
+        return _gave_up(row) or ("error" not in row and row.get("pass", True) is True)
+
+    def given_up(self) -> list[str]:
+        """Rows that are not tried again: the device failed in them, or they never ended."""
+        return [f"{s}/{k}" for s, rows in self.data["sections"].items() for k, row in rows.items() if _gave_up(row)]
 
     def add(self, section: str, key: str, row: dict[str, Any]) -> None:
         self.rows(section)[key] = row
@@ -120,10 +131,18 @@ class Report:
         header = self.data["header"]
         lines = [f"# {header.get('title', self.path.stem)}", ""]
         lines += [f"- {k}: {v}" for k, v in header.items() if k != "title"]
+        if given_up := self.given_up():
+            lines.append(
+                f"- not tried again, since the device failed in them or they never ended: {', '.join(given_up)}"
+            )
         for section, rows in self.data["sections"].items():
             if rows:
                 lines += ["", f"## {section}", "", *_table(rows)]
         return "\n".join(lines) + "\n"
+
+
+def _gave_up(row: dict[str, Any]) -> bool:
+    return bool(row.get("fatal")) or row.get("error") == STARTED
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> list[str]:

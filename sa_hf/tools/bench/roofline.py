@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from sa_hf.ops.counts import kept_pairs
-from sa_hf.ops.parts import BlockPart, OffsetsPart, Part, SegmentPart
+from sa_hf.ops.parts import OffsetsPart, Part, SegmentPart
+from sa_hf.ops.triton.lists import segment_lists
 from sa_hf.patterns.base import Geometry, StaticPatternConfig, finished_plan
 
 FORWARD_FLOPS_PER_PAIR = 4
@@ -67,40 +68,33 @@ def work(
     geometry = Geometry(length, length, tuple(range(num_heads)), num_heads, 0, causal, block=block)
     plan = finished_plan(config, geometry, torch.device("cpu"))
     pairs = kept_pairs(plan, length, num_heads) * batch
-    executed = [executed_pairs(p, num_heads, block) * batch for p in plan]
-    # A tile reads a row of K and of V once for its ``block`` queries; fixed offsets read them for each pair.
-    reads = sum(e if isinstance(p, OffsetsPart) else e / block for e, p in zip(executed, plan, strict=True))
+    tiles = [_tile_work(p, num_heads) for p in plan]
     query_bytes = batch * num_heads * length * head_dim * bytes_per_element
     key_bytes = batch * num_key_value_heads * length * head_dim * bytes_per_element
     stats = batch * num_heads * length * 4
     return Work(
         pairs=pairs,
-        executed_pairs=sum(executed),
+        executed_pairs=sum(executed for executed, _ in tiles) * batch,
         flops_forward=float(FORWARD_FLOPS_PER_PAIR * head_dim * pairs),
         flops_backward=float(BACKWARD_FLOPS_PER_PAIR * head_dim * pairs),
         bytes_forward=2.0 * query_bytes + 2.0 * key_bytes + stats,
         bytes_backward=4.0 * query_bytes + 4.0 * key_bytes + 2.0 * stats,
-        tile_bytes=2.0 * reads * head_dim * bytes_per_element,
+        tile_bytes=2.0 * sum(rows for _, rows in tiles) * batch * head_dim * bytes_per_element,
     )
 
 
-def executed_pairs(part: Part, num_heads: int, block: int) -> int:
-    """Pairs that whole tiles compute, over all heads."""
+def _tile_work(part: Part, num_heads: int) -> tuple[int, int]:
+    """Pairs that whole tiles compute, and rows of K (as many of V) that they read, over all heads.
+
+    Tiles are those of the lists that the kernels run: the side of a segment part's depends on its segments.
+    """
     if isinstance(part, OffsetsPart):
-        return sum(len(o) for o in part.offsets) * part.length * (num_heads // len(part.offsets))
-    if isinstance(part, BlockPart):
+        pairs = sum(len(o) for o in part.offsets) * part.length * (num_heads // len(part.offsets))
+        return pairs, pairs  # a row for each pair
+    if isinstance(part, SegmentPart):
+        lists = segment_lists(part, torch.device("cpu"))
+        tiles, tile_q, tile_k = len(lists.columns) * num_heads, lists.tile_q, lists.tile_k
+    else:
         layout = part.layout
-        return len(layout.columns) * layout.block_q * layout.block_k * (num_heads // layout.heads)
-    return _segment_tiles(part, block) * block * block * num_heads
-
-
-def _segment_tiles(part: SegmentPart, block: int) -> int:
-    """Tiles of ``block x block`` that a segment part touches, over its segments."""
-    segments = -(-part.query_slots // part.query_segment)
-    rows, columns = -(-part.query_segment // block), -(-part.key_segment // block)
-    first = torch.arange(rows) * block
-    low = torch.zeros_like(first) if part.band.left is None else (first - part.band.left).clamp(min=0) // block
-    high = torch.full_like(first, columns)
-    if part.band.right is not None:
-        high = torch.minimum(high, (first + block - 1 + part.band.right) // block + 1)
-    return int((high - low).clamp(min=0).sum()) * segments
+        tiles, tile_q, tile_k = len(layout.columns) * (num_heads // layout.heads), layout.block_q, layout.block_k
+    return tiles * tile_q * tile_k, tiles * tile_k

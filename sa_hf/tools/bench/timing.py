@@ -90,8 +90,8 @@ def _queued(calls: Sequence[Call], repeats: int) -> list[float]:
 def capture(run: Callable[[], T]) -> tuple[Call, T]:
     """What a call launches as one CUDA graph: its replay, and the call's result, which each replay fills anew.
 
-    The call runs once before, on a side stream. A capture that fails raises, and leaves the current stream and the
-    random generator fit for what follows.
+    The call runs once before, on a side stream. A capture that fails raises, and leaves the current stream, the
+    allocator and the random generator fit for what follows.
     """
     stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(stream)
@@ -99,20 +99,27 @@ def capture(run: Callable[[], T]) -> tuple[Call, T]:
         run()
     stream.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    pool = torch.cuda.graph_pool_handle()  # named, so that it can be given up where the capture fails
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             result = run()
     except Exception:
-        _leave_failed_capture(stream)
+        _leave_failed_capture(stream, pool)
         raise
     return graph.replay, result
 
 
-def _leave_failed_capture(stream: torch.cuda.Stream) -> None:
-    """After a capture that failed torch stays on its stream and takes the generator for one that is being captured, so
-    that the next random number would raise; a capture that succeeds sets that right."""
+def _leave_failed_capture(stream: torch.cuda.Stream, pool: Any) -> None:
+    """After a capture that failed torch stays on its stream, its allocator goes on recording into the capture's pool
+    (``empty_cache`` and the next capture may raise), and it takes the generator for one that is being captured, so that
+    the next random number would raise. The first two are undone here, the third by a capture that succeeds."""
     torch.cuda.set_stream(stream)
     torch.cuda.synchronize()  # raises where the device itself failed
+    # One block: where the first raises, the capture had come so far as to end the recording itself, and its graph
+    # releases the pool; a second release would end the process when the graph is freed.
+    with suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
     with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
     torch.cuda.set_stream(stream)
@@ -187,7 +194,8 @@ def copy_bandwidth(device: torch.device, gib: float = 2.0) -> float:
 
 
 def l2_bandwidth(device: torch.device, mib: float = 16.0) -> float:
-    """Measured bandwidth of a copy that stays inside the L2 cache, in GB/s, bytes read plus bytes written."""
+    """Measured bandwidth of a copy that stays inside the L2 cache, in GB/s, bytes read plus bytes written; in a graph,
+    since a copy is as short as its launch."""
     source = torch.empty(int(mib * 2**20 / 4), dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
     inner = 20
@@ -196,5 +204,4 @@ def l2_bandwidth(device: torch.device, mib: float = 16.0) -> float:
         for _ in range(inner):
             target.copy_(source)
 
-    timing = measure([copies], device)
-    return 2 * source.numel() * 4 * inner / timing.median_ms / 1e6
+    return 2 * source.numel() * 4 * inner / device_ms([copies], device) / 1e6
