@@ -22,7 +22,16 @@ from sa_hf.hf.conv import ConvTaps
 from sa_hf.hf.families import window_band
 from sa_hf.hf.layer_cache import LayerMemory, absolute_keys, check_reach
 from sa_hf.hf.layers import active_child, leaves
-from sa_hf.hf.masks import ForwardInputs, MaskRequest, handed_over, packed_mask, said_ids, sparse_mask, traced_sequences
+from sa_hf.hf.masks import (
+    ForwardInputs,
+    MaskRequest,
+    check_no_past,
+    handed_over,
+    packed_mask,
+    said_ids,
+    sparse_mask,
+    traced_sequences,
+)
 from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
 from sa_hf.hf.rotary import before_rotary
 from sa_hf.ops.sequences import Sequences
@@ -182,6 +191,8 @@ def _attend(
         inputs.key_slots = call.memory.kept_slots(sequences.key_length)
     if inputs.key_slots is None and request is not None and request.key_offset:
         check_reach(request, sequences, band)
+    if place.spec is not None and not place.spec.causal and inputs.key_slots is None:
+        check_no_past(key.shape[2], sequences.key_length)
     if inputs.key_slots is None or not child.reads_listed_keys(inputs):
         inputs.key, inputs.value = absolute_keys(key, value, sequences.key_length, request, inputs.key_slots)
         inputs.key_slots = None
