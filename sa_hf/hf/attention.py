@@ -60,16 +60,18 @@ HARMLESS = {
 class Activity:
     """Whether a patched model's hooks act; off inside ``dense(model)``. ``traced`` is what the outer call was given,
     under torch.compile, which traces an attribute and no context variable. ``forwards`` counts those in training;
-    ``owner`` is the class of the model that is patched."""
+    ``owner`` is the class of the model that is patched; ``collected`` takes the auxiliary losses where a caller adds
+    them by itself (``collected_losses``)."""
 
     owner: str = "model"
     on: bool = True
     forwards: int = 0
     traced: ForwardInputs | None = None
+    collected: list[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside dense(model) is no part of that block, and nothing would ever switch it on again.
-        return {**vars(self), "on": True, "traced": None}
+        return {**vars(self), "on": True, "traced": None, "collected": None}
 
 
 @dataclass(eq=False)

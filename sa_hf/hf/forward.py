@@ -14,7 +14,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.attention import PACKED, Activity, refuse_attentions
 from sa_hf.hf.centroids import follow_optimizers
 from sa_hf.hf.layers import sparse_children, tie_layers
-from sa_hf.hf.losses import LABELS, add_to_loss, total_losses
+from sa_hf.hf.losses import LABELS, add_to_loss, check_live, loss_of, total_losses
 from sa_hf.hf.masks import ForwardInputs, hand_over
 from sa_hf.patterns.base import SparseAttention
 
@@ -117,27 +117,41 @@ class OuterForward:
         try:
             if not model.training:
                 return output
-            self._warn_of_lost_losses(model, children)
-            return add_to_loss(model, children, self._named(args, kwargs), output)
+            named = self._named(args, kwargs)
+            if self.activity.collected is not None:
+                check_live(children)
+                self.activity.collected += total_losses(children).values()
+                return output
+            if loss_of(output, named) is None:
+                self._warn_of_lost_losses(model, children)
+                return output
+            return add_to_loss(model, children, named, output)
         finally:
             for child in children:
                 child.drop_graph()
 
     def _warn_of_lost_losses(self, model: nn.Module, children: list[SparseAttention]) -> None:
-        """Once: a model that takes no labels never has a loss that the auxiliary ones could join."""
+        """Once: the output has no loss that the auxiliary ones could join, so nothing trains on them."""
         if self.warned or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        if not LABELS.isdisjoint(self.parameters):
+        # A coefficient of 0 asks for the figure alone.
+        lost = [name for name, loss in total_losses(children).items() if loss.requires_grad and loss.item() != 0]
+        if not lost:
             return
-        lost = [name for name, loss in total_losses(children).items() if loss.requires_grad]
         self.warned = True
-        if lost:
-            name = type(model).__name__
-            warnings.warn(
-                f"{name} computes no loss, so the auxiliary losses {lost} are not trained on: patch the model that "
-                f"computes it (the one around this {name}), not this part of it",
-                stacklevel=2,
+        name = type(model).__name__
+        if LABELS.isdisjoint(self.parameters):
+            reason = f"{name} computes no loss"
+            advice = f"patch the model that computes it (the one around this {name}), not this part of it"
+        else:
+            reason = f"no labels reached {name}, so it computed no loss"
+            advice = (
+                "give it labels; a Trainer keeps them back under label_smoothing_factor and compute_loss_func: use "
+                "sa_hf.hf.trainer.SparseTrainer there, which adds the losses"
             )
+        warnings.warn(
+            f"{reason}: the auxiliary losses {lost} are not trained on. To train on them, {advice}", stacklevel=2
+        )
 
 
 def _check_not_crossed(model: nn.Module, named: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -205,14 +206,45 @@ def test_the_loss_counts_once_per_optimizer_step() -> None:
     assert total == pytest.approx(plain + weighted, rel=1e-4)
 
 
-def test_reentrant_checkpointing_raises_instead_of_losing_the_loss() -> None:
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        EXPIRING,
+        {"0": {"heads": {"0-1": EXPIRING, "2-": "star"}}},
+        sa_hf.RoutingAttentionConfig(num_clusters=2, window=4, commitment_coef=0.1),
+    ],
+    ids=["layers", "mixture", "no parameters"],
+)
+def test_reentrant_checkpointing_raises_instead_of_losing_the_loss(pattern: Any) -> None:
     model = tiny_model("llama")
-    sa_hf.patch_model(model, EXPIRING)
+    sa_hf.patch_model(model, pattern)
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     ids = tokens(1, 6)
     with pytest.raises(SparseAttentionError, match="use_reentrant"):
         model(ids, labels=ids)
+    with torch.no_grad():
+        model(ids, labels=ids)  # nothing is trained here
+    model.gradient_checkpointing_disable()
+    model(ids, labels=ids)
+
+
+def test_losses_that_join_none_warn_once() -> None:
+    model = sa_hf.patch_model(tiny_model("llama"), EXPIRING)
+    ids = tokens(1, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids)
+        model.train()
+        with torch.no_grad():
+            model(ids)
+        model(ids, labels=ids)
+        sa_hf.patch_model(tiny_model("llama"), replace(EXPIRING, span_loss_coef=0.0)).train()(ids)
+    with pytest.warns(UserWarning, match=r"no labels reached LlamaForCausalLM.*\['expire_span'\].*SparseTrainer"):
+        model(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids)
 
 
 def test_steps_count_outer_training_forwards() -> None:
