@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ class OuterForward:
         named = self._named(args, kwargs)
         if not self.activity.on:
             return self._before_dense(model, args, kwargs, named)
+        if getattr(model, "_is_replica", False):
+            raise SparseAttentionError(
+                f"nn.DataParallel runs replicas of {type(model).__name__}, which lose what sparse attention learns "
+                "(convolutions, centroids, steps); start one process per GPU with `accelerate launch` or `torchrun` "
+                "(DDP), or show this process one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         if named.get("output_attentions") or getattr(model.config, "output_attentions", False):
             refuse_attentions()
         _check_not_crossed(model, named)
@@ -101,6 +108,25 @@ class OuterForward:
             config._attn_implementation_internal = before
         self.before_packed = []
 
+    def _guard_recomputation(self, model: nn.Module, output: Any) -> None:
+        """A layer that is recomputed after the ``dense`` block would run its pattern: its gradients would be wrong."""
+        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+            return
+        if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            return
+
+        def check(_: Tensor) -> None:
+            if self.activity.on:
+                raise SparseAttentionError(
+                    "backward() of a forward made inside dense(model) came after the block, where gradient "
+                    "checkpointing would recompute the layers sparse; call it inside the block, or in another "
+                    "`with sa_hf.dense(model):`"
+                )
+
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(check)
+
     def _tie(self, children: list[SparseAttention]) -> None:
         """Tie the layers again where other modules act than before: PEFT copies each of them on its own."""
         acting = tuple(id(child) for child in children)
@@ -111,7 +137,10 @@ class OuterForward:
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hand_over(None)
         self._after_dense()
-        if not self.activity.on or output is None:
+        if not self.activity.on:
+            self._guard_recomputation(model, output)
+            return output
+        if output is None:
             return output
         children = sparse_children(model, self.names)
         try:
@@ -152,6 +181,15 @@ class OuterForward:
         warnings.warn(
             f"{reason}: the auxiliary losses {lost} are not trained on. To train on them, {advice}", stacklevel=2
         )
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in a model's output: a tuple or mapping, perhaps of tuples (hidden states)."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
 
 
 def _check_not_crossed(model: nn.Module, named: dict[str, Any]) -> None:

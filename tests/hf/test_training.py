@@ -85,6 +85,36 @@ def test_recomputation_draws_the_noise_of_its_own_forward(pattern: Any) -> None:
         assert torch.allclose(gradient, found[1][name], rtol=1e-4, atol=1e-5), name
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_dense_forward_is_not_recomputed_sparse(family: str, reentrant: bool) -> None:
+    model = sa_hf.patch_model(tiny_model(family), "sliding_window", window=1).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    inputs = {"input_ids": tokens(2, 20)}
+    with sa_hf.dense(model):
+        model(**inputs)[0].square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    with sa_hf.dense(model):
+        outside, inside = (model(**inputs)[0].square().sum() for _ in range(2))
+        inside.backward()
+    for name, gradient in expected.items():
+        assert torch.allclose(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-4), name
+    with pytest.raises(SparseAttentionError, match="inside the block"):
+        outside.backward()
+
+
+def test_replicas_of_data_parallel_raise() -> None:
+    """As torch.nn.parallel.replicate makes them; their parameters are no longer Parameters."""
+    model = sa_hf.patch_model(tiny_model("llama"), sa_hf.LogSparseAttentionConfig(conv_kernel_size=3))
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(SparseAttentionError, match=r"LlamaForCausalLM.*accelerate launch.*torchrun"):
+        replica(tokens(1, 6))
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "vit"])
 def test_gradients_reach_the_embeddings_as_in_the_dense_model(family: str) -> None:
     c = case(family)
