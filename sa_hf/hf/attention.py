@@ -185,7 +185,7 @@ def _attend(
         before_rotary=partial(before_rotary, module, call.rotary),
         remember=None if call.memory is None else call.memory.remember,
     )
-    started = None if request is None or torch.compiler.is_compiling() else request.given
+    started = handed_over() if request is None else None if torch.compiler.is_compiling() else request.given
     for leaf in leaves(child):
         leaf.steps_back = 0 if started is None else place.activity.forwards - started.number
     if call.memory is not None:

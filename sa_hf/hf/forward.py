@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.attention import PACKED, Activity, refuse_attentions
 from sa_hf.hf.centroids import follow_optimizers
+from sa_hf.hf.checkpointing import CarryHandle, carry_inputs, checkpointed
 from sa_hf.hf.layers import sparse_children, tie_layers
 from sa_hf.hf.losses import LABELS, add_to_loss, check_live, loss_of, total_losses
 from sa_hf.hf.masks import ForwardInputs, hand_over
@@ -42,6 +43,7 @@ class OuterForward:
         return [
             root.register_forward_pre_hook(self.before, with_kwargs=True),
             root.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+            CarryHandle(root),
         ]
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +71,7 @@ class OuterForward:
             follow_optimizers(model, children)
             if not torch.compiler.is_compiling():  # a number that changes would have it compile anew
                 self.activity.forwards += 1
+                carry_inputs(model)
         given = ForwardInputs(
             named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q"), self.activity.forwards
         )
@@ -112,7 +115,7 @@ class OuterForward:
         """A layer that is recomputed after the ``dense`` block would run its pattern: its gradients would be wrong."""
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
-        if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        if next(checkpointed(model), None) is None:
             return
 
         def check(_: Tensor) -> None:

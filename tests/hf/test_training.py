@@ -86,6 +86,27 @@ def test_recomputation_draws_the_noise_of_its_own_forward(pattern: Any) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_knows_its_forward_where_the_model_builds_no_mask(reentrant: bool) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    images = [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = tf.CLIPVisionModel(tf.CLIPVisionConfig(**sizes, image_size=32, patch_size=8))
+        sa_hf.patch_model(model, replace(MASKS, density_coef=0.0)).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        outputs = [model(image)[0] for image in images]
+        (outputs[0] * outputs[1].detach() + outputs[1].tanh()).sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], rtol=1e-4, atol=1e-5), name
+    sa_hf.unpatch_model(model)
+    assert not any("Carrying" in repr(vars(module)) for module in model.modules())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_dense_forward_is_not_recomputed_sparse(family: str, reentrant: bool) -> None:
     model = sa_hf.patch_model(tiny_model(family), "sliding_window", window=1).train()
