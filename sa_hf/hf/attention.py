@@ -22,7 +22,16 @@ from sa_hf.hf.conv import ConvTaps
 from sa_hf.hf.families import window_band
 from sa_hf.hf.layer_cache import LayerMemory, absolute_keys, check_reach
 from sa_hf.hf.layers import active_child, leaves
-from sa_hf.hf.masks import ForwardInputs, MaskRequest, handed_over, packed_mask, said_ids, sparse_mask, traced_sequences
+from sa_hf.hf.masks import (
+    ForwardInputs,
+    MaskRequest,
+    check_no_past,
+    handed_over,
+    packed_mask,
+    said_ids,
+    sparse_mask,
+    traced_sequences,
+)
 from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
 from sa_hf.hf.rotary import before_rotary
 from sa_hf.ops.host import with_host_defaults
@@ -52,16 +61,18 @@ HARMLESS = {
 class Activity:
     """Whether a patched model's hooks act; off inside ``dense(model)``. ``traced`` is what the outer call was given,
     under torch.compile, which traces an attribute and no context variable. ``forwards`` counts those in training;
-    ``owner`` is the class of the model that is patched."""
+    ``owner`` is the class of the model that is patched; ``collected`` takes the auxiliary losses where a caller adds
+    them by itself (``collected_losses``)."""
 
     owner: str = "model"
     on: bool = True
     forwards: int = 0
     traced: ForwardInputs | None = None
+    collected: list[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside dense(model) is no part of that block, and nothing would ever switch it on again.
-        return {**vars(self), "on": True, "traced": None}
+        return {**vars(self), "on": True, "traced": None, "collected": None}
 
 
 @dataclass(eq=False)
@@ -176,7 +187,7 @@ def _attend(
         before_rotary=partial(before_rotary, module, call.rotary),
         remember=None if call.memory is None else call.memory.remember,
     )
-    started = None if request is None or torch.compiler.is_compiling() else request.given
+    started = handed_over() if request is None else None if torch.compiler.is_compiling() else request.given
     for leaf in leaves(child):
         leaf.steps_back = 0 if started is None else place.activity.forwards - started.number
     if call.memory is not None:
@@ -184,6 +195,8 @@ def _attend(
         inputs.key_slots = call.memory.kept_slots(sequences.key_length)
     if inputs.key_slots is None and request is not None and request.key_offset:
         check_reach(request, sequences, band)
+    if place.spec is not None and not place.spec.causal and inputs.key_slots is None:
+        check_no_past(key.shape[2], sequences.key_length)
     if inputs.key_slots is None or not child.reads_listed_keys(inputs):
         inputs.key, inputs.value = absolute_keys(key, value, sequences.key_length, request, inputs.key_slots)
         inputs.key_slots = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.attention import PACKED, Activity, refuse_attentions
 from sa_hf.hf.centroids import follow_optimizers
+from sa_hf.hf.checkpointing import CarryHandle, carry_inputs, checkpointed
 from sa_hf.hf.layers import sparse_children, tie_layers
-from sa_hf.hf.losses import LABELS, add_to_loss, total_losses
+from sa_hf.hf.losses import LABELS, add_to_loss, check_live, loss_of, total_losses
 from sa_hf.hf.masks import ForwardInputs, hand_over
 from sa_hf.patterns.base import SparseAttention
 
@@ -41,6 +43,7 @@ class OuterForward:
         return [
             root.register_forward_pre_hook(self.before, with_kwargs=True),
             root.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+            CarryHandle(root),
         ]
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +54,12 @@ class OuterForward:
         named = self._named(args, kwargs)
         if not self.activity.on:
             return self._before_dense(model, args, kwargs, named)
+        if getattr(model, "_is_replica", False):
+            raise SparseAttentionError(
+                f"nn.DataParallel runs replicas of {type(model).__name__}, which lose what sparse attention learns "
+                "(convolutions, centroids, steps); start one process per GPU with `accelerate launch` or `torchrun` "
+                "(DDP), or show this process one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         if named.get("output_attentions") or getattr(model.config, "output_attentions", False):
             refuse_attentions()
         _check_not_crossed(model, named)
@@ -62,6 +71,7 @@ class OuterForward:
             follow_optimizers(model, children)
             if not torch.compiler.is_compiling():  # a number that changes would have it compile anew
                 self.activity.forwards += 1
+                carry_inputs(model)
         given = ForwardInputs(
             named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q"), self.activity.forwards
         )
@@ -101,6 +111,25 @@ class OuterForward:
             config._attn_implementation_internal = before
         self.before_packed = []
 
+    def _guard_recomputation(self, model: nn.Module, output: Any) -> None:
+        """A layer that is recomputed after the ``dense`` block would run its pattern: its gradients would be wrong."""
+        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+            return
+        if next(checkpointed(model), None) is None:
+            return
+
+        def check(_: Tensor) -> None:
+            if self.activity.on:
+                raise SparseAttentionError(
+                    "backward() of a forward made inside dense(model) came after the block, where gradient "
+                    "checkpointing would recompute the layers sparse; call it inside the block, or in another "
+                    "`with sa_hf.dense(model):`"
+                )
+
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(check)
+
     def _tie(self, children: list[SparseAttention]) -> None:
         """Tie the layers again where other modules act than before: PEFT copies each of them on its own."""
         acting = tuple(id(child) for child in children)
@@ -111,33 +140,59 @@ class OuterForward:
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hand_over(None)
         self._after_dense()
-        if not self.activity.on or output is None:
+        if not self.activity.on:
+            self._guard_recomputation(model, output)
+            return output
+        if output is None:
             return output
         children = sparse_children(model, self.names)
         try:
             if not model.training:
                 return output
-            self._warn_of_lost_losses(model, children)
-            return add_to_loss(model, children, self._named(args, kwargs), output)
+            named = self._named(args, kwargs)
+            if self.activity.collected is not None:
+                check_live(children)
+                self.activity.collected += total_losses(children).values()
+                return output
+            if loss_of(output, named) is None:
+                self._warn_of_lost_losses(model, children)
+                return output
+            return add_to_loss(model, children, named, output)
         finally:
             for child in children:
                 child.drop_graph()
 
     def _warn_of_lost_losses(self, model: nn.Module, children: list[SparseAttention]) -> None:
-        """Once: a model that takes no labels never has a loss that the auxiliary ones could join."""
+        """Once: the output has no loss that the auxiliary ones could join, so nothing trains on them."""
         if self.warned or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        if not LABELS.isdisjoint(self.parameters):
+        # A coefficient of 0 asks for the figure alone.
+        lost = [name for name, loss in total_losses(children).items() if loss.requires_grad and loss.item() != 0]
+        if not lost:
             return
-        lost = [name for name, loss in total_losses(children).items() if loss.requires_grad]
         self.warned = True
-        if lost:
-            name = type(model).__name__
-            warnings.warn(
-                f"{name} computes no loss, so the auxiliary losses {lost} are not trained on: patch the model that "
-                f"computes it (the one around this {name}), not this part of it",
-                stacklevel=2,
+        name = type(model).__name__
+        if LABELS.isdisjoint(self.parameters):
+            reason = f"{name} computes no loss"
+            advice = f"patch the model that computes it (the one around this {name}), not this part of it"
+        else:
+            reason = f"no labels reached {name}, so it computed no loss"
+            advice = (
+                "give it labels; a Trainer keeps them back under label_smoothing_factor and compute_loss_func: use "
+                "sa_hf.hf.trainer.SparseTrainer there, which adds the losses"
             )
+        warnings.warn(
+            f"{reason}: the auxiliary losses {lost} are not trained on. To train on them, {advice}", stacklevel=2
+        )
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in a model's output: a tuple or mapping, perhaps of tuples (hidden states)."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
 
 
 def _check_not_crossed(model: nn.Module, named: dict[str, Any]) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.attention import Activity
 from sa_hf.hf.families import root_model
+from sa_hf.hf.layers import leaves
 from sa_hf.patterns.base import SparseAttention
+from sa_hf.patterns.learned import LearnedAttention
 from sa_hf.patterns.mixture import added
 
 IGNORED_LABEL = -100
@@ -41,12 +45,12 @@ def total_losses(children: list[SparseAttention]) -> dict[str, Tensor]:
 
 def add_to_loss(model: nn.Module, children: list[SparseAttention], given: Mapping[str, Any], output: Any) -> Any:
     """The model's output with the live auxiliary losses added to its loss; unchanged where it has none."""
-    loss = _loss_of(output, given)
+    loss = loss_of(output, given)
     extra = total_losses(children)
     if loss is None or not extra:
         return output
-    _check_live(children)
-    factor = _share_of_step(model, given)
+    check_live(children)
+    factor = share_of_step(model, given)
     joined = loss
     for value in extra.values():
         joined = joined + (value * factor).to(device=loss.device, dtype=loss.dtype)
@@ -56,7 +60,19 @@ def add_to_loss(model: nn.Module, children: list[SparseAttention], given: Mappin
     return output
 
 
-def _loss_of(output: Any, given: Mapping[str, Any]) -> Tensor | None:
+@contextmanager
+def collected_losses(activity: Activity) -> Iterator[list[Tensor]]:
+    """Inside the block the live losses of each training forward gather in the list, and join no output: for a caller
+    that computes the loss itself and adds them."""
+    before, activity.collected = activity.collected, []
+    try:
+        yield activity.collected
+    finally:
+        activity.collected = before
+
+
+def loss_of(output: Any, given: Mapping[str, Any]) -> Tensor | None:
+    """The loss in a model's output; None where it computed none."""
     if isinstance(output, tuple):
         labelled = any(given.get(name) is not None for name in LABELS)
         first = output[0] if output else None
@@ -65,7 +81,7 @@ def _loss_of(output: Any, given: Mapping[str, Any]) -> Tensor | None:
     return loss if isinstance(loss, Tensor) else None
 
 
-def _share_of_step(model: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
+def share_of_step(model: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
     """This micro-batch's part of the optimizer step's auxiliary loss.
 
     The Trainer divides each micro-batch's summed loss by the labels of the whole step (``num_items_in_batch``); the
@@ -80,14 +96,17 @@ def _share_of_step(model: nn.Module, given: Mapping[str, Any]) -> Tensor | float
     return (counted != IGNORED_LABEL).sum() / torch.as_tensor(items, device=labels.device)
 
 
-def _check_live(children: list[SparseAttention]) -> None:
-    """A loss without a graph although its layer is trained means that the layer ran without one."""
+def check_live(children: list[SparseAttention]) -> None:
+    """That no loss was made without a graph inside a forward that has one; also in the parts of a mixture.
+
+    The layer's parameters do not tell: Routing's commitment trains what its queries and keys come from.
+    """
     if not torch.is_grad_enabled():
         return
     for child in children:
-        trained = any(p.requires_grad for p in child.parameters(recurse=False))
-        if trained and any(not loss.requires_grad for loss in child.aux_losses().values()):
-            raise SparseAttentionError(
-                f"the auxiliary loss of {child.config.name!r} has no gradient: reentrant gradient checkpointing runs "
-                "layers without a graph; use gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
+        for leaf in leaves(child):
+            if isinstance(leaf, LearnedAttention) and leaf.lost_graph:
+                raise SparseAttentionError(
+                    f"the auxiliary loss of {leaf.config.name!r} has no gradient: reentrant gradient checkpointing "
+                    "runs layers without a graph; use gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )

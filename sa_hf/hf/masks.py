@@ -136,6 +136,8 @@ class MaskRequest:
                 f"attention_mask has {padding.shape[-1]} columns, but {self.query_offset} cached and "
                 f"{self.query_length} new tokens make {total}; give the mask of all of them"
             )
+        if not self.causal:
+            check_no_past(self.key_offset + self.shape[-1], total)
         padding = None if padding is None else padding[:, :total]
         ids = self._sequence_ids(batch, total)
         return Sequences.from_mask(batch, self.query_length, total, padding, ids)
@@ -176,7 +178,8 @@ class MaskRequest:
         batch, total = int(self.arguments["batch_size"]), self.query_offset + self.query_length
         ids = said_ids(given, batch, total)
         compiling = torch.compiler.is_compiling()  # without a cache, as it must be, the mask knows packed positions
-        if ids is None and not compiling and given is not None and given.position_ids is not None and self._is_known():
+        restarts = given is not None and given.position_ids is not None and self._is_known() and self.causal
+        if ids is None and not compiling and restarts:
             # A restart of the positions counts with a cache, too, where Transformers' own mask would not see it.
             ids = None if self.sequences().is_full else self._sequence_ids(batch, total)
         if ids is None:
@@ -194,6 +197,22 @@ class MaskRequest:
         function = and_masks(self.arguments["mask_function"], packed_sequence_mask_function(runs))
         kept = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return {**self.arguments, **kept, "mask_function": function}
+
+
+def check_no_past(keys: int, total: int) -> None:
+    """That a layer which is not causal reads the keys of its own tokens: positions of other keys would be unknown.
+
+    Args: keys: how many there are, or the columns of the mask; total: the tokens so far.
+
+    Raises:
+        SparseAttentionError: a cache or prefix on a bidirectional stack, or a mask of another width.
+    """
+    if keys != total:
+        raise SparseAttentionError(
+            f"{keys} keys (or columns of attention_mask) for {total} tokens in a layer that is not causal: a pattern "
+            f"has no positions for a past there. A cache or prefix (prefix tuning) on a bidirectional stack is not "
+            f"supported; use LoRA or prompt tuning, and an attention_mask [batch, {total}]"
+        )
 
 
 def traced_sequences(
@@ -214,6 +233,8 @@ def traced_sequences(
             "run it uncompiled"
         )
     batch, length = int(arguments["batch_size"]), request.query_length
+    if not causal:
+        check_no_past(request.shape[-1], length)
     if request.query_offset or request.key_offset:
         raise UnsupportedModelError("a cache does not pass through fullgraph compilation; compile with use_cache=False")
     ids = said_ids(given, batch, length)

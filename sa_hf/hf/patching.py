@@ -204,7 +204,11 @@ def unpatch_model(model: Model) -> Model:
 
 @contextmanager
 def dense(model: Model) -> Iterator[Model]:
-    """The model's original attention inside the block."""
+    """The model's original attention inside the block.
+
+    With gradient checkpointing the layers run again in ``backward()``, which then belongs inside the block, too: it
+    raises outside. (Of a checkpoint of your own around layers nothing is known here.)
+    """
     root = root_model(model)
     patch = required_patch(root, "dense")
     before = [config._attn_implementation for config, _ in patch.configs]

@@ -22,6 +22,7 @@ from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 
 Model = TypeVar("Model", bound=nn.Module)
 LIMIT = "max_position_embeddings"
+TRAINED_LIMIT = "original_max_position_embeddings"
 # Module names of learned or sinusoidal tables of absolute positions.
 TABLES = ("position_embeddings", "wpe", "embed_positions")
 # Buffers with one entry per position, and what stands at position p.
@@ -226,16 +227,21 @@ class ExtensionPlan:
 
 
 def scaled_rope(config: Any, rope_parameters: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """A config's ``rope_parameters`` with a user's on top; one entry per kind of layer where it has several."""
-    own = config.rope_parameters
-    given = dict(rope_parameters)
+    """A config's ``rope_parameters`` with a user's on top; one entry per kind of layer where it has several.
+
+    The length that the model was trained on is its own where it says one: ``limit`` may have been raised since.
+    """
+    own, given = config.rope_parameters, rope_parameters
+    trained: dict[str, Any] = {}
     if given.get("rope_type", "default") not in ("default", "linear", "proportional") and limit is not None:
-        given.setdefault("original_max_position_embeddings", limit)
+        trained[TRAINED_LIMIT] = getattr(config, TRAINED_LIMIT, None) or limit
     if any(isinstance(value, dict) for value in own.values()):
         if any(isinstance(value, dict) for value in given.values()):
             return {**own, **given}
-        return {kind: {**value, **given} if isinstance(value, dict) else value for kind, value in own.items()}
-    return {**own, **given}
+        return {
+            kind: {**trained, **value, **given} if isinstance(value, dict) else value for kind, value in own.items()
+        }
+    return {**trained, **own, **given}
 
 
 def rotary_modules(root: PreTrainedModel) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from sa_hf.hf.centroids import update_centroids
 from sa_hf.hf.families import root_model
-from sa_hf.hf.losses import total_losses
+from sa_hf.hf.losses import collected_losses, share_of_step, total_losses
 from sa_hf.hf.patching import patch_of
 from sa_hf.hf.training import parameter_groups
 from sa_hf.patterns.base import SparseAttention
@@ -68,6 +68,10 @@ class SparseAttentionCallback(TrainerCallback):
 class SparseTrainer(Trainer):
     """A ``Trainer`` whose optimizer gives masks and spans a learning rate of their own, without weight decay.
 
+    The auxiliary losses are trained on under ``label_smoothing_factor`` and ``compute_loss_func``, too, where a stock
+    Trainer keeps the labels, and so the loss that they would join, from the model. A data set's column
+    ``sequence_ids`` (packed rows) reaches the model, where a stock one drops it unless ``remove_unused_columns=False``.
+
     Args:
         sparse_lr: learning rate of the learned sparse state; the scheduler scales it along with the other rate.
     """
@@ -87,6 +91,45 @@ class SparseTrainer(Trainer):
             groups = parameter_groups(trained, self.args.weight_decay, sparse_lr=self.sparse_lr)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The columns that the Trainer keeps are the names in the forward's signature; our hook takes this one.
+        super()._set_signature_columns_if_needed()
+        if "sequence_ids" not in self._signature_columns:
+            self._signature_columns.append("sequence_ids")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's, with the auxiliary losses added where it is not the model that computes the loss."""
+        patch = patch_of(root_model(self.model))
+        if patch is None or (self.label_smoother is None and self.compute_loss_func is None):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = {**inputs, "num_items_in_batch": num_items_in_batch}  # the Trainer takes labels out of `inputs`
+        with collected_losses(patch.activity) as extra:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if extra:
+            share = self._share_of_step(given)
+            loss = loss + sum((value * share).to(device=loss.device, dtype=loss.dtype) for value in extra)
+        return (loss, outputs) if return_outputs else loss
+
+    def _share_of_step(self, given: dict[str, Any]) -> Any:
+        """This micro-batch's part of the step's auxiliary loss, before what the Trainer does to a loss afterwards."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            by_items = self.model_accepts_loss_kwargs and given["num_items_in_batch"] is not None
+            scaled = by_items or self.compute_loss_func is not None
+        if not scaled:  # then the Trainer divides by the number of micro-batches
+            return 1.0
+        if given["num_items_in_batch"] is None or not isinstance(given.get("labels"), torch.Tensor):
+            return 1.0 / getattr(self, "current_gradient_accumulation_steps", 1)
+        # The items are those of all processes, whose gradients are averaged.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return share_of_step(root_model(self.model), given) * processes
 
 
 def _layers(model: nn.Module) -> list[SparseAttention]:

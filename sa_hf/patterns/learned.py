@@ -30,6 +30,8 @@ class LearnedAttention(SparseAttention):
     """
 
     step: Tensor
+    # A loss of the last forward was made without a graph although the layer trains: a region run under no_grad.
+    lost_graph: bool = False
 
     def __init__(self, config: SparseAttentionConfig, spec: LayerSpec) -> None:
         super().__init__(config, spec)
@@ -51,6 +53,7 @@ class LearnedAttention(SparseAttention):
         """Count one micro-batch: once per outer training forward, before it."""
         self.step += 1
         self._may_keep_graph = True
+        self.lost_graph = False
 
     def drop_graph(self) -> None:
         self._live = {name: loss.detach() for name, loss in self._live.items()}
@@ -72,6 +75,8 @@ class LearnedAttention(SparseAttention):
         """Keep a loss, to join the model's own times its coefficient."""
         if self._may_keep_graph or not self.training:
             scaled = coefficient * loss
+            if coefficient and self.training and not torch.is_grad_enabled():
+                self.lost_graph = True
             self._live[name] = scaled if self._may_keep_graph else scaled.detach()
             self._unscaled[name] = loss.detach()
 

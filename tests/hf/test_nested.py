@@ -107,7 +107,7 @@ def test_losses_that_join_no_loss_warn_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(tokens(1, 9), labels=labels)
-        quiet(tokens(1, 9))
+        quiet(tokens(1, 9), labels=labels)
         static(tokens(1, 9), labels=labels)
 
 

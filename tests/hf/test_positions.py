@@ -128,6 +128,28 @@ def test_rope_is_scaled_and_set_back(family: str) -> None:
     assert torch.equal(run(model, 40), short)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_scaling_twice_is_scaling_once(family: str) -> None:
+    """The second call finds the raised limit, and the length that the model was trained on beside it."""
+    model = tiny_model(family)
+    found = []
+    for _ in range(2):
+        sa_hf.patch_model(model, "sliding_window", window=1000, max_length=256, rope_parameters=YARN)
+        found.append((run(model, 200), str(model.config.rope_parameters)))
+    assert found[0][1] == found[1][1]
+    assert torch.equal(found[0][0], found[1][0])
+
+
+def test_a_models_own_trained_length_stays() -> None:
+    own = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    model = tiny_model("llama", rope_parameters=own)
+    sa_hf.patch_model(model, "star", max_length=128, rope_parameters={"rope_type": "yarn", "factor": 4.0})
+    assert model.config.rope_parameters == {**own, "factor": 4.0}
+    given = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    sa_hf.patch_model(model, "star", max_length=128, rope_parameters=given)
+    assert model.config.rope_parameters["original_max_position_embeddings"] == 16
+
+
 def test_rope_without_scaling_warns() -> None:
     model = tiny_model("llama")
     with pytest.warns(UserWarning, match="extrapolates"):

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hf_cases import DECODERS, ENCODERS, VOCABULARY, case, error, tiny_model, tokens
+import transformers as tf
+from hf_cases import CONFIGS, DECODERS, ENCODERS, VOCABULARY, case, error, tiny_model, tokens
 from torch import Tensor
 
 import sa_hf
@@ -279,3 +280,33 @@ def test_attention_dropout_acts_in_training_only(family: str) -> None:
     assert not torch.equal(first, c.output())
     torch.manual_seed(1)
     assert torch.equal(c.output(), first)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_past_on_an_encoder_raises(family: str, masked: bool) -> None:
+    """They hand a cache to their attention as encoders, too, and the pattern would miss the last keys."""
+    model = sa_hf.patch_model(tiny_model(family), "sliding_window", window=1000)
+    cache = tf.DynamicCache()
+    for layer in range(2):
+        cache.update(torch.randn(1, 4, 3, 8), torch.randn(1, 4, 3, 8), layer)
+    mask = torch.ones(1, 11, dtype=torch.long) if masked else None
+    with torch.no_grad(), pytest.raises(SparseAttentionError, match=r"11 keys.*8 tokens.*bidirectional stack"):
+        model(tokens(1, 8), attention_mask=mask, past_key_values=cache)
+
+
+def test_prefix_tuning_of_an_encoder_raises() -> None:
+    peft = pytest.importorskip("peft")
+    model = tf.BertForSequenceClassification(CONFIGS["bert"]()).eval()
+    config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    wrapped = sa_hf.patch_model(peft.get_peft_model(model, config), "sliding_window", window=1000)
+    inputs = {"input_ids": tokens(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    with torch.no_grad(), pytest.raises(SparseAttentionError, match=r"12 keys.*8 tokens"):
+        wrapped(**inputs)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_a_mask_that_is_wider_than_the_input_of_an_encoder_raises(family: str) -> None:
+    model = sa_hf.patch_model(tiny_model(family), "sliding_window", window=3)
+    with torch.no_grad(), pytest.raises(SparseAttentionError, match=r"10 keys.*\[batch, 8\]"):
+        model(tokens(1, 8), attention_mask=torch.ones(1, 10, dtype=torch.long))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -82,6 +83,57 @@ def test_recomputation_draws_the_noise_of_its_own_forward(pattern: Any) -> None:
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         assert torch.allclose(gradient, found[1][name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_knows_its_forward_where_the_model_builds_no_mask(reentrant: bool) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    images = [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = tf.CLIPVisionModel(tf.CLIPVisionConfig(**sizes, image_size=32, patch_size=8))
+        sa_hf.patch_model(model, replace(MASKS, density_coef=0.0)).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        outputs = [model(image)[0] for image in images]
+        (outputs[0] * outputs[1].detach() + outputs[1].tanh()).sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], rtol=1e-4, atol=1e-5), name
+    sa_hf.unpatch_model(model)
+    assert not any("Carrying" in repr(vars(module)) for module in model.modules())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_dense_forward_is_not_recomputed_sparse(family: str, reentrant: bool) -> None:
+    model = sa_hf.patch_model(tiny_model(family), "sliding_window", window=1).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    inputs = {"input_ids": tokens(2, 20)}
+    with sa_hf.dense(model):
+        model(**inputs)[0].square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    with sa_hf.dense(model):
+        outside, inside = (model(**inputs)[0].square().sum() for _ in range(2))
+        inside.backward()
+    for name, gradient in expected.items():
+        assert torch.allclose(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-4), name
+    with pytest.raises(SparseAttentionError, match="inside the block"):
+        outside.backward()
+
+
+def test_replicas_of_data_parallel_raise() -> None:
+    """As torch.nn.parallel.replicate makes them; their parameters are no longer Parameters."""
+    model = sa_hf.patch_model(tiny_model("llama"), sa_hf.LogSparseAttentionConfig(conv_kernel_size=3))
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(SparseAttentionError, match=r"LlamaForCausalLM.*accelerate launch.*torchrun"):
+        replica(tokens(1, 6))
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "vit"])
@@ -205,14 +257,45 @@ def test_the_loss_counts_once_per_optimizer_step() -> None:
     assert total == pytest.approx(plain + weighted, rel=1e-4)
 
 
-def test_reentrant_checkpointing_raises_instead_of_losing_the_loss() -> None:
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        EXPIRING,
+        {"0": {"heads": {"0-1": EXPIRING, "2-": "star"}}},
+        sa_hf.RoutingAttentionConfig(num_clusters=2, window=4, commitment_coef=0.1),
+    ],
+    ids=["layers", "mixture", "no parameters"],
+)
+def test_reentrant_checkpointing_raises_instead_of_losing_the_loss(pattern: Any) -> None:
     model = tiny_model("llama")
-    sa_hf.patch_model(model, EXPIRING)
+    sa_hf.patch_model(model, pattern)
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     ids = tokens(1, 6)
     with pytest.raises(SparseAttentionError, match="use_reentrant"):
         model(ids, labels=ids)
+    with torch.no_grad():
+        model(ids, labels=ids)  # nothing is trained here
+    model.gradient_checkpointing_disable()
+    model(ids, labels=ids)
+
+
+def test_losses_that_join_none_warn_once() -> None:
+    model = sa_hf.patch_model(tiny_model("llama"), EXPIRING)
+    ids = tokens(1, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids)
+        model.train()
+        with torch.no_grad():
+            model(ids)
+        model(ids, labels=ids)
+        sa_hf.patch_model(tiny_model("llama"), replace(EXPIRING, span_loss_coef=0.0)).train()(ids)
+    with pytest.warns(UserWarning, match=r"no labels reached LlamaForCausalLM.*\['expire_span'\].*SparseTrainer"):
+        model(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids)
 
 
 def test_steps_count_outer_training_forwards() -> None:

@@ -1,0 +1,73 @@
+"""The Hugging Face Trainer where it computes the loss itself, and where it drops columns of the data."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers as tf
+from hf_cases import tiny_model, tokens
+from torch import Tensor
+
+import sa_hf
+from sa_hf.hf.trainer import SparseTrainer
+
+EXPIRING = sa_hf.ExpireSpanAttentionConfig(max_span=12, ramp=4, initial_span=6, span_loss_coef=0.1)
+
+
+def squared(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+    """A loss that reaches no span: the gradient of a bias is the penalty's alone."""
+    assert outputs.get("loss") is None
+    return 0.0 * outputs.logits.square().sum()
+
+
+def trainer_of(kind: Any, model: Any, data: Any, folder: Any, **options: Any) -> Any:
+    extra = {name: options.pop(name) for name in ("compute_loss_func",) if name in options}
+    arguments = tf.TrainingArguments(
+        str(folder), per_device_train_batch_size=1, max_steps=1, report_to=[], use_cpu=True, save_strategy="no",
+        disable_tqdm=True, max_grad_norm=0.0, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", **options,
+    )  # fmt: skip
+    return kind(model, arguments, train_dataset=data, **extra)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": squared}], ids=str)
+def test_the_sparse_trainer_trains_on_losses_where_the_model_gets_no_labels(
+    options: dict[str, Any], steps: int, tmp_path: Any
+) -> None:
+    model = sa_hf.patch_model(tiny_model("llama"), EXPIRING).train()
+    data = [{"input_ids": row, "labels": row} for row in tokens(2, 6)]
+    trainer = trainer_of(SparseTrainer, model, data, tmp_path, gradient_accumulation_steps=steps, **options)
+    trainer.sparse_lr = 1.0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not trained on")
+        trainer.train()
+    # All spans outlast the sequence: d(0.1 mean e) / db = 0.1 e (1 - e / L), once per step whatever it accumulates.
+    moved = -float(0.1 * 6 * (1 - 6 / 12))
+    fresh = sa_hf.patch_model(tiny_model("llama"), EXPIRING)
+    for layer, before in zip(model.model.layers, fresh.model.layers, strict=True):
+        change = layer.self_attn.sparse.bias - before.self_attn.sparse.bias
+        assert change.item() == pytest.approx(moved, rel=1e-3)
+
+
+def test_a_stock_trainer_that_keeps_the_labels_back_warns(tmp_path: Any) -> None:
+    model = sa_hf.patch_model(tiny_model("llama"), EXPIRING)
+    data = [{"input_ids": row, "labels": row} for row in tokens(2, 6)]
+    with pytest.warns(UserWarning, match="not trained on"):
+        trainer_of(tf.Trainer, model, data, tmp_path, label_smoothing_factor=0.1).train()
+
+
+def test_the_sparse_trainer_keeps_the_sequence_ids_of_a_data_set(tmp_path: Any) -> None:
+    """They reach the model, which knows other rows by them, though its forward does not name them."""
+    ids = tokens(2, 12)
+    packed = torch.tensor([0] * 5 + [1] * 7).expand(2, -1)
+    columns = {"input_ids": ids.tolist(), "labels": ids.tolist(), "sequence_ids": packed.tolist(), "other": [1, 2]}
+    model = sa_hf.patch_model(tiny_model("llama"), EXPIRING)
+    seen: list[Any] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True, prepend=True)
+    trainer_of(SparseTrainer, model, datasets.Dataset.from_dict(columns), tmp_path).train()
+    assert torch.equal(seen[0]["sequence_ids"], packed[:1])
+    assert "other" not in seen[0]
