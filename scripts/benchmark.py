@@ -32,7 +32,7 @@ TRAINING_LENGTHS = [8192, 16384]
 QUICK_SPEED, QUICK_GROWTH = [128, 256], [128, 256, 512]
 DROPOUT = 0.1
 # Torch's own switch: its tensors from 2 MB on live in pages of 2 MB, where the system hands those out on request
-# (Linux, transparent_hugepage = madvise). Every contender runs under it.
+# (Linux, transparent_hugepage = madvise). Every contender runs under it, into result files of their own.
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 # The length whose configurations the tables name; strides and clusters grow with the square root of it.
 CONFIG_LENGTH = 16384
@@ -54,7 +54,9 @@ def main(
     processes: Annotated[
         int, typer.Option(min=1, help="processes per table row of times; the median of their medians counts")
     ] = 1,
-    huge_pages: Annotated[bool, typer.Option(help=f"tensors in pages of 2 MB ({HUGE_PAGES}=1)")] = True,
+    huge_pages: Annotated[
+        bool, typer.Option(help=f"tensors in pages of 2 MB ({HUGE_PAGES}=1), into benchmark_cpu_huge_pages.*")
+    ] = False,
     quick: Annotated[bool, typer.Option(help="toy sizes, for CI")] = False,
     resume: Annotated[bool, typer.Option(help="keep the rows of the result file, and name both commits")] = False,
     output: Annotated[
@@ -139,7 +141,7 @@ class Bench:
         self.cases = {label: case for label, case in cpu_cases(CONFIG_LENGTH, shared["toy"]).items() if label in labels}
         self.result: dict[str, Any] = {
             "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
-            "machine": {**machine(torch.device("cpu")), HUGE_PAGES: str(int(shared["huge_pages"]))},
+            "machine": machine(torch.device("cpu")) | ({HUGE_PAGES: "1"} if shared["huge_pages"] else {}),
             "shape": "batch 1, 8 heads, head_dim 64, fp32",
             "configs": {label: describe(case.config) for label, case in self.cases.items()},
             "speed": [], "memory": [], "growth": [],
@@ -157,7 +159,8 @@ class Bench:
         self.sound = [label for label, error in self.result["parity"].items() if error < 1e-5]
 
     def path(self, suffix: str) -> Path:
-        return self.output / f"benchmark_cpu{'_quick' if self.shared['toy'] else ''}.{suffix}"
+        kind = ("_huge_pages" if self.shared["huge_pages"] else "") + ("_quick" if self.shared["toy"] else "")
+        return self.output / f"benchmark_cpu{kind}.{suffix}"
 
     def run(self, **task: Any) -> dict[str, Any]:
         """One task in a process of its own; of a dry run only the first, its figures mean nothing."""
