@@ -34,7 +34,11 @@ def trainer_of(kind: Any, model: Any, data: Any, folder: Any, **options: Any) ->
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": squared}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"label_smoothing_factor": 0.1}, {"compute_loss_func": squared}],
+    ids=["label smoothing", "loss function"],
+)
 def test_the_sparse_trainer_trains_on_losses_where_the_model_gets_no_labels(
     options: dict[str, Any], steps: int, tmp_path: Any
 ) -> None:
