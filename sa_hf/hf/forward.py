@@ -166,11 +166,12 @@ class OuterForward:
         """Once: the output has no loss that the auxiliary ones could join, so nothing trains on them."""
         if self.warned or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
+        # Looked at once: a number that is read waits for the device.
+        self.warned = True
         # A coefficient of 0 asks for the figure alone.
         lost = [name for name, loss in total_losses(children).items() if loss.requires_grad and loss.item() != 0]
         if not lost:
             return
-        self.warned = True
         name = type(model).__name__
         if LABELS.isdisjoint(self.parameters):
             reason = f"{name} computes no loss"

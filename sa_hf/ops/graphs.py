@@ -29,7 +29,7 @@ def hold(x: Tensor, *used: object) -> None:
 
 
 def settled(x: Tensor) -> Tensor:
-    """``x``, waited for: what a cache keeps may be read from another stream than made it."""
+    """``x``, waited for, and all that the stream made before: a cache's tensors may be read from another one."""
     if x.is_cuda and not capturing(x):
         torch.cuda.current_stream(x.device).synchronize()
     return x

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
+from sa_hf.ops.host import own_rules
+
 SCORES_ON_CPU = 2**19  # 2 MB in fp32
 CLASSES = 8  # see _largest_on_cpu
 # In units of rounding (eps) times the vectors' length: how far two kernels may be apart about one product (sums of 16
@@ -33,7 +35,7 @@ def nearest_centroid(vectors: Tensor, centroids: Tensor, norm: bool) -> Tensor:
         # product with a centroid that x has with the centroid less its mean.
         unit = unit - unit.mean(-1, keepdim=True)
     chosen = torch.empty(lanes.shape[:2], dtype=torch.int64, device=lanes.device)
-    with torch.autocast(lanes.device.type, enabled=False):
+    with own_rules(lanes.device):
         for some, tokens in _pieces(lanes, unit.shape[1]):
             chosen[some, tokens] = _first_largest(lanes[some, tokens] @ unit[some].transpose(-1, -2))
     return chosen.view(vectors.shape[:-1])
@@ -68,7 +70,7 @@ def nearest_vectors(vectors: Tensor, centroids: Tensor, count: int, norm: bool) 
     # One for all: new memory for each lane would take as long as the product.
     scores = lanes.new_empty(min(at_once, len(lanes)), k, n)
     chosen = []
-    with torch.autocast(lanes.device.type, enabled=False):
+    with own_rules(lanes.device):
         for x, mu in zip(lanes.split(at_once), unit.split(at_once), strict=True):
             x = layer_norm(x, x.shape[-1:]) if norm else x
             torch.bmm(mu, x.transpose(-1, -2), out=scores)

@@ -268,14 +268,14 @@ class SparseBertAttention(LearnedAttention):
         """How many pairs of the last forward in a band each logit stands for, fp32 ``[mask_length(, mask_length)]``."""
         length = self.config.mask_length
         if not self.config.structured:
-            total = torch.zeros(length, length, device=device)
+            total = torch.zeros(length, length, dtype=torch.float32, device=device)
             at = torch.arange(length, device=device)
             for sequences, n_q, n_k in self._seen:
                 rows = slice(n_k - n_q, n_k)
                 total[rows, :n_k] += sequences * band.contains(at[rows, None], at[None, :n_k]).float()
             return total.fill_diagonal_(0) if self.config.drop_diagonal else total
         distance = torch.arange(length, device=device)
-        total = torch.zeros(length, device=device)
+        total = torch.zeros(length, dtype=torch.float32, device=device)
         for sequences, n_q, n_k in self._seen:
             behind = (n_k - distance.clamp(min=n_k - n_q)).clamp(min=0) * band.contains(distance, distance * 0)
             ahead = (n_q - distance).clamp(min=0) * band.contains(distance * 0, distance) * (distance > 0)

@@ -391,3 +391,19 @@ def test_dropout_is_equal_in_recomputation_and_keeps_the_mean() -> None:
     assert torch.equal(first, module(inputs))
     inputs.value = torch.ones_like(inputs.value)
     assert abs(float(module(inputs).mean()) - 1) < 0.1
+
+
+@pytest.mark.parametrize("structure", ["structured", "unstructured"])
+def test_pairs_are_counted_in_fp32_whatever_the_default_dtype_is(structure: str) -> None:
+    """bfloat16 holds whole numbers up to 256; the distances of a long input stand for more pairs than that."""
+    config = SparseBertAttentionConfig(structure=structure, mask_length=40)
+    module = SparseBertAttention(config, layer_spec())
+    module._seen = [(301, 40, 40)]
+    expected = module._pairs(torch.device("cpu"), Band())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = module._pairs(torch.device("cpu"), Band())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

@@ -98,4 +98,4 @@ def _table(offsets: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[
     most = max(1, *(len(row) for row in offsets))
     table = torch.tensor([[*row, *[0] * (most - len(row))] for row in offsets], dtype=torch.int32)
     counts = torch.tensor([len(row) for row in offsets], dtype=torch.int32)
-    return settled(table.to(device)), settled(counts.to(device))
+    return table.to(device), settled(counts.to(device))

@@ -249,7 +249,8 @@ def _segment_lists(
     kind = torch.where(whole, FULL, BAND).int()
     row_start = torch.nn.functional.pad(count.cumsum(0), (1, 0))
     ranges = torch.stack([low, high, own], 1).int()[None, None].contiguous()
-    moved = [settled(x.to(device)) for x in (row_start, row, column.int(), kind, ranges)]
+    moved = [x.to(device) for x in (row_start, row, column.int(), kind, ranges)]
+    settled(moved[-1])
     # Equal segments of whole tiles: no tile crosses a segment, and the band says all that the key range would.
     banded = (alone or (q_segment == k_segment and q_segment % tile == 0)) and not skip
     return TileLists(
