@@ -11,6 +11,7 @@ from sa_hf.ops.triton.common import (
     bend_scores,
     dot_rows,
     dropout_kept,
+    entry_fields,
     head_base,
     in_run,
     kept_pairs,
@@ -23,6 +24,7 @@ from sa_hf.ops.triton.common import (
     load_spans,
     load_tile,
     span_gate,
+    stats_row,
     store_tile,
     work_place,
 )
@@ -37,7 +39,7 @@ def prepare_kernel(
 ):  # fmt: skip
     """``delta = sum(out * grad_out)`` and the base-2 log-sum-exp, +inf for rows without a key (their p is then 0).
 
-    Grid ``[ceil(n_q / ROWS), heads, batch]``.
+    Both are padded to tiles of ``STATS_TILE`` rows, by 0 and +inf. Grid ``[padded rows / ROWS, heads, batch]``.
     """
     first, head, batch = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
     out_base = head_base(out_ptr, batch, head, sob, soh)
@@ -48,13 +50,14 @@ def prepare_kernel(
     if D1 > 0:
         delta += tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
     slot = first + tl.arange(0, ROWS)
-    at = (batch.to(tl.int64) * heads + head) * n_q + slot
-    lse = tl.load(lse_ptr + at, mask=slot < n_q, other=float("-inf"))
+    line = batch.to(tl.int64) * heads + head
+    at = stats_row(line, n_q) + slot
+    lse = tl.load(lse_ptr + line * n_q + slot, mask=slot < n_q, other=float("-inf"))
     kept = lse > float("-inf")
     if q_pos_ptr is not None:
         kept = kept & (load_positions(q_pos_ptr, batch, head, pqb, pqh, slot, n_q, 0) >= 0)
-    tl.store(delta_ptr + at, delta, mask=slot < n_q)
-    tl.store(shift_ptr + at, tl.where(kept, lse * LOG2E, float("inf")), mask=slot < n_q)
+    tl.store(delta_ptr + at, delta)
+    tl.store(shift_ptr + at, tl.where(kept, lse * LOG2E, float("inf")))
 
 
 BACKWARD_RUNTIME = (*RUNTIME, "sgb", "sgh", "sgn", "flat", "key_tiles")
@@ -73,6 +76,7 @@ def tile_probabilities(
     last three mean something only with their option. All vectors are shaped for the tile, either way round.
     """
     s, t = bend_scores(s, q_pos, k_pos, bias_ptr, head, centre, extra, scale, softcap, SOFTCAP)
+    s = s - shift  # before the mask: one fused multiply-add with the scale
     if MASKED:
         keep = kept_pairs(
             q_slot, k_slot, q_local, k_local, kind, words_ptr, low, high, skip, n_k, left, right, TILE_Q, WORDS,
@@ -85,11 +89,11 @@ def tile_probabilities(
         s = tl.where(k_pos >= 0, s, float("-inf"))
     if HAS_SPANS:
         gate, ramp = span_gate(q_pos, k_pos, span, inv_ramp)
-        bare = tl.exp2(tl.where(gate > 0, s, float("-inf")) - shift)
+        bare = tl.exp2(tl.where(gate > 0, s, float("-inf")))
         p = bare * gate
         slope = tl.where(ramp, bare * inv_ramp, 0.0)
     else:
-        p = tl.exp2(s - shift)
+        p = tl.exp2(s)
         slope = p
     p_out, factor, bend = p, p, p
     if DROPOUT:
@@ -123,7 +127,7 @@ def query_kernel(
     threshold, scale, softcap, inv_ramp, keep_scale,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    SOFTCAP: tl.constexpr, RANGE_COLUMNS: tl.constexpr, RANGE_ON_FULL: tl.constexpr,
+    SOFTCAP: tl.constexpr, RANGE_COLUMNS: tl.constexpr, RANGE_ON_FULL: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ; grid and work items as in the forward."""
     SUBS: tl.constexpr = TILE_Q // BLOCK_Q
@@ -144,16 +148,18 @@ def query_kernel(
     v_base_ptr = head_base(v_ptr, batch, kv_head, svb, svh)
     line = batch.to(tl.int64) * heads + head
     row_word = load_optional(row_words_ptr, line * n_q, q_slot, q_slot < n_q)
-    delta = tl.load(delta_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0.0)
-    shift = tl.load(shift_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=float("inf"))
+    delta = tl.load(delta_ptr + stats_row(line, n_q) + q_slot)
+    shift = tl.load(shift_ptr + stats_row(line, n_q) + q_slot)
 
     acc0 = tl.zeros([BLOCK_Q, D0], tl.float32)
     acc1 = tl.zeros([BLOCK_Q, D1 if D1 > 0 else 16], tl.float32)
+    entry = load_entry(entries_ptr, begin * STEPS, end * STEPS, STEPS)
     for phase in tl.static_range(2):
-        for step in range((begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS):
-            entry = step // STEPS
+        first_step, last_step = (begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS
+        for step in tl.range(first_step, last_step, num_stages=MASKED_STAGES if phase == 1 else None):
+            following = load_entry(entries_ptr, step + 1, end * STEPS, STEPS)
             part = step % STEPS
-            tile, kind = load_entry(entries_ptr, entry)
+            tile, kind = entry_fields(entry)
             k_first = tile * TILE_K + part * BLOCK_K
             k_slot = k_first + tl.arange(0, BLOCK_K)
             k0, k1 = load_tile(k_base_ptr, k_first, skn * 8, n_k, BLOCK_K, D, D0, D1, phase == 1)
@@ -174,6 +180,7 @@ def query_kernel(
                 dot_rows(g0, g1, v0, v1, D1), p, factor, bend, delta[:, None], SOFTCAP, row_words_ptr is not None
             )
             acc0, acc1 = add_product(ds, k0, k1, acc0, acc1, D1)
+            entry = following
     acc0 = acc0 * scale
     acc1 = acc1 * scale
     if slot < 0:
@@ -195,12 +202,13 @@ def key_kernel(
     threshold, scale, softcap, inv_ramp, keep_scale, flat, key_tiles,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    SOFTCAP: tl.constexpr, RANGE_COLUMNS: tl.constexpr, RANGE_ON_FULL: tl.constexpr,
+    SOFTCAP: tl.constexpr, RANGE_COLUMNS: tl.constexpr, RANGE_ON_FULL: tl.constexpr, GROUPED: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dK, dV and the gradient of the spans from the transposed score tile ``K Q^T`` (it spills far less).
 
     A list holds the tiles of ``flat`` query heads that share the key head: all of a group, or one where the gradient
-    of the spans is wanted by query head. Grid ``[items * (TILE_K / BLOCK_K) * reps]``.
+    of the spans is wanted by query head; ``GROUPED`` says that they are several. Grid ``[items * (TILE_K / BLOCK_K) * reps]``.
     """
     SUBS: tl.constexpr = TILE_K // BLOCK_K
     STEPS: tl.constexpr = TILE_Q // BLOCK_Q
@@ -222,19 +230,24 @@ def key_kernel(
     dk1 = tl.zeros([BLOCK_K, D1 if D1 > 0 else 16], tl.float32)
     dv1 = tl.zeros([BLOCK_K, D1 if D1 > 0 else 16], tl.float32)
     d_span = tl.zeros([BLOCK_K], tl.float32)
+    entry = load_entry(entries_ptr, begin * STEPS, end * STEPS, STEPS)
     for phase in tl.static_range(2):
-        for step in range((begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS):
-            entry = step // STEPS
+        first_step, last_step = (begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS
+        for step in tl.range(first_step, last_step, num_stages=MASKED_STAGES if phase == 1 else None):
+            following = load_entry(entries_ptr, step + 1, end * STEPS, STEPS)
             part = step % STEPS
-            packed, kind = load_entry(entries_ptr, entry)
-            head = out_head * flat + packed // query_tiles
-            q_first = packed % query_tiles * TILE_Q + part * BLOCK_Q
+            packed, kind = entry_fields(entry)
+            head, q_tile = out_head, packed
+            if GROUPED:
+                head = out_head * flat + packed // query_tiles
+                q_tile = packed % query_tiles
+            q_first = q_tile * TILE_Q + part * BLOCK_Q
             q_slot = q_first + tl.arange(0, BLOCK_Q)
             q_base_ptr = head_base(q_ptr, batch, head, sqb, sqh)
             g_base_ptr = head_base(grad_ptr, batch, head, sgb, sgh)
             q0, q1 = load_tile(q_base_ptr, q_first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, phase == 1)
             line = batch.to(tl.int64) * heads + head
-            shift = tl.load(shift_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=float("inf"))
+            shift = tl.load(shift_ptr + stats_row(line, n_q) + q_slot)
             q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
             k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
             low, high, skip = load_range(range_ptr, batch, head, srb, srh, q_slot, n_q, RANGE_COLUMNS)
@@ -251,13 +264,14 @@ def key_kernel(
             )  # fmt: skip
             g0, g1 = load_tile(g_base_ptr, q_first, sgn * 8, n_q, BLOCK_Q, D, D0, D1, phase == 1)
             dv0, dv1 = add_product(p_out, g0, g1, dv0, dv1, D1)
-            delta = tl.load(delta_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0.0)
+            delta = tl.load(delta_ptr + stats_row(line, n_q) + q_slot)
             _, ds, excess = score_gradient(
                 dot_rows(v0, v1, g0, g1, D1), p, factor, bend, delta[None, :], SOFTCAP, row_words_ptr is not None
             )
             dk0, dk1 = add_product(ds, q0, q1, dk0, dk1, D1)
             if spans_ptr is not None:
                 d_span += tl.sum(slope * excess, 1)
+            entry = following
     dk0 = dk0 * scale
     dk1 = dk1 * scale
     line_out = batch.to(tl.int64) * (heads // flat) + out_head

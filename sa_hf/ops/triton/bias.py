@@ -11,6 +11,7 @@ import triton.language as tl
 from sa_hf.ops.triton.backward import BACKWARD_RUNTIME, score_gradient, tile_probabilities
 from sa_hf.ops.triton.common import (
     dot_rows,
+    entry_fields,
     head_base,
     list_place,
     load_entry,
@@ -20,6 +21,7 @@ from sa_hf.ops.triton.common import (
     load_range,
     load_spans,
     load_tile,
+    stats_row,
     work_place,
 )
 
@@ -61,7 +63,7 @@ def bias_kernel(
     local = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for entry in range(begin, end):
-        tile, kind = load_entry(entries_ptr, entry)
+        tile, kind = entry_fields(load_entry(entries_ptr, entry, entry + 1, 1))
         q_first = tile * TILE_Q + sub_q * BLOCK
         k_first = (tile - row % diagonals + key_tiles - 1) * TILE_K + sub_k * BLOCK
         q_slot, k_slot = q_first + local, k_first + local
@@ -69,8 +71,8 @@ def bias_kernel(
         g0, g1 = load_tile(g_base_ptr, q_first, sgn * 8, n_q, BLOCK, D, D0, D1, True)
         k0, k1 = load_tile(k_base_ptr, k_first, skn * 8, n_k, BLOCK, D, D0, D1, True)
         v0, v1 = load_tile(v_base_ptr, k_first, svn * 8, n_k, BLOCK, D, D0, D1, True)
-        delta = tl.load(delta_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=0.0)
-        shift = tl.load(shift_ptr + line * n_q + q_slot, mask=q_slot < n_q, other=float("inf"))
+        delta = tl.load(delta_ptr + stats_row(line, n_q) + q_slot)
+        shift = tl.load(shift_ptr + stats_row(line, n_q) + q_slot)
         q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
         k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
         low, high, skip = load_range(range_ptr, batch, head, srb, srh, q_slot, n_q, RANGE_COLUMNS)

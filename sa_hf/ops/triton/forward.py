@@ -12,6 +12,7 @@ from sa_hf.ops.triton.common import (
     bend_scores,
     dot_rows,
     dropout_kept,
+    entry_fields,
     head_base,
     in_run,
     kept_pairs,
@@ -39,7 +40,7 @@ def forward_kernel(
     threshold, scale, softcap, inv_ramp, keep_scale,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    SOFTCAP: tl.constexpr, RANGE_COLUMNS: tl.constexpr, RANGE_ON_FULL: tl.constexpr,
+    SOFTCAP: tl.constexpr, RANGE_COLUMNS: tl.constexpr, RANGE_ON_FULL: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid ``[items * (TILE_Q / BLOCK_Q) * reps]``; ``reps = rep_heads * rep_batch`` repeats lists that are shared."""
     SUBS: tl.constexpr = TILE_Q // BLOCK_Q
@@ -65,15 +66,19 @@ def forward_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc0 = tl.zeros([BLOCK_Q, D0], tl.float32)
     acc1 = tl.zeros([BLOCK_Q, D1 if D1 > 0 else 16], tl.float32)
+    word = load_entry(entries_ptr, begin * STEPS, end * STEPS, STEPS)
     for phase in tl.static_range(2):
-        for step in range((begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS):
+        first_step, last_step = (begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS
+        for step in tl.range(first_step, last_step, num_stages=MASKED_STAGES if phase == 1 else None):
+            following = load_entry(entries_ptr, step + 1, end * STEPS, STEPS)
             peak, total, acc0, acc1 = forward_step(
-                step, q0, q1, peak, total, acc0, acc1, k_base_ptr, v_base_ptr, entries_ptr, words_ptr,
+                step, word, q0, q1, peak, total, acc0, acc1, k_base_ptr, v_base_ptr, words_ptr,
                 range_ptr, k_pos_ptr, bias_ptr, spans_ptr, row_words_ptr, column_words_ptr, q_slot, q_pos, low, high,
                 skip, row_word, batch, head, line, skn, svn, pkb, pkh, seb, seh, sub, n_q, n_k, left, right, k_base,
                 centre, extra, threshold, scale, softcap, inv_ramp,
                 TILE_Q, TILE_K, BLOCK_Q, BLOCK_K, D, D0, D1, SOFTCAP, phase == 1, RANGE_ON_FULL,
             )  # fmt: skip
+            word = following
 
     kept = total > 0
     if q_pos_ptr is not None:
@@ -96,7 +101,7 @@ def forward_kernel(
 
 @triton.jit
 def forward_step(
-    step, q0, q1, peak, total, acc0, acc1, k_base_ptr, v_base_ptr, entries_ptr, words_ptr, range_ptr,
+    step, word, q0, q1, peak, total, acc0, acc1, k_base_ptr, v_base_ptr, words_ptr, range_ptr,
     k_pos_ptr, bias_ptr, spans_ptr, row_words_ptr, column_words_ptr, q_slot, q_pos, low, high, skip, row_word,
     batch, head, line, skn, svn, pkb, pkh, seb, seh, sub, n_q, n_k, left, right, k_base, centre, extra, threshold,
     scale, softcap, inv_ramp,
@@ -106,9 +111,8 @@ def forward_step(
 ):  # fmt: skip
     """One ``BLOCK_Q x BLOCK_K`` tile into the running softmax."""
     PLAIN: tl.constexpr = (not SOFTCAP) and (bias_ptr is None)
-    entry = step // (TILE_K // BLOCK_K)
     part = step % (TILE_K // BLOCK_K)
-    tile, kind = load_entry(entries_ptr, entry)
+    tile, kind = entry_fields(word)
     first = tile * TILE_K + part * BLOCK_K
     k_slot = first + tl.arange(0, BLOCK_K)
     k0, k1 = load_tile(k_base_ptr, first, skn * 8, n_k, BLOCK_K, D, D0, D1, MASKED)

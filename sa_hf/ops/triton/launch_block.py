@@ -16,6 +16,7 @@ import triton
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.triton.backward import key_kernel, prepare_kernel, query_kernel
 from sa_hf.ops.triton.bias import bias_kernel
+from sa_hf.ops.triton.common import STATS_TILE
 from sa_hf.ops.triton.configs import Launch
 from sa_hf.ops.triton.forward import combine_kernel, forward_kernel
 from sa_hf.ops.triton.launch import (
@@ -49,7 +50,7 @@ def block_forward(lists: TileLists, query: Tensor, key: Tensor, value: Tensor, s
         **strides("q", query), **strides("k", key), **strides("v", value), **strides("o", out),
         **_sizes(lists, query, key, reps), **scores.scalars, slots=work.slots, query_tiles=lists.query_tiles,
         TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK_Q=block_q, BLOCK_K=block_k, **chunks(d),
-        **_flags(lists, scores), **build_options(config),
+        **_flags(lists, scores), **loop_options(config),
     )  # fmt: skip
     _combine(
         work, reps, part, part_lse, out, lse, lists.tile_q, lists.query_tiles, list_heads=lists.heads, softmax=True
@@ -77,7 +78,7 @@ def block_backward(
 
 class Operands(NamedTuple):
     """What every backward kernel reads, in the kernels' order: the aligned inputs, and per row ``sum(out * grad_out)``
-    and the base-2 log-sum-exp (+inf for rows without a key), fp32 ``[B, H, query_slots]``."""
+    and the base-2 log-sum-exp (+inf for rows without a key), fp32 ``[B, H, query_slots padded to whole tiles]``."""
 
     query: Tensor
     key: Tensor
@@ -99,9 +100,10 @@ def backward_operands(
 ) -> Operands:  # fmt: skip
     query, key, value, out, grad_out = (aligned(x) for x in (query, key, value, out, grad_out))
     batch, heads, n_q, d = query.shape
-    delta, shift = (stats_empty(query, batch, heads, n_q) for _ in range(2))
+    padded = triton.cdiv(n_q, STATS_TILE.value) * STATS_TILE.value
+    delta, shift = (stats_empty(query, batch, heads, padded) for _ in range(2))
     pqb, pqh = scores.query.strides
-    prepare_kernel[triton.cdiv(n_q, PREPARE_ROWS), heads, batch](
+    prepare_kernel[padded // PREPARE_ROWS, heads, batch](
         out, grad_out, packed(lse), scores.query.index, delta, shift, **strides("o", out), **strides("g", grad_out),
         pqb=pqb, pqh=pqh, n_q=n_q, heads=heads, ROWS=PREPARE_ROWS, **chunks(d), **build_options(),
     )  # fmt: skip
@@ -121,7 +123,7 @@ def query_gradient(lists: TileLists, operands: Operands, scores: Scores) -> Tens
         *operands, dq, part, **_list_pointers(lists, work), **scores.pointers, **operands.strides, **strides("o", dq),
         **_sizes(lists, query, key, reps), **scores.scalars, slots=work.slots, query_tiles=lists.query_tiles,
         TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK_Q=block_q, BLOCK_K=block_k, **chunks(d),
-        **_flags(lists, scores), **build_options(config),
+        **_flags(lists, scores), **loop_options(config),
     )  # fmt: skip
     _combine(work, reps, part, None, dq, None, lists.tile_q, lists.query_tiles, list_heads=lists.heads, softmax=False)
     return dq
@@ -155,7 +157,7 @@ def key_gradient(
         **sizes, **scores.scalars, slots=work.slots, flat=flat,
         query_tiles=lists.query_tiles, key_tiles=lists.key_tiles,
         TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK_Q=block_q, BLOCK_K=block_k, **chunks(d),
-        **_flags(lists, scores), **build_options(config),
+        **_flags(lists, scores), GROUPED=flat > 1, **loop_options(config),
     )  # fmt: skip
     tiles = lists.tile_k, lists.key_tiles
     spans = None if d_span is None else part_span
@@ -214,6 +216,13 @@ def variant(kernel: str, lists: TileLists, scores: Scores) -> str:
 def _repeats(lists: TileLists, batch: int, heads: int) -> tuple[int, int]:
     """How often the lists are run: over the heads and the batch rows that share them."""
     return (heads if lists.heads == 1 else 1), (batch if lists.batch == 1 else 1)
+
+
+def loop_options(config: Launch) -> dict[str, int | bool]:
+    """Compiler options of a kernel that goes over a list. The loop over tiles with a predicate is short and loads the
+    bits of its masks beside K and V: a third stage there would cost the room of a second block per processor (115,712
+    bytes of shared memory at head_dim 128, where two blocks fit up to 115,200)."""
+    return {"MASKED_STAGES": min(config.stages, 2), **build_options(config)}
 
 
 def _blocks(config: Launch, own_tile: int, other_tile: int) -> tuple[int, int]:

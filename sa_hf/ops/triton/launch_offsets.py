@@ -63,7 +63,7 @@ def offsets_backward(
         **scores.pointers, **_arguments(part, query, key, scores), **operands.strides, **chunks(query.shape[3]),
         "SOFTCAP": scores.softcapped,
     }  # fmt: skip
-    config = configuration("offsets", query)
+    config = configuration("offsets_query", query)
     offsets_query_kernel[triton.cdiv(n, config.rows), heads, batch](
         *operands, dq, table, unit, **shared, **strides("o", dq),
         ROWS=config.rows, **build_options(config),

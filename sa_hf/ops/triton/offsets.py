@@ -18,6 +18,7 @@ from sa_hf.ops.triton.common import (
     load_rows,
     load_spans,
     span_gate,
+    stats_row,
     store_tile,
 )
 
@@ -139,9 +140,10 @@ def offsets_query_kernel(
     q0, q1 = load_rows(q_base_ptr, first, sqn * 8, row < n, ROWS, D, D0, D1)
     g0, g1 = load_rows(g_base_ptr, first, sgn * 8, row < n, ROWS, D, D0, D1)
     q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, row, n, q_base)
-    at = (batch.to(tl.int64) * heads + head) * n
-    delta = tl.load(delta_ptr + at + row, mask=row < n, other=0.0)
-    shift = tl.load(shift_ptr + at + row, mask=inside & (row < n), other=float("inf"))
+    line = batch.to(tl.int64) * heads + head
+    at, stats = line * n, stats_row(line, n)
+    delta = tl.load(delta_ptr + stats + row, mask=row < n, other=0.0)
+    shift = tl.load(shift_ptr + stats + row, mask=inside & (row < n), other=float("inf"))
     row_word = load_optional(row_words_ptr, at, row, row < n)
     acc0 = tl.zeros([ROWS, D0], tl.float32)
     acc1 = tl.zeros([ROWS, D1 if D1 > 0 else 16], tl.float32)
@@ -204,7 +206,8 @@ def offsets_key_kernel(
     dv1 = tl.zeros([ROWS, D1 if D1 > 0 else 16], tl.float32)
     for member in range(0, group):
         head = kv_head * group + member
-        at = (batch.to(tl.int64) * heads + head) * n
+        line = batch.to(tl.int64) * heads + head
+        at, stats = line * n, stats_row(line, n)
         q_base_ptr = head_base(q_ptr, batch, head, sqb, sqh)
         g_base_ptr = head_base(grad_ptr, batch, head, sgb, sgh)
         k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, key, n, k_base)
@@ -217,8 +220,8 @@ def offsets_key_kernel(
             keep = inside & (row >= begin) & (row < stop)
             q0, q1 = load_rows(q_base_ptr, first + offset, sqn * 8, keep, ROWS, D, D0, D1)
             g0, g1 = load_rows(g_base_ptr, first + offset, sgn * 8, keep, ROWS, D, D0, D1)
-            delta = tl.load(delta_ptr + at + row, mask=keep, other=0.0)
-            shift = tl.load(shift_ptr + at + row, mask=keep, other=float("inf"))
+            delta = tl.load(delta_ptr + stats + row, mask=keep, other=0.0)
+            shift = tl.load(shift_ptr + stats + row, mask=keep, other=float("inf"))
             q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, row, n, q_base)
             row_word = load_optional(row_words_ptr, at, row, keep)
             p, _, ds, slope = pair_gradient(

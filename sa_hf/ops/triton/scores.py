@@ -47,6 +47,9 @@ class SlotPositions:
         return torch.arange(self.base, self.base + slots, device=device)[None, None]
 
 
+NO_POSITIONS = SlotPositions(None, 0)
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """The options of a call in slots: kernel arguments that all kernels of a part share.
@@ -66,11 +69,21 @@ class Scores:
     @classmethod
     def of(cls, options: ScoreOptions, query_index: Index, key_index: Index, query: Tensor, key: Tensor) -> Scores:
         """``query``, ``key``: the part's tensors ``[B, H, slots, D]``."""
-        q_at, k_at = SlotPositions.of(query_index, options.query_offset), SlotPositions.of(key_index, 0)
+        placed = options.distance_bias is not None or options.spans is not None
+        # Dropout has the positions in its words, which are made here. Where no score depends on them a kernel has to
+        # know empty slots alone: without those it is the plain one, which keeps its registers for larger tiles.
+        q_at, k_at = (
+            SlotPositions.of(index, offset) if placed or options.dropout > 0 or _has_empty(index) else NO_POSITIONS
+            for index, offset in ((query_index, options.query_offset), (key_index, 0))
+        )
         bias = None if options.distance_bias is None else (options.distance_bias.float() * LOG2E).contiguous()
         words: tuple[Tensor, Tensor] | None = None
         if options.dropout > 0:
             words = _words(options, q_at, k_at, query, key)
+            if not placed:
+                q_at, k_at = (
+                    at if _has_empty(index) else NO_POSITIONS for at, index in ((q_at, query_index), (k_at, key_index))
+                )
         return cls(
             options, q_at, k_at, bias, _slot_spans(options.spans, k_at, key.shape[2]),
             None if words is None else words[0], None if words is None else words[1],
@@ -109,6 +122,10 @@ class Scores:
     @property
     def softcapped(self) -> bool:
         return self.options.softcap is not None
+
+
+def _has_empty(index: Index) -> bool:
+    return isinstance(index, Tensor) and may_be_empty(index)
 
 
 def _slot_spans(spans: Tensor | None, key: SlotPositions, slots: int) -> Tensor | None:
