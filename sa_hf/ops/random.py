@@ -82,17 +82,22 @@ def dropout_keep(row_word: Tensor, column_word: Tensor, dropout: float) -> Tenso
 
 
 def dropout_bits(row_word: Tensor, column_word: Tensor, dropout: float) -> Tensor:
-    """:func:`dropout_keep` as int32: 0 where kept, -1 (all bits) where dropped; made in two buffers."""
+    """:func:`dropout_keep` as int32: 0 where kept, -1 (all bits) where dropped; made in one buffer.
+
+    The words are mixed already (:func:`dropout_words`); of a pair of them one product is made, by an odd number of the
+    row's own (multiply-shift hashing, Dietzfelbinger et al. 1997), and its upper bits are compared. With a full hash of
+    each pair an H100's forward at head_dim 64 took 401 us, and 124 us without dropout.
+    ``tests/ops/test_dropout_bits.py`` holds the masks against independent draws.
+    """
     value = row_word ^ column_word
-    shifted = torch.empty_like(value)
-    for by, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 1)):  # hash32, in place
-        torch.bitwise_right_shift(value, by, out=shifted)
-        value ^= shifted.bitwise_and_((1 << (32 - by)) - 1)
-        if factor != 1:
-            value *= factor
-    # 31 bits: the difference of two non-negative int32 has the sign of the comparison.
-    value &= 0x7FFFFFFF
-    return value.sub_(min(round(dropout * 2**31), 2**31 - 1)).bitwise_right_shift_(31)
+    value *= row_word | 1
+    # 31 bits: their difference from the threshold is an int32, with the sign of the comparison.
+    return value.bitwise_right_shift_(1).sub_(dropout_threshold(dropout)).bitwise_right_shift_(31)
+
+
+def dropout_threshold(dropout: float) -> int:
+    """The signed 31-bit number below which a product's upper bits are dropped."""
+    return min(round(dropout * 2**31) - 2**30, 2**30 - 1)
 
 
 def _low32(x: Tensor) -> Tensor:

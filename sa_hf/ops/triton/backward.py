@@ -208,7 +208,8 @@ def key_kernel(
     """dK, dV and the gradient of the spans from the transposed score tile ``K Q^T`` (it spills far less).
 
     A list holds the tiles of ``flat`` query heads that share the key head: all of a group, or one where the gradient
-    of the spans is wanted by query head; ``GROUPED`` says that they are several. Grid ``[items * (TILE_K / BLOCK_K) * reps]``.
+    of the spans is wanted by query head; ``GROUPED`` says that they are several. Grid
+    ``[items * (TILE_K / BLOCK_K) * reps]``.
     """
     SUBS: tl.constexpr = TILE_K // BLOCK_K
     STEPS: tl.constexpr = TILE_Q // BLOCK_Q

@@ -217,20 +217,9 @@ def load_spans(spans_ptr, batch, head, batch_stride, head_stride, slots, valid):
 
 
 @triton.jit
-def hash32(x):
-    """``ops.random.hash32`` on uint32."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
 def dropout_kept(row_word, column_word, threshold):
     """``ops.random.dropout_keep`` of two int32 words."""
-    word = (row_word ^ column_word).to(tl.uint32, bitcast=True)
-    return (hash32(word) & 0x7FFFFFFF).to(tl.int32, bitcast=True) >= threshold
+    return (row_word ^ column_word) * (row_word | 1) >= threshold
 
 
 @triton.jit

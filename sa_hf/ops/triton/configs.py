@@ -50,7 +50,7 @@ _SHIPPED: dict[tuple[str, int, int], dict[int | str, Launch]] = {
     ("forward++", 64, 16): {0: Launch(64, 32, 4, 2), 80: Launch(32, 32, 4, 2)},
     ("forward++", 128, 16): {0: Launch(64, 16, 4, 2)},
     ("forward++", 256, 16): {0: Launch(64, 16, 8, 2)},
-    ("query", 64, 16): {0: Launch(64, 64, 4, 2)},
+    ("query", 64, 16): {0: Launch(64, 64, 4, 2), 90: Launch(64, 64, 4, 3)},
     ("query", 128, 16): {0: Launch(64, 32, 4, 2), 90: Launch(64, 64, 4, 2)},
     ("query", 192, 16): {0: Launch(64, 32, 8, 2), 80: Launch(32, 32, 8, 2)},
     ("query", 256, 16): {0: Launch(32, 16, 4, 2)},

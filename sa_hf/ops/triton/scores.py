@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.parts import Index, ScoreOptions
-from sa_hf.ops.random import counter_words, dropout_words
+from sa_hf.ops.random import counter_words, dropout_threshold, dropout_words
 from sa_hf.ops.slots import may_be_empty
 from sa_hf.ops.triton.launch import packed
 
@@ -108,7 +108,7 @@ class Scores:
             "pqb": pqb, "pqh": pqh, "pkb": pkb, "pkh": pkh, "seb": seb, "seh": seh,
             "q_base": self.query.base, "k_base": self.key.base,
             "centre": 0 if self.bias is None else (self.bias.shape[1] + 1) // 2 - 1, "extra": o.extra_tokens,
-            "threshold": min(round(o.dropout * 2**31), 2**31 - 1),
+            "threshold": 2 * dropout_threshold(o.dropout),
             "scale": float(o.scale), "softcap": 1.0 if o.softcap is None else float(o.softcap),
             "inv_ramp": 1.0 / float(o.ramp), "keep_scale": 1.0 / (1.0 - o.dropout),
         }  # fmt: skip

@@ -23,13 +23,13 @@ from sa_hf.ops.triton.launch import architecture
 # host's launches: they take as long as a kernel.
 Clock = Callable[[Sequence[Callable[[], object]], torch.device], float]
 
-# rows, columns, warps, stages. A candidate that does not compile or does not fit the machine is passed over. Eight warps
-# on 64 rows are not among them: two warp groups then share the columns of a product and exchange its operand through
-# shared memory (H100: 918 us instead of 380 for dK/dV at head_dim 128).
+# rows, columns, warps, stages. A candidate that does not compile or does not fit the machine is passed over. Eight
+# warps on 64 rows are not among them: two warp groups then share the columns of a product and exchange its operand
+# through shared memory (H100: 918 us instead of 380 for dK/dV at head_dim 128).
 TILES = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4)]
 WIDE_TILES = [
-    (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2),
-    (128, 32, 8, 3),
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3),
+    (128, 128, 8, 2), (128, 32, 8, 3),
 ]  # fmt: skip
 ROWS = [(8, 1, 2, 1), (16, 1, 2, 1), (16, 1, 4, 1), (32, 1, 4, 1), (32, 1, 8, 1), (64, 1, 8, 1)]
 
