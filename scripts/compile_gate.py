@@ -269,7 +269,7 @@ def markdown(rows: list[dict[str, Any]], versions: str) -> str:
     lines = [
         "# Compiled kernels", "",
         f"`python scripts/compile_gate.py`, {versions}. Read from the binaries; speed is not measured here.",
-        "fp32 kernels (ieee precision, no matrix units) may spill. 16-bit ones may not; on sm_90, where such a launch was",
+        "fp32 kernels (ieee precision, no matrix units) may spill. 16-bit ones may not; on sm_90, where a launch was",
         f"measured as the fastest, up to {MEASURED_SPILL} bytes, with {MEASURED_LOOP_SPILLS} accesses in the loop over",
         "full tiles.", "",
         "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
