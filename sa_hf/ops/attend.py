@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sa_hf.ops.engine import Engine, Gradients
+from sa_hf.ops.host import own_rules
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.random import counter_words
 from sa_hf.ops.run import plan_backward, plan_forward
@@ -98,9 +100,10 @@ class Batch:
     @property
     def whole_options(self) -> ScoreOptions:
         first = self.sequences.spans[0]
+        ids = None if self.options.seed is None else torch.arange(self.sequences.batch_size, device=self.device)
         return replace(
             self.options,
-            sequence_ids=torch.arange(self.sequences.batch_size, device=self.device),
+            sequence_ids=ids,
             distance_bias=centred(self.options.distance_bias, first.key_length),
             query_offset=first.key_length - first.query_length,
         )
@@ -204,17 +207,21 @@ class _Attend(torch.autograd.Function):
         sequences: Sequences, plan_for: PlanFor, options: ScoreOptions, engine: Engine,
     ) -> Tensor:  # fmt: skip
         options = options.with_tensors(distance_bias=bias, spans=spans)
-        out, lse = sequences_forward(query, key, value, sequences, plan_for, options, engine)
+        with own_rules(query.device):
+            out, lse = sequences_forward(query, key, value, sequences, plan_for, options, engine)
+            out = out.contiguous()
         ctx.save_for_backward(query, key, value, bias, spans, out, lse)
         ctx.call = sequences, plan_for, options.with_tensors(distance_bias=None, spans=None), engine
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, spans, out, lse = ctx.saved_tensors
         sequences, plan_for, options, engine = ctx.call
         options = options.with_tensors(distance_bias=bias, spans=spans)
-        grads = sequences_backward(query, key, value, out, lse, grad_out, sequences, plan_for, options, engine)
+        with own_rules(query.device):
+            grads = sequences_backward(query, key, value, out, lse, grad_out, sequences, plan_for, options, engine)
         return grads.query, grads.key, grads.value, grads.distance_bias, grads.spans, None, None, None, None
 
 
