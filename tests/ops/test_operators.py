@@ -11,8 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sa_hf import sparse_attention
+from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns import BigBirdAttentionConfig
+from sa_hf.patterns.expire_span import EXPIRING
 
 CONFIG = BigBirdAttentionConfig(block_size=16)
 
@@ -61,6 +64,24 @@ def test_no_operator_is_called_in_eager_mode(monkeypatch: pytest.MonkeyPatch) ->
     assert sparse_attention(*tensors(), CONFIG).shape == (2, 2, 80, 16)
 
 
+def test_a_plan_by_rule_with_and_without_the_operator() -> None:
+    *qkv, grad = tensors(4)
+    spans = torch.full((2, 1, 80), 9.0, requires_grad=True)
+    leaves = [*qkv, spans]
+
+    def run() -> tuple[Tensor, ...]:
+        options = ScoreOptions(0.25, spans=spans, ramp=4.0)
+        out = planned_attention(*qkv, EXPIRING, options, "native", numbers=[13])
+        return out, *torch.autograd.grad(out, leaves, grad.detach())
+
+    plain = run()
+    with Seen() as seen:
+        through = run()
+    assert seen.names == ["sa_hf::planned_attention", "sa_hf::planned_attention_backward"]
+    for ours, theirs in zip(plain, through, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 def test_tensors_without_data_get_a_result_without_data() -> None:
     q, k, v = (torch.empty(1, 2, 80, 16, device="meta") for _ in range(3))
     assert sparse_attention(q, k, v, CONFIG).is_meta
@@ -92,7 +113,6 @@ def test_autocast_changes_nothing_inside() -> None:
 
 def test_sequences_of_full_rows_are_numbered_only_for_dropout() -> None:
     from sa_hf.ops.attend import Batch
-    from sa_hf.ops.parts import ScoreOptions
 
     rows, device = Sequences.full(3, 8, 8), torch.device("cpu")
     assert Batch(rows, lambda *_: (), ScoreOptions(1.0), device).whole_options.sequence_ids is None
