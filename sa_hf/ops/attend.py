@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sa_hf.ops.engine import Engine, Gradients
+from sa_hf.ops.host import own_rules
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.random import counter_words
 from sa_hf.ops.run import plan_backward, plan_forward
@@ -97,12 +99,15 @@ class Batch:
 
     @property
     def whole_options(self) -> ScoreOptions:
-        first = self.sequences.spans[0]
+        first, options = self.sequences.spans[0], self.options
+        offset = first.key_length - first.query_length
+        if options.seed is None and options.distance_bias is None and options.query_offset == offset:
+            return options
         return replace(
-            self.options,
-            sequence_ids=torch.arange(self.sequences.batch_size, device=self.device),
-            distance_bias=centred(self.options.distance_bias, first.key_length),
-            query_offset=first.key_length - first.query_length,
+            options,
+            sequence_ids=None if options.seed is None else torch.arange(self.sequences.batch_size, device=self.device),
+            distance_bias=centred(options.distance_bias, first.key_length),
+            query_offset=offset,
         )
 
     def groups(self) -> list[tuple[Sequence[Part], Group]]:
@@ -197,24 +202,35 @@ def uncentred(grad: Tensor | None, table: Tensor | None) -> Tensor | None:
 # -- autograd ------------------------------------------------------------------------------------------------------
 
 
+def with_gradients(options: ScoreOptions, bias: Tensor | None, spans: Tensor | None) -> ScoreOptions:
+    """The options with these of the tensors that have a gradient (autograd wants them among a function's arguments)."""
+    if options.distance_bias is bias and options.spans is spans:
+        return options
+    return replace(options, distance_bias=bias, spans=spans)
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, spans: Tensor | None,
         sequences: Sequences, plan_for: PlanFor, options: ScoreOptions, engine: Engine,
     ) -> Tensor:  # fmt: skip
-        options = options.with_tensors(distance_bias=bias, spans=spans)
-        out, lse = sequences_forward(query, key, value, sequences, plan_for, options, engine)
+        options = with_gradients(options, bias, spans)
+        with own_rules(query.device):
+            out, lse = sequences_forward(query, key, value, sequences, plan_for, options, engine)
+            out = out.contiguous()
         ctx.save_for_backward(query, key, value, bias, spans, out, lse)
-        ctx.call = sequences, plan_for, options.with_tensors(distance_bias=None, spans=None), engine
+        ctx.call = sequences, plan_for, with_gradients(options, None, None), engine
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, spans, out, lse = ctx.saved_tensors
         sequences, plan_for, options, engine = ctx.call
-        options = options.with_tensors(distance_bias=bias, spans=spans)
-        grads = sequences_backward(query, key, value, out, lse, grad_out, sequences, plan_for, options, engine)
+        options = with_gradients(options, bias, spans)
+        with own_rules(query.device):
+            grads = sequences_backward(query, key, value, out, lse, grad_out, sequences, plan_for, options, engine)
         return grads.query, grads.key, grads.value, grads.distance_bias, grads.spans, None, None, None, None
 
 
@@ -232,6 +248,6 @@ def attend(
         ``[B, H, Nq, D]`` in the query's dtype; rows of padding and rows without a key are 0.
     """
     bias, spans = options.distance_bias, options.spans
-    bare = options.with_tensors(distance_bias=None, spans=None)
+    bare = with_gradients(options, None, None)
     result: Tensor = _Attend.apply(query, key, value, bias, spans, sequences, plan_for, bare, engine)
     return result

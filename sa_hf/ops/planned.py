@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sa_hf.ops.engine import Engine, choose_engine
-from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS
+from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager
 from sa_hf.ops.host import own_rules
 from sa_hf.ops.members import Means, means_backward, means_forward
 from sa_hf.ops.parts import Part, ScoreOptions
@@ -63,8 +65,7 @@ def _call(
     return _RULES[rule](data), options, choose_engine(engine, query, options)
 
 
-@torch.library.custom_op("sa_hf::planned_attention", mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS)
-def _planned(
+def _forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, spans: Tensor | None, first: Tensor | None,
     second: Tensor | None, seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int],
     heads: list[int], engine: str, mean_slots: int, scalars: list[float],
@@ -80,6 +81,11 @@ def _planned(
     return out.contiguous(), lse.contiguous(), query.new_empty(0), lse.new_empty(0)
 
 
+_planned = torch.library.custom_op(
+    "sa_hf::planned_attention", _forward, mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS
+)  # fmt: skip
+
+
 @_planned.register_fake
 def _(query, key, value, bias, spans, first, second, seed, ids, rule, numbers, heads, engine, mean_slots, scalars):  # type: ignore[no-untyped-def]  # signature fixed by the operator
     stats = torch.promote_types(query.dtype, torch.float32)
@@ -92,8 +98,7 @@ def _(query, key, value, bias, spans, first, second, seed, ids, rule, numbers, h
     )  # fmt: skip
 
 
-@torch.library.custom_op("sa_hf::planned_attention_backward", mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS)
-def _planned_backward(
+def _gradients(
     grad: Tensor, out: Tensor, lse: Tensor, slot_out: Tensor, slot_lse: Tensor, query: Tensor, key: Tensor,
     value: Tensor, bias: Tensor | None, spans: Tensor | None, first: Tensor | None, second: Tensor | None,
     seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int], heads: list[int], engine: str,
@@ -114,6 +119,11 @@ def _planned_backward(
     return grads.query.contiguous(), grads.key.contiguous(), grads.value.contiguous(), of_bias, of_spans
 
 
+_planned_backward = torch.library.custom_op(
+    "sa_hf::planned_attention_backward", _gradients, mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS
+)  # fmt: skip
+
+
 @_planned_backward.register_fake
 def _(grad, out, lse, slot_out, slot_lse, query, key, value, bias, spans, *rest):  # type: ignore[no-untyped-def]  # fixed by the operator
     present = (query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, spans))
@@ -128,15 +138,31 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # sign
     ctx.rest = inputs[TENSORS:]
 
 
-def _backward(ctx, grad_out, *unused):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
+def _backward(ctx, grad_out, *unused, run=_planned_backward):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
     out, lse, slot_out, slot_lse, *tensors = ctx.saved_tensors
     bias, spans = tensors[3], tensors[4]
-    *main, of_bias, of_spans = _planned_backward(grad_out, out, lse, slot_out, slot_lse, *tensors, *ctx.rest)
+    *main, of_bias, of_spans = run(grad_out, out, lse, slot_out, slot_lse, *tensors, *ctx.rest)
     optional = (None if bias is None else of_bias, None if spans is None else of_spans)
     return *main, *optional, *(None for _ in range(len(tensors) - 5 + len(ctx.rest)))
 
 
 _planned.register_autograd(_backward, setup_context=_setup)
+
+
+class _Direct(torch.autograd.Function):
+    """The same call without the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        result = _forward(*inputs)
+        _setup(ctx, inputs, result)
+        return result[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        result: tuple[Tensor | None, ...] = _backward(ctx, grad_out, run=_gradients)
+        return result
 
 
 def planned_attention(
@@ -156,9 +182,12 @@ def planned_attention(
         ``[G, H, nq, D]``, differentiable in query, key, value, and the distance bias and spans of ``options``.
     """
     first, second = (*tensors, None, None)[:2]
-    out: Tensor = _planned(
+    given = (
         query, key, value, options.distance_bias, options.spans, first, second, options.seed, options.sequence_ids,
+    )  # fmt: skip
+    rest = (
         rule, [UNBOUNDED if x is None else x for x in numbers], list(options.heads or ()), engine, mean_slots,
         [options.scale, options.softcap or 0.0, options.dropout, options.ramp],
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    out: Tensor = _Direct.apply(*given, *rest) if eager(*given) else _planned(*given, *rest)[0]
     return out

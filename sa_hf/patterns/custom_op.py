@@ -7,6 +7,7 @@ place), the sequences as a flat list of integers. Everything else is rebuilt, an
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import NotStaticError
-from sa_hf.ops.attend import PlanFor, sequences_backward, sequences_forward
+from sa_hf.ops.attend import PlanFor, attend, sequences_backward, sequences_forward
 from sa_hf.ops.engine import choose_engine
-from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS
+from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager
 from sa_hf.ops.host import own_rules
 from sa_hf.ops.parts import Band, Part, ScoreOptions
 from sa_hf.ops.sequences import PendingSequences, Sequences, Span
@@ -182,6 +183,8 @@ def static_attention(
 
     ``layer`` comes from :func:`layer_key`; shapes as in ``ops.attend.attend``.
     """
+    if isinstance(sequences, Sequences) and eager(query, key, value, options.distance_bias):
+        return _direct(query, key, value, sequences, layer, options)
     mask = ids = None
     if isinstance(sequences, PendingSequences):
         mask, ids = sequences.attention_mask, sequences.sequence_ids
@@ -190,3 +193,13 @@ def static_attention(
         layer, _flat(sequences), sequences.extra_tokens, options.scale, options.softcap or 0.0, options.dropout,
     )[0]  # fmt: skip
     return out
+
+
+def _direct(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, layer: str, options: ScoreOptions
+) -> Tensor:  # fmt: skip
+    """The same call without the operator."""
+    extra = sequences.extra_tokens
+    options = replace(options, softcap=options.softcap or None, spans=None, heads=_layer(layer)[1].heads)
+    engine = choose_engine(_layer(layer)[2], query, options)
+    return attend(query, key, value, sequences, _plan_for(layer, query.device, extra), options, engine)

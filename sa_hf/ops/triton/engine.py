@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -85,8 +86,8 @@ def _machine_reason(device: torch.device) -> str | None:
         )
     if device.type != "cuda":
         return f"its kernels run on a GPU, not on {device.type}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability(device.index) < 80:
+        major, minor = divmod(capability(device.index), 10)
         return f"its kernels need compute capability 8.0 or newer, and this GPU has {major}.{minor}"
     return None
 
@@ -108,4 +109,13 @@ def _input_reason(query: Tensor, options: ScoreOptions) -> str | None:
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Kernels are launched on the current device: make it the tensor's."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+@lru_cache(maxsize=16)
+def capability(index: int | None) -> int:
+    """Compute capability of a CUDA device times 10."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor

@@ -6,8 +6,8 @@ results as in ``ops.engine.Engine``. No host read in the steady state (the lists
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,17 +20,20 @@ from sa_hf.ops.triton.common import STATS_TILE
 from sa_hf.ops.triton.configs import Launch
 from sa_hf.ops.triton.forward import combine_kernel, forward_kernel
 from sa_hf.ops.triton.launch import (
+    PREPARED,
+    Prepared,
+    Shape,
     aligned,
-    build_options,
     chunks,
     configuration,
+    contiguous,
     empty_like,
     packed,
     stats_empty,
     strides,
 )
-from sa_hf.ops.triton.lists import TileLists, WorkList
-from sa_hf.ops.triton.scores import Scores, position_spans
+from sa_hf.ops.triton.lists import TileLists, Tiling, WorkList, WorkSizes
+from sa_hf.ops.triton.scores import ScoreNumbers, Scores, position_spans
 
 COMBINE_ROWS, COMBINE_ROWS_WIDE = 16, 8  # up to head_dim 128, and beyond (16 spill on sm_80)
 PREPARE_ROWS = 32
@@ -42,20 +45,30 @@ def block_forward(lists: TileLists, query: Tensor, key: Tensor, value: Tensor, s
     batch, heads, n_q, d = query.shape
     out, lse = empty_like(query), stats_empty(query, batch, heads, n_q)
     work, config = lists.by_query(), configuration(variant("forward", lists, scores), query)
-    reps = _repeats(lists, batch, heads)
-    part, part_lse = _partials(work, reps, lists.tile_q, (d, 1), query)
-    block_q, block_k = _blocks(config, lists.tile_q, lists.tile_k)
-    forward_kernel[_grid(work, lists.tile_q // block_q, reps)](
-        query, key, value, out, lse, part, part_lse, **_list_pointers(lists, work), **scores.pointers,
-        **strides("q", query), **strides("k", key), **strides("v", value), **strides("o", out),
-        **_sizes(lists, query, key, reps), **scores.scalars, slots=work.slots, query_tiles=lists.query_tiles,
-        TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK_Q=block_q, BLOCK_K=block_k, **chunks(d),
-        **_flags(lists, scores), **loop_options(config),
+    reps = _repeats(lists.tiling, batch, heads)
+    part, part_lse = _partials(work, reps, lists.tile_q, (d, 1), lse)
+    start = _forward(
+        lists.tiling, work.sizes, Shape.of(query), Shape.of(key), value.stride(), scores.numbers, config
     )  # fmt: skip
-    _combine(
-        work, reps, part, part_lse, out, lse, lists.tile_q, lists.query_tiles, list_heads=lists.heads, softmax=True
-    )
+    start(query, key, value, out, lse, part, part_lse, *_list_tensors(lists, work), *scores.tensors)
+    _combine(work, reps, part, part_lse, out, lse, lists.tiling, by_key=False, list_heads=lists.heads, softmax=True)
     return out, lse
+
+
+@lru_cache(maxsize=PREPARED)
+def _forward(
+    tiling: Tiling, work: WorkSizes, query: Shape, key: Shape, value: tuple[int, ...], numbers: ScoreNumbers,
+    config: Launch,
+) -> Prepared:  # fmt: skip
+    reps = _repeats(tiling, *query.sizes[:2])
+    block_q, block_k = _blocks(config, tiling.tile_q, tiling.tile_k)
+    arguments = {
+        **strides("q", query.strides), **strides("k", key.strides), **strides("v", value),
+        **strides("o", contiguous(query.sizes)), **_sizes(tiling, query, key, reps), **numbers._asdict(),
+        **_constants(tiling, query), "slots": work.slots, "query_tiles": tiling.query_tiles,
+        "BLOCK_Q": block_q, "BLOCK_K": block_k, "MASKED_STAGES": masked_stages(config),
+    }  # fmt: skip
+    return Prepared(forward_kernel, _grid(work, tiling.tile_q // block_q, reps), arguments, config)
 
 
 def block_backward(
@@ -88,9 +101,24 @@ class Operands(NamedTuple):
     shift: Tensor
 
     @property
+    def shapes(self) -> OperandShapes:
+        return OperandShapes(
+            Shape.of(self.query), Shape.of(self.key), self.value.stride(), self.grad_out.stride()
+        )  # fmt: skip
+
+
+class OperandShapes(NamedTuple):
+    """Of query and key the shapes, of value and grad_out the strides, which alone may differ."""
+
+    query: Shape
+    key: Shape
+    value: tuple[int, ...]
+    grad_out: tuple[int, ...]
+
+    @property
     def strides(self) -> dict[str, int]:
         return {
-            **strides("q", self.query), **strides("k", self.key), **strides("v", self.value),
+            **strides("q", self.query.strides), **strides("k", self.key.strides), **strides("v", self.value),
             **strides("g", self.grad_out),
         }  # fmt: skip
 
@@ -99,34 +127,55 @@ def backward_operands(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scores: Scores
 ) -> Operands:  # fmt: skip
     query, key, value, out, grad_out = (aligned(x) for x in (query, key, value, out, grad_out))
-    batch, heads, n_q, d = query.shape
-    padded = triton.cdiv(n_q, STATS_TILE.value) * STATS_TILE.value
-    delta, shift = (stats_empty(query, batch, heads, padded) for _ in range(2))
-    pqb, pqh = scores.query.strides
-    prepare_kernel[padded // PREPARE_ROWS, heads, batch](
-        out, grad_out, packed(lse), scores.query.index, delta, shift, **strides("o", out), **strides("g", grad_out),
-        pqb=pqb, pqh=pqh, n_q=n_q, heads=heads, ROWS=PREPARE_ROWS, **chunks(d), **build_options(),
-    )  # fmt: skip
+    batch, heads, n_q, _ = query.shape
+    padded = padded_rows(n_q)
+    delta, shift = stats_empty(query, batch, heads, padded), stats_empty(query, batch, heads, padded)
+    start = _prepare(Shape.of(out), grad_out.stride(), scores.query.strides)
+    start(out, grad_out, packed(lse), scores.query.index, delta, shift)
     return Operands(query, key, value, grad_out, delta, shift)
+
+
+@lru_cache(maxsize=PREPARED)
+def _prepare(out: Shape, grad_out: tuple[int, ...], positions: tuple[int, int]) -> Prepared:
+    batch, heads, n_q, d = out.sizes
+    arguments = {
+        **strides("o", out.strides), **strides("g", grad_out), "pqb": positions[0], "pqh": positions[1], "n_q": n_q,
+        "heads": heads, "ROWS": PREPARE_ROWS, **chunks(d),
+    }  # fmt: skip
+    return Prepared(prepare_kernel, (padded_rows(n_q) // PREPARE_ROWS, heads, batch), arguments)
+
+
+def padded_rows(n_q: int) -> int:
+    """Rows of the backward's statistics: whole tiles, which are read unmasked."""
+    return triton.cdiv(n_q, STATS_TILE.value) * STATS_TILE.value
 
 
 def query_gradient(lists: TileLists, operands: Operands, scores: Scores) -> Tensor:
     """dQ, in the queries' shape and dtype."""
-    query, key = operands.query, operands.key
-    batch, heads, _, d = query.shape
+    query = operands.query
     work, config = lists.by_query(), configuration(variant("query", lists, scores), query)
-    reps = _repeats(lists, batch, heads)
+    reps = _repeats(lists.tiling, *query.shape[:2])
     dq = empty_like(query)
-    (part,) = _partials(work, reps, lists.tile_q, (d,), query)
-    block_q, block_k = _blocks(config, lists.tile_q, lists.tile_k)
-    query_kernel[_grid(work, lists.tile_q // block_q, reps)](
-        *operands, dq, part, **_list_pointers(lists, work), **scores.pointers, **operands.strides, **strides("o", dq),
-        **_sizes(lists, query, key, reps), **scores.scalars, slots=work.slots, query_tiles=lists.query_tiles,
-        TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK_Q=block_q, BLOCK_K=block_k, **chunks(d),
-        **_flags(lists, scores), **loop_options(config),
-    )  # fmt: skip
-    _combine(work, reps, part, None, dq, None, lists.tile_q, lists.query_tiles, list_heads=lists.heads, softmax=False)
+    (part,) = _partials(work, reps, lists.tile_q, query.shape[3:], operands.delta)
+    start = _query(lists.tiling, work.sizes, operands.shapes, scores.numbers, config)
+    start(*operands, dq, part, *_list_tensors(lists, work), *scores.tensors)
+    _combine(work, reps, part, None, dq, None, lists.tiling, by_key=False, list_heads=lists.heads, softmax=False)
     return dq
+
+
+@lru_cache(maxsize=PREPARED)
+def _query(
+    tiling: Tiling, work: WorkSizes, shapes: OperandShapes, numbers: ScoreNumbers, config: Launch
+) -> Prepared:  # fmt: skip
+    query = shapes.query
+    reps = _repeats(tiling, *query.sizes[:2])
+    block_q, block_k = _blocks(config, tiling.tile_q, tiling.tile_k)
+    arguments = {
+        **shapes.strides, **strides("o", contiguous(query.sizes)), **_sizes(tiling, query, shapes.key, reps),
+        **numbers._asdict(), **_constants(tiling, query), "slots": work.slots, "query_tiles": tiling.query_tiles,
+        "BLOCK_Q": block_q, "BLOCK_K": block_k, "MASKED_STAGES": masked_stages(config),
+    }  # fmt: skip
+    return Prepared(query_kernel, _grid(work, tiling.tile_q // block_q, reps), arguments, config)
 
 
 def key_gradient(
@@ -141,28 +190,21 @@ def key_gradient(
     flat = 1 if scores.spans is not None else group
     work, config = lists.by_key(flat, group), configuration(variant("key", lists, scores), query)
     out_heads = heads // flat
-    rep_heads, rep_batch = (out_heads if lists.heads == 1 else 1), (batch if lists.batch == 1 else 1)
-    reps = (rep_heads, rep_batch)
+    reps = _repeats(lists.tiling, batch, out_heads)
     grown = out_heads != kv_heads
     dk, dv = (
         stats_empty(key, batch, out_heads, n_k, d) if grown else empty_like(key) for _ in range(2)
     )  # fmt: skip
     d_span = None if scores.spans is None else stats_empty(key, batch, out_heads, n_k)
-    part_k, part_v, part_span = _partials(work, reps, lists.tile_k, (d, d, 1), key)
-    block_k, block_q = _blocks(config, lists.tile_k, lists.tile_q)
-    sizes = _sizes(lists, query, key, reps) | {"list_heads": 1 if lists.heads == 1 else out_heads}
-    key_kernel[_grid(work, lists.tile_k // block_k, reps)](
-        *operands, dk, dv, d_span, part_k, part_v, part_span, **_list_pointers(lists, work), **scores.pointers,
-        **operands.strides, **strides("o", dk),
-        **sizes, **scores.scalars, slots=work.slots, flat=flat,
-        query_tiles=lists.query_tiles, key_tiles=lists.key_tiles,
-        TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK_Q=block_q, BLOCK_K=block_k, **chunks(d),
-        **_flags(lists, scores), GROUPED=flat > 1, **loop_options(config),
+    part_k, part_v, part_span = _partials(work, reps, lists.tile_k, (d, d, 1), operands.delta)
+    start = _key(lists.tiling, work.sizes, operands.shapes, flat, scores.numbers, config)
+    start(
+        *operands, dk, dv, d_span, part_k, part_v, part_span, *_list_tensors(lists, work), *scores.tensors
     )  # fmt: skip
-    tiles = lists.tile_k, lists.key_tiles
+    list_heads = 1 if lists.heads == 1 else out_heads
     spans = None if d_span is None else part_span
-    _combine(work, reps, part_k, spans, dk, d_span, *tiles, list_heads=sizes["list_heads"], softmax=False)
-    _combine(work, reps, part_v, None, dv, None, *tiles, list_heads=sizes["list_heads"], softmax=False)
+    _combine(work, reps, part_k, spans, dk, d_span, lists.tiling, by_key=True, list_heads=list_heads, softmax=False)
+    _combine(work, reps, part_v, None, dv, None, lists.tiling, by_key=True, list_heads=list_heads, softmax=False)
     if grown:
         dk, dv = (x.unflatten(1, (kv_heads, group)).sum(2).to(key.dtype) for x in (dk, dv))
     if d_span is None or scores.options.spans is None:
@@ -170,25 +212,49 @@ def key_gradient(
     return dk, dv, position_spans(d_span, scores.key, scores.options.spans)
 
 
+@lru_cache(maxsize=PREPARED)
+def _key(
+    tiling: Tiling, work: WorkSizes, shapes: OperandShapes, flat: int, numbers: ScoreNumbers, config: Launch
+) -> Prepared:  # fmt: skip
+    query, key = shapes.query, shapes.key
+    batch, heads, _, _ = query.sizes
+    out = (batch, heads // flat, *key.sizes[2:])
+    reps = _repeats(tiling, *out[:2])
+    block_k, block_q = _blocks(config, tiling.tile_k, tiling.tile_q)
+    arguments = {
+        **shapes.strides, **strides("o", contiguous(out)), **_sizes(tiling, query, key, reps), **numbers._asdict(),
+        **_constants(tiling, query), "list_heads": 1 if tiling.heads == 1 else out[1], "slots": work.slots,
+        "flat": flat, "GROUPED": flat > 1, "query_tiles": tiling.query_tiles, "key_tiles": tiling.key_tiles,
+        "BLOCK_Q": block_q, "BLOCK_K": block_k, "MASKED_STAGES": masked_stages(config),
+    }  # fmt: skip
+    return Prepared(key_kernel, _grid(work, tiling.tile_k // block_k, reps), arguments, config)
+
+
 def _bias_gradient(lists: TileLists, operands: Operands, scores: Scores) -> Tensor | None:
     bias = scores.options.distance_bias
     if bias is None:
         return None
-    query, key = operands.query, operands.key
-    batch, heads, _, d = query.shape
     table, unit = bias_table(bias, operands, scores)
-    work, config = lists.by_diagonal(), configuration("bias", query)
-    reps = _repeats(lists, batch, heads)
-    aligned_slots = scores.query.index is None and scores.key.index is None and lists.tile_q == lists.tile_k
-    block = min(config.rows, lists.tile_q, lists.tile_k)
-    bias_kernel[_grid(work, (lists.tile_q // block) * (lists.tile_k // block), reps)](
-        *operands, table, unit, **_list_pointers(lists, work), **scores.pointers, **operands.strides,
-        **_sizes(lists, query, key, reps), **scores.scalars, query_tiles=lists.query_tiles, key_tiles=lists.key_tiles,
-        TILE_Q=lists.tile_q, TILE_K=lists.tile_k, BLOCK=block, **chunks(d), **_flags(lists, scores),
-        ALIGNED=aligned_slots,
-        **build_options(config),
-    )  # fmt: skip
+    work, config = lists.by_diagonal(), configuration("bias", operands.query)
+    in_line = scores.query.index is None and scores.key.index is None and lists.tile_q == lists.tile_k
+    start = _bias(lists.tiling, work.sizes, operands.shapes, scores.numbers, config, in_line)
+    start(*operands, table, unit, *_list_tensors(lists, work), *scores.tensors)
     return (table.double() / unit).to(bias.dtype)
+
+
+@lru_cache(maxsize=PREPARED)
+def _bias(
+    tiling: Tiling, work: WorkSizes, shapes: OperandShapes, numbers: ScoreNumbers, config: Launch, in_line: bool
+) -> Prepared:  # fmt: skip
+    query = shapes.query
+    reps = _repeats(tiling, *query.sizes[:2])
+    block = min(config.rows, tiling.tile_q, tiling.tile_k)
+    arguments = {
+        **shapes.strides, **_sizes(tiling, query, shapes.key, reps), **numbers._asdict(), **_constants(tiling, query),
+        "query_tiles": tiling.query_tiles, "key_tiles": tiling.key_tiles, "BLOCK": block, "ALIGNED": in_line,
+    }  # fmt: skip
+    subs = (tiling.tile_q // block) * (tiling.tile_k // block)
+    return Prepared(bias_kernel, _grid(work, subs, reps), arguments, config)
 
 
 def bias_table(bias: Tensor, operands: Operands, scores: Scores) -> tuple[Tensor, Tensor]:
@@ -199,7 +265,7 @@ def bias_table(bias: Tensor, operands: Operands, scores: Scores) -> tuple[Tensor
     2**61.
     """
     norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
-    products = norm(operands.grad_out).sum() * norm(operands.value).amax() * scores.scalars["keep_scale"]
+    products = norm(operands.grad_out).sum() * norm(operands.value).amax() * scores.numbers.keep_scale
     bound = products + operands.delta.abs().sum()
     unit = torch.exp2(torch.floor(61.0 - torch.log2(bound.clamp(min=1e-30)))).clamp(max=2.0**100)
     return torch.zeros(bias.shape, dtype=torch.int64, device=bias.device), unit.reshape(1)
@@ -213,70 +279,83 @@ def variant(kernel: str, lists: TileLists, scores: Scores) -> str:
     return kernel + "@128" if min(lists.tile_q, lists.tile_k) >= 128 else kernel
 
 
-def _repeats(lists: TileLists, batch: int, heads: int) -> tuple[int, int]:
+def _repeats(tiling: Tiling, batch: int, heads: int) -> tuple[int, int]:
     """How often the lists are run: over the heads and the batch rows that share them."""
-    return (heads if lists.heads == 1 else 1), (batch if lists.batch == 1 else 1)
+    return (heads if tiling.heads == 1 else 1), (batch if tiling.batch == 1 else 1)
 
 
-def loop_options(config: Launch) -> dict[str, int | bool]:
-    """Compiler options of a kernel that goes over a list. The loop over tiles with a predicate is short and loads the
-    bits of its masks beside K and V: a third stage there would cost the room of a second block per processor (115,712
-    bytes of shared memory at head_dim 128, where two blocks fit up to 115,200)."""
-    return {"MASKED_STAGES": min(config.stages, 2), **build_options(config)}
+def masked_stages(config: Launch) -> int:
+    """Of a kernel that goes over a list. The loop over tiles with a predicate is short and loads the bits of its masks
+    beside K and V: a third stage there would cost the room of a second block per processor (115,712 bytes of shared
+    memory at head_dim 128, where two blocks fit up to 115,200)."""
+    return min(config.stages, 2)
 
 
 def _blocks(config: Launch, own_tile: int, other_tile: int) -> tuple[int, int]:
     return min(config.rows, own_tile), min(config.columns, other_tile)
 
 
-def _grid(work: WorkList, subs: int, reps: tuple[int, int]) -> tuple[int]:
-    return (len(work.items) * subs * reps[0] * reps[1],)
+def _grid(work: WorkSizes, subs: int, reps: tuple[int, int]) -> tuple[int]:
+    return (work.items * subs * reps[0] * reps[1],)
 
 
-def _partials(work: WorkList, reps: tuple[int, int], tile: int, widths: tuple[int, ...], like: Tensor) -> list[Tensor]:
-    """fp32 buffers of the cut lists' pieces; one element where nothing was cut (an argument never changes its type)."""
+def _partials(
+    work: WorkList, reps: tuple[int, int], tile: int, widths: tuple[int, ...], unused: Tensor
+) -> list[Tensor]:  # fmt: skip
+    """fp32 buffers of the cut lists' pieces. Where nothing was cut they are neither read nor written, and ``unused``,
+    any fp32 tensor, stands for them: an argument never changes its type."""
     rows = reps[0] * reps[1] * work.slots * tile
-    return [stats_empty(like, max(rows * width, 1)) for width in widths]
+    return [stats_empty(unused, rows * width) if rows else unused for width in widths]
 
 
-def _list_pointers(lists: TileLists, work: WorkList) -> dict[str, Tensor | None]:
-    return {
-        "items_ptr": work.items, "entries_ptr": work.entries, "words_ptr": lists.words,
-        "range_ptr": lists.ranges,
-    }  # fmt: skip
+def _list_tensors(lists: TileLists, work: WorkList) -> tuple[Tensor | None, ...]:
+    """In the kernels' order."""
+    return work.items, work.entries, lists.words, lists.ranges
 
 
-def _sizes(lists: TileLists, query: Tensor, key: Tensor, reps: tuple[int, int]) -> dict[str, int]:
-    heads = query.shape[1]
+def _sizes(tiling: Tiling, query: Shape, key: Shape, reps: tuple[int, int]) -> dict[str, int]:
+    heads = query.sizes[1]
     srb = srh = 0
-    if lists.ranges is not None:
-        range_batch, range_heads, slots, columns = lists.ranges.shape
+    if tiling.ranges is not None:
+        range_batch, range_heads, slots, columns = tiling.ranges
         srb = range_heads * slots * columns if range_batch > 1 else 0
         srh = slots * columns if range_heads > 1 else 0
     return {
-        "srb": srb, "srh": srh, "n_q": query.shape[2], "n_k": key.shape[2], "heads": heads,
-        "group": heads // key.shape[1], "list_heads": lists.heads, "rep_heads": reps[0], "reps": reps[0] * reps[1],
-        "left": lists.left, "right": lists.right,
+        "srb": srb, "srh": srh, "n_q": query.sizes[2], "n_k": key.sizes[2], "heads": heads,
+        "group": heads // key.sizes[1], "list_heads": tiling.heads, "rep_heads": reps[0], "reps": reps[0] * reps[1],
+        "left": tiling.left, "right": tiling.right,
     }  # fmt: skip
 
 
-def _flags(lists: TileLists, scores: Scores) -> dict[str, Any]:
+def _constants(tiling: Tiling, query: Shape) -> dict[str, int | bool]:
+    """Compile-time constants that the kernels share."""
     return {
-        "SOFTCAP": scores.softcapped, "RANGE_COLUMNS": 2 if lists.ranges is None else lists.ranges.shape[3],
-        "RANGE_ON_FULL": lists.range_on_full and lists.ranges is not None,
+        "TILE_Q": tiling.tile_q, "TILE_K": tiling.tile_k, **chunks(query.sizes[3]),
+        "RANGE_COLUMNS": 2 if tiling.ranges is None else tiling.ranges[3],
+        "RANGE_ON_FULL": tiling.range_on_full and tiling.ranges is not None,
     }  # fmt: skip
 
 
 def _combine(
     work: WorkList, reps: tuple[int, int], part: Tensor, part_vector: Tensor | None, whole: Tensor,
-    vector: Tensor | None, tile: int, tiles: int, *, list_heads: int, softmax: bool,
+    vector: Tensor | None, tiling: Tiling, *, by_key: bool, list_heads: int, softmax: bool,
 ) -> None:  # fmt: skip
     """Reduce the pieces of the cut lists: by log-sum-exp (``vector`` is it), or by a sum, of both."""
-    if not len(work.splits):
-        return
-    rows = min(COMBINE_ROWS if whole.shape[3] <= 128 else COMBINE_ROWS_WIDE, tile)
-    combine_kernel[(len(work.splits) * (tile // rows) * reps[0] * reps[1],)](
-        part, part_vector, whole, vector, work.splits, **strides("o", whole), n=whole.shape[2], heads=whole.shape[1],
-        list_heads=list_heads, rep_heads=reps[0], reps=reps[0] * reps[1], slots=work.slots, tiles=tiles,
-        TILE=tile, ROWS=rows, **chunks(whole.shape[3]), SOFTMAX=softmax, **build_options(),
-    )  # fmt: skip
+    if work.sizes.splits:
+        tile, tiles = (tiling.tile_k, tiling.key_tiles) if by_key else (tiling.tile_q, tiling.query_tiles)
+        start = _combining(work.sizes, reps, Shape.of(whole), tile, tiles, list_heads, softmax)
+        start(part, part_vector, whole, vector, work.splits)
+
+
+@lru_cache(maxsize=PREPARED)
+def _combining(
+    work: WorkSizes, reps: tuple[int, int], whole: Shape, tile: int, tiles: int, list_heads: int, softmax: bool
+) -> Prepared:  # fmt: skip
+    _, heads, n, d = whole.sizes
+    rows = min(COMBINE_ROWS if d <= 128 else COMBINE_ROWS_WIDE, tile)
+    arguments = {
+        **strides("o", whole.strides), "n": n, "heads": heads, "list_heads": list_heads, "rep_heads": reps[0],
+        "reps": reps[0] * reps[1], "slots": work.slots, "tiles": tiles, "TILE": tile, "ROWS": rows, **chunks(d),
+        "SOFTMAX": softmax,
+    }  # fmt: skip
+    return Prepared(combine_kernel, (work.splits * (tile // rows) * reps[0] * reps[1],), arguments)

@@ -54,7 +54,8 @@ def decode(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: Sc
     with on_device(query.device):
         decode_kernel[splits, heads // pack * n_q, batch](
             query, key, value, out, part, part_lse, index, bias, spans,
-            **strides("q", query), **strides("k", key), **strides("v", value), **strides("o", out),
+            **strides("q", query.stride()), **strides("k", key.stride()), **strides("v", value.stride()),
+            **strides("o", out.stride()),
             sib=lists * n_q * most if index.shape[0] > 1 else 0, sih=n_q * most if lists > 1 else 0,
             seb=0 if spans is None else spans.shape[1] * spans.shape[2],
             seh=0 if spans is None or spans.shape[1] == 1 else spans.shape[2],
@@ -66,7 +67,7 @@ def decode(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: Sc
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(batch * heads * n_q,)](
-                part, part_lse, out, **strides("o", out), n_q=n_q, heads=heads, splits=splits,
+                part, part_lse, out, **strides("o", out.stride()), n_q=n_q, heads=heads, splits=splits,
                 SPLITS_AT_ONCE=SPLITS_AT_ONCE, D=d, WIDTH=1 << (d - 1).bit_length(), **build_options(),
             )  # fmt: skip
     return out

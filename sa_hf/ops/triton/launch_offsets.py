@@ -7,7 +7,7 @@ in ``ops.engine.Engine``.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,22 @@ import triton
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.graphs import hold, settled
 from sa_hf.ops.parts import OffsetsPart
-from sa_hf.ops.triton.launch import aligned, build_options, chunks, configuration, empty_like, stats_empty, strides
-from sa_hf.ops.triton.launch_block import backward_operands, bias_table
+from sa_hf.ops.triton.configs import Launch
+from sa_hf.ops.triton.launch import (
+    PREPARED,
+    Prepared,
+    Shape,
+    aligned,
+    chunks,
+    configuration,
+    contiguous,
+    empty_like,
+    stats_empty,
+    strides,
+)
+from sa_hf.ops.triton.launch_block import OperandShapes, backward_operands, bias_table
 from sa_hf.ops.triton.offsets import offsets_forward_kernel, offsets_key_kernel, offsets_query_kernel
-from sa_hf.ops.triton.scores import Scores, position_spans
+from sa_hf.ops.triton.scores import ScoreNumbers, Scores, position_spans
 
 
 def offsets_forward(
@@ -27,15 +39,28 @@ def offsets_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output in the query's dtype, contiguous, log-sum-exp fp32 ``[B, H, length]``."""
     query, key, value = aligned(query), aligned(key), aligned(value)
-    batch, heads, n, d = query.shape
+    batch, heads, n, _ = query.shape
     out, lse = empty_like(query), stats_empty(query, batch, heads, n)
-    config = configuration("offsets", query)
-    offsets_forward_kernel[triton.cdiv(n, config.rows), heads, batch](
-        query, key, value, out, lse, **scores.pointers, **_arguments(part, query, key, scores),
-        **strides("q", query), **strides("k", key), **strides("v", value), **strides("o", out),
-        ROWS=config.rows, **chunks(d), SOFTCAP=scores.softcapped, **build_options(config),
+    table = _held_table(part, query)
+    start = _forward(
+        _numbers(part, table), Shape.of(query), Shape.of(key), value.stride(), scores.numbers,
+        configuration("offsets", query),
     )  # fmt: skip
+    start(query, key, value, out, lse, *table, *scores.tensors)
     return out, lse
+
+
+@lru_cache(maxsize=PREPARED)
+def _forward(
+    part: PartNumbers, query: Shape, key: Shape, value: tuple[int, ...], numbers: ScoreNumbers, config: Launch
+) -> Prepared:  # fmt: skip
+    arguments = {
+        **strides("q", query.strides), **strides("k", key.strides), **strides("v", value),
+        **strides("o", contiguous(query.sizes)), **_arguments(part, query, key), **numbers._asdict(),
+        "ROWS": config.rows,
+    }  # fmt: skip
+    batch, heads, n, _ = query.sizes
+    return Prepared(offsets_forward_kernel, (triton.cdiv(n, config.rows), heads, batch), arguments, config)
 
 
 def offsets_backward(
@@ -51,28 +76,18 @@ def offsets_backward(
     """As ``launch_block.block_backward``."""
     operands = backward_operands(query, key, value, out, lse, grad_out, scores)
     query, key = operands.query, operands.key
-    batch, heads, n, _ = query.shape
     options = scores.options
     table = unit = d_span = None
     if options.distance_bias is not None:
         table, unit = bias_table(options.distance_bias, operands, scores)
     if options.spans is not None:
-        d_span = stats_empty(query, batch, heads, n)
+        d_span = stats_empty(query, *query.shape[:3])
     dq, dk, dv = empty_like(query), empty_like(key), empty_like(key)
-    shared = {
-        **scores.pointers, **_arguments(part, query, key, scores), **operands.strides, **chunks(query.shape[3]),
-        "SOFTCAP": scores.softcapped,
-    }  # fmt: skip
-    config = configuration("offsets_query", query)
-    offsets_query_kernel[triton.cdiv(n, config.rows), heads, batch](
-        *operands, dq, table, unit, **shared, **strides("o", dq),
-        ROWS=config.rows, **build_options(config),
-    )  # fmt: skip
+    offsets = _held_table(part, query)
+    shared = _numbers(part, offsets), operands.shapes, scores.numbers
+    _query(*shared, configuration("offsets_query", query))(*operands, dq, table, unit, *offsets, *scores.tensors)
     config = configuration("offsets_key" + ("++" if scores.demanding > 2 else ""), query)
-    offsets_key_kernel[triton.cdiv(n, config.rows), key.shape[1], batch](
-        *operands, dk, dv, d_span, **shared, **strides("o", dk),
-        ROWS=config.rows, **build_options(config),
-    )  # fmt: skip
+    _key(*shared, config)(*operands, dk, dv, d_span, *offsets, *scores.tensors)
     bias = spans = None
     if options.distance_bias is not None and table is not None and unit is not None:
         bias = (table.double() / unit).to(options.distance_bias.dtype)
@@ -81,15 +96,53 @@ def offsets_backward(
     return Gradients(dq, dk, dv, bias, spans)
 
 
-def _arguments(part: OffsetsPart, query: Tensor, key: Tensor, scores: Scores) -> dict[str, Any]:
-    offsets, counts = table = _table(part.offsets, query.device)
-    hold(query, table)
-    heads = query.shape[1]
-    return {
-        **scores.scalars, "offsets_ptr": offsets, "counts_ptr": counts, "n": part.length, "heads": heads,
-        "group": heads // key.shape[1], "most": offsets.shape[1], "list_stride": int(len(part.offsets) > 1),
-        "begin": part.begin, "stop": min(part.stop, part.length),
+@lru_cache(maxsize=PREPARED)
+def _query(part: PartNumbers, shapes: OperandShapes, numbers: ScoreNumbers, config: Launch) -> Prepared:
+    query = shapes.query
+    arguments = {
+        **shapes.strides, **strides("o", contiguous(query.sizes)), **_arguments(part, query, shapes.key),
+        **numbers._asdict(), "ROWS": config.rows,
     }  # fmt: skip
+    batch, heads, n, _ = query.sizes
+    return Prepared(offsets_query_kernel, (triton.cdiv(n, config.rows), heads, batch), arguments, config)
+
+
+@lru_cache(maxsize=PREPARED)
+def _key(part: PartNumbers, shapes: OperandShapes, numbers: ScoreNumbers, config: Launch) -> Prepared:
+    key = shapes.key
+    arguments = {
+        **shapes.strides, **strides("o", contiguous(key.sizes)), **_arguments(part, shapes.query, key),
+        **numbers._asdict(), "ROWS": config.rows,
+    }  # fmt: skip
+    batch, kv_heads, n, _ = key.sizes
+    return Prepared(offsets_key_kernel, (triton.cdiv(n, config.rows), kv_heads, batch), arguments, config)
+
+
+class PartNumbers(NamedTuple):
+    """Kernel arguments by name: an :class:`OffsetsPart` in numbers, and the sizes of its table."""
+
+    n: int
+    begin: int
+    stop: int
+    most: int
+    list_stride: int
+
+
+def _numbers(part: OffsetsPart, table: tuple[Tensor, Tensor]) -> PartNumbers:
+    return PartNumbers(
+        part.length, part.begin, min(part.stop, part.length), table[0].shape[1], int(len(part.offsets) > 1)
+    )  # fmt: skip
+
+
+def _arguments(part: PartNumbers, query: Shape, key: Shape) -> dict[str, int]:
+    heads = query.sizes[1]
+    return {**part._asdict(), "heads": heads, "group": heads // key.sizes[1], **chunks(query.sizes[3])}
+
+
+def _held_table(part: OffsetsPart, query: Tensor) -> tuple[Tensor, Tensor]:
+    table = _table(part.offsets, query.device)
+    hold(query, table)
+    return table
 
 
 @lru_cache(maxsize=256)

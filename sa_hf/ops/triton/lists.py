@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,14 @@ LISTS_PER_PROGRAM, TILES_PER_STEP = 16, 128  # of the kernel that builds them
 MEANS_PER_ITEM, MEANS_PER_ITEM_UNREAD = 2, 8
 
 
+class WorkSizes(NamedTuple):
+    """A :class:`WorkList` in numbers: its items, the lists that were cut, and the partials per repetition."""
+
+    items: int
+    splits: int
+    slots: int
+
+
 @dataclass(frozen=True, eq=False)
 class WorkList:
     """Args:
@@ -44,6 +53,33 @@ class WorkList:
     entries: Tensor
     splits: Tensor
     slots: int
+
+    @cached_property
+    def sizes(self) -> WorkSizes:
+        return WorkSizes(len(self.items), len(self.splits), self.slots)
+
+
+class Tiling(NamedTuple):
+    """:class:`TileLists` in numbers: all that a launch depends on but the lists themselves."""
+
+    query_slots: int
+    key_slots: int
+    tile_q: int
+    tile_k: int
+    batch: int
+    heads: int
+    ranges: tuple[int, ...] | None
+    range_on_full: bool
+    left: int
+    right: int
+
+    @property
+    def query_tiles(self) -> int:
+        return -(-self.query_slots // self.tile_q)
+
+    @property
+    def key_tiles(self) -> int:
+        return -(-self.key_slots // self.tile_k)
 
 
 @dataclass(eq=False)
@@ -72,13 +108,20 @@ class TileLists:
     longest: int | None = None
     _cache: dict[tuple[str, int], WorkList] = field(default_factory=dict)
 
+    @cached_property
+    def tiling(self) -> Tiling:
+        return Tiling(
+            self.query_slots, self.key_slots, self.tile_q, self.tile_k, self.batch, self.heads,
+            None if self.ranges is None else tuple(self.ranges.shape), self.range_on_full, self.left, self.right,
+        )  # fmt: skip
+
     @property
     def query_tiles(self) -> int:
-        return -(-self.query_slots // self.tile_q)
+        return self.tiling.query_tiles
 
     @property
     def key_tiles(self) -> int:
-        return -(-self.key_slots // self.tile_k)
+        return self.tiling.key_tiles
 
     def by_query(self) -> WorkList:
         """Row ``(batch * H_l + head) * query_tiles + query tile``; an entry is a key tile."""

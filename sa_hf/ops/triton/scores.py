@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +52,27 @@ class SlotPositions:
 NO_POSITIONS = SlotPositions(None, 0)
 
 
+class ScoreNumbers(NamedTuple):
+    """Kernel arguments by name: strides of the positions and of the spans, and the options that are numbers."""
+
+    pqb: int
+    pqh: int
+    pkb: int
+    pkh: int
+    seb: int
+    seh: int
+    q_base: int
+    k_base: int
+    centre: int
+    extra: int
+    threshold: int
+    scale: float
+    softcap: float
+    inv_ramp: float
+    keep_scale: float
+    SOFTCAP: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """The options of a call in slots: kernel arguments that all kernels of a part share.
@@ -90,28 +113,24 @@ class Scores:
         )  # fmt: skip
 
     @property
-    def pointers(self) -> dict[str, Tensor | None]:
-        return {
-            "q_pos_ptr": self.query.index, "k_pos_ptr": self.key.index, "bias_ptr": self.bias, "spans_ptr": self.spans,
-            "row_words_ptr": self.row_words, "column_words_ptr": self.column_words,
-        }  # fmt: skip
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the kernels' order."""
+        return self.query.index, self.key.index, self.bias, self.spans, self.row_words, self.column_words
 
-    @property
-    def scalars(self) -> dict[str, int | float]:
+    @cached_property
+    def numbers(self) -> ScoreNumbers:
         o = self.options
-        (pqb, pqh), (pkb, pkh) = self.query.strides, self.key.strides
         seb = seh = 0
         if self.spans is not None:
             _, span_heads, slots = self.spans.shape
             seb, seh = span_heads * slots, (slots if span_heads > 1 else 0)
-        return {
-            "pqb": pqb, "pqh": pqh, "pkb": pkb, "pkh": pkh, "seb": seb, "seh": seh,
-            "q_base": self.query.base, "k_base": self.key.base,
-            "centre": 0 if self.bias is None else (self.bias.shape[1] + 1) // 2 - 1, "extra": o.extra_tokens,
-            "threshold": 2 * dropout_threshold(o.dropout),
-            "scale": float(o.scale), "softcap": 1.0 if o.softcap is None else float(o.softcap),
-            "inv_ramp": 1.0 / float(o.ramp), "keep_scale": 1.0 / (1.0 - o.dropout),
-        }  # fmt: skip
+        return ScoreNumbers(
+            *self.query.strides, *self.key.strides, seb, seh, self.query.base, self.key.base,
+            centre=0 if self.bias is None else (self.bias.shape[1] + 1) // 2 - 1, extra=o.extra_tokens,
+            threshold=2 * dropout_threshold(o.dropout), scale=float(o.scale),
+            softcap=1.0 if o.softcap is None else float(o.softcap), inv_ramp=1.0 / float(o.ramp),
+            keep_scale=1.0 / (1.0 - o.dropout), SOFTCAP=self.softcapped,
+        )  # fmt: skip
 
     @property
     def demanding(self) -> int:
