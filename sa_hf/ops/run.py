@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def plan_forward(
     # merged stays as it came: a copy in fp32 and back takes as long as a sparse kernel.
     stats = torch.promote_types(query.dtype, torch.float32)
     for part in plan:
-        for piece in pieces(part, query, key):
+        for piece in engine_pieces(part, query, key, engine):
             out, lse = piece_forward(piece, query, key, value, options, engine)
             if merged is None and piece.whole and part.query_index is None:
                 merged = out, lse
@@ -55,18 +55,17 @@ def add_gradients(
     grad_out: Tensor, engine: Engine,
 ) -> None:  # fmt: skip
     for part in plan:
-        for piece in pieces(part, query, key):
-            index = piece.part.query_index
-            o, g = (take(piece.queries(x), index) for x in (out, grad_out))
-            row_lse = take(piece.queries(lse).unsqueeze(-1), index).squeeze(-1)
-            total.add(piece_backward(piece, query, key, value, o, row_lse, g, total.options, engine), piece)
+        for piece in engine_pieces(part, query, key, engine):
+            q, k, v, o, g, row_lse = in_slots(piece, engine, query, key, value, out, grad_out, lse)
+            options = piece.options(total.options, *query.shape[:2])
+            total.add(engine.backward(piece.part, q, k, v, o, row_lse, g, options), piece)
 
 
 def piece_forward(
     piece: Piece, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, engine: Engine
 ) -> tuple[Tensor, Tensor]:
     """A piece's output and log-sum-exp in its slots; the tensors are those of the whole call."""
-    q, k, v = _operands(piece, query, key, value)
+    q, k, v = in_slots(piece, engine, query, key, value)
     return engine.forward(piece.part, q, k, v, piece.options(options, *query.shape[:2]))
 
 
@@ -75,13 +74,31 @@ def piece_backward(
     options: ScoreOptions, engine: Engine,
 ) -> Gradients:  # fmt: skip
     """A piece's gradients in its slots; ``out``, ``lse`` and ``grad_out`` stand in them already."""
-    q, k, v = _operands(piece, query, key, value)
+    q, k, v = in_slots(piece, engine, query, key, value)
     return engine.backward(piece.part, q, k, v, out, lse, grad_out, piece.options(options, *query.shape[:2]))
 
 
-def _operands(piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def in_slots(
+    piece: Piece, engine: Engine, query: Tensor, key: Tensor, value: Tensor, *rows: Tensor
+) -> tuple[Tensor, ...]:
+    """The arguments in a piece's slots: query, key, value and then ``rows``, which are nothing, or output, its gradient
+    and log-sum-exp of the queries."""
+    index = piece.part.query_index
+    if engine.own_rows:
+        from sa_hf.ops.triton.launch_rows import gather
+
+        return gather(piece.part, query, key, value, *rows)
     k, v = (take(piece.keys(x), piece.part.key_index) for x in (key, value))
-    return take(piece.queries(query), piece.part.query_index), k, v
+    q = take(piece.queries(query), index)
+    if not rows:
+        return q, k, v
+    *vectors, lse = (piece.queries(x) for x in rows)
+    return q, k, v, *(take(x, index) for x in vectors), take(lse.unsqueeze(-1), index).squeeze(-1)
+
+
+def engine_pieces(part: Part, query: Tensor, key: Tensor, engine: Engine) -> Iterator[Piece]:
+    """The pieces that an engine runs one by one: its own row kernels take a part at once."""
+    return iter([Piece.of_all(part)]) if engine.own_rows else pieces(part, query, key)
 
 
 class Total:
