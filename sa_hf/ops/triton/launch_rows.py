@@ -7,6 +7,8 @@ belongs to the indices of a kept plan is made once and waited for).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,13 +16,28 @@ from torch import Tensor
 import triton
 from sa_hf.ops.graphs import hold
 from sa_hf.ops.parts import Index, Part
-from sa_hf.ops.slots import take
+from sa_hf.ops.slots import made_of, take
 from sa_hf.ops.triton.engine import on_device
-from sa_hf.ops.triton.launch import aligned, build_options, chunks, packed, strides
-from sa_hf.ops.triton.rows import gather_kernel
+from sa_hf.ops.triton.launch import aligned, build_options, chunks, packed, stats_empty, strides
+from sa_hf.ops.triton.rows import MOST_PARTS, gather_kernel, invert_kernel, merge_kernel, sum_kernel
 
 TILE_BYTES = 8192  # of rows per program and tensor: four 16-byte accesses by each of 128 threads
 MOST_ROWS = 128
+INVERTED_AT_ONCE = 1024
+
+
+# By an index's id and a length: the index, so that the id stays its own, and the inverse.
+Inverses: TypeAlias = dict[tuple[int, int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class SlotRows:
+    """Rows ``[B, H, slots, D]`` of a part in the slots of an index, and their log-sum-exp ``[B, H, slots]`` where they
+    are outputs."""
+
+    vectors: Tensor
+    index: Index
+    lse: Tensor | None = None
 
 
 def gather(part: Part, query: Tensor, key: Tensor, value: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -51,6 +68,89 @@ def gather(part: Part, query: Tensor, key: Tensor, value: Tensor, *rows: Tensor)
             group=key_heads // key.shape[1], query_tiles=query_tiles, ROWS=tile, **chunks(d), **build_options(),
         )  # fmt: skip
     return to_queries[0], *to_keys, *to_queries[1:]
+
+
+def merge(parts: Sequence[SlotRows], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Outputs of up to ``MOST_PARTS`` parts as one softmax over all their keys, in the shape of ``like [B, H, N, D]``,
+    and its log-sum-exp ``[B, H, N]`` in fp32; positions in no slot get 0 and -inf."""
+    batch, heads, length, d = like.shape
+    out = torch.empty(like.shape, dtype=dtype, device=like.device)
+    lse = stats_empty(like, batch, heads, length)
+    tile = tile_rows(like)
+    with on_device(like.device):
+        inverses, sizes = _places(parts, length, {})
+        merge_kernel[triton.cdiv(length, tile), heads, batch](
+            tuple(packed(part.vectors) for part in parts), tuple(packed(_lse(part)) for part in parts), inverses,
+            out, lse, **sizes, length=length, heads=heads, PARTS=len(parts), ROWS=tile, **chunks(d), **build_options(),
+        )  # fmt: skip
+    return out, lse
+
+
+def sum_rows(parts: Sequence[SlotRows], like: Tensor, dtype: torch.dtype, known: Inverses | None = None) -> Tensor:
+    """Gradients of up to ``MOST_PARTS`` parts, added up in fp32, in the shape of ``like [B, H, N, D]``; a part whose
+    index is by head may have a multiple of H heads, whose groups are added up.
+
+    Args: known: what one call made of its indices, for the next.
+    """
+    batch, heads, length, d = like.shape
+    out = torch.empty(like.shape, dtype=dtype, device=like.device)
+    tile = tile_rows(like)
+    group = max(part.vectors.shape[1] for part in parts) // heads
+    with on_device(like.device):
+        inverses, sizes = _places(parts, length, {} if known is None else known)
+        sum_kernel[triton.cdiv(length, tile), heads, batch](
+            tuple(packed(part.vectors) for part in parts), inverses, out, **sizes, length=length, heads=heads,
+            group=group, PARTS=len(parts), ROWS=tile, **chunks(d), **build_options(),
+        )  # fmt: skip
+    return out
+
+
+def _lse(part: SlotRows) -> Tensor:
+    if part.lse is None:
+        raise TypeError("outputs are merged by their log-sum-exp")
+    return part.lse
+
+
+def _places(
+    parts: Sequence[SlotRows], length: int, known: Inverses
+) -> tuple[tuple[Tensor, ...] | None, dict[str, int]]:
+    """Where each position stands in the parts: an inverse index of each (None where no part has an index; where only
+    some have, any stands in), and the kernels' numbers."""
+    inverses: list[Tensor | None] = []
+    starts = []
+    for part in parts:
+        if isinstance(part.index, Tensor):
+            place = id(part.index), length
+            if place not in known:
+                known[place] = part.index, inverse(part.index, length)
+            inverses.append(known[place][1])
+            starts.append(-1 - (2 * (part.index.shape[0] > 1) + (part.index.shape[1] > 1)))
+        else:
+            inverses.append(None)
+            starts.append(0 if part.index is None else part.index.start)
+    some = next((x for x in inverses if x is not None), None)
+    unused = [0] * (MOST_PARTS - len(parts))
+    slots = [part.vectors.shape[2] for part in parts]
+    sizes = {f"n{at}": x for at, x in enumerate([*slots, *unused])}
+    sizes |= {f"s{at}": x for at, x in enumerate([*starts, *unused])}
+    return (None if some is None else tuple(some if x is None else x for x in inverses)), sizes
+
+
+def inverse(index: Tensor, length: int) -> Tensor:
+    """The slot of each position below ``length`` in an index ``[B | 1, H | 1, slots]``, int32, -1 where it is in none;
+    kept with the index of a kept plan."""
+
+    def make() -> Tensor:
+        batch, heads, slots = index.shape
+        result = torch.full((batch, heads, length), -1, dtype=torch.int32, device=index.device)
+        with on_device(index.device):
+            invert_kernel[triton.cdiv(slots, INVERTED_AT_ONCE), heads, batch](
+                index.contiguous(), result, slots=slots, length=length, ROWS=INVERTED_AT_ONCE, **build_options()
+            )  # fmt: skip
+        return result
+
+    hold(index, index)
+    return made_of(index, f"inverse {length}", make)
 
 
 def tile_rows(x: Tensor) -> int:
