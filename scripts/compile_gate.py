@@ -242,6 +242,9 @@ def problems(row: dict[str, Any], constant: dict[str, Any]) -> list[str]:
         and not row["16-byte copies"]
     ):
         found.append("no 16-byte asynchronous copies")
+    moves = row["kernel"] in ("gather", "merge_parts", "sum_parts") and not row["target"].startswith("gfx")
+    if moves and not (row["16-byte loads"] and row["16-byte stores"]):
+        found.append("no 16-byte loads and stores of rows")
     if row.get("blocks per SM") == 0:
         found.append("no block fits an SM")
     return found

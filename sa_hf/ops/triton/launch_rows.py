@@ -19,9 +19,11 @@ from sa_hf.ops.parts import Index, Part
 from sa_hf.ops.slots import made_of, take
 from sa_hf.ops.triton.engine import on_device
 from sa_hf.ops.triton.launch import aligned, build_options, chunks, packed, stats_empty, strides
-from sa_hf.ops.triton.rows import MOST_PARTS, gather_kernel, invert_kernel, merge_kernel, sum_kernel
+from sa_hf.ops.triton.rows import MOST_PARTS, gather_kernel, invert_kernel, merge_parts_kernel, sum_parts_kernel
 
-TILE_BYTES = 8192  # of rows per program and tensor: four 16-byte accesses by each of 128 threads
+# Of rows per program and tensor: four 16-byte accesses by each of 128 threads where rows are copied, two where they are
+# added up, in fp32 (with four, five parts leave sm_90 4 blocks per SM instead of 8, and head_dim 192 spills on sm_80).
+COPIED_BYTES, SUMMED_BYTES = 8192, 4096
 MOST_ROWS = 128
 INVERTED_AT_ONCE = 1024
 
@@ -55,7 +57,7 @@ def gather(part: Part, query: Tensor, key: Tensor, value: Tensor, *rows: Tensor)
     k, v, *_ = _sources(keys, k_at)
     batch, heads, length, d = query.shape
     key_heads, n_q, n_k = to_keys[0].shape[1], to_queries[0].shape[2], to_keys[0].shape[2]
-    tile = tile_rows(query)
+    tile = tile_rows(query, COPIED_BYTES)
     query_tiles, key_tiles = (0 if at is None else triton.cdiv(at.shape[2], tile) for at in (q_at, k_at))
     pqb, pqh = _index_strides(q_at)
     pkb, pkh = _index_strides(k_at)
@@ -76,10 +78,10 @@ def merge(parts: Sequence[SlotRows], like: Tensor, dtype: torch.dtype) -> tuple[
     batch, heads, length, d = like.shape
     out = torch.empty(like.shape, dtype=dtype, device=like.device)
     lse = stats_empty(like, batch, heads, length)
-    tile = tile_rows(like)
+    tile = tile_rows(like, SUMMED_BYTES)
     with on_device(like.device):
         inverses, sizes = _places(parts, length, {})
-        merge_kernel[triton.cdiv(length, tile), heads, batch](
+        merge_parts_kernel[triton.cdiv(length, tile), heads, batch](
             tuple(packed(part.vectors) for part in parts), tuple(packed(_lse(part)) for part in parts), inverses,
             out, lse, **sizes, length=length, heads=heads, PARTS=len(parts), ROWS=tile, **chunks(d), **build_options(),
         )  # fmt: skip
@@ -94,11 +96,11 @@ def sum_rows(parts: Sequence[SlotRows], like: Tensor, dtype: torch.dtype, known:
     """
     batch, heads, length, d = like.shape
     out = torch.empty(like.shape, dtype=dtype, device=like.device)
-    tile = tile_rows(like)
+    tile = tile_rows(like, SUMMED_BYTES)
     group = max(part.vectors.shape[1] for part in parts) // heads
     with on_device(like.device):
         inverses, sizes = _places(parts, length, {} if known is None else known)
-        sum_kernel[triton.cdiv(length, tile), heads, batch](
+        sum_parts_kernel[triton.cdiv(length, tile), heads, batch](
             tuple(packed(part.vectors) for part in parts), inverses, out, **sizes, length=length, heads=heads,
             group=group, PARTS=len(parts), ROWS=tile, **chunks(d), **build_options(),
         )  # fmt: skip
@@ -145,7 +147,7 @@ def inverse(index: Tensor, length: int) -> Tensor:
         result = torch.full((batch, heads, length), -1, dtype=torch.int32, device=index.device)
         with on_device(index.device):
             invert_kernel[triton.cdiv(slots, INVERTED_AT_ONCE), heads, batch](
-                index.contiguous(), result, slots=slots, length=length, ROWS=INVERTED_AT_ONCE, **build_options()
+                packed(index), result, slots=slots, length=length, ROWS=INVERTED_AT_ONCE, **build_options()
             )  # fmt: skip
         return result
 
@@ -153,13 +155,13 @@ def inverse(index: Tensor, length: int) -> Tensor:
     return made_of(index, f"inverse {length}", make)
 
 
-def tile_rows(x: Tensor) -> int:
-    """Rows per program: a power of two."""
-    return min(MOST_ROWS, TILE_BYTES // (chunks(x.shape[-1])["D0"] * x.element_size()))
+def tile_rows(x: Tensor, size: int) -> int:
+    """Rows of ``size`` bytes per program: a power of two."""
+    return min(MOST_ROWS, size // (chunks(x.shape[-1])["D0"] * x.element_size()))
 
 
 def _listed(index: Index) -> Tensor | None:
-    return index.contiguous() if isinstance(index, Tensor) else None
+    return packed(index) if isinstance(index, Tensor) else None
 
 
 def _index_strides(index: Tensor | None) -> tuple[int, int]:

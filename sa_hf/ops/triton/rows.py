@@ -110,7 +110,7 @@ def slots_of(inverse_ptr, start, position, batch, head, heads, length):
 
 
 @triton.jit(do_not_specialize=(*SIZES, "length", "heads"))
-def merge_kernel(
+def merge_parts_kernel(
     parts, lses, inverses, out_ptr, lse_ptr,
     n0, n1, n2, n3, n4, n5, n6, n7, s0, s1, s2, s3, s4, s5, s6, s7, length, heads,
     PARTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -150,7 +150,7 @@ def merge_kernel(
 
 
 @triton.jit(do_not_specialize=(*SIZES, "length", "heads", "group"))
-def sum_kernel(
+def sum_parts_kernel(
     parts, inverses, out_ptr,
     n0, n1, n2, n3, n4, n5, n6, n7, s0, s1, s2, s3, s4, s5, s6, s7, length, heads, group,
     PARTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
