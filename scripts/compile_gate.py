@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from sa_hf.ops.layout import build_layout  # noqa: E402
-from sa_hf.ops.parts import BlockPart, OffsetsPart, ScoreOptions  # noqa: E402
+from sa_hf.ops.parts import BlockPart, OffsetsPart, ScoreOptions, SegmentPart  # noqa: E402
 
 LENGTH, HEADS, KV_HEADS = 256, 4, 2
 OPTIONS = ("plain", "softcap", "bias", "spans", "dropout", "gathered", "all")
@@ -72,10 +72,12 @@ def all_cases() -> Iterator[Case]:
                 yield Case("offsets", head_dim, dtype, options)
             for options in ("plain", "bias", "spans"):
                 yield Case("decode", head_dim, dtype, options)
+            yield Case("rows", head_dim, dtype)
     for head_dim in (64, 128):
         yield Case("block", head_dim, "bfloat16", "plain", 128)
     for head_dim in (16, 80, 136, 192):
         yield Case("block", head_dim, "bfloat16", "plain")
+        yield Case("rows", head_dim, "bfloat16")
     yield Case("block", 128, "float16", "plain")
 
 
@@ -84,6 +86,8 @@ def quick_cases() -> Iterator[Case]:
     yield Case("block", 64, "bfloat16", "all")
     yield Case("offsets", 64, "bfloat16", "plain")
     yield Case("decode", 128, "bfloat16", "plain")
+    yield Case("rows", 128, "bfloat16")
+    yield Case("rows", 80, "bfloat16")
 
 
 def score_options(name: str) -> ScoreOptions:
@@ -109,6 +113,9 @@ def run_case(case: Case) -> None:
     query = torch.zeros(2, HEADS, LENGTH, case.head_dim, dtype=dtype)
     key = torch.zeros(2, HEADS if gathered else KV_HEADS, LENGTH, case.head_dim, dtype=dtype)
     options = score_options(case.options)
+    if case.family == "rows":
+        run_rows(query, key)
+        return
     if case.family == "decode":
         index = torch.zeros(1, 1, 1, LENGTH, dtype=torch.int64)
         decode(query[:, :, :1], key, key, index, options)
@@ -125,6 +132,19 @@ def run_case(case: Case) -> None:
     engine = TritonEngine()
     out, lse = engine.forward(part, query, key, key, options)
     engine.backward(part, query, key, key, out, lse, query, options)
+
+
+def run_rows(query: torch.Tensor, key: torch.Tensor) -> None:
+    """Gather both sides, and bring the slots of as many parts as fit one launch back to positions."""
+    from sa_hf.ops.triton.launch_rows import SlotRows, gather, merge, sum_rows
+    from sa_hf.ops.triton.rows import MOST_PARTS
+
+    index = torch.arange(LENGTH).expand(1, HEADS, LENGTH)
+    part = SegmentPart(LENGTH, LENGTH, 64, 64, query_index=index, key_index=index)
+    lse = torch.zeros(query.shape[:3])
+    q, k, *_ = gather(part, query, key, key, query, query, lse)
+    merge([SlotRows(q, index if at % 2 else None, lse) for at in range(MOST_PARTS)], query, query.dtype)
+    sum_rows([SlotRows(k, index)] * MOST_PARTS, key, key.dtype)
 
 
 def compile_case(case: Case, target: str) -> list[dict[str, Any]]:
@@ -186,6 +206,8 @@ def cuda_figures(compiled: Any, arch: int, row: dict[str, Any]) -> dict[str, Any
         "blocks per SM": resident, "wgmma": len(widths), "wgmma width": max(widths, default=0),
         "mma": len(re.findall(r"\bmma\.sync", ptx)), "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
         "16-byte copies": len(re.findall(r"cp\.async\.cg\.shared\.global", ptx)),
+        "16-byte stores": len(re.findall(r"st\.global\.v4\.b32", ptx)),
+        "16-byte loads": len(re.findall(r"ld\.global\.v4\.b32", ptx)),
     }  # fmt: skip
 
 
@@ -244,6 +266,9 @@ def problems(row: dict[str, Any], constant: dict[str, Any]) -> list[str]:
         and not row["16-byte copies"]
     ):
         found.append("no 16-byte asynchronous copies")
+    moves = row["kernel"] in ("gather", "merge_parts", "sum_parts") and not row["target"].startswith("gfx")
+    if moves and not (row["16-byte loads"] and row["16-byte stores"]):
+        found.append("no 16-byte loads and stores of rows")
     if row.get("blocks per SM") == 0:
         found.append("no block fits an SM")
     return found

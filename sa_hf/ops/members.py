@@ -11,8 +11,7 @@ from torch import Tensor
 
 from sa_hf.ops.engine import Engine, Gradients
 from sa_hf.ops.parts import Part, ScoreOptions
-from sa_hf.ops.pieces import pieces
-from sa_hf.ops.run import Total, add_gradients, piece_backward, piece_forward, plan_forward
+from sa_hf.ops.run import add_gradients, engine_pieces, piece_backward, piece_forward, plan_forward, total_by
 from sa_hf.ops.slots import add_slots, take
 
 
@@ -37,7 +36,7 @@ def means_forward(
     slots = (*query.shape[:2], index.shape[2])
     slot_out, slot_lse = query.new_empty(*slots, query.shape[3]), query.new_empty(slots, dtype=stats)
     total = query.new_zeros(query.shape, dtype=stats)
-    for piece in pieces(members, query, key):
+    for piece in engine_pieces(members, query, key, engine):
         out, lse = piece_forward(piece, query, key, value, options, engine)
         piece.queries(slot_out).copy_(out)
         piece.queries(slot_lse).copy_(lse)
@@ -55,8 +54,8 @@ def means_backward(
     """Gradients of :func:`means_forward`."""
     members, index, others = _split(plan)
     share = 1 / _counts(means.slot_lse, index, query.shape[2])
-    total = Total(query, key, value, options)
-    for piece in pieces(members, query, key):
+    total = total_by(engine)(query, key, value, options)
+    for piece in engine_pieces(members, query, key, engine):
         grad, part_of_mean = (take(piece.queries(x), piece.part.query_index) for x in (grad_out, share))
         out, lse = piece.queries(means.slot_out), piece.queries(means.slot_lse)
         grad = grad * part_of_mean.to(grad.dtype)

@@ -47,6 +47,11 @@ class Piece:
         return x[self.batch if x.shape[0] > 1 else _ALL, self.heads if x.shape[1] > 1 else _ALL]
 
     @classmethod
+    def of_all(cls, part: Part) -> Piece:
+        """A part in one piece."""
+        return cls(part, _ALL, _ALL, _ALL)
+
+    @classmethod
     def cut(cls, part: Part, batch: slice, heads: slice, key_heads: slice) -> Piece:
         """The piece of a part for the whole call."""
         piece = cls(part, batch, heads, key_heads)
@@ -101,7 +106,7 @@ def pieces(part: Part, query: Tensor, key: Tensor) -> Iterator[Piece]:
     group = num_heads // kv_heads
     per_head = group * head_dim * max((index.shape[2] for index in indices), default=0)
     if query.device.type != "cpu" or batch * kv_heads * per_head <= ELEMENTS:
-        yield Piece(part, _ALL, _ALL, _ALL)
+        yield Piece.of_all(part)
         return
     at_once = max(1, ELEMENTS // per_head)
     if at_once >= kv_heads:

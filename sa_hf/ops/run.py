@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from sa_hf.ops.engine import Engine, Gradients
-from sa_hf.ops.parts import Part, ScoreOptions
+from sa_hf.ops.parts import Index, Part, ScoreOptions
 from sa_hf.ops.pieces import Piece, pieces
 from sa_hf.ops.slots import add_slots, merge_into, take
 
@@ -21,23 +21,11 @@ def plan_forward(
 
     Args: merged: what came before the plan, contiguous, in fp32 or wider; written to.
     """
-    # Merged in fp32 whatever the inputs: rounding the running result once per part would add up. A result that is not
-    # merged stays as it came: a copy in fp32 and back takes as long as a sparse kernel.
-    stats = torch.promote_types(query.dtype, torch.float32)
+    merging = merging_by(engine)(query, merged)
     for part in plan:
-        for piece in pieces(part, query, key):
-            out, lse = piece_forward(piece, query, key, value, options, engine)
-            if merged is None and piece.whole and part.query_index is None:
-                merged = out, lse
-                continue
-            if merged is None:
-                merged = query.new_zeros(query.shape, dtype=stats), lse.new_full(query.shape[:3], -torch.inf)
-            merged = merged[0].to(stats).contiguous(), merged[1].contiguous()
-            running_out, running_lse = (piece.queries(x) for x in merged)
-            merge_into(running_out, running_lse, out.to(stats), lse, piece.part.query_index)
-    if merged is None:
-        return torch.zeros_like(query), torch.full(query.shape[:3], -torch.inf, dtype=stats, device=query.device)
-    return merged[0].to(query.dtype), merged[1]
+        for piece in engine_pieces(part, query, key, engine):
+            merging.add(piece, *piece_forward(piece, query, key, value, options, engine))
+    return merging.result()
 
 
 def plan_backward(
@@ -45,7 +33,7 @@ def plan_backward(
     options: ScoreOptions, engine: Engine,
 ) -> Gradients:  # fmt: skip
     """Gradients of :func:`plan_forward` for all of a plan's parts, summed."""
-    total = Total(query, key, value, options)
+    total = total_by(engine)(query, key, value, options)
     add_gradients(total, plan, query, key, value, out, lse, grad_out, engine)
     return total.gradients()
 
@@ -55,18 +43,17 @@ def add_gradients(
     grad_out: Tensor, engine: Engine,
 ) -> None:  # fmt: skip
     for part in plan:
-        for piece in pieces(part, query, key):
-            index = piece.part.query_index
-            o, g = (take(piece.queries(x), index) for x in (out, grad_out))
-            row_lse = take(piece.queries(lse).unsqueeze(-1), index).squeeze(-1)
-            total.add(piece_backward(piece, query, key, value, o, row_lse, g, total.options, engine), piece)
+        for piece in engine_pieces(part, query, key, engine):
+            q, k, v, o, g, row_lse = in_slots(piece, engine, query, key, value, out, grad_out, lse)
+            options = piece.options(total.options, *query.shape[:2])
+            total.add(engine.backward(piece.part, q, k, v, o, row_lse, g, options), piece)
 
 
 def piece_forward(
     piece: Piece, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, engine: Engine
 ) -> tuple[Tensor, Tensor]:
     """A piece's output and log-sum-exp in its slots; the tensors are those of the whole call."""
-    q, k, v = _operands(piece, query, key, value)
+    q, k, v = in_slots(piece, engine, query, key, value)
     return engine.forward(piece.part, q, k, v, piece.options(options, *query.shape[:2]))
 
 
@@ -75,13 +62,77 @@ def piece_backward(
     options: ScoreOptions, engine: Engine,
 ) -> Gradients:  # fmt: skip
     """A piece's gradients in its slots; ``out``, ``lse`` and ``grad_out`` stand in them already."""
-    q, k, v = _operands(piece, query, key, value)
+    q, k, v = in_slots(piece, engine, query, key, value)
     return engine.backward(piece.part, q, k, v, out, lse, grad_out, piece.options(options, *query.shape[:2]))
 
 
-def _operands(piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def in_slots(
+    piece: Piece, engine: Engine, query: Tensor, key: Tensor, value: Tensor, *rows: Tensor
+) -> tuple[Tensor, ...]:
+    """The arguments in a piece's slots: query, key, value and then ``rows``, which are nothing, or output, its gradient
+    and log-sum-exp of the queries."""
+    index = piece.part.query_index
+    if engine.own_rows:
+        from sa_hf.ops.triton.launch_rows import gather
+
+        return gather(piece.part, query, key, value, *rows)
     k, v = (take(piece.keys(x), piece.part.key_index) for x in (key, value))
-    return take(piece.queries(query), piece.part.query_index), k, v
+    q = take(piece.queries(query), index)
+    if not rows:
+        return q, k, v
+    *vectors, lse = (piece.queries(x) for x in rows)
+    return q, k, v, *(take(x, index) for x in vectors), take(lse.unsqueeze(-1), index).squeeze(-1)
+
+
+def merging_by(engine: Engine) -> type[Merging]:
+    if not engine.own_rows:
+        return Merging
+    from sa_hf.ops.triton.sums import KernelMerging
+
+    return KernelMerging
+
+
+def total_by(engine: Engine) -> type[Total]:
+    if not engine.own_rows:
+        return Total
+    from sa_hf.ops.triton.sums import KernelTotal
+
+    return KernelTotal
+
+
+def engine_pieces(part: Part, query: Tensor, key: Tensor, engine: Engine) -> Iterator[Piece]:
+    """The pieces that an engine runs one by one: its own row kernels take a part at once."""
+    return iter([Piece.of_all(part)]) if engine.own_rows else pieces(part, query, key)
+
+
+class Merging:
+    """The running result of parts."""
+
+    def __init__(self, query: Tensor, start: tuple[Tensor, Tensor] | None) -> None:
+        self.query = query
+        self.merged = start
+        # Merged in fp32 whatever the inputs: rounding the running result once per part would add up. A result that is
+        # not merged stays as it came: a copy in fp32 and back takes as long as a sparse kernel.
+        self.stats = torch.promote_types(query.dtype, torch.float32)
+
+    def add(self, piece: Piece, out: Tensor, lse: Tensor) -> None:
+        """Merge a piece's result in its slots."""
+        query, stats, merged, index = self.query, self.stats, self.merged, piece.part.query_index
+        if merged is None and piece.whole and index is None:
+            self.merged = out, lse
+            return
+        if merged is None:
+            merged = query.new_zeros(query.shape, dtype=stats), lse.new_full(query.shape[:3], -torch.inf)
+        merged = self.merged = merged[0].to(stats).contiguous(), merged[1].contiguous()
+        running_out, running_lse = (piece.queries(x) for x in merged)
+        merge_into(running_out, running_lse, out.to(stats), lse, index)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        if self.merged is None:
+            query = self.query
+            lse = torch.full(query.shape[:3], -torch.inf, dtype=self.stats, device=query.device)
+            return torch.zeros_like(query), lse
+        return self.merged[0].to(self.query.dtype), self.merged[1]
 
 
 class Total:
@@ -98,16 +149,7 @@ class Total:
         """Add a piece's gradients; ``repeated``: a position may stand in several of its slots."""
         indices = (piece.part.query_index, piece.part.key_index, piece.part.key_index)
         for at, (grad, index) in enumerate(zip((grads.query, grads.key, grads.value), indices, strict=True)):
-            like, known = self.like[at], self.sums[at]
-            stats = torch.promote_types(like.dtype, torch.float32)
-            if known is None and index is None and grad.shape == like.shape:
-                self.sums[at] = grad
-                continue
-            if known is None:
-                known = torch.zeros(like.shape, dtype=stats, device=like.device)
-            known = self.sums[at] = known.to(stats).contiguous()
-            target = piece.queries(known) if at == 0 else piece.keys(known)
-            add_slots(target, grad, index, repeated=repeated)
+            self.add_rows(at, grad, index, piece, repeated=repeated)
         if grads.distance_bias is not None and self.options.distance_bias is not None:
             self.bias = torch.zeros_like(self.options.distance_bias) if self.bias is None else self.bias
             self.bias[piece.heads] += grads.distance_bias
@@ -115,11 +157,24 @@ class Total:
             self.spans = torch.zeros_like(self.options.spans) if self.spans is None else self.spans
             piece.shared(self.spans).add_(grads.spans)
 
+    def add_rows(self, at: int, grad: Tensor, index: Index, piece: Piece, *, repeated: bool) -> None:
+        """Add to the gradient of the query (at 0), the key or the value."""
+        like, known = self.like[at], self.sums[at]
+        stats = torch.promote_types(like.dtype, torch.float32)
+        if known is None and index is None and grad.shape == like.shape:
+            self.sums[at] = grad
+            return
+        if known is None:
+            known = torch.zeros(like.shape, dtype=stats, device=like.device)
+        known = self.sums[at] = known.to(stats).contiguous()
+        add_slots(piece.queries(known) if at == 0 else piece.keys(known), grad, index, repeated=repeated)
+
+    def sum_of(self, at: int) -> Tensor:
+        like, known = self.like[at], self.sums[at]
+        return torch.zeros_like(like) if known is None else known.to(like.dtype)
+
     def gradients(self) -> Gradients:
-        query, key, value = (
-            torch.zeros_like(like) if known is None else known.to(like.dtype)
-            for known, like in zip(self.sums, self.like, strict=True)
-        )
+        query, key, value = (self.sum_of(at) for at in range(3))
         bias, spans = (
             torch.zeros_like(source) if known is None and source is not None else known
             for known, source in ((self.bias, self.options.distance_bias), (self.spans, self.options.spans))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sa_hf.ops.graphs import capturing
+from sa_hf.ops.graphs import capturing, settled
 from sa_hf.ops.parts import Index, Part
 
 # Elements merged at once on the CPU: 1 MB in fp32 stays in the cache (8 heads x 16,384 x 64: 9 ms, at once 33 ms).
@@ -92,6 +92,23 @@ def examine_slots(plan: Sequence[Part]) -> None:
         for index in (part.query_index, part.key_index):
             if isinstance(index, Tensor):
                 _HAS_EMPTY[index] = bool((index < 0).any())
+
+
+# Of the same indices, what was made of them: by name.
+_MADE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def made_of(index: Tensor, name: str, make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` makes of an index: once where it lives with a plan, else at each call."""
+    if torch.compiler.is_compiling() or index not in _HAS_EMPTY:
+        return make()
+    known: dict[str, Tensor] = _MADE.setdefault(index, {})
+    if name not in known:
+        made = make()
+        if capturing(index):
+            return made
+        known[name] = settled(made)
+    return known[name]
 
 
 def may_be_empty(index: Tensor) -> bool:

@@ -7,7 +7,8 @@ import weakref
 import pytest
 import torch
 
-from sa_hf.ops import graphs
+from sa_hf.ops import graphs, slots
+from sa_hf.ops.parts import SegmentPart
 from sa_hf.ops.triton import engine as triton_engine
 from sa_hf.patterns.base import Geometry, finished_plan
 from sa_hf.patterns.bigbird import BigBirdAttentionConfig
@@ -33,3 +34,17 @@ def test_the_engine_holds_parts_and_lists(monkeypatch: pytest.MonkeyPatch) -> No
     (part,) = finished_plan(BigBirdAttentionConfig(block_size=16), geometry, torch.device("cpu"))
     triton_engine._held_lists(part, torch.zeros(1, 1, 256, 16))
     assert list(held.values()) == [part, "the lists of the layout"]
+
+
+@pytest.mark.parametrize(("recording", "kept"), [(True, True), (False, True), (False, False)])
+def test_what_is_made_of_an_index_is_kept_with_a_kept_plan(
+    recording: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while a graph is recorded, when it has no values yet, nor of an index that comes with the data."""
+    monkeypatch.setattr(slots, "capturing", lambda x: recording)
+    index = torch.tensor([[[2, -1, 0]]])
+    if kept:
+        slots.examine_slots([SegmentPart(3, 3, 1, 1, query_index=index)])
+    made = [slots.made_of(index, name, lambda: torch.zeros(1)) for name in ("a", "a", "b")]
+    assert (made[0] is made[1]) == (kept and not recording)
+    assert made[0] is not made[2]

@@ -91,6 +91,26 @@ def test_plan_of_the_last_queries_is_their_rows(config: StaticPatternConfig, cau
 
 
 @cases
+@directions
+def test_a_position_stands_in_one_slot_of_a_head(config: StaticPatternConfig, causal: bool) -> None:
+    """On a GPU gradients find their way back by the slot of each position: of two, one would be lost."""
+    for n, queries in ((1, 1), (7, 7), (64, 64), (70, 5), (257, 257), (257, 100)):
+        for num_heads, heads in ((1, (0,)), (8, (0, 1, 2, 3, 4, 5, 6, 7)), (8, (1, 3, 6))):
+            for window in (None, 3):
+                geometry = Geometry(n, queries, heads, num_heads, 1, causal, Band(window, window))
+                for part in pattern_parts(config, geometry, CPU):
+                    for index, positions in ((part.query_index, queries), (part.key_index, n)):
+                        if isinstance(index, torch.Tensor):
+                            assert index.dtype == torch.int64
+                            assert index.shape[1] in (1, len(heads))
+                            lanes = index.flatten(0, 1)
+                            assert int(index.max()) < positions
+                            for lane in lanes:
+                                filled = lane[lane >= 0]
+                                assert len(filled.unique()) == len(filled), (n, queries, heads, window)
+
+
+@cases
 def test_causal_rows_do_not_depend_on_what_follows(config: StaticPatternConfig) -> None:
     longest = config.multiplicity(257, 3, 1, causal=True)
     for n in LENGTHS[:-1]:

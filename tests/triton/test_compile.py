@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from sa_hf.ops.layout import build_layout
 from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, ScoreOptions, SegmentPart
+from sa_hf.ops.run import plan_backward, plan_forward
 from sa_hf.ops.triton import TritonEngine
 from sa_hf.ops.triton.launch_decode import decode
 from sa_hf.ops.triton.record import record_launches
@@ -58,6 +59,19 @@ for name, part_of in parts.items():
                     decode(q[:, :, :1], k, v, torch.zeros(1, 1, 1, n, dtype=torch.int64), options)
     for kernel in recorded:
         counts[f"{name} {kernel.name}"] = counts.get(f"{name} {kernel.name}", 0) + 1
+order = lambda n: torch.arange(n).flip(0)[None, None]
+with record_launches(GPUTarget("cuda", 90, 32)) as recorded:
+    for n in (1, 16, 17, 4096, 4097):
+        for batch, heads, kv_heads in ((1, 2, 1), (3, 4, 2)):
+            q = torch.zeros(batch, n, heads, 64, dtype=torch.bfloat16).transpose(1, 2)
+            k = torch.zeros(batch, kv_heads, n, 64, dtype=torch.bfloat16)
+            gathered = SegmentPart(n, n, 64, 64, query_index=order(n), key_index=order(n))
+            plan = [gathered, OffsetsPart(n, ((0, 1, 2),)), SegmentPart(1, n, 1, n, query_index=slice(n - 1, n))]
+            out, lse = plan_forward(plan, q, k, k, options, engine)
+            plan_backward(plan, q, k, k, out, lse, q, options, engine)
+for kernel in recorded:
+    if kernel.name in ("gather_kernel", "merge_parts_kernel", "sum_parts_kernel", "invert_kernel"):
+        counts[f"plan {kernel.name}"] = counts.get(f"plan {kernel.name}", 0) + 1
 print(json.dumps(counts))
 """
 
@@ -86,6 +100,8 @@ def test_a_new_length_is_not_a_new_kernel() -> None:
     expected = [f"{part} {name}" for part in ("block", "segment") for name in block]
     expected += ["block decode_kernel", "block merge_kernel", "offsets prepare_kernel"]
     expected += [f"offsets offsets_{name}_kernel" for name in ("forward", "query", "key")]
+    expected += [f"plan {name}_kernel" for name in ("merge_parts", "sum_parts", "invert")]
+    assert counts.pop("plan gather_kernel") == 2  # the backward brings more rows along
     assert counts == dict.fromkeys(expected, 1)
 
 

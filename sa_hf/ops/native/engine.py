@@ -41,6 +41,7 @@ class NativeEngine:
     """Runs every part on every device; time and memory grow with the tiles that a part keeps."""
 
     name = "native"
+    own_rows = False
 
     def unsupported(self, query: Tensor, options: ScoreOptions) -> str | None:
         return None

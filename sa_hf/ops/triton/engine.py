@@ -29,6 +29,7 @@ class TritonEngine:
     """
 
     name = "triton"
+    own_rows = True
 
     def unsupported(self, query: Tensor, options: ScoreOptions) -> str | None:
         return _machine_reason(query.device) or _input_reason(query, options)

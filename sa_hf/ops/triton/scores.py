@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sa_hf.ops.parts import Index, ScoreOptions
 from sa_hf.ops.random import counter_words, dropout_threshold, dropout_words
-from sa_hf.ops.slots import may_be_empty
+from sa_hf.ops.slots import made_of, may_be_empty
 from sa_hf.ops.triton.launch import packed
 
 LOG2E = 1.4426950408889634
@@ -30,9 +30,7 @@ class SlotPositions:
             return cls(None, offset)
         if isinstance(index, slice):
             return cls(None, index.start + offset)
-        if may_be_empty(index):
-            return cls(torch.where(index >= 0, index + offset, -1).int().contiguous(), 0)
-        return cls((index + offset if offset else index).int().contiguous(), 0)
+        return cls(made_of(index, f"int32 {offset}", lambda: _int32(index, offset)), 0)
 
     @property
     def strides(self) -> tuple[int, int]:
@@ -71,6 +69,13 @@ class ScoreNumbers(NamedTuple):
     inv_ramp: float
     keep_scale: float
     SOFTCAP: bool
+
+
+def _int32(index: Tensor, offset: int) -> Tensor:
+    """``index + offset``, contiguous; empty slots stay -1."""
+    if offset:
+        index = torch.where(index >= 0, index + offset, -1) if may_be_empty(index) else index + offset
+    return index.int().contiguous()
 
 
 @dataclass(frozen=True, eq=False)

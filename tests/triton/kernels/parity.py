@@ -41,14 +41,17 @@ def make(
     return [torch.randn(batch, h, n, d, generator=g).to(dtype) for h, n in shapes]
 
 
-def oracle(part: Part, inputs: list[Tensor], options: ScoreOptions, n_q: int, n_k: int) -> dict[str, Tensor]:
+def oracle(
+    parts: Part | list[Part], inputs: list[Tensor], options: ScoreOptions, n_q: int, n_k: int
+) -> dict[str, Tensor]:
     leaves = [x.double().requires_grad_() for x in inputs[:3]]
     extra = {
         name: getattr(options, name).double().requires_grad_()
         for name in ("distance_bias", "spans")
         if getattr(options, name) is not None
     }
-    multiplicity = part_multiplicity(part, n_q, n_k)
+    every = parts if isinstance(parts, list) else [parts]
+    multiplicity = sum(part_multiplicity(part, n_q, n_k).expand(*inputs[0].shape[:2], -1, -1) for part in every)
     out, lse = dense_attention(*leaves, multiplicity, options.with_tensors(**extra))
     out.backward(inputs[3].double())
     grads = dict(zip(("query", "key", "value"), leaves, strict=True)) | extra
@@ -58,10 +61,10 @@ def oracle(part: Part, inputs: list[Tensor], options: ScoreOptions, n_q: int, n_
 
 
 def errors(
-    part: Part, *, batch: int = 1, heads: int = 2, kv_heads: int = 1, n_q: int, n_k: int | None = None, d: int = 16,
-    options: ScoreOptions | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
+    parts: Part | list[Part], *, batch: int = 1, heads: int = 2, kv_heads: int = 1, n_q: int, n_k: int | None = None,
+    d: int = 16, options: ScoreOptions | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
-    """RMS errors of output, log-sum-exp and every gradient over positions; the part goes through gathering and back."""
+    """RMS errors of output, log-sum-exp and every gradient over positions; the parts go through gathering and back."""
     from sa_hf.ops.run import plan_backward, plan_forward
 
     n_k = n_q if n_k is None else n_k
@@ -71,9 +74,10 @@ def errors(
     q, k, v, grad = (guarded(x) for x in inputs)
     engine = TritonEngine()
     assert engine.unsupported(q, options) is None
-    out, lse = plan_forward([part], q, k, v, options, engine)
-    grads = plan_backward([part], q, k, v, out, lse, grad, options, engine)
-    expected = oracle(part, inputs, options, n_q, n_k)
+    plan = parts if isinstance(parts, list) else [parts]
+    out, lse = plan_forward(plan, q, k, v, options, engine)
+    grads = plan_backward(plan, q, k, v, out, lse, grad, options, engine)
+    expected = oracle(parts, inputs, options, n_q, n_k)
     empty = torch.isinf(expected["lse"])
     assert torch.equal(torch.isinf(lse), empty)
     assert not out[empty].any()
@@ -85,7 +89,7 @@ def errors(
     return {name: error(ours[name], x) for name, x in expected.items()}
 
 
-def assert_exact(part: Part, **kwargs: object) -> None:
+def assert_exact(parts: Part | list[Part], **kwargs: object) -> None:
     """fp32 accuracy: the bound is a hundred times the rounding of fp32."""
-    found = errors(part, **kwargs)  # type: ignore[arg-type]
+    found = errors(parts, **kwargs)  # type: ignore[arg-type]
     assert all(e < 6e-6 for e in found.values()), found
