@@ -147,7 +147,8 @@ def _prepare(out: Shape, grad_out: tuple[int, ...], positions: tuple[int, int]) 
 
 def padded_rows(n_q: int) -> int:
     """Rows of the backward's statistics: whole tiles, which are read unmasked."""
-    return triton.cdiv(n_q, STATS_TILE.value) * STATS_TILE.value
+    tile: int = STATS_TILE.value
+    return -(-n_q // tile) * tile
 
 
 def query_gradient(lists: TileLists, operands: Operands, scores: Scores) -> Tensor:
