@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import triton
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.triton.backward import key_kernel, prepare_kernel, query_kernel
 from sa_hf.ops.triton.bias import bias_kernel
@@ -147,7 +146,8 @@ def _prepare(out: Shape, grad_out: tuple[int, ...], positions: tuple[int, int]) 
 
 def padded_rows(n_q: int) -> int:
     """Rows of the backward's statistics: whole tiles, which are read unmasked."""
-    return triton.cdiv(n_q, STATS_TILE.value) * STATS_TILE.value
+    tile: int = STATS_TILE.value
+    return -(-n_q // tile) * tile
 
 
 def query_gradient(lists: TileLists, operands: Operands, scores: Scores) -> Tensor:
