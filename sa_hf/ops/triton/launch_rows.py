@@ -191,4 +191,4 @@ def _targets(tensors: Sequence[Tensor], at: Tensor | None) -> list[Tensor | None
 
 
 def _strides(name: str, x: Tensor | None) -> dict[str, int]:
-    return {f"s{name}{axis}": 0 for axis in "bhn"} if x is None else strides(name, x)
+    return {f"s{name}{axis}": 0 for axis in "bhn"} if x is None else strides(name, x.stride())
