@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import triton
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.triton.backward import key_kernel, prepare_kernel, query_kernel
 from sa_hf.ops.triton.bias import bias_kernel
