@@ -76,6 +76,58 @@ print(json.dumps(counts))
 """
 
 
+# What a second call of LongNet launches, kernels and operators of torch, forward and backward.
+COUNT_LAUNCHES = """
+import json
+import torch
+import triton
+from collections import Counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+
+from sa_hf import LongNetAttentionConfig
+from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.run import plan_backward, plan_forward
+from sa_hf.ops.triton import TritonEngine
+from sa_hf.ops.triton.record import record_launches
+from sa_hf.patterns.base import Geometry
+from sa_hf.patterns.custom_op import cached_plan
+
+WITHOUT_LAUNCH = {"empty", "promote_types", "slice", "view"}
+config = LongNetAttentionConfig(segment_length=(64, 128, 256), dilated_ratio=(1, 2, 4))
+plan = cached_plan(config, Geometry(256, 256, (0, 1, 2, 3), 4, 0, True), torch.device("cpu"))
+engine, options = TritonEngine(), ScoreOptions(scale=0.1)
+q, k = torch.zeros(2, 4, 256, 64, dtype=torch.bfloat16), torch.zeros(2, 2, 256, 64, dtype=torch.bfloat16)
+launches = Counter()
+
+
+class Operators(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        launches[function.overloadpacket.__name__] += function.overloadpacket.__name__ not in WITHOUT_LAUNCH
+        return function(*args, **(kwargs or {}))
+
+
+def launched(*, fn, **rest):
+    launches[fn.name.rsplit(".", 1)[-1]] += 1
+    return True
+
+
+def counted(call):
+    launches.clear()
+    with Operators():
+        result = call()
+    return +launches, result
+
+
+with record_launches(GPUTarget("cuda", 90, 32)):
+    triton.knobs.runtime.jit_cache_hook = launched
+    for _ in range(2):
+        forward, (out, lse) = counted(lambda: plan_forward(plan, q, k, k, options, engine))
+        backward, _ = counted(lambda: plan_backward(plan, q, k, k, out, lse, q, options, engine))
+print(json.dumps([forward, backward]))
+"""
+
+
 def run(arguments: list[str], timeout: int) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -103,6 +155,16 @@ def test_a_new_length_is_not_a_new_kernel() -> None:
     expected += [f"plan {name}_kernel" for name in ("merge_parts", "sum_parts", "invert")]
     assert counts.pop("plan gather_kernel") == 2  # the backward brings more rows along
     assert counts == dict.fromkeys(expected, 1)
+
+
+def test_a_plan_of_gathered_parts_launches_little_beside_attention() -> None:
+    """The first branch is in order; the others are gathered, and all are merged, or summed, once."""
+    result = run(["-c", COUNT_LAUNCHES], 300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    forward, backward = json.loads(result.stdout.splitlines()[-1])
+    assert forward == {"gather_kernel": 2, "forward_kernel": 3, "merge_parts_kernel": 1}
+    attention = dict.fromkeys(("prepare_kernel", "query_kernel", "key_kernel"), 3)
+    assert backward == {"gather_kernel": 2, "sum_parts_kernel": 3, **attention}
 
 
 PRECOMPILE = """

@@ -153,6 +153,8 @@ def test_a_key_in_many_parts_of_a_plan() -> None:
     ]  # fmt: skip
     for parts in (plan, plan[:1], plan[2:3], plan * 3):
         assert_exact(parts, n_q=n, batch=2, heads=4, kv_heads=2, d=24)
+    chunk = SegmentPart(12, 20, 4, 6, query_index=some_index(1, 4, 12, 12, empty=1), key_index=key_index)
+    assert_exact([chunk, SegmentPart(7, n, 7, n, query_index=slice(5, 12))], n_q=12, n_k=n, heads=4, kv_heads=2)
 
 
 def test_indices_of_a_kept_plan_are_worked_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
