@@ -25,7 +25,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 import sa_hf.ops.triton.engine as engine
-from sa_hf.ops import data_layout
+from sa_hf.ops import data_layout, slots
 from sa_hf.ops.triton.record import record_launches
 from sa_hf.patterns import clusters
 from sa_hf.tools.bench import precompile, rows_parity, rows_speed, suite as suite_module
@@ -54,7 +54,7 @@ def measure(calls, *_, **__):
 suite = suite_module.Suite(torch.device("cpu"), False, float("inf"), Report(Path(sys.argv[1]), {}), H200_DATASHEET)
 answers = [
     (engine, "_machine_reason", lambda device: None), (data_layout, "exact_lists", lambda device: False),
-    (clusters, "exact_lists", lambda device: False), (rows_speed, "inputs", inputs),
+    (clusters, "exact_lists", lambda device: False), (slots, "on_host", lambda index: False), (rows_speed, "inputs", inputs),
     (rows_speed, "measure", measure), (suite_module, "measure", measure),
     (rows_parity, "PARITY_SHAPES", PARITY_SHAPES[::2]),
 ]
