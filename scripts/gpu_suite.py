@@ -210,10 +210,11 @@ def sections(suite: Suite) -> Sections:
         "parity data": lambda: rows_parity.data_parity_section(suite),
         "dense": lambda: rows_speed.dense_section(suite, [long], dims),
         "ours": lambda: rows_speed.speed_section(suite, [long], dims),
-        "flex": lambda: rows_others.flex_section(suite, flex, FLEX_BLOCK),
-        "decode": lambda: rows_speed.decode_section(suite, [64] if suite.dry else [65536, 524288]),
-        "training": lambda: rows_speed.model_section(suite),
         "options": lambda: rows_speed.option_section(suite, long),
+        "decode": lambda: rows_speed.decode_section(suite, [64] if suite.dry else [65536, 524288]),
+        "flex": lambda: rows_others.flex_section(suite, flex, FLEX_BLOCK, passes=(True,)),
+        "training": lambda: rows_speed.model_section(suite),
+        "flex forward": lambda: rows_others.flex_section(suite, flex, FLEX_BLOCK, passes=(False,)),
         "hf-bigbird": lambda: rows_others.bigbird_section(suite, [] if suite.dry else [long]),
     }
     for length in more:  # a length is of use with both

@@ -59,6 +59,12 @@ def timing_cases(toy: bool = False) -> list[Case]:
     return ordered
 
 
+def decode_cases(toy: bool = False) -> list[Case]:
+    """The causal ones, and a window whose keys (268 MB at 16 heads of 128 in 16 bits) are far beyond any cache."""
+    wide = Case("sliding_window-32k", _config("sliding_window", window=16 if toy else 32768), True, "block")
+    return [*(case for case in timing_cases(toy) if case.causal), wide]
+
+
 # What compiled FlexAttention is measured on: a row costs 15 to 30 s of compilation.
 FLEX_CASES = ("bigbird/causal", "sliding_window/causal", "logsparse/causal")
 # Blocks of its mask: its own first, in both passes; the tiles of its backward do not divide 64 (torch 2.11 to 2.13).

@@ -16,7 +16,7 @@ from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import Geometry
 from sa_hf.patterns.custom_op import cached_plan
 from sa_hf.tools.bench.baselines import Dense, dense_runs
-from sa_hf.tools.bench.cases import Case, decode_lists, timing_cases
+from sa_hf.tools.bench.cases import Case, decode_cases, decode_lists, timing_cases
 from sa_hf.tools.bench.compare import speed_ups
 from sa_hf.tools.bench.roofline import work
 from sa_hf.tools.bench.suite import Suite, ending, first_call, inputs, timed
@@ -120,7 +120,7 @@ def gated(suite: Suite, case: Any, length: int, head_dim: int, backward: bool) -
 def decode_section(suite: Suite, lengths: list[int]) -> None:
     """One new query against a long cache: time and the bandwidth on the keys that the pattern reads."""
     for length in lengths:
-        for case in (c for c in timing_cases(toy=suite.dry) if c.causal):
+        for case in decode_cases(toy=suite.dry):
             suite.row("decode", f"{case.label}/n{length}", partial(decoded, suite, case, length))
 
 

@@ -20,8 +20,8 @@ from sa_hf.tools.bench.roofline import Ceilings
 from sa_hf.tools.bench.timing import attention_calls, graph_figure, measure
 
 # Seconds that a row may take, compilation included, by section; a row starts only where so many are left.
-ROW_SECONDS = {"parity": 10.0, "training": 45.0, "flex": 75.0, "hf-bigbird": 45.0}
-USUAL_SECONDS = 25.0
+ROW_SECONDS = {"parity": 5.0, "training": 25.0, "flex": 45.0, "hf-bigbird": 25.0}
+USUAL_SECONDS = 10.0
 
 
 def ending(causal: bool, head_dim: int, length: int, backward: bool) -> str:
