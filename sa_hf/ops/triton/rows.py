@@ -97,7 +97,8 @@ MOST_PARTS = len(SIZES) // 2
 
 @triton.jit
 def slots_of(inverse_ptr, start, position, batch, head, heads, length):
-    """The slot of each position in a part with ``heads`` heads; where it has none, a negative one or one too large."""
+    """The slot of each position in a part with ``heads`` heads; where it has none, as from ``length`` on, a negative
+    one or one too large."""
     slot = position - start
     if inverse_ptr is not None:
         kind = -1 - start
@@ -131,7 +132,7 @@ def merge_parts_kernel(
     for i in tl.static_range(PARTS):
         slots = sizes[i]
         slot = slots_of(None if inverses is None else inverses[i], starts[i], position, batch, head, heads, length)
-        there = in_run(slot, 0, tl.where(position < length, slots, 0))
+        there = in_run(slot, 0, slots)
         lse = tl.load(lses[i] + lane * slots + slot, mask=there, other=float("-inf"))
         x0, x1 = load_at(parts[i] + lane * slots * D, slot, D, there, D, D0, D1)
         new_peak = tl.maximum(peak, lse)
@@ -168,14 +169,13 @@ def sum_parts_kernel(
     for i in tl.static_range(PARTS):
         slots, start = sizes[i], starts[i]
         members = tl.where(start < 0, tl.where(((-1 - start) & 1) > 0, group, 1), 1)
-        limit = tl.where(position < length, slots, 0)
         for member in range(0, members):
             own = head * members + member
             lane = batch.to(tl.int64) * (heads * members) + own
             slot = slots_of(
                 None if inverses is None else inverses[i], start, position, batch, own, heads * members, length
             )  # fmt: skip
-            x0, x1 = load_at(parts[i] + lane * slots * D, slot, D, in_run(slot, 0, limit), D, D0, D1)
+            x0, x1 = load_at(parts[i] + lane * slots * D, slot, D, in_run(slot, 0, slots), D, D0, D1)
             acc0 += x0.to(tl.float32)
             if D1 > 0:
                 acc1 += x1.to(tl.float32)
