@@ -36,11 +36,11 @@ class Piece:
 
     def queries(self, x: Tensor) -> Tensor:
         """Of ``x [B, H, ...]``."""
-        return x[self.batch, self.heads]
+        return x if self.whole else x[self.batch, self.heads]
 
     def keys(self, x: Tensor) -> Tensor:
         """Of ``x [B, Hkv, ...]``."""
-        return x[self.batch, self.key_heads]
+        return x if self.whole else x[self.batch, self.key_heads]
 
     def shared(self, x: Tensor) -> Tensor:
         """Of ``x [B | 1, H | 1, ...]``."""
