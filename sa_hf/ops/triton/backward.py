@@ -55,7 +55,7 @@ def prepare_kernel(
     lse = tl.load(lse_ptr + line * n_q + slot, mask=slot < n_q, other=float("-inf"))
     kept = lse > float("-inf")
     if q_pos_ptr is not None:
-        kept = kept & (load_positions(q_pos_ptr, batch, head, pqb, pqh, slot, n_q, 0) >= 0)
+        kept = kept & (load_positions(q_pos_ptr, batch, head, pqb, pqh, slot, None, 0) >= 0)
     tl.store(delta_ptr + at, delta)
     tl.store(shift_ptr + at, tl.where(kept, lse * LOG2E, float("inf")))
 
@@ -140,14 +140,14 @@ def query_kernel(
     kv_head = head // group
     first = row % query_tiles * TILE_Q + sub * BLOCK_Q
     q_slot = first + tl.arange(0, BLOCK_Q)
-    q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
+    q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, None, q_base)
     low, high, skip = load_range(range_ptr, batch, head, srb, srh, q_slot, n_q, RANGE_COLUMNS)
     q0, q1 = load_tile(head_base(q_ptr, batch, head, sqb, sqh), first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, True)
     g0, g1 = load_tile(head_base(grad_ptr, batch, head, sgb, sgh), first, sgn * 8, n_q, BLOCK_Q, D, D0, D1, True)
     k_base_ptr = head_base(k_ptr, batch, kv_head, skb, skh)
     v_base_ptr = head_base(v_ptr, batch, kv_head, svb, svh)
     line = batch.to(tl.int64) * heads + head
-    row_word = load_optional(row_words_ptr, line * n_q, q_slot, q_slot < n_q)
+    row_word = load_optional(row_words_ptr, stats_row(line, n_q), q_slot, None)
     delta = tl.load(delta_ptr + stats_row(line, n_q) + q_slot)
     shift = tl.load(shift_ptr + stats_row(line, n_q) + q_slot)
 
@@ -164,9 +164,9 @@ def query_kernel(
             k_slot = k_first + tl.arange(0, BLOCK_K)
             k0, k1 = load_tile(k_base_ptr, k_first, skn * 8, n_k, BLOCK_K, D, D0, D1, phase == 1)
             v0, v1 = load_tile(v_base_ptr, k_first, svn * 8, n_k, BLOCK_K, D, D0, D1, phase == 1)
-            k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
-            span = load_spans(spans_ptr, batch, head, seb, seh, k_slot, k_slot < n_k)
-            word = load_optional(column_words_ptr, line * n_k, k_slot, k_slot < n_k)
+            k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, None, k_base)
+            span = load_spans(spans_ptr, batch, head, seb, seh, k_slot, None)
+            word = load_optional(column_words_ptr, stats_row(line, n_k), k_slot, None)
             p, _, factor, bend, _ = tile_probabilities(
                 dot_rows(q0, q1, k0, k1, D1), shift[:, None], q_slot[:, None], k_slot[None, :],
                 (sub * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None], (part * BLOCK_K + tl.arange(0, BLOCK_K))[None, :],
@@ -224,7 +224,7 @@ def key_kernel(
     k0, k1 = load_tile(head_base(k_ptr, batch, kv_head, skb, skh), first, skn * 8, n_k, BLOCK_K, D, D0, D1, True)
     v0, v1 = load_tile(head_base(v_ptr, batch, kv_head, svb, svh), first, svn * 8, n_k, BLOCK_K, D, D0, D1, True)
     # The gate depends on the query head: where there is one, a list has one query head.
-    span = load_spans(spans_ptr, batch, out_head, seb, seh, k_slot, k_slot < n_k)
+    span = load_spans(spans_ptr, batch, out_head, seb, seh, k_slot, None)
 
     dk0 = tl.zeros([BLOCK_K, D0], tl.float32)
     dv0 = tl.zeros([BLOCK_K, D0], tl.float32)
@@ -249,11 +249,11 @@ def key_kernel(
             q0, q1 = load_tile(q_base_ptr, q_first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, phase == 1)
             line = batch.to(tl.int64) * heads + head
             shift = tl.load(shift_ptr + stats_row(line, n_q) + q_slot)
-            q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
-            k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
+            q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, None, q_base)
+            k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, None, k_base)
             low, high, skip = load_range(range_ptr, batch, head, srb, srh, q_slot, n_q, RANGE_COLUMNS)
-            row_word = load_optional(row_words_ptr, line * n_q, q_slot, q_slot < n_q)
-            word = load_optional(column_words_ptr, line * n_k, k_slot, k_slot < n_k)
+            row_word = load_optional(row_words_ptr, stats_row(line, n_q), q_slot, None)
+            word = load_optional(column_words_ptr, stats_row(line, n_k), k_slot, None)
             p, p_out, factor, bend, slope = tile_probabilities(
                 dot_rows(k0, k1, q0, q1, D1), shift[None, :], q_slot[None, :], k_slot[:, None],
                 (part * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :], (sub * BLOCK_K + tl.arange(0, BLOCK_K))[:, None],

@@ -73,12 +73,12 @@ def bias_kernel(
         v0, v1 = load_tile(v_base_ptr, k_first, svn * 8, n_k, BLOCK, D, D0, D1, True)
         delta = tl.load(delta_ptr + stats_row(line, n_q) + q_slot)
         shift = tl.load(shift_ptr + stats_row(line, n_q) + q_slot)
-        q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
-        k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
+        q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, None, q_base)
+        k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, None, k_base)
         low, high, skip = load_range(range_ptr, batch, head, srb, srh, q_slot, n_q, RANGE_COLUMNS)
-        span = load_spans(spans_ptr, batch, head, seb, seh, k_slot, k_slot < n_k)
-        row_word = load_optional(row_words_ptr, line * n_q, q_slot, q_slot < n_q)
-        word = load_optional(column_words_ptr, line * n_k, k_slot, k_slot < n_k)
+        span = load_spans(spans_ptr, batch, head, seb, seh, k_slot, None)
+        row_word = load_optional(row_words_ptr, stats_row(line, n_q), q_slot, None)
+        word = load_optional(column_words_ptr, stats_row(line, n_k), k_slot, None)
         p, _, factor, bend, _ = tile_probabilities(
             dot_rows(q0, q1, k0, k1, D1), shift[:, None], q_slot[:, None], k_slot[None, :],
             (sub_q * BLOCK + local)[:, None], (sub_k * BLOCK + local)[None, :], q_pos[:, None], k_pos[None, :],

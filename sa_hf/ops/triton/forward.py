@@ -25,6 +25,7 @@ from sa_hf.ops.triton.common import (
     load_spans,
     load_tile,
     span_gate,
+    stats_row,
     store_tile,
     work_place,
 )
@@ -53,14 +54,14 @@ def forward_kernel(
     kv_head = head // group
     first = row % query_tiles * TILE_Q + sub * BLOCK_Q
     q_slot = first + tl.arange(0, BLOCK_Q)
-    q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, n_q, q_base)
+    q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, None, q_base)
     low, high, skip = load_range(range_ptr, batch, head, srb, srh, q_slot, n_q, RANGE_COLUMNS)
     q_base_ptr = head_base(q_ptr, batch, head, sqb, sqh)
     k_base_ptr = head_base(k_ptr, batch, kv_head, skb, skh)
     v_base_ptr = head_base(v_ptr, batch, kv_head, svb, svh)
     q0, q1 = load_tile(q_base_ptr, first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, True)
     line = batch.to(tl.int64) * heads + head
-    row_word = load_optional(row_words_ptr, line * n_q, q_slot, q_slot < n_q)
+    row_word = load_optional(row_words_ptr, stats_row(line, n_q), q_slot, None)
 
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -117,7 +118,7 @@ def forward_step(
     k_slot = first + tl.arange(0, BLOCK_K)
     k0, k1 = load_tile(k_base_ptr, first, skn * 8, n_k, BLOCK_K, D, D0, D1, MASKED)
     s = dot_rows(q0, q1, k0, k1, D1)
-    k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, n_k, k_base)
+    k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, None, k_base)
     unit = scale * LOG2E
     if not PLAIN:
         s, _ = bend_scores(s, q_pos[:, None], k_pos[None, :], bias_ptr, head, centre, extra, scale, softcap, SOFTCAP)
@@ -135,7 +136,7 @@ def forward_step(
     if k_pos_ptr is not None:
         s = tl.where((k_pos >= 0)[None, :], s, float("-inf"))
     if spans_ptr is not None:
-        span = load_spans(spans_ptr, batch, head, seb, seh, k_slot, k_slot < n_k)
+        span = load_spans(spans_ptr, batch, head, seb, seh, k_slot, None)
         gate, _ = span_gate(q_pos[:, None], k_pos[None, :], span[None, :], inv_ramp)
         s = tl.where(gate > 0, s, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(s, 1) * unit)
@@ -152,7 +153,7 @@ def forward_step(
     if D1 > 0:
         acc1 = acc1 * decay[:, None]
     if row_words_ptr is not None:
-        word = load_optional(column_words_ptr, line * n_k, k_slot, k_slot < n_k)
+        word = load_optional(column_words_ptr, stats_row(line, n_k), k_slot, None)
         p = tl.where(dropout_kept(row_word[:, None], word[None, :], threshold), p, 0.0)
     v0, v1 = load_tile(v_base_ptr, first, svn * 8, n_k, BLOCK_K, D, D0, D1, MASKED)
     acc0, acc1 = add_product(p, v0, v1, acc0, acc1, D1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import triton
+from sa_hf.ops.triton.common import STATS_TILE
 from sa_hf.ops.triton.configs import Launch, launch
 from sa_hf.ops.triton.engine import capability, interpreting
 from triton.compiler import CompiledKernel
@@ -71,6 +72,12 @@ def aligned(x: Tensor) -> Tensor:
 def packed(x: Tensor) -> Tensor:
     """Contiguous from a 16-byte boundary: a pointer's alignment is part of a kernel's identity."""
     return x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def padded_rows(rows: int) -> int:
+    """Of tensors that tiles read unmasked: whole tiles of the largest size."""
+    tile: int = STATS_TILE.value
+    return -(-rows // tile) * tile
 
 
 def strides(name: str, of: tuple[int, ...]) -> dict[str, int]:

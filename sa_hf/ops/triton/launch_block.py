@@ -15,7 +15,6 @@ from torch import Tensor
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.triton.backward import key_kernel, prepare_kernel, query_kernel
 from sa_hf.ops.triton.bias import bias_kernel
-from sa_hf.ops.triton.common import STATS_TILE
 from sa_hf.ops.triton.configs import Launch
 from sa_hf.ops.triton.forward import combine_kernel, forward_kernel
 from sa_hf.ops.triton.launch import (
@@ -28,6 +27,7 @@ from sa_hf.ops.triton.launch import (
     contiguous,
     empty_like,
     packed,
+    padded_rows,
     stats_empty,
     strides,
 )
@@ -142,12 +142,6 @@ def _prepare(out: Shape, grad_out: tuple[int, ...], positions: tuple[int, int]) 
         "heads": heads, "ROWS": PREPARE_ROWS, **chunks(d),
     }  # fmt: skip
     return Prepared(prepare_kernel, (padded_rows(n_q) // PREPARE_ROWS, heads, batch), arguments)
-
-
-def padded_rows(n_q: int) -> int:
-    """Rows of the backward's statistics: whole tiles, which are read unmasked."""
-    tile: int = STATS_TILE.value
-    return -(-n_q // tile) * tile
 
 
 def query_gradient(lists: TileLists, operands: Operands, scores: Scores) -> Tensor:

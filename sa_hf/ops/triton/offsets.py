@@ -49,8 +49,9 @@ def offsets_forward_kernel(
     v_base_ptr = head_base(v_ptr, batch, head // group, svb, svh)
     q0, q1 = load_rows(q_base_ptr, first, sqn * 8, row < n, ROWS, D, D0, D1)
     q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, row, n, q_base)
-    at = (batch.to(tl.int64) * heads + head) * n
-    row_word = load_optional(row_words_ptr, at, row, row < n)
+    line = batch.to(tl.int64) * heads + head
+    at, stats = line * n, stats_row(line, n)
+    row_word = load_optional(row_words_ptr, stats, row, row < n)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc0 = tl.zeros([ROWS, D0], tl.float32)
@@ -79,7 +80,7 @@ def offsets_forward_kernel(
         decay = tl.exp2(peak - shift)
         total = total * decay + p
         if row_words_ptr is not None:
-            word = load_optional(column_words_ptr, at, key, keep)
+            word = load_optional(column_words_ptr, stats, key, keep)
             p = tl.where(dropout_kept(row_word, word, threshold), p, 0.0)
         v0, v1 = load_rows(v_base_ptr, first - offset, svn * 8, keep, ROWS, D, D0, D1)
         acc0 = acc0 * decay[:, None] + p[:, None] * v0.to(tl.float32)
@@ -140,11 +141,10 @@ def offsets_query_kernel(
     q0, q1 = load_rows(q_base_ptr, first, sqn * 8, row < n, ROWS, D, D0, D1)
     g0, g1 = load_rows(g_base_ptr, first, sgn * 8, row < n, ROWS, D, D0, D1)
     q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, row, n, q_base)
-    line = batch.to(tl.int64) * heads + head
-    at, stats = line * n, stats_row(line, n)
+    stats = stats_row(batch.to(tl.int64) * heads + head, n)
     delta = tl.load(delta_ptr + stats + row, mask=row < n, other=0.0)
     shift = tl.load(shift_ptr + stats + row, mask=inside & (row < n), other=float("inf"))
-    row_word = load_optional(row_words_ptr, at, row, row < n)
+    row_word = load_optional(row_words_ptr, stats, row, row < n)
     acc0 = tl.zeros([ROWS, D0], tl.float32)
     acc1 = tl.zeros([ROWS, D1 if D1 > 0 else 16], tl.float32)
     for t in range(0, tl.load(counts_ptr + head * list_stride)):
@@ -155,7 +155,7 @@ def offsets_query_kernel(
         k0, k1 = load_rows(k_base_ptr, first - offset, skn * 8, keep, ROWS, D, D0, D1)
         v0, v1 = load_rows(v_base_ptr, first - offset, svn * 8, keep, ROWS, D, D0, D1)
         span = load_spans(spans_ptr, batch, head, seb, seh, key, keep)
-        word = load_optional(column_words_ptr, at, key, keep)
+        word = load_optional(column_words_ptr, stats, key, keep)
         _, bent, ds, _ = pair_gradient(
             q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_ptr, head,
             row_word, word, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
@@ -212,7 +212,7 @@ def offsets_key_kernel(
         g_base_ptr = head_base(grad_ptr, batch, head, sgb, sgh)
         k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, key, n, k_base)
         span = load_spans(spans_ptr, batch, head, seb, seh, key, key < n)
-        word = load_optional(column_words_ptr, at, key, key < n)
+        word = load_optional(column_words_ptr, stats, key, key < n)
         d_span = tl.zeros([ROWS], tl.float32)
         for t in range(0, tl.load(counts_ptr + head * list_stride)):
             offset = tl.load(offsets_ptr + head * list_stride * most + t)
@@ -223,7 +223,7 @@ def offsets_key_kernel(
             delta = tl.load(delta_ptr + stats + row, mask=keep, other=0.0)
             shift = tl.load(shift_ptr + stats + row, mask=keep, other=float("inf"))
             q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, row, n, q_base)
-            row_word = load_optional(row_words_ptr, at, row, keep)
+            row_word = load_optional(row_words_ptr, stats, row, keep)
             p, _, ds, slope = pair_gradient(
                 q0, q1, k0, k1, v0, v1, g0, g1, shift, delta, q_pos, k_pos, key, begin, stop, span, bias_ptr, head,
                 row_word, word, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,

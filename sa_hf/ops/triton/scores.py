@@ -12,14 +12,15 @@ from torch import Tensor
 from sa_hf.ops.parts import Index, ScoreOptions
 from sa_hf.ops.random import counter_words, dropout_threshold, dropout_words
 from sa_hf.ops.slots import made_of, may_be_empty
-from sa_hf.ops.triton.launch import packed
+from sa_hf.ops.triton.launch import packed, padded_rows
 
 LOG2E = 1.4426950408889634
 
 
 @dataclass(frozen=True, eq=False)
 class SlotPositions:
-    """Positions of a part's slots: ``slot + base``, or int32 ``index [B_i, H_i, slots]`` with -1 for an empty slot."""
+    """Positions of a part's slots: ``slot + base``, or int32 ``index [B_i, H_i, padded slots]`` with -1 for an empty
+    slot and for the padding (``launch.padded_rows``)."""
 
     index: Tensor | None
     base: int
@@ -34,16 +35,13 @@ class SlotPositions:
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Of the batch and of the head, 0 where shared."""
-        if self.index is None:
-            return 0, 0
-        batch, heads, slots = self.index.shape
-        return (heads * slots if batch > 1 else 0), (slots if heads > 1 else 0)
+        """Of the batch and of the head in units of 8, 0 where shared."""
+        return (0, 0) if self.index is None else _row_strides(self.index)
 
     def tensor(self, slots: int, device: torch.device) -> Tensor:
         """int64 ``[B_i | 1, H_i | 1, slots]``; empty slots -1."""
         if self.index is not None:
-            return self.index.long()
+            return self.index[..., :slots].long()
         return torch.arange(self.base, self.base + slots, device=device)[None, None]
 
 
@@ -72,10 +70,10 @@ class ScoreNumbers(NamedTuple):
 
 
 def _int32(index: Tensor, offset: int) -> Tensor:
-    """``index + offset``, contiguous; empty slots stay -1."""
+    """``index + offset``, padded; empty slots stay -1."""
     if offset:
         index = torch.where(index >= 0, index + offset, -1) if may_be_empty(index) else index + offset
-    return index.int().contiguous()
+    return _padded(index.int(), -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +81,7 @@ class Scores:
     """The options of a call in slots: kernel arguments that all kernels of a part share.
 
     ``bias`` fp32 ``[H, 2N - 1]`` times log2(e); ``spans`` fp32 ``[B, H | 1, key slots]``; ``row_words``,
-    ``column_words`` int32 ``[B, H, slots]``.
+    ``column_words`` int32 ``[B, H, slots]``; slots are padded.
     """
 
     options: ScoreOptions
@@ -125,12 +123,9 @@ class Scores:
     @cached_property
     def numbers(self) -> ScoreNumbers:
         o = self.options
-        seb = seh = 0
-        if self.spans is not None:
-            _, span_heads, slots = self.spans.shape
-            seb, seh = span_heads * slots, (slots if span_heads > 1 else 0)
+        spans = (0, 0) if self.spans is None else _row_strides(self.spans)
         return ScoreNumbers(
-            *self.query.strides, *self.key.strides, seb, seh, self.query.base, self.key.base,
+            *self.query.strides, *self.key.strides, *spans, self.query.base, self.key.base,
             centre=0 if self.bias is None else (self.bias.shape[1] + 1) // 2 - 1, extra=o.extra_tokens,
             threshold=2 * dropout_threshold(o.dropout), scale=float(o.scale),
             softcap=1.0 if o.softcap is None else float(o.softcap), inv_ramp=1.0 / float(o.ramp),
@@ -148,17 +143,29 @@ class Scores:
         return self.options.softcap is not None
 
 
+def _row_strides(x: Tensor) -> tuple[int, int]:
+    """Of a contiguous ``[B, H, padded slots]``, in units of 8 elements; 0 where it is shared."""
+    batch, heads, slots = x.shape
+    return (heads * slots // 8 if batch > 1 else 0), (slots // 8 if heads > 1 else 0)
+
+
+def _padded(x: Tensor, value: int = 0) -> Tensor:
+    """Contiguous, the last dimension padded so that tiles read it unmasked."""
+    more = padded_rows(x.shape[-1]) - x.shape[-1]
+    return torch.nn.functional.pad(x, (0, more), value=value).contiguous() if more else packed(x)
+
+
 def _has_empty(index: Index) -> bool:
     return isinstance(index, Tensor) and may_be_empty(index)
 
 
 def _slot_spans(spans: Tensor | None, key: SlotPositions, slots: int) -> Tensor | None:
-    """``[B, H | 1, Nk]`` over positions to fp32 ``[B, H | 1, slots]``."""
+    """``[B, H | 1, Nk]`` over positions to fp32 ``[B, H | 1, padded slots]``."""
     if spans is None:
         return None
     spans = spans.float()
     if key.index is None:
-        return packed(spans[..., key.base : key.base + slots])
+        return _padded(spans[..., key.base : key.base + slots])
     heads = max(spans.shape[1], key.index.shape[1])
     index = key.index.long().clamp(min=0).expand(spans.shape[0], heads, -1)
     return torch.gather(spans.expand(-1, heads, -1), 2, index)
@@ -170,7 +177,7 @@ def position_spans(grad: Tensor, key: SlotPositions, like: Tensor) -> Tensor:
     if key.index is None:
         result[..., key.base : key.base + grad.shape[2]] = grad
     else:
-        index = key.index.long().expand(grad.shape)
+        index = key.index[..., : grad.shape[2]].long().expand(grad.shape)
         result.scatter_add_(2, index.clamp(min=0), grad.masked_fill(index < 0, 0.0))
     return (result.sum(1, keepdim=True) if like.shape[1] == 1 else result).to(like.dtype)
 
@@ -178,7 +185,7 @@ def position_spans(grad: Tensor, key: SlotPositions, like: Tensor) -> Tensor:
 def _words(
     options: ScoreOptions, q_at: SlotPositions, k_at: SlotPositions, query: Tensor, key: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The dropout words of query rows and of key columns, int32 ``[B, H, slots]``."""
+    """The dropout words of query rows and of key columns, int32 ``[B, H, padded slots]``."""
     batch, heads, n_q, _ = query.shape
     device = query.device
     seed = options.seed
@@ -189,6 +196,6 @@ def _words(
 
     def words(at: SlotPositions, slots: int, stream: int) -> Tensor:
         word = dropout_words(seed, ids[:, None, None], head[:, None], at.tensor(slots, device), stream=stream)
-        return packed(word.expand(batch, heads, slots))
+        return _padded(word.expand(batch, heads, slots))
 
     return words(q_at, n_q, 0), words(k_at, key.shape[2], 1)
