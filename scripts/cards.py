@@ -197,9 +197,47 @@ def headline() -> str:
     return (
         f"Attention at {HEADLINE_LENGTH:,} tokens on the CPU, and the speed-up over dense SDPA of the same causality, "
         f"called in turn:\n\n{table(list(shown.values()))}\n\n{benchmark_header()}. All "
-        "lengths, memory, FlexAttention and growth: [benchmark_cpu.md](model_cards/results/benchmark_cpu.md). "
-        "Speed on a GPU is not measured yet."
+        "lengths, memory, FlexAttention and growth: [benchmark_cpu.md](model_cards/results/benchmark_cpu.md)."
     )
+
+
+def gpu(prefix: str = "") -> str:
+    """The GPU suite's rows at the headline's length, of one head_dim: every pattern whose label begins so, a row each."""
+    found = sorted(RESULTS.glob("gpu_*.json"))
+    if not found:
+        return "Not measured yet: `python scripts/gpu_suite.py`."
+    data = json.loads(found[-1].read_text())
+    ours = data["sections"].get("ours", {})
+    shown: dict[str, dict[str, Any]] = {}
+    for key, row in ours.items():
+        label, direction, head_dim, length, passes = key.split("/")
+        if (head_dim, length) != ("D128", f"n{HEADLINE_LENGTH}") or not label.startswith(prefix) or "ms" not in row:
+            continue
+        cells = shown.setdefault(f"{label} {direction}", {"pattern": f"{label}, {direction}"})
+        name = "forward" if passes == "fwd" else "forward+backward"
+        cells[name] = _graph_cell(row)
+        cells[f"{name}, of the matmul rate"] = f"{row['of matmul rate']:.0%}"
+        cells[f"{name} as calls"] = f"{row['ms']:.2f} ms ({_times(row.get('speed-up'))})"
+    head = data["header"]
+    rate = data["sections"].get("ceilings", {}).get("measured", {}).get("TFLOP/s", 0.0)
+    return (
+        f"{head['device']}, bf16, batch 1, 16 heads, head_dim 128, {HEADLINE_LENGTH:,} tokens; time on the device "
+        "(replay of a CUDA graph) and speed-up over the fastest dense attention (cuDNN or FlashAttention), kept pairs "
+        f"as a share of the measured matmul rate ({rate:.0f} TFLOP/s), and the same as calls from Python:\n\n"
+        f"{table(list(shown.values()))}\n\ntorch {head['torch']}, triton {head['triton']}, {head['date']}, code "
+        f"{head['code']}; `python scripts/gpu_suite.py`; parity, head_dim 64, decoding, FlexAttention and training: "
+        f"[{found[-1].stem}.md](model_cards/results/{found[-1].stem}.md)."
+    )
+
+
+def _graph_cell(row: dict[str, Any]) -> str:
+    if "ms in a graph" not in row:
+        return "not captured"
+    return f"{row['ms in a graph']:.2f} ms ({_times(row.get('speed-up in a graph'))})"
+
+
+def _times(ratio: Any) -> str:
+    return f"{ratio:.1f}x" if isinstance(ratio, float) else "-"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -242,6 +280,7 @@ def pages() -> dict[Path, str]:
     readme = ROOT / "README.md"
     text = filled(readme.read_text(), "gallery", gallery())
     text = filled(text, "headline", headline())
+    text = filled(text, "gpu", gpu())
     result[readme] = filled(text, "quickstart", quickstart())
     return result
 

@@ -39,8 +39,8 @@ REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per SM that blocks can use
 BLOCK_SIZES = ("BLOCK_Q", "BLOCK_K", "BLOCK", "ROWS", "TILES")
 # Some launches that an H100 measured as the fastest keep a few addresses in local memory (dQ at head_dim 128: 271 us
-# with 64 columns and 80 bytes, 301 us with 32 and none; dK/dV there 620 us with three stages and 3 accesses in a loop of
-# 266 instructions, 674 us with two; dK/dV at head_dim 256: 1,719 us with 8 accesses, 2,024 us without).
+# with 64 columns and 80 bytes, 301 us with 32 and none; dK/dV there 620 us with three stages and 3 accesses in a loop
+# of 266 instructions, 674 us with two; dK/dV at head_dim 256: 1,719 us with 8 accesses, 2,024 us without).
 MEASURED_SPILL, MEASURED_LOOP_SPILLS = 96, 8
 LIST_CASES = ("block/D128/bfloat16/plain", "block/D64/bfloat16/all")
 

@@ -204,7 +204,13 @@ def sections(suite: Suite) -> Sections:
     more = [] if suite.dry else [4096, 65536, 2048, 8192, 32768, 131072]
     dims = [16] if suite.dry else [128, 64]
     flex = [] if suite.dry else [long]
-    found: Sections = {
+    found: Sections = {}
+
+    def add_length(length: int) -> None:  # of use with both
+        found[f"dense {length}"] = lambda: rows_speed.dense_section(suite, [length], dims)
+        found[f"ours {length}"] = lambda: rows_speed.speed_section(suite, [length], dims)
+
+    found |= {
         "parity": lambda: rows_parity.parity_section(suite),
         "parity options": lambda: rows_parity.option_parity_section(suite),
         "parity data": lambda: rows_parity.data_parity_section(suite),
@@ -213,13 +219,16 @@ def sections(suite: Suite) -> Sections:
         "options": lambda: rows_speed.option_section(suite, long),
         "decode": lambda: rows_speed.decode_section(suite, [64] if suite.dry else [65536, 524288]),
         "flex": lambda: rows_others.flex_section(suite, flex, FLEX_BLOCK, passes=(True,)),
+    }
+    for length in more[:1]:
+        add_length(length)
+    found |= {
         "training": lambda: rows_speed.model_section(suite),
         "flex forward": lambda: rows_others.flex_section(suite, flex, FLEX_BLOCK, passes=(False,)),
         "hf-bigbird": lambda: rows_others.bigbird_section(suite, [] if suite.dry else [long]),
     }
-    for length in more:  # a length is of use with both
-        found[f"dense {length}"] = lambda n=length: rows_speed.dense_section(suite, [n], dims)  # type: ignore[misc]
-        found[f"ours {length}"] = lambda n=length: rows_speed.speed_section(suite, [n], dims)  # type: ignore[misc]
+    for length in more[1:]:
+        add_length(length)
     found["flex other"] = lambda: rows_others.flex_section(suite, flex, FLEX_OTHER_BLOCK, passes=(False,))
     return found
 

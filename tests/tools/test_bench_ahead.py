@@ -54,7 +54,8 @@ def measure(calls, *_, **__):
 suite = suite_module.Suite(torch.device("cpu"), False, float("inf"), Report(Path(sys.argv[1]), {}), H200_DATASHEET)
 answers = [
     (engine, "_machine_reason", lambda device: None), (data_layout, "exact_lists", lambda device: False),
-    (clusters, "exact_lists", lambda device: False), (slots, "on_host", lambda index: False), (rows_speed, "inputs", inputs),
+    (clusters, "exact_lists", lambda device: False), (slots, "on_host", lambda index: False),
+    (rows_speed, "inputs", inputs),
     (rows_speed, "measure", measure), (suite_module, "measure", measure),
     (rows_parity, "PARITY_SHAPES", PARITY_SHAPES[::2]),
 ]
