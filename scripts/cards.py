@@ -202,7 +202,7 @@ def headline() -> str:
 
 
 def gpu(prefix: str = "") -> str:
-    """The GPU suite's rows at the headline's length, of one head_dim: every pattern whose label begins so, a row each."""
+    """The GPU suite's rows at the headline's length and one head_dim: patterns whose label begins so, a row each."""
     found = sorted(RESULTS.glob("gpu_*.json"))
     if not found:
         return "Not measured yet: `python scripts/gpu_suite.py`."
