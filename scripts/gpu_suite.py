@@ -197,13 +197,13 @@ def measured_ceilings(device: torch.device, dry: bool) -> dict[str, float]:
 
 def sections(suite: Suite) -> Sections:
     """What is measured, the most valuable first; ``--only`` goes by the first word of a name."""
-    from sa_hf.tools.bench import rows_others, rows_parity, rows_speed
+    from sa_hf.tools.bench import rows_kernels, rows_others, rows_parity, rows_speed
     from sa_hf.tools.bench.cases import FLEX_BLOCK, FLEX_OTHER_BLOCK
 
     long = 64 if suite.dry else 16384
     more = [] if suite.dry else [4096, 65536, 2048, 8192, 32768, 131072]
     dims = [16] if suite.dry else [128, 64]
-    flex = [] if suite.dry else [long]
+    flex = [] if suite.dry else [long]  # FlexAttention and the profiler are of the GPU alone
     found: Sections = {}
 
     def add_length(length: int) -> None:  # of use with both
@@ -216,6 +216,7 @@ def sections(suite: Suite) -> Sections:
         "parity data": lambda: rows_parity.data_parity_section(suite),
         "dense": lambda: rows_speed.dense_section(suite, [long], dims),
         "ours": lambda: rows_speed.speed_section(suite, [long], dims),
+        "kernels": lambda: rows_kernels.kernel_section(suite, flex, dims),
         "options": lambda: rows_speed.option_section(suite, long),
         "decode": lambda: rows_speed.decode_section(suite, [64] if suite.dry else [65536, 524288]),
         "flex": lambda: rows_others.flex_section(suite, flex, FLEX_BLOCK, passes=(True,)),
@@ -224,6 +225,9 @@ def sections(suite: Suite) -> Sections:
         add_length(length)
     found |= {
         "training": lambda: rows_speed.model_section(suite),
+        "parity rest": lambda: rows_parity.parity_section(suite, first=False),
+        "parity rest of options": lambda: rows_parity.option_parity_section(suite, first=False),
+        "parity rest of data": lambda: rows_parity.data_parity_section(suite, first=False),
         "flex forward": lambda: rows_others.flex_section(suite, flex, FLEX_BLOCK, passes=(False,)),
         "hf-bigbird": lambda: rows_others.bigbird_section(suite, [] if suite.dry else [long]),
     }

@@ -65,8 +65,9 @@ with contextlib.ExitStack() as stack, record_launches(GPUTarget("cuda", 90, 32))
     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
     with patch.object(rows_parity, "PARITY_DTYPES", (torch.bfloat16,)):
         rows_parity.parity_section(suite)
-    rows_parity.option_parity_section(suite)
-    rows_parity.data_parity_section(suite)
+    for first in (True, False):
+        rows_parity.option_parity_section(suite, first)
+        rows_parity.data_parity_section(suite, first)
     rows_speed.decode_section(suite, [65536])
     rows_speed.option_section(suite, 4096)
     rows_speed.speed_section(suite, [2048, 16384, 32768], [64])

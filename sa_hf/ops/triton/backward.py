@@ -23,6 +23,7 @@ from sa_hf.ops.triton.common import (
     load_range,
     load_spans,
     load_tile,
+    settle_keys,
     span_gate,
     stats_row,
     store_tile,
@@ -287,3 +288,6 @@ def key_kernel(
         store_tile(part_v_ptr + piece * D, sub * BLOCK_K, D, TILE_K, dv0, dv1, BLOCK_K, D, D0, D1)
         if spans_ptr is not None:
             tl.store(part_span_ptr + piece + sub * BLOCK_K + tl.arange(0, BLOCK_K), d_span)
+
+
+settle_keys(globals())

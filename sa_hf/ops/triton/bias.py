@@ -21,6 +21,7 @@ from sa_hf.ops.triton.common import (
     load_range,
     load_spans,
     load_tile,
+    settle_keys,
     stats_row,
     work_place,
 )
@@ -108,3 +109,6 @@ def bias_kernel(
         tl.atomic_add(table_row + distance, (ahead * unit).to(tl.int64), mask=tl.abs(distance) <= centre)
         distance = distance - BLOCK
         tl.atomic_add(table_row + distance, (behind * unit).to(tl.int64), mask=tl.abs(distance) <= centre)
+
+
+settle_keys(globals())

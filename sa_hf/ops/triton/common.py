@@ -7,6 +7,8 @@ broadcast: query vectors ``[M, 1]`` with key vectors ``[1, N]`` give the tile of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import triton
 import triton.language as tl
 
@@ -271,3 +273,18 @@ def list_place(row, rep, tiles, list_heads, rep_heads):
     """``batch row, head`` of a row of a list, in one of the list's repetitions over heads and batch rows."""
     list_of = row // tiles
     return list_of // list_heads + rep // rep_heads, list_of % list_heads + rep % rep_heads
+
+
+def settle_keys(names: Mapping[str, object]) -> None:
+    """Make the keys of a module's functions, under which Triton keeps compiled kernels on disk: callees first.
+
+    The key of a caller takes in the globals of a function that it calls only where that function's own key was made
+    before (``DependenciesFinder._update_hash`` of Triton 3.6; 3.9 makes it first). Left to the first launches it would
+    depend on their order, and a process would compile again what another had compiled (255 of the GPU suite's 387).
+    """
+    made = [x for x in names.values() if isinstance(x, triton.runtime.JITFunction)]
+    for function in sorted(made, key=lambda x: x.__name__.endswith("_kernel")):
+        _ = function.cache_key
+
+
+settle_keys(globals())

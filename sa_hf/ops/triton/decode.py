@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from sa_hf.ops.triton.common import LN2, LOG2E, add_product, bend_scores, dot_rows, head_base, span_gate
+from sa_hf.ops.triton.common import LN2, LOG2E, add_product, bend_scores, dot_rows, head_base, settle_keys, span_gate
 
 RUNTIME = (
     "sqb", "sqh", "sqn", "skb", "skh", "skn", "svb", "svh", "svn", "sob", "soh", "son", "sib", "sih", "seb", "seh",
@@ -147,3 +147,6 @@ def merge_kernel(
     out = out_ptr + (batch.to(tl.int64) * sob + head.to(tl.int64) * soh + query.to(tl.int64) * son) * 8
     value = acc / tl.where(total > 0, total, 1.0)
     tl.store(out + column, value.to(out_ptr.dtype.element_ty), mask=column < D)
+
+
+settle_keys(globals())

@@ -24,6 +24,7 @@ from sa_hf.ops.triton.common import (
     load_range,
     load_spans,
     load_tile,
+    settle_keys,
     span_gate,
     stats_row,
     store_tile,
@@ -212,3 +213,6 @@ def combine_kernel(
     if lse_ptr is not None:
         tl.store(lse_ptr + (batch.to(tl.int64) * heads + head) * n + slot, total, mask=slot < n)
     store_tile(head_base(out_ptr, batch, head, sob, soh), first, son * 8, n, acc0, acc1, ROWS, D, D0, D1)
+
+
+settle_keys(globals())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from sa_hf.ops.triton.common import settle_keys
 
 BY_QUERY, BY_KEY, BY_DIAGONAL = 0, 1, 2
 _QUERY, _KEY = tl.constexpr(BY_QUERY), tl.constexpr(BY_KEY)
@@ -139,3 +140,6 @@ def store_items(items_ptr, splits_ptr, counters_ptr, row, real, start, full_coun
             tl.store(item + 2, tl.minimum(tl.maximum(middle, begin), stop), mask=written)
             tl.store(item + 3, stop, mask=written)
             tl.store(item + 4, slot, mask=written)
+
+
+settle_keys(globals())

@@ -17,6 +17,7 @@ from sa_hf.ops.triton.common import (
     load_positions,
     load_rows,
     load_spans,
+    settle_keys,
     span_gate,
     stats_row,
     store_tile,
@@ -241,3 +242,6 @@ def offsets_key_kernel(
     dk_base, dv_base = head_base(dk_ptr, batch, kv_head, sob, soh), head_base(dv_ptr, batch, kv_head, sob, soh)
     store_tile(dk_base, first, son * 8, n, dk0 * scale, dk1 * scale, ROWS, D, D0, D1)
     store_tile(dv_base, first, son * 8, n, dv0, dv1, ROWS, D, D0, D1)
+
+
+settle_keys(globals())

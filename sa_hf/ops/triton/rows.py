@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from sa_hf.ops.triton.common import head_base, in_run
+from sa_hf.ops.triton.common import head_base, in_run, settle_keys
 
 
 @triton.jit
@@ -190,3 +190,6 @@ def invert_kernel(index_ptr, inverse_ptr, slots, length, ROWS: tl.constexpr):
     lane = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     position = tl.load(index_ptr + lane * slots + slot, mask=slot < slots, other=-1)
     tl.store(inverse_ptr + lane * length + position, slot, mask=position >= 0)
+
+
+settle_keys(globals())
