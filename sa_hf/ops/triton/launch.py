@@ -49,7 +49,7 @@ class Prepared:
 
     def __call__(self, *tensors: Tensor | None) -> None:
         identity = (
-            tensors[0].get_device(),  # type: ignore[union-attr]  # the first is never None
+            next(x.get_device() for x in tensors if x is not None),
             *[None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors],
         )
         compiled = self._compiled.get(identity)

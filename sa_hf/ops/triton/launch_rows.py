@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -18,7 +19,7 @@ from sa_hf.ops.graphs import hold
 from sa_hf.ops.parts import Index, Part
 from sa_hf.ops.slots import made_of, take
 from sa_hf.ops.triton.engine import on_device
-from sa_hf.ops.triton.launch import aligned, build_options, chunks, packed, stats_empty, strides
+from sa_hf.ops.triton.launch import PREPARED, Prepared, aligned, build_options, chunks, packed, stats_empty, strides
 from sa_hf.ops.triton.rows import MOST_PARTS, gather_kernel, invert_kernel, merge_parts_kernel, sum_parts_kernel
 
 # Of rows per program and tensor: four 16-byte accesses by each of 128 threads where rows are copied, two where they are
@@ -59,17 +60,29 @@ def gather(part: Part, query: Tensor, key: Tensor, value: Tensor, *rows: Tensor)
     key_heads, n_q, n_k = to_keys[0].shape[1], to_queries[0].shape[2], to_keys[0].shape[2]
     tile = tile_rows(query, COPIED_BYTES)
     query_tiles, key_tiles = (0 if at is None else triton.cdiv(at.shape[2], tile) for at in (q_at, k_at))
-    pqb, pqh = _index_strides(q_at)
-    pkb, pkh = _index_strides(k_at)
+    start = _gather(
+        (query_tiles + key_tiles, max(heads, key_heads), batch), tuple(_strides_of(x) for x in (q, out, grad, k, v)),
+        (*_index_strides(q_at), *_index_strides(k_at)), (n_q, n_k, length, heads, key_heads),
+        key_heads // key.shape[1], query_tiles, tile, d,
+    )  # fmt: skip
     hold(query, part)
     with on_device(query.device):
-        gather_kernel[query_tiles + key_tiles, max(heads, key_heads), batch](
-            q, out, grad, lse, k, v, *_targets(to_queries, q_at), *_targets(to_keys, k_at)[:2], q_at, k_at,
-            **_strides("q", q), **_strides("o", out), **_strides("g", grad), **_strides("k", k), **_strides("v", v),
-            pqb=pqb, pqh=pqh, pkb=pkb, pkh=pkh, n_q=n_q, n_k=n_k, length=length, heads=heads, key_heads=key_heads,
-            group=key_heads // key.shape[1], query_tiles=query_tiles, ROWS=tile, **chunks(d), **build_options(),
-        )  # fmt: skip
+        start(q, out, grad, lse, k, v, *_targets(to_queries, q_at), *_targets(to_keys, k_at)[:2], q_at, k_at)
     return to_queries[0], *to_keys, *to_queries[1:]
+
+
+@lru_cache(maxsize=PREPARED)
+def _gather(
+    grid: tuple[int, ...], of: tuple[tuple[int, ...], ...], places: tuple[int, ...], sizes: tuple[int, ...],
+    group: int, query_tiles: int, tile: int, head_dim: int,
+) -> Prepared:  # fmt: skip
+    arguments = {
+        name: x for key, strides_of in zip("qogkv", of, strict=True) for name, x in strides(key, strides_of).items()
+    }
+    arguments |= dict(zip(("pqb", "pqh", "pkb", "pkh"), places, strict=True))
+    arguments |= dict(zip(("n_q", "n_k", "length", "heads", "key_heads"), sizes, strict=True))
+    arguments |= {"group": group, "query_tiles": query_tiles, "ROWS": tile, **chunks(head_dim)}
+    return Prepared(gather_kernel, grid, arguments)
 
 
 def merge(parts: Sequence[SlotRows], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -190,5 +203,5 @@ def _targets(tensors: Sequence[Tensor], at: Tensor | None) -> list[Tensor | None
     return [None] * 4 if at is None else [*tensors, *[None] * (4 - len(tensors))]
 
 
-def _strides(name: str, x: Tensor | None) -> dict[str, int]:
-    return {f"s{name}{axis}": 0 for axis in "bhn"} if x is None else strides(name, x.stride())
+def _strides_of(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()
