@@ -239,3 +239,14 @@ def test_blocks_of_two_sizes() -> None:
     )
     result = compare([BlockPart(wide)], query_length=96, key_length=96)
     assert result.worst() < LIMIT, result.errors
+
+
+def test_segments_of_one_with_fewer_keys_and_an_empty_one() -> None:
+    """The last query has no key slot, the first an empty one: both have nothing to attend."""
+    plan = [
+        SegmentPart(
+            3, 2, 1, 1, query_index=torch.arange(3).expand(1, 2, 3), key_index=torch.tensor([-1, 1]).expand(1, 2, 2)
+        )
+    ]
+    result = compare(plan, query_length=3, key_length=3)
+    assert result.worst() < LIMIT, result.errors

@@ -76,7 +76,8 @@ class Chunk:
         kept = ((i >= low) & (i < high) & (j >= low) & (j < high))[None]
         j = j.clamp(0, self.part.length - 1)
         if rules.key_filled is not None:
-            kept = kept & rules.key_filled[self.lanes][:, j]
+            filled = rules.key_filled[self.lanes]  # fewer than the queries where those of the end have no key
+            kept = kept & filled[:, j.clamp(max=filled.shape[1] - 1)]
         if not rules.positional:
             return Pairs(words(kept))
         query = rules.query_at.positions(self.lanes, i[None, :, 0])[:, :, None]
