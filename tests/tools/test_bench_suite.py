@@ -45,7 +45,7 @@ def test_no_row_starts_that_could_end_late(tmp_path: Path, monkeypatch: pytest.M
     row("ours", "short", 500.0)
     row("ours", "slow", 0.0, seconds=60.0)
     row("ours", "as slow as the last", 500.0)
-    row("parity", "late", 535.0)
+    row("parity", "late", 537.0)
     assert started == ["early", "long", "short", "slow"]
     assert suite.left_out == 3
 
@@ -170,14 +170,18 @@ def test_the_most_valuable_rows_come_first(tmp_path: Path, monkeypatch: pytest.M
     rows = [(section, key) for section, keys in suite.report.data["sections"].items() for key in keys]
     first = {section: index for index, (section, _) in reversed(list(enumerate(rows)))}
     assert sorted(first, key=first.__getitem__) == [
-        "parity", "dense", "ours", "flex", "decode", "training", "options", "hf-bigbird",
+        "parity", "dense", "ours", "kernels", "options", "decode", "flex", "training", "hf-bigbird",
     ]  # fmt: skip
     for section in ("dense", "ours"):
         lengths = [key.split("/")[3] for name, key in rows if name == section]
         assert lengths[0] == "n16384"
         assert len(set(lengths)) == 7
     flex = list(suite.report.rows("flex"))  # each compiles for 15 to 30 s
-    assert [key.split("/", 4)[4] for key in flex] == ["fwd/block128", "fwd+bwd/block128"] * 3 + ["fwd/block64"] * 3
+    wanted = ["fwd+bwd/block128"] * 3 + ["fwd/block128"] * 3 + ["fwd/block64"] * 3
+    assert [key.split("/", 4)[4] for key in flex] == wanted
+    dtypes = [key.split("/")[2] for name, key in rows if name == "parity"]
+    assert dtypes == sorted(dtypes, key=lambda dtype: dtype != "bfloat16")  # that of the timings first
+    assert set(dtypes) == {"bfloat16", "float16", "float32"}
     assert len({key.split("/")[0] for key in flex[:6]}) == 3
 
 
@@ -185,7 +189,10 @@ def test_a_length_is_measured_whole_before_the_next(tmp_path: Path) -> None:
     suite = Noted(torch.device("cuda"), False, 0.0, Report(tmp_path / "r.json", {}), H200_DATASHEET)
     names = list(runpy.run_path(str(ROOT / "scripts" / "gpu_suite.py"))["sections"](suite))
     at = names.index("dense 4096")
-    assert names[at : at + 4] == ["dense 4096", "ours 4096", "dense 65536", "ours 65536"]
+    assert names[at : at + 2] == ["dense 4096", "ours 4096"]
+    assert names.index("parity rest") > names.index("training") > at
+    at = names.index("dense 65536")
+    assert names[at : at + 4] == ["dense 65536", "ours 65536", "dense 2048", "ours 2048"]
     assert names[-1] == "flex other"
 
 

@@ -17,6 +17,7 @@ class KernelMerging(Merging):
 
     def __init__(self, query: Tensor, start: tuple[Tensor, Tensor] | None) -> None:
         super().__init__(query, None)
+        self.start = start
         self.waiting = [] if start is None else [SlotRows(start[0], None, start[1])]
 
     def add(self, piece: Piece, out: Tensor, lse: Tensor) -> None:
@@ -31,7 +32,10 @@ class KernelMerging(Merging):
                 return super().result()
             case [SlotRows(out, None, lse)] if lse is not None:
                 return out.to(self.query.dtype), lse
-        return merge(self.waiting, self.query, self.query.dtype)
+        out, lse = merge(self.waiting, self.query, self.query.dtype)
+        if self.start is not None:  # what has no mass of its own (the means of ``ops.members``) stays where none comes
+            out = torch.where(torch.isneginf(lse).unsqueeze(-1), self.start[0].to(out.dtype), out)
+        return out, lse
 
 
 class KernelTotal(Total):
