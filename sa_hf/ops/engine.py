@@ -31,7 +31,7 @@ class Engine(Protocol):
 
     name: str
     own_rows: bool
-    """Whether it has kernels that bring slots together and put them back (``triton.plans``), a whole part at a time."""
+    """Whether it has kernels that bring slots together and put them back (``triton.sums``), a whole part at a time."""
 
     def unsupported(self, query: Tensor, options: ScoreOptions) -> str | None:
         """Why this engine cannot serve the input, or None."""

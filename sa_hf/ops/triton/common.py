@@ -275,6 +275,28 @@ def list_place(row, rep, tiles, list_heads, rep_heads):
     return list_of // list_heads + rep // rep_heads, list_of % list_heads + rep % rep_heads
 
 
+@triton.jit
+def gather_rows(base, index, stride, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Rows ``index`` of a head's ``[slots, D]`` as two chunks; those that are not valid are 0."""
+    pointers = base + index.to(tl.int64)[:, None] * stride
+    x0 = tl.load(pointers + tl.arange(0, D0)[None, :], mask=valid[:, None], other=0.0)
+    x1 = x0
+    if D1 > 0:
+        tail = D0 + tl.arange(0, D1)[None, :]
+        x1 = tl.load(pointers + tail, mask=valid[:, None] & (tail < D), other=0.0)
+    return x0, x1
+
+
+@triton.jit
+def store_rows(rows, x0, x1, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """The adjoint of :func:`gather_rows`: chunks to the row pointers ``[R, 1]``."""
+    kind = rows.dtype.element_ty
+    tl.store(rows + tl.arange(0, D0)[None, :], x0.to(kind), mask=valid[:, None])
+    if D1 > 0:
+        tail = D0 + tl.arange(0, D1)[None, :]
+        tl.store(rows + tail, x1.to(kind), mask=valid[:, None] & (tail < D))
+
+
 def settle_keys(names: Mapping[str, object]) -> None:
     """Make the keys of a module's functions, under which Triton keeps compiled kernels on disk: callees first.
 

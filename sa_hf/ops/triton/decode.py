@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from sa_hf.ops.triton.common import LN2, LOG2E, add_product, bend_scores, dot_rows, head_base, settle_keys, span_gate
+from sa_hf.ops.triton.common import (
+    LN2,
+    LOG2E,
+    add_product,
+    bend_scores,
+    dot_rows,
+    gather_rows,
+    head_base,
+    settle_keys,
+    span_gate,
+    store_rows,
+)
 
 RUNTIME = (
     "sqb", "sqh", "sqn", "skb", "skh", "skn", "svb", "svh", "svn", "sob", "soh", "son", "sib", "sih", "seb", "seh",
     "n_q", "n_k", "heads", "group", "packed", "most", "chunk", "splits", "centre", "extra", "scale", "softcap",
     "inv_ramp",
 )  # fmt: skip
-
-
-@triton.jit
-def gather_rows(base, index, stride, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Rows ``index`` of a head's ``[slots, D]`` as two chunks; those that are not valid are 0."""
-    pointers = base + index.to(tl.int64)[:, None] * stride
-    x0 = tl.load(pointers + tl.arange(0, D0)[None, :], mask=valid[:, None], other=0.0)
-    x1 = x0
-    if D1 > 0:
-        tail = D0 + tl.arange(0, D1)[None, :]
-        x1 = tl.load(pointers + tail, mask=valid[:, None] & (tail < D), other=0.0)
-    return x0, x1
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -101,16 +100,6 @@ def decode_kernel(
         store_rows(part_ptr + line[:, None] * D, acc0, acc1, here, D, D0, D1)
         lse = tl.where(total > 0, (peak + tl.log2(safe)) * LN2, float("-inf"))
         tl.store(part_lse_ptr + line, lse, mask=here)
-
-
-@triton.jit
-def store_rows(rows, x0, x1, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Store chunks at the row pointers ``[R, 1]``."""
-    kind = rows.dtype.element_ty
-    tl.store(rows + tl.arange(0, D0)[None, :], x0.to(kind), mask=valid[:, None])
-    if D1 > 0:
-        tail = D0 + tl.arange(0, D1)[None, :]
-        tl.store(rows + tail, x1.to(kind), mask=valid[:, None] & (tail < D))
 
 
 MERGE_RUNTIME = ("sob", "soh", "son", "n_q", "heads", "splits")

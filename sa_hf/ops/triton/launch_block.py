@@ -7,7 +7,7 @@ results as in ``ops.engine.Engine``. No host read in the steady state (the lists
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,28 +46,11 @@ def block_forward(lists: TileLists, query: Tensor, key: Tensor, value: Tensor, s
     work, config = lists.by_query(), configuration(variant("forward", lists, scores), query)
     reps = _repeats(lists.tiling, batch, heads)
     part, part_lse = _partials(work, reps, lists.tile_q, (d, 1), lse)
-    start = _forward(
-        lists.tiling, work.sizes, Shape.of(query), Shape.of(key), value.stride(), scores.numbers, config
-    )  # fmt: skip
+    shapes = OperandShapes(Shape.of(query), Shape.of(key), value.stride())
+    start = _by_query(forward_kernel, lists.tiling, work.sizes, shapes, scores.numbers, config)
     start(query, key, value, out, lse, part, part_lse, *_list_tensors(lists, work), *scores.tensors)
     _combine(work, reps, part, part_lse, out, lse, lists.tiling, by_key=False, list_heads=lists.heads, softmax=True)
     return out, lse
-
-
-@lru_cache(maxsize=PREPARED)
-def _forward(
-    tiling: Tiling, work: WorkSizes, query: Shape, key: Shape, value: tuple[int, ...], numbers: ScoreNumbers,
-    config: Launch,
-) -> Prepared:  # fmt: skip
-    reps = _repeats(tiling, *query.sizes[:2])
-    block_q, block_k = _blocks(config, tiling.tile_q, tiling.tile_k)
-    arguments = {
-        **strides("q", query.strides), **strides("k", key.strides), **strides("v", value),
-        **strides("o", contiguous(query.sizes)), **_sizes(tiling, query, key, reps), **numbers._asdict(),
-        **_constants(tiling, query), "slots": work.slots, "query_tiles": tiling.query_tiles,
-        "BLOCK_Q": block_q, "BLOCK_K": block_k, "MASKED_STAGES": masked_stages(config),
-    }  # fmt: skip
-    return Prepared(forward_kernel, _grid(work, tiling.tile_q // block_q, reps), arguments, config)
 
 
 def block_backward(
@@ -107,18 +90,18 @@ class Operands(NamedTuple):
 
 
 class OperandShapes(NamedTuple):
-    """Of query and key the shapes, of value and grad_out the strides, which alone may differ."""
+    """Of query and key the shapes, of value and (in a backward) grad_out the strides, which alone may differ."""
 
     query: Shape
     key: Shape
     value: tuple[int, ...]
-    grad_out: tuple[int, ...]
+    grad_out: tuple[int, ...] = ()
 
     @property
     def strides(self) -> dict[str, int]:
         return {
             **strides("q", self.query.strides), **strides("k", self.key.strides), **strides("v", self.value),
-            **strides("g", self.grad_out),
+            **strides("g", self.grad_out),  # without any where there is no gradient
         }  # fmt: skip
 
 
@@ -151,16 +134,17 @@ def query_gradient(lists: TileLists, operands: Operands, scores: Scores) -> Tens
     reps = _repeats(lists.tiling, *query.shape[:2])
     dq = empty_like(query)
     (part,) = _partials(work, reps, lists.tile_q, query.shape[3:], operands.delta)
-    start = _query(lists.tiling, work.sizes, operands.shapes, scores.numbers, config)
+    start = _by_query(query_kernel, lists.tiling, work.sizes, operands.shapes, scores.numbers, config)
     start(*operands, dq, part, *_list_tensors(lists, work), *scores.tensors)
     _combine(work, reps, part, None, dq, None, lists.tiling, by_key=False, list_heads=lists.heads, softmax=False)
     return dq
 
 
 @lru_cache(maxsize=PREPARED)
-def _query(
-    tiling: Tiling, work: WorkSizes, shapes: OperandShapes, numbers: ScoreNumbers, config: Launch
+def _by_query(
+    kernel: Any, tiling: Tiling, work: WorkSizes, shapes: OperandShapes, numbers: ScoreNumbers, config: Launch
 ) -> Prepared:  # fmt: skip
+    """The forward's launch, or that of dQ: both go over the rows of queries, and write in their shape."""
     query = shapes.query
     reps = _repeats(tiling, *query.sizes[:2])
     block_q, block_k = _blocks(config, tiling.tile_q, tiling.tile_k)
@@ -169,7 +153,7 @@ def _query(
         **numbers._asdict(), **_constants(tiling, query), "slots": work.slots, "query_tiles": tiling.query_tiles,
         "BLOCK_Q": block_q, "BLOCK_K": block_k, "MASKED_STAGES": masked_stages(config),
     }  # fmt: skip
-    return Prepared(query_kernel, _grid(work, tiling.tile_q // block_q, reps), arguments, config)
+    return Prepared(kernel, _grid(work, tiling.tile_q // block_q, reps), arguments, config)
 
 
 def key_gradient(

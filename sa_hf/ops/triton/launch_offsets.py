@@ -7,7 +7,7 @@ in ``ops.engine.Engine``.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,25 +42,13 @@ def offsets_forward(
     batch, heads, n, _ = query.shape
     out, lse = empty_like(query), stats_empty(query, batch, heads, n)
     table = _held_table(part, query)
-    start = _forward(
-        _numbers(part, table), Shape.of(query), Shape.of(key), value.stride(), scores.numbers,
+    shapes = OperandShapes(Shape.of(query), Shape.of(key), value.stride())
+    start = _launch(
+        offsets_forward_kernel, shapes.query.sizes, _numbers(part, table), shapes, scores.numbers,
         configuration("offsets", query),
     )  # fmt: skip
     start(query, key, value, out, lse, *table, *scores.tensors)
     return out, lse
-
-
-@lru_cache(maxsize=PREPARED)
-def _forward(
-    part: PartNumbers, query: Shape, key: Shape, value: tuple[int, ...], numbers: ScoreNumbers, config: Launch
-) -> Prepared:  # fmt: skip
-    arguments = {
-        **strides("q", query.strides), **strides("k", key.strides), **strides("v", value),
-        **strides("o", contiguous(query.sizes)), **_arguments(part, query, key), **numbers._asdict(),
-        "ROWS": config.rows,
-    }  # fmt: skip
-    batch, heads, n, _ = query.sizes
-    return Prepared(offsets_forward_kernel, (triton.cdiv(n, config.rows), heads, batch), arguments, config)
 
 
 def offsets_backward(
@@ -85,9 +73,11 @@ def offsets_backward(
     dq, dk, dv = empty_like(query), empty_like(key), empty_like(key)
     offsets = _held_table(part, query)
     shared = _numbers(part, offsets), operands.shapes, scores.numbers
-    _query(*shared, configuration("offsets_query", query))(*operands, dq, table, unit, *offsets, *scores.tensors)
+    start = _launch(offsets_query_kernel, query.shape, *shared, configuration("offsets_query", query))
+    start(*operands, dq, table, unit, *offsets, *scores.tensors)
     config = configuration("offsets_key" + ("++" if scores.demanding > 2 else ""), query)
-    _key(*shared, config)(*operands, dk, dv, d_span, *offsets, *scores.tensors)
+    start = _launch(offsets_key_kernel, key.shape, *shared, config)
+    start(*operands, dk, dv, d_span, *offsets, *scores.tensors)
     bias = spans = None
     if options.distance_bias is not None and table is not None and unit is not None:
         bias = (table.double() / unit).to(options.distance_bias.dtype)
@@ -97,25 +87,16 @@ def offsets_backward(
 
 
 @lru_cache(maxsize=PREPARED)
-def _query(part: PartNumbers, shapes: OperandShapes, numbers: ScoreNumbers, config: Launch) -> Prepared:
-    query = shapes.query
+def _launch(
+    kernel: Any, of: tuple[int, ...], part: PartNumbers, shapes: OperandShapes, numbers: ScoreNumbers, config: Launch
+) -> Prepared:  # fmt: skip
+    """Args: of: the sizes of what is written, whose rows the programs own: queries or keys."""
+    batch, heads, n, _ = of
     arguments = {
-        **shapes.strides, **strides("o", contiguous(query.sizes)), **_arguments(part, query, shapes.key),
+        **shapes.strides, **strides("o", contiguous(of)), **_arguments(part, shapes.query, shapes.key),
         **numbers._asdict(), "ROWS": config.rows,
     }  # fmt: skip
-    batch, heads, n, _ = query.sizes
-    return Prepared(offsets_query_kernel, (triton.cdiv(n, config.rows), heads, batch), arguments, config)
-
-
-@lru_cache(maxsize=PREPARED)
-def _key(part: PartNumbers, shapes: OperandShapes, numbers: ScoreNumbers, config: Launch) -> Prepared:
-    key = shapes.key
-    arguments = {
-        **shapes.strides, **strides("o", contiguous(key.sizes)), **_arguments(part, shapes.query, key),
-        **numbers._asdict(), "ROWS": config.rows,
-    }  # fmt: skip
-    batch, kv_heads, n, _ = key.sizes
-    return Prepared(offsets_key_kernel, (triton.cdiv(n, config.rows), kv_heads, batch), arguments, config)
+    return Prepared(kernel, (triton.cdiv(n, config.rows), heads, batch), arguments, config)
 
 
 class PartNumbers(NamedTuple):

@@ -8,30 +8,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from sa_hf.ops.triton.common import head_base, in_run, settle_keys
-
-
-@triton.jit
-def load_at(base, rows, stride, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Any rows of a head as two chunks; 0 where not valid."""
-    pointers = base + rows.to(tl.int64)[:, None] * stride
-    x0 = tl.load(pointers + tl.arange(0, D0)[None, :], mask=valid[:, None], other=0.0)
-    x1 = x0
-    if D1 > 0:
-        tail = D0 + tl.arange(0, D1)[None, :]
-        x1 = tl.load(pointers + tail, mask=valid[:, None] & (tail < D), other=0.0)
-    return x0, x1
+from sa_hf.ops.triton.common import gather_rows, head_base, in_run, settle_keys, store_rows
 
 
 @triton.jit
 def store_at(base, rows, valid, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """The adjoint of :func:`load_at`, into contiguous rows."""
-    pointers = base + rows.to(tl.int64)[:, None] * D
-    kind = base.dtype.element_ty
-    tl.store(pointers + tl.arange(0, D0)[None, :], x0.to(kind), mask=valid[:, None])
-    if D1 > 0:
-        tail = D0 + tl.arange(0, D1)[None, :]
-        tl.store(pointers + tail, x1.to(kind), mask=valid[:, None] & (tail < D))
+    """Chunks to any contiguous rows of a head."""
+    store_rows(base + rows.to(tl.int64)[:, None] * D, x0, x1, valid, D, D0, D1)
 
 
 GATHER_RUNTIME = (
@@ -83,7 +66,7 @@ def gather_kernel(
 def move_rows(
     x_ptr, to_ptr, batch, head, row, slot, inside, sb, sh, sn, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
 ):  # fmt: skip
-    x0, x1 = load_at(head_base(x_ptr, batch, head, sb, sh), row, sn * 8, row >= 0, D, D0, D1)
+    x0, x1 = gather_rows(head_base(x_ptr, batch, head, sb, sh), row, sn * 8, row >= 0, D, D0, D1)
     store_at(to_ptr, slot, inside, x0, x1, D, D0, D1)
 
 
@@ -134,7 +117,7 @@ def merge_parts_kernel(
         slot = slots_of(None if inverses is None else inverses[i], starts[i], position, batch, head, heads, length)
         there = in_run(slot, 0, slots)
         lse = tl.load(lses[i] + lane * slots + slot, mask=there, other=float("-inf"))
-        x0, x1 = load_at(parts[i] + lane * slots * D, slot, D, there, D, D0, D1)
+        x0, x1 = gather_rows(parts[i] + lane * slots * D, slot, D, there, D, D0, D1)
         new_peak = tl.maximum(peak, lse)
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         decay, weight = tl.exp(peak - shift), tl.exp(lse - shift)
@@ -175,7 +158,7 @@ def sum_parts_kernel(
             slot = slots_of(
                 None if inverses is None else inverses[i], start, position, batch, own, heads * members, length
             )  # fmt: skip
-            x0, x1 = load_at(parts[i] + lane * slots * D, slot, D, in_run(slot, 0, slots), D, D0, D1)
+            x0, x1 = gather_rows(parts[i] + lane * slots * D, slot, D, in_run(slot, 0, slots), D, D0, D1)
             acc0 += x0.to(tl.float32)
             if D1 > 0:
                 acc1 += x1.to(tl.float32)
