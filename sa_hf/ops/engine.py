@@ -33,6 +33,10 @@ class Engine(Protocol):
     own_rows: bool
     """Whether it has kernels that bring slots together and put them back (``triton.sums``), a whole part at a time."""
 
+    def in_place(self, query: Tensor) -> bool:
+        """Whether it reads a part's rows where they lie and merges what it writes (``native.sums``)."""
+        ...
+
     def unsupported(self, query: Tensor, options: ScoreOptions) -> str | None:
         """Why this engine cannot serve the input, or None."""
         ...

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.engine import Engine, Gradients
-from sa_hf.ops.parts import Index, Part, ScoreOptions
+from sa_hf.ops.parts import Index, OffsetsPart, Part, ScoreOptions
 from sa_hf.ops.pieces import Piece, pieces
 from sa_hf.ops.slots import add_slots, merge_into, take
 
@@ -21,10 +21,9 @@ def plan_forward(
 
     Args: merged: what came before the plan, contiguous, in fp32 or wider; written to.
     """
-    merging = merging_by(engine)(query, merged)
+    merging = merging_by(engine, query)(query, merged)
     for part in plan:
-        for piece in engine_pieces(part, query, key, engine):
-            merging.add(piece, *piece_forward(piece, query, key, value, options, engine))
+        merging.attend(part, query, key, value, options, engine)
     return merging.result()
 
 
@@ -33,20 +32,10 @@ def plan_backward(
     options: ScoreOptions, engine: Engine,
 ) -> Gradients:  # fmt: skip
     """Gradients of :func:`plan_forward` for all of a plan's parts, summed."""
-    total = total_by(engine)(query, key, value, options)
-    add_gradients(total, plan, query, key, value, out, lse, grad_out, engine)
-    return total.gradients()
-
-
-def add_gradients(
-    total: Total, plan: Sequence[Part], query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    grad_out: Tensor, engine: Engine,
-) -> None:  # fmt: skip
+    total = total_by(engine, query)(query, key, value, options)
     for part in plan:
-        for piece in engine_pieces(part, query, key, engine):
-            q, k, v, o, g, row_lse = in_slots(piece, engine, query, key, value, out, grad_out, lse)
-            options = piece.options(total.options, *query.shape[:2])
-            total.add(engine.backward(piece.part, q, k, v, o, row_lse, g, options), piece)
+        total.attend(part, query, key, value, out, lse, grad_out, engine)
+    return total.gradients()
 
 
 def piece_forward(
@@ -84,20 +73,28 @@ def in_slots(
     return q, k, v, *(take(x, index) for x in vectors), take(lse.unsqueeze(-1), index).squeeze(-1)
 
 
-def merging_by(engine: Engine) -> type[Merging]:
-    if not engine.own_rows:
-        return Merging
-    from sa_hf.ops.triton.sums import KernelMerging
+def merging_by(engine: Engine, query: Tensor) -> type[Merging]:
+    if engine.own_rows:
+        from sa_hf.ops.triton.sums import KernelMerging
 
-    return KernelMerging
+        return KernelMerging
+    if engine.in_place(query):
+        from sa_hf.ops.native.sums import InPlaceMerging
+
+        return InPlaceMerging
+    return Merging
 
 
-def total_by(engine: Engine) -> type[Total]:
-    if not engine.own_rows:
-        return Total
-    from sa_hf.ops.triton.sums import KernelTotal
+def total_by(engine: Engine, query: Tensor) -> type[Total]:
+    if engine.own_rows:
+        from sa_hf.ops.triton.sums import KernelTotal
 
-    return KernelTotal
+        return KernelTotal
+    if engine.in_place(query):
+        from sa_hf.ops.native.sums import InPlaceTotal
+
+        return InPlaceTotal
+    return Total
 
 
 def engine_pieces(part: Part, query: Tensor, key: Tensor, engine: Engine) -> Iterator[Piece]:
@@ -114,6 +111,13 @@ class Merging:
         # Merged in fp32 whatever the inputs: rounding the running result once per part would add up. A result that is
         # not merged stays as it came: a copy in fp32 and back takes as long as a sparse kernel.
         self.stats = torch.promote_types(query.dtype, torch.float32)
+
+    def attend(
+        self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, engine: Engine
+    ) -> None:
+        """Run a part and merge its result. Shapes as in ``Engine.forward``, in positions."""
+        for piece in engine_pieces(part, query, key, engine):
+            self.add(piece, *piece_forward(piece, query, key, value, options, engine))
 
     def add(self, piece: Piece, out: Tensor, lse: Tensor) -> None:
         """Merge a piece's result in its slots."""
@@ -144,6 +148,20 @@ class Total:
         self.sums: list[Tensor | None] = [None, None, None]
         self.bias: Tensor | None = None
         self.spans: Tensor | None = None
+
+    def attend(
+        self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
+        engine: Engine,
+    ) -> None:  # fmt: skip
+        """Run a part's backward and add its gradients. Shapes as in ``Engine.backward``, in positions."""
+        for piece in engine_pieces(part, query, key, engine):
+            q, k, v, o, g, row_lse = in_slots(piece, engine, query, key, value, out, grad_out, lse)
+            options = piece.options(self.options, *query.shape[:2])
+            self.add(engine.backward(piece.part, q, k, v, o, row_lse, g, options), piece)
+
+    def add_whole(self, grads: Gradients) -> None:
+        """Add gradients of all rows and heads, in positions."""
+        self.add(grads, Piece.of_all(OffsetsPart(0, ((),))))
 
     def add(self, grads: Gradients, piece: Piece, *, repeated: bool = False) -> None:
         """Add a piece's gradients; ``repeated``: a position may stand in several of its slots."""

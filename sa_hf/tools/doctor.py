@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import shlex
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,7 @@ def examine() -> list[Finding]:
     )
     findings.append(Finding("GPU", name))
     findings += [_engine(engine, device) for engine in ("triton", "native")]
+    findings.append(_cpu_kernels())
     return findings
 
 
@@ -73,3 +75,14 @@ def _engine(name: str, device: torch.device) -> Finding:
     result = parity(config, torch.float32, device, causal=True, engine=name, shape=Shape(1, 2, 1, 70, 16))
     shown = f"parity with the fp64 oracle: out {result.errors[0]:.1e}, gradients {max(result.errors[1:]):.1e}"
     return Finding(f"engine {name}", shown, result.passed, "" if result.passed else "please report this with the table")
+
+
+def _cpu_kernels() -> Finding:
+    from sa_hf.ops.native import kernels
+    from sa_hf.ops.native.build import cache_folder, compiler
+
+    if kernels.library() is None:
+        advice = "torch's own operators serve instead, about half as fast"
+        return Finding("CPU kernels", f"not compiled: {kernels.why_not()}", advice=advice)
+    folder = cache_folder() or "a temporary folder, anew in each process (the log says why)"
+    return Finding("CPU kernels", f"compiled by {shlex.join(compiler())}, in {folder}", True)

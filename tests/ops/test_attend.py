@@ -246,6 +246,9 @@ def test_a_lone_part_is_handed_on_as_it_came() -> None:
     class Kept(NativeEngine):
         made: list[Tensor]
 
+        def in_place(self, query: Tensor) -> bool:
+            return False
+
         def forward(self, *args: object) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # passed through
             result = super().forward(*args)  # type: ignore[arg-type]
             self.made = list(result)

@@ -12,6 +12,8 @@ from sa_hf.ops.native import NativeEngine
 from sa_hf.ops.parts import Part, ScoreOptions, SegmentPart
 from sa_hf.ops.slots import add_slots
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 N, SLOTS, SEGMENT, D, SCALE = 6, 8, 4, 3, 0.4
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 from ops_cases import BLOCK, compare, loop_multiplicity, part_cases, random_layout_part, window_part
 
-from sa_hf.ops.native import NativeEngine, flash, segments
+from sa_hf.ops.native import NativeEngine, flash, kernels, segments
 from sa_hf.ops.native import blocks as native_blocks
 from sa_hf.ops.native import engine as native_engine
 from sa_hf.ops.native import offsets as native_offsets
 from sa_hf.ops.parts import BAND, Band, BlockPart, OffsetsPart, ScoreOptions, SegmentPart
 from sa_hf.ops.reference import part_multiplicity
+
+pytestmark = pytest.mark.usefixtures("cpu_path")
 
 LIMIT = 1e-5
 NAMES = list(part_cases(3, 2, 2))
@@ -131,6 +133,7 @@ def test_this_torch_has_the_op() -> None:
 
 def test_a_large_causal_segment_takes_the_ops_own_causal_form(monkeypatch: pytest.MonkeyPatch) -> None:
     n = 200
+    monkeypatch.setattr(kernels, "serves", lambda query: False)
     monkeypatch.setattr(segments, "LARGEST_CUT_TRIANGLE", 100)
     called: list[bool] = []
     forward = flash.flash_forward

@@ -12,6 +12,8 @@ from sa_hf.ops import pieces as cutting
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.pieces import pieces
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 N, BATCH, DIM = 70, 2, 16
 NAMES = (
     "blocks per head", "blocks shared", "blocks per sequence, key range", "segments", "offsets", "offsets per head",

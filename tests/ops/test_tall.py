@@ -12,6 +12,8 @@ from sa_hf.ops.native import tall
 from sa_hf.ops.parts import Band, BlockPart
 from sa_hf.ops.reference import part_multiplicity
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 
 def staircase_part(n: int, heads: int, step: int, band: Band = Band(None, 0)) -> BlockPart:
     """Row ``i`` reads the first keys of the runs of ``step`` before its own, another number of them for each head."""

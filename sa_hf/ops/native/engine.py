@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.engine import Gradients
-from sa_hf.ops.native import flash, gates
+from sa_hf.ops.native import flash, gates, kernels
 from sa_hf.ops.native.blocks import BlockTiles, block_tiles
 from sa_hf.ops.native.lanes import Lanes
 from sa_hf.ops.native.masks import additive
@@ -43,12 +43,18 @@ class NativeEngine:
     name = "native"
     own_rows = False
 
+    def in_place(self, query: Tensor) -> bool:
+        return kernels.serves(query)
+
     def unsupported(self, query: Tensor, options: ScoreOptions) -> str | None:
         return None
 
     def forward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
+        part = simplest(part)
+        if not isinstance(part, OffsetsPart) and kernels.serves(query):
+            return kernels.forward(part, query, key, value, options)
         part, fast = _prepared(part, query, options)
         lanes = Lanes.of(query, key)
         rules = ScoreRules.of(options, lanes, part.query_index, part.key_index)
@@ -82,6 +88,9 @@ class NativeEngine:
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
         options: ScoreOptions,
     ) -> Gradients:  # fmt: skip
+        part = simplest(part)
+        if not isinstance(part, OffsetsPart) and kernels.serves(query):
+            return kernels.backward(part, query, key, value, out, lse, grad_out, options)
         part, fast = _prepared(part, query, options)
         lanes = Lanes.of(query, key)
         rules = ScoreRules.of(options, lanes, part.query_index, part.key_index)
@@ -127,7 +136,6 @@ def _prepared(part: Part, query: Tensor, options: ScoreOptions) -> tuple[Part, b
     """The part in the form that runs best, and whether the flash op runs it."""
     if query.device.type == "cpu":
         keep_freed_memory()
-    part = _simplest(part)
     if isinstance(part, OffsetsPart) or not flash.serves(query, options):
         return part, False
     if options.spans is not None and not gates.serves(part, options):
@@ -137,7 +145,7 @@ def _prepared(part: Part, query: Tensor, options: ScoreOptions) -> tuple[Part, b
     return part, True
 
 
-def _simplest(part: Part) -> Part:
+def simplest(part: Part) -> Part:
     """Segments of one slot are the offset 0: elementwise products instead of 1 x 1 matrices."""
     if isinstance(part, SegmentPart) and part.query_segment == part.key_segment == 1:
         length = min(part.query_slots, part.key_slots)

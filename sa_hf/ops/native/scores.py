@@ -40,6 +40,20 @@ class ScoreRules:
         o = self.options
         return o.distance_bias is not None or o.spans is not None or o.dropout > 0
 
+    @property
+    def seed(self) -> Tensor:
+        if self.options.seed is None:
+            raise ValueError("dropout > 0 needs ScoreOptions.seed")
+        return self.options.seed
+
+    def dropout_counters(self, lanes: Tensor) -> tuple[Tensor, Tensor]:
+        """The sequence and the head of lanes ``[T]`` in the dropout counter, int64 ``[T]`` each."""
+        batch, heads = self.lanes.batch_of(lanes), self.lanes.head_of(lanes)
+        sequence = batch if self.options.sequence_ids is None else self.options.sequence_ids[batch]
+        if self.options.heads is not None:
+            heads = counter_words(tuple(self.options.heads), heads.device)[heads]
+        return sequence, heads
+
     def span_rows(self, lanes: Tensor) -> Tensor:
         """Where the spans of lanes ``[T]`` begin in the flat spans, ``[T, 1]``."""
         if self.options.spans is None:
@@ -94,7 +108,7 @@ def pairs_at(rules: ScoreRules, lanes: Tensor, i: Tensor, j: Tensor, mask: Tenso
         shut = words(pairs.gate > 0)
         pairs.mask = shut if mask is None else mask | shut
     if options.dropout > 0:
-        pairs.dropped = _dropped(rules, lanes, heads, i, j)
+        pairs.dropped = _dropped(rules, lanes, i, j)
     return pairs
 
 
@@ -111,18 +125,11 @@ def masked_pairs(rules: ScoreRules, tile: TileBatch) -> Tensor | None:
     return mask
 
 
-def _dropped(rules: ScoreRules, lanes: Tensor, heads: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    options = rules.options
-    if options.seed is None:
-        raise ValueError("dropout > 0 needs ScoreOptions.seed")
-    batch = rules.lanes.batch_of(lanes)
-    sequence = batch if options.sequence_ids is None else options.sequence_ids[batch]
-    if options.heads is not None:
-        heads = counter_words(tuple(options.heads), heads.device)[heads]
-    sequence, heads = sequence[:, None, None], heads[:, None, None]
-    rows = dropout_words(options.seed, sequence, heads, i, stream=0)
-    columns = dropout_words(options.seed, sequence, heads, j, stream=1)
-    return dropout_bits(rows, columns, options.dropout)
+def _dropped(rules: ScoreRules, lanes: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    sequence, heads = (x[:, None, None] for x in rules.dropout_counters(lanes))
+    rows = dropout_words(rules.seed, sequence, heads, i, stream=0)
+    columns = dropout_words(rules.seed, sequence, heads, j, stream=1)
+    return dropout_bits(rows, columns, rules.options.dropout)
 
 
 def shape_scores(options: ScoreOptions, pairs: Pairs, product: Tensor) -> tuple[Tensor, Tensor | None]:

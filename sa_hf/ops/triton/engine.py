@@ -31,6 +31,9 @@ class TritonEngine:
     name = "triton"
     own_rows = True
 
+    def in_place(self, query: Tensor) -> bool:
+        return False
+
     def unsupported(self, query: Tensor, options: ScoreOptions) -> str | None:
         return _machine_reason(query.device) or _input_reason(query, options)
 

@@ -1,0 +1,323 @@
+"""C++ of the CPU kernels: which tiles of scores a part has, and what the masks and options do to a tile."""
+
+SOURCE = r"""
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Up to TILE queries of one lane. ``unit`` is the number of their block or segment, ``sub`` theirs in it.
+struct Tile {
+    int64_t lane, batch, head, query, unit, sub;
+    int rows, vectors, width;                 // width: vectors * W
+    int64_t lowest = 0, highest = INT64_MAX;  // every query may read the key slots from lowest to highest
+    const int64_t* key_at;                    // null, or the positions of the key slots
+    int64_t row[TILE];                        // of each query; -1 for an empty slot
+    int32_t low[TILE], high[TILE], position[TILE], word[TILE];  // where a call has them
+
+    Tile(const Call& c, int64_t lane_, int64_t number) : lane(lane_), batch(lane_ / c.heads), head(lane_ % c.heads) {
+        int64_t size = c.row_start ? c.block_q : c.query_segment;
+        int64_t per_unit = ceil_div(std::min(size, c.query_slots), TILE);
+        unit = number / per_unit;
+        sub = number % per_unit;
+        query = unit * size + sub * TILE;
+        rows = (int)std::max<int64_t>(0, std::min({(int64_t)TILE, size - sub * TILE, c.query_slots - query}));
+        vectors = (int)ceil_div(rows, W);
+        width = vectors * W;
+    }
+
+    void load_queries(const Call& c) {
+        const int64_t *at = c.query_index.of(batch, head), table = lane * c.query_rows;
+        const int32_t* range = c.key_range == nullptr ? nullptr : ranges(c);
+        key_at = c.key_index.of(batch, head);
+        for (int i = 0; i < width; ++i) {
+            const int64_t used = std::min(i, rows - 1), slot = query + used;
+            const int64_t found = at == nullptr ? slot + c.query_first : at[slot];
+            row[i] = found < 0 ? -1 : c.in_place ? found : slot;
+            position[i] = (int32_t)(found + c.query_offset);
+            if (c.row_word != nullptr) word[i] = row[i] < 0 ? 0 : c.row_word[table + row[i]];
+            if (range == nullptr) continue;
+            lowest = std::max<int64_t>(lowest, low[i] = range[2 * used]);
+            highest = std::min<int64_t>(highest, high[i] = range[2 * used + 1]);
+        }
+    }
+
+    bool key_filled(int64_t slot) const { return key_at == nullptr || key_at[slot] >= 0; }
+
+    int64_t key_position(const Call& c, int64_t slot) const {
+        return key_at == nullptr ? slot + c.key_first : key_at[slot];
+    }
+
+    int64_t key_row(const Call& c, int64_t slot) const { return c.in_place ? key_position(c, slot) : slot; }
+
+    int64_t key_head(const Call& c) const { return head / (c.heads / c.kv_heads); }
+
+    static int64_t count(const Call& c) {  // of one lane
+        int64_t size = c.row_start ? c.block_q : c.query_segment;
+        return ceil_div(c.query_slots, size) * ceil_div(std::min(size, c.query_slots), TILE);
+    }
+
+    int64_t list(const Call& c) const {  // row of the block lists
+        int64_t list = (c.list_batch > 1 ? batch : 0) * c.list_heads + (c.list_heads > 1 ? head : 0);
+        return list * ceil_div(c.query_slots, c.block_q) + unit;
+    }
+
+    const int32_t* ranges(const Call& c) const {
+        int64_t list = (c.range_batch > 1 ? batch : 0) * c.range_heads + (c.range_heads > 1 ? head : 0);
+        return c.key_range + 2 * (list * c.query_slots + query);
+    }
+
+    int64_t weight(const Call& c) const {  // number of list entries
+        return c.row_start ? c.row_start[list(c) + 1] - c.row_start[list(c)] : 1;
+    }
+};
+
+// The scores of keys j0 .. j1 of a chunk with the query vectors c0 .. c1.
+struct Span {
+    int j0, j1, c0, c1;
+};
+
+// Up to TILE keys that a tile of queries reads.
+struct Chunk {
+    int64_t key, shift;     // the band holds query slot - key slot - shift
+    int count;
+    bool banded, ranged, diagonal, holes;  // diagonal: left out, and crosses the chunk; holes: empty slots
+    const uint64_t* words;  // element mask, or null
+    int64_t word_step;
+    int spans;
+    Span span[TILE / 16];
+
+    bool masked() const { return banded || ranged || diagonal || holes || words != nullptr; }
+};
+
+// Fill in what the band makes of a chunk; false where it leaves nothing.
+static bool bound(const Call& c, const Tile& t, Chunk& x, bool test_band) {
+    int64_t low = t.query - (x.key + x.count - 1) - x.shift, high = t.query + t.rows - 1 - x.key - x.shift;
+    if (test_band && (low > c.left || high < -c.right)) return false;
+    x.banded = test_band && (high > c.left || low < -c.right);
+    x.diagonal = c.row_start == nullptr && c.skip_diagonal && low <= 0 && high >= 0;
+    x.ranged = c.key_range != nullptr && (t.lowest > x.key || t.highest < x.key + x.count);
+    x.holes = false;
+    for (int j = 0; t.key_at != nullptr && j < x.count; ++j) x.holes |= t.key_at[x.key + j] < 0;
+    x.spans = 0;
+    if (!x.banded) {
+        x.span[x.spans++] = {0, x.count, 0, t.vectors};
+        return true;
+    }
+    for (int j0 = 0; j0 < x.count; j0 += 16) {
+        int j1 = std::min(j0 + 16, x.count), c0 = 0, c1 = t.vectors;
+        int64_t first = t.query - x.key - x.shift - j0, last = first - (j1 - 1 - j0);  // query 0 less keys j0, j1 - 1
+        while (c0 < c1 && first + c0 * W + W - 1 < -c.right) ++c0;
+        while (c1 > c0 && last + (c1 - 1) * W > c.left) --c1;
+        if (c0 < c1) x.span[x.spans++] = {j0, j1, c0, c1};
+    }
+    return x.spans > 0;
+}
+
+template <class Visit>
+static void walk_keys(const Call& c, const Tile& t, Chunk& x, int64_t begin, int64_t end, bool test_band, Visit visit) {
+    const uint64_t* words = x.words;
+    for (x.key = begin; x.key < end; x.key += TILE) {
+        x.count = (int)std::min<int64_t>(TILE, end - x.key);
+        if (words != nullptr) x.words = words + (x.key - begin) * x.word_step;
+        if (bound(c, t, x, test_band)) visit((const Chunk&)x);
+    }
+    x.words = words;
+}
+
+template <class Visit>
+static void walk(const Call& c, const Tile& t, Visit visit) {
+    Chunk x = {};
+    if (c.row_start == nullptr) {
+        int64_t query_base = t.unit * c.query_segment, key_base = t.unit * c.key_segment, first = t.query - query_base;
+        int64_t begin = std::max<int64_t>(0, first - c.left);
+        int64_t end = std::min({c.key_segment, c.key_slots - key_base, first + t.rows + c.right});
+        x.shift = query_base - key_base;
+        walk_keys(c, t, x, key_base + begin, key_base + end, true, visit);
+        return;
+    }
+    int64_t entry = c.row_start[t.list(c)], stop = c.row_start[t.list(c) + 1];
+    x.word_step = ceil_div(c.block_q, TILE);
+    while (entry < stop) {
+        int32_t kind = c.kind[entry];
+        int64_t begin = c.columns[entry] * c.block_k, next = begin + c.block_k;
+        for (++entry; kind < 0 && entry < stop && c.kind[entry] == kind; ++entry, next += c.block_k)
+            if (c.columns[entry] * c.block_k != next) break;
+        x.words = kind < 0 ? nullptr : c.masks + kind * c.block_k * x.word_step + t.sub;
+        walk_keys(c, t, x, begin, std::min(next, c.key_slots), kind == -2, visit);
+    }
+}
+
+// Which pairs of key j with the queries of vector v are kept: bits of -1.
+static inline vi kept(const Call& c, const Tile& t, const Chunk& x, int j, int v) {
+    int64_t slot = x.key + j;
+    vi keep = splat_int(-1);
+    if (x.banded || x.diagonal) {
+        vi distance = lane_numbers() + (int32_t)(t.query + v * W - slot - x.shift);
+        if (x.banded) {
+            keep = distance <= (int32_t)std::min<int64_t>(c.left, INT32_MAX);
+            keep &= distance >= (int32_t)-std::min<int64_t>(c.right, INT32_MAX);
+        }
+        if (x.diagonal) keep &= distance != 0;
+    }
+    if (x.words != nullptr) {
+        int32_t bits = (int32_t)((x.words[j * x.word_step] >> (v * W)) & ((1 << W) - 1));
+        keep &= ((splat_int(bits) >> lane_numbers()) & 1) != 0;
+    }
+    if (x.ranged) {
+        keep &= (load_int(t.low + v * W) <= (int32_t)slot) & (load_int(t.high + v * W) > (int32_t)slot);
+    }
+    return keep;
+}
+
+// The soft gate of Expire-Span (equation 6 of the paper) for key slot ``slot``, and its slope by the span.
+static inline vf gate(const Call& c, const Tile& t, int64_t slot, int v, vf* slope) {
+    vi distance = load_int(t.position + v * W) - (int32_t)t.key_position(c, slot);
+    vf inverse = splat((float)(1 / c.ramp));
+    const float span = c.spans[t.lane * c.key_rows + t.key_row(c, slot)];
+    vf ramp = 1.0f + (span - __builtin_convertvector(distance, vf)) * inverse;
+    vi own = distance == 0;
+    if (slope != nullptr) *slope = (vf)((vi)inverse & (ramp > 0.0f) & (ramp < 1.0f) & ~own);
+    return select(own, splat(1.0f), larger(smaller(ramp, splat(1.0f)), vf{}));
+}
+
+// Index into a head's distance biases for each query of a vector, -1 for none.
+static inline void bias_columns(const Call& c, const Tile& t, int64_t slot, int v, int32_t* column) {
+    int32_t centre = (int32_t)((c.bias_columns + 1) / 2 - 1), j = (int32_t)t.key_position(c, slot);
+    vi i = load_int(t.position + v * W), distance = j - i;
+    distance = distance > centre ? splat_int(centre) : distance;
+    distance = distance < -centre ? splat_int(-centre) : distance;
+    vi found = distance + centre;
+    if (j < c.extra_tokens) found = splat_int(-1);
+    if (c.extra_tokens) found = i < (int32_t)c.extra_tokens ? splat_int(-1) : found;
+    *(vi_any*)column = found;
+}
+
+// -1 where dropout drops the pair of key ``slot`` (``ops.random.dropout_bits``).
+static inline vi dropped(const Call& c, const Tile& t, int64_t slot, int v) {
+    vu row = (vu)load_int(t.word + v * W);
+    vu value = (row ^ (uint32_t)c.column_word[t.lane * c.key_rows + t.key_row(c, slot)]) * (row | 1u);
+    return (((vi)value >> 1) - (int32_t)c.dropout_threshold) >> 31;
+}
+
+// Whether the band alone bounds a chunk and holds all keys of a span for all queries of a vector.
+static inline bool inside(const Call& c, const Tile& t, const Chunk& x, const Span& span, int v) {
+    int64_t first = t.query + v * W - x.key - x.shift - span.j0, last = first - (span.j1 - 1 - span.j0);
+    return !x.ranged && !x.diagonal && x.words == nullptr && first + W - 1 <= c.left && last >= -c.right;
+}
+
+// From products (times log2(e) or over the softcap) the masked scores in base 2, in place; ``bend`` may take the tanh.
+static void shape(const Call& c, const Tile& t, const Chunk& x, const Span& span, float* scores, float* bend) {
+    bool plain = c.softcap == 0 && c.bias == nullptr && c.spans == nullptr;
+    if (plain && !x.masked()) return;
+    for (int j = span.j0; j < span.j1; ++j) {
+        int64_t slot = x.key + j;
+        if (x.holes && !t.key_filled(slot)) {
+            for (int v = span.c0; v < span.c1; ++v) store(scores + j * t.width + v * W, splat(-INF));
+            continue;
+        }
+        for (int v = span.c0; v < span.c1; ++v) {
+            if (plain && inside(c, t, x, span, v)) continue;
+            float* at = scores + j * t.width + v * W;
+            vf s = load(at);
+            if (c.softcap != 0) {
+                s = tanh(s);
+                if (bend != nullptr) store(bend + j * t.width + v * W, s);
+                s *= (float)c.softcap * LOG2E;
+            }
+            if (c.bias != nullptr) {
+                int32_t column[W];
+                bias_columns(c, t, slot, v, column);
+                const float* table = c.bias + t.lane % c.heads * c.bias_columns;
+                for (int lane = 0; lane < W; ++lane)
+                    if (column[lane] >= 0) s[lane] += table[column[lane]];
+            }
+            vi keep = kept(c, t, x, j, v);
+            if (c.spans != nullptr) keep &= gate(c, t, slot, v, nullptr) > 0.0f;
+            store(at, select(keep, s, splat(-INF)));
+        }
+    }
+}
+
+// A W x W block of rows to columns, by exchanging ever smaller quarters.
+static inline void transpose_block(vf* x) {
+#if defined(__clang__)
+    for (int r = 0; r < W; ++r)
+        for (int lane = 0; lane < r; ++lane) std::swap(((float*)&x[r])[lane], ((float*)&x[lane])[r]);
+#else
+#pragma GCC unroll 4
+    for (int step = W / 2; step > 0; step /= 2) {
+        vi lane = lane_numbers(), upper = (lane & step) != 0;
+        vi low = upper ? lane + (W - step) : lane, high = upper ? lane + W : lane + step;
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r)
+            if ((r & step) == 0) {
+                vf a = x[r], b = x[r + step];
+                x[r] = __builtin_shuffle(a, b, low);
+                x[r + step] = __builtin_shuffle(a, b, high);
+            }
+    }
+#endif
+}
+
+// Rows of ``x``, times ``factor``, as columns [depth, width]; zeros for rows of -1 and beyond the tile's.
+static void to_columns(const Tile& t, const float* x, int64_t step, int64_t depth, float factor, float* to) {
+    const int64_t whole = depth / W * W;
+    for (int first = 0; first < t.width; first += W) {
+        const float* row[W];
+        for (int r = 0; r < W; ++r)
+            row[r] = first + r < t.rows && t.row[first + r] >= 0 ? x + t.row[first + r] * step : nullptr;
+        for (int64_t d = 0; d < whole; d += W) {
+            vf block[W];
+            for (int r = 0; r < W; ++r) block[r] = row[r] == nullptr ? vf{} : load(row[r] + d) * factor;
+            transpose_block(block);
+            for (int r = 0; r < W; ++r) store(to + (d + r) * t.width + first, block[r]);
+        }
+        for (int64_t d = whole; d < depth; ++d)
+            for (int r = 0; r < W; ++r) to[d * t.width + first + r] = row[r] == nullptr ? 0 : row[r][d] * factor;
+    }
+}
+
+// Columns [depth, width], each times its factor, to the rows of ``to``: added to what is there times ``before``, which
+// is not read where that is 0. Nothing is written where both are 0.
+static void to_rows(const Tile& t, const float* x, int64_t depth, const float* factor, const float* before, float* to,
+                    int64_t step) {
+    const int64_t whole = depth / W * W;
+    for (int first = 0; first < t.rows; first += W)
+        for (int64_t d = 0; d < depth; d += W) {
+            vf block[W];
+            const bool full = d < whole;
+            if (full) {
+                for (int r = 0; r < W; ++r) block[r] = load(x + (d + r) * t.width + first);
+                transpose_block(block);
+            }
+            for (int r = 0; r < W && first + r < t.rows; ++r) {
+                const int i = first + r;
+                float* at = to + t.row[i] * step + d;
+                if (t.row[i] < 0 || (factor[i] == 0 && before[i] == 0)) continue;
+                if (full)
+                    store(at, block[r] * factor[i] + (before[i] == 0 ? vf{} : load(at) * before[i]));
+                else
+                    for (int64_t e = 0; d + e < depth; ++e)
+                        at[e] = x[(d + e) * t.width + i] * factor[i] + (before[i] == 0 ? 0 : at[e] * before[i]);
+            }
+        }
+}
+
+// The rows of a chunk's keys: where they lie, or brought together in ``buffer`` [TILE, head_dim].
+static const float* key_rows(const Call& c, const Tile& t, const Chunk& x, const Rows& rows, float* buffer,
+                             int64_t* step) {
+    const float* first = rows.of(t.batch, t.key_head(c));
+    *step = rows.step;
+    if (t.key_at == nullptr || !c.in_place) return first + t.key_row(c, x.key) * rows.step;
+    for (int j = 0; j < x.count; ++j) {
+        const int64_t at = t.key_at[x.key + j];
+        float* to = buffer + j * c.head_dim;
+        if (at < 0) std::fill(to, to + c.head_dim, 0.0f);
+        else std::copy(first + at * rows.step, first + at * rows.step + c.head_dim, to);
+    }
+    *step = c.head_dim;
+    return buffer;
+}
+
+static float* buffer(int64_t elements) {
+    return (float*)aligned_alloc(64, (size_t)ceil_div(elements * 4, 64) * 64);
+}
+"""

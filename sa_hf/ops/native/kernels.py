@@ -1,0 +1,301 @@
+"""Parts through the kernels in C++: blocks and segments in fp32, with every score option, forward and backward.
+
+A part's rows are read and written where they lie: nothing is gathered, and parts are merged as they are written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from dataclasses import dataclass, replace
+from functools import cache
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from sa_hf.ops.engine import Gradients
+from sa_hf.ops.native import call, cpp_passes, cpp_scores, cpp_vectors
+from sa_hf.ops.native.build import BuildError, load
+from sa_hf.ops.native.call import FAR, Call
+from sa_hf.ops.native.lanes import Lanes, Slots
+from sa_hf.ops.native.memory import keep_freed_memory
+from sa_hf.ops.native.scores import ScoreRules
+from sa_hf.ops.parts import BlockLayout, BlockPart, Index, ScoreOptions, SegmentPart
+from sa_hf.ops.random import dropout_threshold, dropout_words
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "SA_HF_CPU_KERNELS"
+TILE = 64  # as in the sources
+LOG2E = 1.4426950408889634
+# Gradients of keys and values are summed by one thread for each key lane, in up to so many pieces where there are too
+# few lanes for the threads; a piece costs a copy of both gradients.
+MOST_PIECES = 4
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, built at the first call; None where :func:`why_not` has a reason."""
+    return _found()[0]
+
+
+def why_not() -> str | None:
+    """Why torch's own operators serve instead, or None."""
+    return _found()[1]
+
+
+@cache
+def _found() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get(SWITCH, "1") == "0":
+        return None, f"{SWITCH}=0"
+    try:
+        found = load("".join(x.SOURCE for x in (cpp_vectors, call, cpp_scores, cpp_passes)), "kernels")
+    except BuildError as error:
+        logger.info("attention on the CPU runs by torch's operators: %s", error)
+        return None, str(error)
+    for function in (found.sa_hf_forward, found.sa_hf_backward):
+        function.argtypes, function.restype = [ctypes.POINTER(Call)], None
+    return found, None
+
+
+def serves(query: Tensor) -> bool:
+    """Whether the kernels run attention of this query; all options are theirs."""
+    if query.device.type != "cpu" or query.dtype == torch.float64 or library() is None:
+        return False
+    keep_freed_memory()
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The tensors of a call in fp32, and what its options say of each row.
+
+    query ``[B, H, Nq, D]``, key and value ``[B, Hkv, Nk, D]``; ``query_at [lanes, Nq]`` and ``key_at [lanes, Nk]`` are
+    the rows' positions (the key's own, and the query's among the keys') where an option asks for them.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    options: ScoreOptions
+    fields: dict[str, Tensor]
+    span_at: Tensor | None
+
+    @classmethod
+    def of(
+        cls, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, query_index: Index = None,
+        key_index: Index = None,
+    ) -> Rows:  # fmt: skip
+        """Args: query_index, key_index: the positions of the rows, where they stand in slots."""
+        rules = ScoreRules.of(options, Lanes.of(query, key), query_index, key_index)
+        lanes, fields, span_at = rules.lanes, {}, None
+        if options.distance_bias is not None:
+            fields["bias"] = options.distance_bias.float() * LOG2E
+        if options.spans is not None:
+            j = _positions(rules.key_at, lanes, key.shape[2])
+            span_at = rules.span_rows(lanes.ids) + j.clamp(0, options.spans.shape[2] - 1)
+            fields["spans"] = options.spans.float().flatten()[span_at]
+        if options.dropout > 0:
+            sequence, heads = rules.dropout_counters(lanes.ids)
+            for name, at, x, stream in (
+                ("row_word", rules.query_at, query, 0), ("column_word", rules.key_at, key, 1)
+            ):  # fmt: skip
+                i = _positions(at, lanes, x.shape[2])
+                fields[name] = dropout_words(rules.seed, sequence[:, None], heads[:, None], i, stream=stream)
+        query, key, value = (plain(x) for x in (query, key, value))
+        return cls(query, key, value, options, {name: x.contiguous() for name, x in fields.items()}, span_at)
+
+    @property
+    def lanes(self) -> int:
+        return self.query.shape[0] * self.query.shape[1]
+
+
+def forward(
+    part: BlockPart | SegmentPart, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
+) -> tuple[Tensor, Tensor]:
+    """As ``Engine.forward``: rows in the part's slots."""
+    rows = Rows.of(query, key, value, options, part.query_index, part.key_index)
+    out, lse = rows.query.new_empty(query.shape), rows.query.new_empty(query.shape[:3])
+    _PartCall(part, rows, in_place=False, merge=False).forward(out, lse)
+    return out.to(query.dtype), lse
+
+
+def backward(
+    part: BlockPart | SegmentPart, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    grad_out: Tensor, options: ScoreOptions,
+) -> Gradients:  # fmt: skip
+    """As ``Engine.backward``: rows in the part's slots."""
+    rows = Rows.of(query, key, value, options, part.query_index, part.key_index)
+    sums = Sums.zeros(rows)
+    _PartCall(part, rows, in_place=False, merge=False).backward(plain(out), lse, plain(grad_out), sums)
+    grads = sums.gradients(rows)
+    return replace(
+        grads, query=grads.query.to(query.dtype), key=grads.key.to(key.dtype), value=grads.value.to(value.dtype)
+    )
+
+
+def forward_into(
+    part: BlockPart | SegmentPart, rows: Rows, running: tuple[Tensor, Tensor], *, fresh: bool
+) -> None:  # fmt: skip
+    """Merge a part into the running output ``[B, H, Nq, D]`` and log-sum-exp ``[B, H, Nq]``, contiguous, in positions.
+
+    Args: rows: in positions. fresh: ``running`` is uninitialised, and the part has every query in a slot.
+    """
+    _PartCall(part, rows, in_place=True, merge=not fresh).forward(*running)
+
+
+def backward_into(
+    part: BlockPart | SegmentPart, rows: Rows, out: Tensor, lse: Tensor, grad_out: Tensor, sums: Sums
+) -> None:
+    """Add a part's gradients to the ``sums``; all in positions, ``out``, ``lse`` and ``grad_out`` the whole plan's."""
+    _PartCall(part, rows, in_place=True, merge=True).backward(out, lse, grad_out, sums)
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Where gradients add up, zeros at first: query ``[B, H, Nq, D]``, key and value ``[pieces, B, Hkv, Nk, padded]``
+    (head_dim padded to whole vectors), bias ``[pieces, lanes, columns]`` and spans ``[pieces, lanes, Nk]``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    spans: Tensor | None
+
+    @classmethod
+    def zeros(cls, rows: Rows) -> Sums:
+        key, bias, spans = rows.key, rows.options.distance_bias, rows.options.spans
+        pieces = _pieces(key.shape[0] * key.shape[1], torch.get_num_threads())
+        of_keys = (pieces, *key.shape[:3], _padded(key.shape[3]))
+        return cls(
+            key.new_zeros(rows.query.shape), key.new_zeros(of_keys), key.new_zeros(of_keys),
+            None if bias is None else key.new_zeros(pieces, rows.lanes, bias.shape[1]),
+            None if spans is None else key.new_zeros(pieces, rows.lanes, key.shape[2]),
+        )  # fmt: skip
+
+    def gradients(self, rows: Rows) -> Gradients:
+        """In fp32, those of the options in their own dtype."""
+        bias, spans, d = rows.options.distance_bias, rows.options.spans, rows.key.shape[3]
+        grad_bias = grad_spans = None
+        if bias is not None and self.bias is not None:
+            grad_bias = self.bias.sum(0).view(-1, *bias.shape).sum(0).to(bias.dtype)
+        if spans is not None and self.spans is not None and rows.span_at is not None:
+            flat = self.spans.new_zeros(spans.numel())
+            flat.scatter_add_(0, rows.span_at.flatten(), self.spans.sum(0).flatten())
+            grad_spans = flat.view(spans.shape).to(spans.dtype)
+        key, value = ((x[0] if len(x) == 1 else x.sum(0))[..., :d] for x in (self.key, self.value))
+        return Gradients(self.query, key, value, grad_bias, grad_spans)
+
+
+class _PartCall:
+    """A part's fields; holds the tensors behind its pointers."""
+
+    def __init__(self, part: BlockPart | SegmentPart, rows: Rows, *, in_place: bool, merge: bool) -> None:
+        options, query, key = rows.options, rows.query, rows.key
+        self.held: list[Tensor] = []
+        layout = part.layout if isinstance(part, BlockPart) else part
+        self.call = Call(
+            in_place=in_place, merge=merge, batch=query.shape[0], heads=query.shape[1], kv_heads=key.shape[1],
+            query_slots=layout.query_slots, key_slots=layout.key_slots, query_rows=query.shape[2],
+            key_rows=key.shape[2], head_dim=query.shape[3], padded_dim=_padded(query.shape[3]), pieces=1,
+            query_offset=options.query_offset, extra_tokens=options.extra_tokens, threads=torch.get_num_threads(),
+            scale=options.scale, softcap=options.softcap or 0.0, ramp=options.ramp, keep=1 - options.dropout,
+            left=FAR if layout.band.left is None else layout.band.left,
+            right=FAR if layout.band.right is None else layout.band.right,
+        )  # fmt: skip
+        if isinstance(part, BlockPart):
+            self._blocks(part.layout)
+        else:
+            self.call.query_segment, self.call.key_segment = part.query_segment, part.key_segment
+            self.call.skip_diagonal = part.skip_diagonal
+        self._index("query", part.query_index)
+        self._index("key", part.key_index)
+        if options.distance_bias is not None:
+            self.call.bias_columns = options.distance_bias.shape[1]
+        if options.dropout > 0:
+            self.call.dropout_threshold = dropout_threshold(options.dropout)
+        self._tensors(**rows.fields)
+        self._rows(query=query, key=key, value=rows.value)
+
+    def forward(self, out: Tensor, lse: Tensor) -> None:
+        self._rows(out=out)
+        self._tensors(lse=lse)
+        self._run("sa_hf_forward")
+
+    def backward(self, out: Tensor, lse: Tensor, grad_out: Tensor, sums: Sums) -> None:
+        self._rows(out=out, grad_out=grad_out, grad_query=sums.query)
+        self._tensors(lse=lse, grad_key=sums.key, grad_value=sums.value, grad_bias=sums.bias, grad_spans=sums.spans)
+        self.call.pieces = len(sums.key)
+        self._run("sa_hf_backward")
+
+    def _run(self, name: str) -> None:
+        if self.call.query_slots > 0 and self.call.batch > 0:
+            getattr(library(), name)(ctypes.byref(self.call))
+
+    def _tensors(self, **tensors: Tensor | None) -> None:
+        for name, x in tensors.items():
+            if x is not None:
+                self.held.append(x.contiguous())
+                setattr(self.call, name, self.held[-1].data_ptr())
+
+    def _rows(self, **tensors: Tensor) -> None:
+        for name, x in tensors.items():
+            self.held.append(x)
+            setattr(self.call, name, call.Rows(x.data_ptr(), *x.stride()[:3]))
+
+    def _index(self, side: str, index: Index) -> None:
+        if isinstance(index, slice):
+            setattr(self.call, f"{side}_first", index.start)
+        elif index is not None:
+            index = index.contiguous()
+            self.held.append(index)
+            steps = (step if size > 1 else 0 for step, size in zip(index.stride(), index.shape[:2], strict=False))
+            setattr(self.call, f"{side}_index", call.Index(index.data_ptr(), *steps))
+
+    def _blocks(self, layout: BlockLayout) -> None:
+        self.call.list_batch, self.call.list_heads = layout.batch, layout.heads
+        self.call.block_q, self.call.block_k = layout.block_q, layout.block_k
+        self._tensors(row_start=layout.row_start, columns=layout.columns, kind=layout.kind, masks=_mask_words(layout))
+        if layout.key_range is not None:
+            self.call.range_batch, self.call.range_heads = layout.key_range.shape[:2]
+            self._tensors(key_range=layout.key_range)
+
+
+def _pieces(key_lanes: int, threads: int) -> int:
+    return 1 if key_lanes % threads == 0 or key_lanes >= 2 * threads else min(MOST_PIECES, -(-2 * threads // key_lanes))
+
+
+def _padded(head_dim: int) -> int:
+    return -(-head_dim // 16) * 16
+
+
+def plain(x: Tensor) -> Tensor:
+    """In fp32, each row's elements next to each other."""
+    x = x.detach().float()
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _positions(at: Slots, lanes: Lanes, rows: int) -> Tensor:
+    """int64 ``[lanes, rows]``"""
+    return at.positions(lanes.ids, torch.arange(rows, device=lanes.device)[None]).expand(lanes.count, rows)
+
+
+_MASKS: WeakKeyDictionary[BlockLayout, Tensor] = WeakKeyDictionary()
+
+
+def _mask_words(layout: BlockLayout) -> Tensor | None:
+    """The element masks (None where there are none) as int64 ``[P, block_k, ceil(block_q / TILE)]``: bit i of a word is
+    query i. Kept while the layout lives."""
+    if len(layout.masks) == 0:
+        return None
+    if layout not in _MASKS:
+        masks = layout.masks
+        rows = -(-layout.block_q // TILE) * TILE
+        padded = torch.nn.functional.pad(masks.view(torch.uint8), (0, 0, 0, rows - layout.block_q))
+        weights = (2 ** torch.arange(8)).to(torch.uint8)
+        # A byte from 8 queries, a word from 8 bytes (little-endian).
+        octets = padded.view(len(masks), rows // TILE, 8, 8, layout.block_k) * weights[:, None]
+        octets = octets.sum(3, dtype=torch.uint8).permute(0, 3, 1, 2).contiguous()
+        _MASKS[layout] = octets.view(torch.int64).squeeze(-1)
+    return _MASKS[layout]
