@@ -18,14 +18,14 @@ static void raise_peak(const Call& c, const Tile& t, const Chunk& x, const float
         for (int j = x.span[n].j0; j < x.span[n].j1; ++j)
             for (int v = x.span[n].c0; v < x.span[n].c1; ++v)
                 peak[v] = larger(peak[v], load(scores + j * t.width + v * W));
-    vi grown = {};
-    for (int v = 0; v < t.vectors; ++v) grown |= peak[v] > s.peak[v] + SLACK;
-    if (!any(grown)) return;
+    vi grown[VECTORS], some = {};
+    for (int v = 0; v < t.vectors; ++v) some |= grown[v] = peak[v] > s.peak[v] + SLACK;
+    if (!any(some)) return;
     vf factor[VECTORS];
+    // Each query by its own scores alone: no bit of its result depends on another query of the tile.
     for (int v = 0; v < t.vectors; ++v) {
-        peak[v] = larger(peak[v], s.peak[v]);
-        factor[v] = exp2(select(peak[v] == -INF, vf{}, s.peak[v] - peak[v]));
-        s.peak[v] = peak[v];
+        factor[v] = exp2(select(grown[v], s.peak[v] - peak[v], vf{}));
+        s.peak[v] = select(grown[v], peak[v], s.peak[v]);
         s.total[v] *= factor[v];
     }
     if (s.empty) return;

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[3]
 # none, and one with changes has that of no code in particular.
 SAME = ("device", "torch", "triton", "code", "launches")
 STARTED = "started, never ended"  # the error of a row while it is measured
+# The GPU suite's figures: a section that a run did not reach says so.
+FIGURES = ("dense", "ours", "kernels", "options", "decode", "flex", "training", "hf-bigbird")
 
 
 def code_digest(root: Path = ROOT) -> str:
@@ -138,6 +140,10 @@ class Report:
         for section, rows in self.data["sections"].items():
             if rows:
                 lines += ["", f"## {section}", "", *_table(rows)]
+        if "parity" in self.data["sections"]:
+            for section in FIGURES:
+                if not self.data["sections"].get(section):
+                    lines += ["", f"## {section}", "", "not measured"]
         return "\n".join(lines) + "\n"
 
 
