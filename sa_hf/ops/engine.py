@@ -25,8 +25,8 @@ class Gradients:
 class Engine(Protocol):
     """Runs one part. Inputs are already in the part's slot order: query ``[G, H, query_slots, D]``, key and value
     ``[G, Hkv | H, key_slots, D]``; ``part.query_index`` and ``part.key_index`` are there for positions alone
-    (distance bias, spans, dropout), and for the empty slots (-1) of a tensor index: those keys are never read and
-    those rows are 0 with log-sum-exp -inf.
+    (distance bias, spans, dropout), and for the empty slots (-1) of a tensor index: those keys, which must be finite,
+    are left out and those rows are 0 with log-sum-exp -inf.
     """
 
     name: str
@@ -62,7 +62,7 @@ ENGINES = ("auto", "triton", "native", "reference")
 
 
 def choose_engine(name: str, query: Tensor, options: ScoreOptions) -> Engine:
-    """The engine for a call: ``auto`` is triton on a GPU and the native tiles elsewhere.
+    """The engine for a call: ``auto`` is triton on a GPU and native elsewhere.
 
     Raises:
         SparseAttentionError: the named engine cannot serve the input; the message lists the reasons of each.

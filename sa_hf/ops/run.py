@@ -1,4 +1,5 @@
-"""Run the parts of a plan over equal sequences: gather each part's slots, call the engine, merge; and back."""
+"""Run the parts of a plan over equal sequences: gather each part's slots, call the engine, merge; and back. An engine
+that works in place does all of that itself."""
 
 from __future__ import annotations
 

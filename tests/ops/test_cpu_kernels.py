@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.layout import build_layout
 from sa_hf.ops.native import NativeEngine, kernels
-from sa_hf.ops.parts import Band, BlockPart, Part, ScoreOptions, SegmentPart
+from sa_hf.ops.parts import BAND, FULL, Band, BlockLayout, BlockPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.run import plan_backward, plan_forward
 
 LIMIT = 1e-5
@@ -132,11 +131,12 @@ def test_peaks_that_rise_and_scores_of_any_size() -> None:
         assert torch.allclose(out.double(), scores.softmax(-1) @ v.double(), atol=2e-3)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_a_number_comes_out_where_it_is_read_and_nowhere_else(value: float) -> None:
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800000], ids=["nan", "nan of CUDA", "-nan", "inf"])
+def test_what_is_not_a_number_comes_out_where_it_is_read_and_nowhere_else(bits: int) -> None:
     n = 200
     q, k, v = (draw(1, 1, n, 16, seed=s) for s in range(3))
-    q[0, 0, 70, 3] = value
+    q.view(torch.int32)[0, 0, 70, 3] = bits
+    assert not q.isfinite().all()
     out, _ = plan_forward([SegmentPart(n, n, n, n, band=Band(None, 0))], q, k, v, PLAIN, NativeEngine())
     bad = ~out.isfinite().all(-1)[0, 0]
     assert bad.nonzero().flatten().tolist() == [70]
@@ -150,6 +150,59 @@ def test_the_softcaps_tangent_is_exact_near_0_and_far_from_it() -> None:
     _, lse = plan_forward([part], q, k, q, ScoreOptions(scale=1.0, softcap=cap), NativeEngine())
     expected = cap * torch.tanh((q.double() * k.double()).sum(-1) / cap)
     assert torch.allclose(lse.double(), expected, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_has_no_say(dtype: torch.dtype) -> None:
+    n = 70
+    listed = SegmentPart(n, n, 20, 20, query_index=shuffled(n, 2, 1, empty=2), key_index=shuffled(n, 2, 2, empty=2))
+    q, k, v = (draw(1, 2, n, 16, seed=s) for s in range(3))
+    for plan in ([listed, window_part(n, Band(9, 0))], [window_part(n, Band(9, 0)), listed]):
+        expected = all_of(run(plan, q, k, v, PLAIN))
+        torch.set_default_dtype(dtype)
+        try:
+            found = all_of(run(plan, q, k, v, PLAIN))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_part_of_the_first_queries_leaves_the_others_empty() -> None:
+    n = 70
+    q, k, v = (draw(1, 1, n, 16, seed=s) for s in range(3))
+    full = torch.full_like(q, torch.nan)  # for the allocator to hand out again
+    del full
+    out, lse = plan_forward([SegmentPart(30, n, 30, n)], q, k, v, PLAIN, NativeEngine())
+    assert not out[:, :, 30:].any()
+    assert torch.isneginf(lse[:, :, 30:]).all()
+
+
+def test_shapes_and_dtypes_that_do_not_fit_raise() -> None:
+    n = 70
+    q, k, v = (draw(1, 2, n, 16, seed=s) for s in range(3))
+    part = window_part(n, Band(9, 0))
+    for bad in ((q, k, v[..., :8]), (q, k[:, :, :9], v), (q, k[..., :8], v[..., :8]), (q[:, :1], k, v)):
+        with pytest.raises(ValueError, match="must have one shape"):
+            plan_forward([part], *bad, PLAIN, NativeEngine())
+    wrong = BlockPart(replace(part.layout, kind=part.layout.kind.long()))
+    with pytest.raises(TypeError, match=r"kind is torch\.int64, and torch\.int32"):
+        plan_forward([wrong], q, k, v, PLAIN, NativeEngine())
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(1, 1), (3, 1), (1, 5), (70, 2), (130, 7)])
+def test_element_masks_of_any_tile(block_q: int, block_k: int) -> None:
+    n = 140
+    masks = torch.rand(5, block_q, block_k, generator=torch.Generator().manual_seed(0)) < 0.5
+    rows, columns = -(-n // block_q), -(-n // block_k)
+    listed = torch.rand(rows, columns, generator=torch.Generator().manual_seed(1)) < 0.6
+    layout = BlockLayout(
+        n, n, block_q, block_k, 1, 1, torch.nn.functional.pad(listed.sum(1).cumsum(0), (1, 0)),
+        listed.nonzero()[:, 1].int(), (torch.arange(int(listed.sum())) % 7 - 2).int(), masks, Band(60, 50),
+    )  # fmt: skip
+    full = layout.kind == FULL  # not those that the slots' end cuts
+    layout.kind[full & ((layout.columns + 1) * block_k > n)] = BAND
+    result = compare([BlockPart(layout)], query_length=n, key_length=n)
+    assert result.worst() < LIMIT, result.errors
 
 
 def test_the_switch_and_a_failing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

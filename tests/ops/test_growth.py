@@ -15,6 +15,8 @@ from sa_hf.ops.native import NativeEngine
 from sa_hf.ops.parts import Band, OffsetsPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.run import plan_backward, plan_forward
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 PLANS = {
     "blocks": lambda n: [window_part(n, Band(40, 0))],
     "one segment, window": lambda n: [SegmentPart(n, n, n, n, band=Band(40, 0))],

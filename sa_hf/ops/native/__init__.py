@@ -1,4 +1,4 @@
-"""The native engine: tiles in plain torch on any device, and torch's own flash attention op where the CPU has it."""
+"""The native engine: kernels in C++ on the CPU, compiled at first use, and tiles in plain torch on any device."""
 
 from sa_hf.ops.native.engine import NativeEngine
 

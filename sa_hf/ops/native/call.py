@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 
+import torch
+
 _FIELDS = (
     # -- rows, [batch, heads | kv_heads, rows, head_dim]
     ("Rows", "query key value out"),
@@ -49,6 +51,16 @@ class Index(ctypes.Structure):
 
 
 _TYPES = {"Rows": Rows, "Index": Index, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
+
+
+_POINTED = {"float": torch.float32, "int32_t": torch.int32, "int64_t": torch.int64, "uint64_t": torch.int64}
+# Of the tensor behind each pointer.
+DTYPES = {
+    name: _POINTED[kind.removeprefix("const ").removesuffix("*")]
+    for kind, names in _FIELDS
+    for name in names.split()
+    if kind.endswith("*")
+}
 
 
 class Call(ctypes.Structure):

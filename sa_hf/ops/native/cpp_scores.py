@@ -170,11 +170,10 @@ static inline vi kept(const Call& c, const Tile& t, const Chunk& x, int j, int v
 // The soft gate of Expire-Span (equation 6 of the paper) for key slot ``slot``, and its slope by the span.
 static inline vf gate(const Call& c, const Tile& t, int64_t slot, int v, vf* slope) {
     vi distance = load_int(t.position + v * W) - (int32_t)t.key_position(c, slot);
-    vf inverse = splat((float)(1 / c.ramp));
     const float span = c.spans[t.lane * c.key_rows + t.key_row(c, slot)];
-    vf ramp = 1.0f + (span - __builtin_convertvector(distance, vf)) * inverse;
+    vf ramp = 1.0f + (span - __builtin_convertvector(distance, vf)) / (float)c.ramp;
     vi own = distance == 0;
-    if (slope != nullptr) *slope = (vf)((vi)inverse & (ramp > 0.0f) & (ramp < 1.0f) & ~own);
+    if (slope != nullptr) *slope = (vf)((vi)splat((float)(1 / c.ramp)) & (ramp > 0.0f) & (ramp < 1.0f) & ~own);
     return select(own, splat(1.0f), larger(smaller(ramp, splat(1.0f)), vf{}));
 }
 

@@ -53,7 +53,8 @@ static inline vi lane_numbers() {
 
 // 2^x to a relative 8e-8 (minimax polynomial, 2e-9 before rounding); 0 below -126, inf from 128, NaN stays.
 static inline vf exp2(vf x) {
-    const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    // 1.5 * 2^23: adding it leaves the nearest integer in the low bits; 127 makes that the exponent of a float.
+    const float round = 12582912.0f + 127.0f;
     x = 128.0f < x ? splat(128.0f) : x;
     vf shifted = x + round, f = x - (shifted - round);
     vf p = splat(1.5353361959569156e-4f);
@@ -63,7 +64,7 @@ static inline vf exp2(vf x) {
     p = p * f + 2.4022647738456726e-1f;
     p = p * f + 6.931471824645996e-1f;
     p = p * f + 1.0f;
-    vu result = (vu)p + ((vu)shifted << 23);
+    vf result = p * (vf)((vu)shifted << 23);
     return (vf)((vi)result & ~(vi)(x < -126.0f));
 }
 

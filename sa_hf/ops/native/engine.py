@@ -1,4 +1,4 @@
-"""The engine: prepares a part's tensors, runs its tiles, puts the results together."""
+"""The engine: hands a part to the C++ kernels, or runs its tiles by torch's operators (fp64, or no compiler)."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class NativeEngine:
 
 
 def _prepared(part: Part, query: Tensor, options: ScoreOptions) -> tuple[Part, bool]:
-    """The part in the form that runs best, and whether the flash op runs it."""
+    """The part in the form that torch's operators run best, and whether the flash op runs it."""
     if query.device.type == "cpu":
         keep_freed_memory()
     if isinstance(part, OffsetsPart) or not flash.serves(query, options):

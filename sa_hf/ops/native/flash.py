@@ -1,4 +1,4 @@
-"""Torch's own CPU flash attention, called on batches of tiles.
+"""Torch's own CPU flash attention, called on batches of tiles where there are no compiled kernels.
 
 The op takes the log-sum-exp and the output in its backward, so handing it those of a whole plan gives the exact
 gradient of a union of parts.

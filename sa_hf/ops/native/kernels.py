@@ -18,7 +18,7 @@ from torch import Tensor
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.native import call, cpp_passes, cpp_scores, cpp_vectors
 from sa_hf.ops.native.build import BuildError, load
-from sa_hf.ops.native.call import FAR, Call
+from sa_hf.ops.native.call import DTYPES, FAR, Call
 from sa_hf.ops.native.lanes import Lanes, Slots
 from sa_hf.ops.native.memory import keep_freed_memory
 from sa_hf.ops.native.scores import ScoreRules
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 SWITCH = "SA_HF_CPU_KERNELS"
 TILE = 64  # as in the sources
 LOG2E = 1.4426950408889634
-# Gradients of keys and values are summed by one thread for each key lane, in up to so many pieces where there are too
-# few lanes for the threads; a piece costs a copy of both gradients.
+# Gradients of keys and values are summed by one thread for each key lane, in pieces where there are too few lanes for
+# the threads: up to so many, or twice the query heads of a key head. A piece costs a copy of both gradients.
 MOST_PIECES = 4
 
 
@@ -60,7 +60,7 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def serves(query: Tensor) -> bool:
-    """Whether the kernels run attention of this query; all options are theirs."""
+    """Whether the kernels run blocks and segments of this query, under whatever options."""
     if query.device.type != "cpu" or query.dtype == torch.float64 or library() is None:
         return False
     keep_freed_memory()
@@ -104,6 +104,7 @@ class Rows:
                 i = _positions(at, lanes, x.shape[2])
                 fields[name] = dropout_words(rules.seed, sequence[:, None], heads[:, None], i, stream=stream)
         query, key, value = (plain(x) for x in (query, key, value))
+        _check(query, key, value)
         return cls(query, key, value, options, {name: x.contiguous() for name, x in fields.items()}, span_at)
 
     @property
@@ -166,7 +167,9 @@ class Sums:
     @classmethod
     def zeros(cls, rows: Rows) -> Sums:
         key, bias, spans = rows.key, rows.options.distance_bias, rows.options.spans
-        pieces = _pieces(key.shape[0] * key.shape[1], torch.get_num_threads())
+        pieces = _pieces(
+            key.shape[0] * key.shape[1], rows.query.shape[1] // key.shape[1], torch.get_num_threads()
+        )  # fmt: skip
         of_keys = (pieces, *key.shape[:3], _padded(key.shape[3]))
         return cls(
             key.new_zeros(rows.query.shape), key.new_zeros(of_keys), key.new_zeros(of_keys),
@@ -236,19 +239,23 @@ class _PartCall:
     def _tensors(self, **tensors: Tensor | None) -> None:
         for name, x in tensors.items():
             if x is not None:
+                if x.dtype != DTYPES[name]:
+                    raise TypeError(f"{name} is {x.dtype}, and {DTYPES[name]} is what the kernels read")
                 self.held.append(x.contiguous())
                 setattr(self.call, name, self.held[-1].data_ptr())
 
     def _rows(self, **tensors: Tensor) -> None:
         for name, x in tensors.items():
             self.held.append(x)
+            if x.dtype != torch.float32:
+                raise TypeError(f"{name} is {x.dtype}, and torch.float32 is what the kernels read")
             setattr(self.call, name, call.Rows(x.data_ptr(), *x.stride()[:3]))
 
     def _index(self, side: str, index: Index) -> None:
         if isinstance(index, slice):
             setattr(self.call, f"{side}_first", index.start)
         elif index is not None:
-            index = index.contiguous()
+            index = index.long().contiguous()
             self.held.append(index)
             steps = (step if size > 1 else 0 for step, size in zip(index.stride(), index.shape[:2], strict=False))
             setattr(self.call, f"{side}_index", call.Index(index.data_ptr(), *steps))
@@ -262,8 +269,21 @@ class _PartCall:
             self._tensors(key_range=layout.key_range)
 
 
-def _pieces(key_lanes: int, threads: int) -> int:
-    return 1 if key_lanes % threads == 0 or key_lanes >= 2 * threads else min(MOST_PIECES, -(-2 * threads // key_lanes))
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """The kernels trust what they are given: a shape that does not fit would be read out of bounds."""
+    batch, heads, _, head_dim = query.shape
+    fits = key.shape == value.shape and key.shape[0] == batch and key.shape[3] == head_dim
+    if not fits or key.shape[1] == 0 or heads % key.shape[1] != 0:
+        raise ValueError(
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape, batch {batch}, head_dim "
+            f"{head_dim} and a number of heads that divides {heads}, as query {tuple(query.shape)} has"
+        )
+
+
+def _pieces(key_lanes: int, group: int, threads: int) -> int:
+    if key_lanes % threads == 0 or key_lanes >= 2 * threads:
+        return 1
+    return min(max(MOST_PIECES, 2 * group), -(-2 * threads // key_lanes))
 
 
 def _padded(head_dim: int) -> int:
@@ -296,6 +316,7 @@ def _mask_words(layout: BlockLayout) -> Tensor | None:
         weights = (2 ** torch.arange(8)).to(torch.uint8)
         # A byte from 8 queries, a word from 8 bytes (little-endian).
         octets = padded.view(len(masks), rows // TILE, 8, 8, layout.block_k) * weights[:, None]
-        octets = octets.sum(3, dtype=torch.uint8).permute(0, 3, 1, 2).contiguous()
+        octets = octets.sum(3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        octets = octets.clone(memory_format=torch.contiguous_format)  # with a size of 1, too
         _MASKS[layout] = octets.view(torch.int64).squeeze(-1)
     return _MASKS[layout]

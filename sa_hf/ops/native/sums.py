@@ -8,7 +8,7 @@ from torch import Tensor
 from sa_hf.ops.engine import Engine, Gradients
 from sa_hf.ops.native import kernels
 from sa_hf.ops.native.engine import simplest
-from sa_hf.ops.parts import OffsetsPart, Part, ScoreOptions
+from sa_hf.ops.parts import BlockPart, OffsetsPart, Part, ScoreOptions
 from sa_hf.ops.run import Merging, Total
 
 
@@ -25,11 +25,14 @@ class InPlaceMerging(Merging):
             super().attend(part, query, key, value, options, engine)
             return
         self.rows = rows = self.rows or kernels.Rows.of(query, key, value, options)
-        fresh = self.merged is None and part.query_index is None
+        slots = part.layout.query_slots if isinstance(part, BlockPart) else part.query_slots
+        fresh = self.merged is None and part.query_index is None and slots == query.shape[2]
         if self.merged is None:
-            shape, make = rows.query.shape, torch.empty if fresh else torch.zeros
-            self.merged = make(shape), torch.full(shape[:3], -torch.inf)
-        self.merged = self.merged[0].float().contiguous(), self.merged[1].contiguous()
+            shape = query.shape
+            out = rows.query.new_empty(shape) if fresh else rows.query.new_zeros(shape)
+            self.merged = out, rows.query.new_full(shape[:3], -torch.inf)
+        out, lse = (x.float().contiguous() for x in self.merged)
+        self.merged = out, lse
         kernels.forward_into(part, rows, self.merged, fresh=fresh)
 
 
@@ -50,7 +53,7 @@ class InPlaceTotal(Total):
         if self.rows is None or self.in_place is None:
             self.rows = kernels.Rows.of(query, key, value, self.options)
             self.in_place = kernels.Sums.zeros(self.rows)
-            self.results = kernels.plain(out), lse.contiguous(), kernels.plain(grad_out)
+            self.results = kernels.plain(out), lse.float().contiguous(), kernels.plain(grad_out)
         kernels.backward_into(part, self.rows, *self.results, self.in_place)
 
     def gradients(self) -> Gradients:

@@ -1,5 +1,5 @@
-"""The same pairs in taller tiles: torch's flash op multiplies 32 rows at a time for tiles of 64 rows, 64 for those of
-192 or more, 256 for those of 768 or more.
+"""The same pairs in taller tiles, for torch's flash op: it multiplies 32 rows at a time for tiles of 64 rows, 64 for
+those of 192 or more, 256 for those of 768 or more.
 """
 
 from __future__ import annotations
