@@ -10,11 +10,14 @@ SOURCE = r"""
 #include <cstdint>
 #include <cstdlib>
 
-// Lanes of a vector; rows and vectors of the tile that a product keeps in registers (24 or 12 sums).
+// Lanes of a vector; rows and vectors of the tile that a product keeps in registers: 24 sums where there are 32
+// registers, 12 where there are 16.
 #if defined(__AVX512F__)
 constexpr int W = 16, MR = 6, NV = 4;
 #elif defined(__AVX__)
 constexpr int W = 8, MR = 6, NV = 2;
+#elif defined(__x86_64__) || defined(__i386__)
+constexpr int W = 4, MR = 3, NV = 4;
 #else
 constexpr int W = 4, MR = 6, NV = 4;
 #endif
@@ -33,7 +36,7 @@ constexpr float INF = __builtin_inff();
 static inline vf load(const float* p) { return *(const vf_any*)p; }
 static inline void store(float* p, vf x) { *(vf_any*)p = x; }
 static inline vi load_int(const int32_t* p) { return *(const vi_any*)p; }
-static inline vf splat(float x) { return vf{} + x; }
+static inline vf splat(float x) { return x - vf{}; }  // -0 + 0 is not -0: a sum would stay an addition
 static inline vi splat_int(int32_t x) { return vi{} + x; }
 static inline vf larger(vf a, vf b) { return a > b ? a : b; }
 static inline vf smaller(vf a, vf b) { return a < b ? a : b; }
@@ -111,7 +114,7 @@ static void product_columns(const float* A, int64_t a_row, int64_t a_column, con
     int64_t r = 0;
     for (; r + MR <= rows; r += MR)
         product_tile<MR, V, ADD>(A + r * a_row, a_row, a_column, B, b_row, depth, C + r * c_row, c_row);
-    if (r + 4 <= rows) {
+    if (MR > 4 && r + 4 <= rows) {
         product_tile<4, V, ADD>(A + r * a_row, a_row, a_column, B, b_row, depth, C + r * c_row, c_row);
         r += 4;
     }
