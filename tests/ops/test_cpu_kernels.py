@@ -13,7 +13,7 @@ from torch import Tensor
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.layout import build_layout
 from sa_hf.ops.native import NativeEngine, kernels
-from sa_hf.ops.parts import BAND, FULL, Band, BlockLayout, BlockPart, Part, ScoreOptions, SegmentPart
+from sa_hf.ops.parts import BAND, FULL, Band, BlockLayout, BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.run import plan_backward, plan_forward
 
 LIMIT = 1e-5
@@ -48,7 +48,8 @@ def test_tiles_of_every_size(block: int, n: int, band: Band) -> None:
 def test_every_head_dim(head_dim: int) -> None:
     rows, columns = shuffled(150, 2, 1, empty=3), shuffled(150, 2, 2, empty=3)
     listed = SegmentPart(150, 150, 70, 70, band=Band(None, 0), query_index=rows, key_index=columns)
-    for plan in ([speckled(150, 2, 64, Band(None, 0))], [listed, window_part(150, Band(9, 9))]):
+    offsets = OffsetsPart(150, ((0, 1, 2, 70), (5, -3)), 2, query_index=columns, key_index=rows)
+    for plan in ([speckled(150, 2, 64, Band(None, 0))], [listed, window_part(150, Band(9, 9)), offsets]):
         result = compare(plan, query_length=150, key_length=150, head_dim=head_dim)
         assert result.worst() < LIMIT, result.errors
 
@@ -59,6 +60,13 @@ def test_every_head_dim(head_dim: int) -> None:
 def test_bands_of_segments(segment: int, band: Band, skip_diagonal: bool) -> None:
     part = SegmentPart(300, 300, segment, segment, band=band, skip_diagonal=skip_diagonal)
     result = compare([part], query_length=300, key_length=300)
+    assert result.worst() < LIMIT, result.errors
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
+def test_any_number_of_offsets(count: int) -> None:
+    part = OffsetsPart(200, (tuple(x * x - 30 for x in range(count)),), 7, 190)
+    result = compare([part], query_length=200, key_length=200)
     assert result.worst() < LIMIT, result.errors
 
 
@@ -83,7 +91,8 @@ def test_any_number_of_threads(heads: int, kv_heads: int, threads: int) -> None:
     bias = torch.randn(heads, 2 * 333 - 1, generator=torch.Generator().manual_seed(0)).requires_grad_()
     spans = (torch.rand(1, 1, 333, generator=torch.Generator().manual_seed(1)) * 333).requires_grad_()
     options = replace(PLAIN, distance_bias=bias, spans=spans, ramp=40.0)
-    plan = [speckled(333, heads, 64, Band(None, 0))]
+    many = OffsetsPart(333, (tuple(range(-20, 20)),), 3, 330)
+    plan = [speckled(333, heads, 64, Band(None, 0)), many]
     first, second = (
         compare(plan, heads=heads, kv_heads=kv_heads, query_length=333, key_length=333, options=options)
         for _ in range(2)

@@ -13,7 +13,7 @@ import torch
 _FIELDS = (
     # -- rows, [batch, heads | kv_heads, rows, head_dim]
     ("Rows", "query key value out"),
-    ("Rows", "grad_out grad_query"),  # backward; out and lse are then the whole plan's
+    ("Rows", "grad_out grad_query"),  # backward; out and lse are then the whole plan's; grad_query is added to
     ("Index", "query_index key_index"),
     ("float*", "lse"),  # [lanes, query_rows]
     ("float*", "grad_key grad_value"),  # [pieces, batch, kv_heads, key_rows, padded_dim], added to
@@ -24,11 +24,14 @@ _FIELDS = (
     ("const int32_t*", "columns kind"),
     ("const uint64_t*", "masks"),  # [P, block_k, ceil(block_q / TILE)]: bit i of a word is query i
     ("const int32_t*", "key_range"),  # null, or [range_batch, range_heads, query_slots, 2]
+    # -- fixed offsets as in OffsetsPart: those of head h lie from offset_start[h] on; offset_start is null for others
+    ("const int64_t*", "offset_start offsets"),
+    ("int64_t", "offset_heads most_offsets begin end"),
     # -- options
     ("const int32_t*", "row_word column_word"),  # null, or [lanes, rows]: dropout
     ("const float*", "bias"),  # null, or [heads, bias_columns], times log2(e)
     ("const float*", "spans"),  # null, or [lanes, key_rows]
-    ("int64_t", "in_place merge"),  # merge: forward adds to what out and lse have, backward to grad_query
+    ("int64_t", "in_place merge"),  # merge: forward joins what out and lse have
     ("int64_t", "batch heads kv_heads query_slots key_slots query_rows key_rows head_dim padded_dim"),
     ("int64_t", "query_first key_first"),  # position of slot 0 where there is no index
     ("int64_t", "query_offset"),  # of the queries' positions among the keys', for bias and spans

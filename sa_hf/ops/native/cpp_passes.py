@@ -47,40 +47,47 @@ static void weigh(const Call& c, const Tile& t, const Chunk& x, const Span& span
                 continue;
             }
             vf p = exp2(load(at) - base[v]);
-            if (c.spans != nullptr) p *= gate(c, t, x.key + j, v, nullptr);
+            if (c.spans != nullptr) p *= soft_gate(c, t, x.key + j, v, nullptr);
             s.total[v] += p;
             if (c.row_word != nullptr) p = (vf)((vi)p & ~dropped(c, t, x.key + j, v));
             store(at, p);
         }
 }
 
-// The tile's rows, merged with what earlier parts wrote as one softmax over all their keys.
+// How a query's result, of log-sum-exp ``lse`` and normalised by ``factor``, joins what earlier parts wrote as one
+// softmax over all their keys: the new row is the result times ``factor`` and the old row times ``before``.
+static void join(const Call& c, const Tile& t, int i, float lse, float* factor, float* before) {
+    *before = 0;
+    const int64_t row = t.row[i] < 0 && !c.in_place ? t.query + i : t.row[i];
+    const bool none = t.row[i] < 0 || lse == -INF;
+    if (none) *factor = 0;
+    if (row < 0 || (none && c.merge)) return;  // what is there stays
+    float* joint = c.lse + t.lane * c.query_rows + row;
+    if (none) {
+        float* out = c.out.of(t.batch, t.head) + row * c.out.step;
+        std::fill(out, out + c.head_dim, 0.0f);
+    } else if (c.merge && *joint != -INF) {
+        const float there = *joint, most = std::max(lse, there);
+        const float sum = most + std::log(std::exp(lse - most) + std::exp(there - most));
+        *factor *= std::exp(lse - sum);
+        *before = std::exp(there - sum);
+        lse = sum;
+    }
+    *joint = lse;
+}
+
 static void write_rows(const Call& c, const Tile& t, const Softmax& s, const float* sums) {
     float peak[TILE], total[TILE], factor[TILE], before[TILE];
     for (int v = 0; v < t.vectors; ++v) {
         store(peak + v * W, s.peak[v]);
         store(total + v * W, s.total[v]);
     }
-    float* out = c.out.of(t.batch, t.head);
-    const int64_t lane = t.lane * c.query_rows;
     for (int i = 0; i < t.rows; ++i) {
-        const int64_t row = t.row[i] < 0 && !c.in_place ? t.query + i : t.row[i];
-        const bool none = t.row[i] < 0 || s.empty || total[i] == 0;
-        factor[i] = none ? 0 : 1 / (total[i] * (float)c.keep);
-        before[i] = 0;
-        if (row < 0 || (none && c.merge)) continue;  // what is there stays
-        if (none) std::fill(out + row * c.out.step, out + row * c.out.step + c.head_dim, 0.0f);
-        float lse = none ? -INF : peak[i] * LN2 + std::log(total[i]);
-        if (c.merge && c.lse[lane + row] != -INF) {
-            const float there = c.lse[lane + row], most = std::max(lse, there);
-            const float joint = most + std::log(std::exp(lse - most) + std::exp(there - most));
-            factor[i] *= std::exp(lse - joint);
-            before[i] = std::exp(there - joint);
-            lse = joint;
-        }
-        c.lse[lane + row] = lse;
+        const bool none = s.empty || total[i] == 0;
+        factor[i] = 1 / (total[i] * (float)c.keep);
+        join(c, t, i, none ? -INF : peak[i] * LN2 + std::log(total[i]), factor + i, before + i);
     }
-    to_rows(t, sums, c.head_dim, factor, before, out, c.out.step);
+    to_rows(t, sums, c.head_dim, factor, before, c.out.of(t.batch, t.head), c.out.step);
 }
 
 static void forward_tile(const Call& c, Tile& t, float* work) {
@@ -135,21 +142,6 @@ struct Work {
     }
 };
 
-static inline float lanes_sum(vf x) {
-    float sum = 0;
-    for (int lane = 0; lane < W; ++lane) sum += x[lane];
-    return sum;
-}
-
-static inline float dot(const float* x, const float* y, int64_t depth) {
-    vf sum = {};
-    int64_t d = 0;
-    for (; d + W <= depth; d += W) sum += load(x + d) * load(y + d);
-    float total = lanes_sum(sum);
-    for (; d < depth; ++d) total += x[d] * y[d];
-    return total;
-}
-
 static void load_rows(const Call& c, const Tile& t, Work& w) {
     const int64_t D = c.head_dim, lane = t.lane * c.query_rows;
     const float *query = c.query.of(t.batch, t.head), *out = c.out.of(t.batch, t.head);
@@ -187,7 +179,7 @@ static void score_gradient(const Call& c, const Tile& t, const Chunk& x, const S
                 continue;
             }
             vf p = exp2(load(w.scores + at) - w.lse[v]), up = load(w.upstream + at), ungated = p, slope = {};
-            if (c.spans != nullptr) p *= gate(c, t, slot, v, &slope);
+            if (c.spans != nullptr) p *= soft_gate(c, t, slot, v, &slope);
             vf seen = p;
             if (c.row_word != nullptr) {
                 vi keep = ~dropped(c, t, slot, v);
@@ -197,12 +189,7 @@ static void score_gradient(const Call& c, const Tile& t, const Chunk& x, const S
             up -= w.delta[v];
             if (grad_spans != nullptr) by_span += ungated * up * slope;
             vf grad = p * up;
-            if (grad_bias != nullptr) {
-                int32_t column[W];
-                bias_columns(c, t, slot, v, column);
-                for (int lane = 0; lane < W; ++lane)
-                    if (column[lane] >= 0) grad_bias[column[lane]] += grad[lane];
-            }
+            if (grad_bias != nullptr) add_to_bias(bias_columns(c, t, slot, v), grad, grad_bias);
             if (c.softcap != 0) {
                 vf bend = load(w.bend + at);
                 grad *= 1.0f - bend * bend;
@@ -213,6 +200,20 @@ static void score_gradient(const Call& c, const Tile& t, const Chunk& x, const S
         if (grad_spans != nullptr && filled) grad_spans[t.key_row(c, x.key + j)] += lanes_sum(by_span);
     }
 }
+
+// Where a piece of a lane's gradients adds up.
+struct KeySums {
+    float *key, *value, *bias = nullptr, *spans = nullptr;
+
+    KeySums(const Call& c, const Tile& t, int64_t piece) {
+        const int64_t keys = ((piece * c.batch + t.batch) * c.kv_heads + t.key_head(c)) * c.key_rows * c.padded_dim;
+        const int64_t lane = piece * c.batch * c.heads + t.lane;
+        key = c.grad_key + keys;
+        value = c.grad_value + keys;
+        if (c.grad_bias != nullptr) bias = c.grad_bias + lane * c.bias_columns;
+        if (c.grad_spans != nullptr) spans = c.grad_spans + lane * c.key_rows;
+    }
+};
 
 // A span's gradients [keys, padded_dim]: where the keys' rows lie, or in ``buffer``.
 static void add_key_product(const Call& c, const Tile& t, const Chunk& x, const Span& p, const float* scores,
@@ -233,12 +234,10 @@ static void add_key_product(const Call& c, const Tile& t, const Chunk& x, const 
     }
 }
 
-static void backward_tile(const Call& c, Tile& t, int64_t piece, Work& w) {
-    const int64_t D = c.head_dim, keys = ((piece * c.batch + t.batch) * c.kv_heads + t.key_head(c)) * c.key_rows;
-    float *grad_key = c.grad_key + keys * c.padded_dim, *grad_value = c.grad_value + keys * c.padded_dim;
-    int64_t lane = piece * c.batch * c.heads + t.lane;
-    float* grad_bias = c.grad_bias == nullptr ? nullptr : c.grad_bias + lane * c.bias_columns;
-    float* grad_spans = c.grad_spans == nullptr ? nullptr : c.grad_spans + lane * c.key_rows;
+static void backward_tile(const Call& c, Tile& t, int64_t piece, float* work) {
+    Work w(c, work);
+    const int64_t D = c.head_dim;
+    const KeySums s(c, t, piece);
     t.load_queries(c);
     load_rows(c, t, w);
     walk(c, t, [&](const Chunk& x) {
@@ -251,59 +250,14 @@ static void backward_tile(const Call& c, Tile& t, int64_t piece, Work& w) {
             product<false>(k, k_step, 1, w.queries + p.c0 * W, t.width, count, D, vectors, w.scores + at, t.width);
             shape(c, t, x, p, w.scores, w.bend);
             product<false>(v, v_step, 1, w.grads + p.c0 * W, t.width, count, D, vectors, w.upstream + at, t.width);
-            score_gradient(c, t, x, p, w, grad_bias, grad_spans);
+            score_gradient(c, t, x, p, w, s.bias, s.spans);
             product<true>(k, 1, k_step, w.upstream + at, t.width, D, count, vectors, w.query_sums + p.c0 * W, t.width);
-            add_key_product(c, t, x, p, w.scores, w.grad_rows, w.value_sums, grad_value);
-            add_key_product(c, t, x, p, w.upstream, w.query_rows, w.key_sums, grad_key);
+            add_key_product(c, t, x, p, w.scores, w.grad_rows, w.value_sums, s.value);
+            add_key_product(c, t, x, p, w.upstream, w.query_rows, w.key_sums, s.key);
         }
     });
-    float one[TILE], before[TILE];
+    float one[TILE];
     std::fill(one, one + TILE, 1.0f);
-    std::fill(before, before + TILE, c.merge ? 1.0f : 0.0f);
-    float* grad_query = c.grad_query.of(t.batch, t.head);
-    to_rows(t, w.query_sums, D, one, before, grad_query, c.grad_query.step);
-    for (int i = 0; i < t.rows && !c.in_place; ++i) {
-        float* row = grad_query + (t.query + i) * c.grad_query.step;
-        if (t.row[i] < 0) std::fill(row, row + D, 0.0f);
-    }
-}
-
-// -- the calls: tiles go to whichever thread is free; no result depends on which one that is --------------------------
-
-extern "C" void sa_hf_forward(const Call* call) {
-    const Call& c = *call;
-    const int64_t per_lane = Tile::count(c), tiles = c.batch * c.heads * per_lane;
-    // Rows of many more entries than the mean (those of global queries) first, else one thread ends up with them alone.
-    int64_t lists = c.row_start ? c.list_batch * c.list_heads * ceil_div(c.query_slots, c.block_q) : 1;
-    const int64_t heavy = c.row_start ? 4 * ceil_div(c.row_start[lists], lists) : INT64_MAX;
-    std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads((int)c.threads)
-    {
-        float* work = buffer(TILE * (4 * c.head_dim + TILE));
-        for (int64_t x; (x = next++) < 2 * tiles;) {
-            Tile t(c, x % tiles / per_lane, x % per_lane);
-            if (t.rows > 0 && (t.weight(c) > heavy) == (x < tiles)) forward_tile(c, t, work);
-        }
-        free(work);
-    }
-}
-
-extern "C" void sa_hf_backward(const Call* call) {
-    const Call& c = *call;
-    const int64_t per_lane = Tile::count(c), key_lanes = c.batch * c.kv_heads, group = c.heads / c.kv_heads;
-    std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads((int)c.threads)
-    {
-        float* at = buffer(Work::elements(c));
-        Work work(c, at);
-        // One thread at a time has a key lane's piece: every gradient is summed in one order.
-        for (int64_t x; (x = next++) < key_lanes * c.pieces;)
-            for (int64_t lane = x / c.pieces * group; lane < (x / c.pieces + 1) * group; ++lane)
-                for (int64_t number = x % c.pieces; number < per_lane; number += c.pieces) {
-                    Tile t(c, lane, number);
-                    if (t.rows > 0) backward_tile(c, t, x % c.pieces, work);
-                }
-        free(at);
-    }
+    to_rows(t, w.query_sums, D, one, one, c.grad_query.of(t.batch, t.head), c.grad_query.step);
 }
 """

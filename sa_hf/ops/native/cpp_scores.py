@@ -167,33 +167,54 @@ static inline vi kept(const Call& c, const Tile& t, const Chunk& x, int j, int v
     return keep;
 }
 
-// The soft gate of Expire-Span (equation 6 of the paper) for key slot ``slot``, and its slope by the span.
-static inline vf gate(const Call& c, const Tile& t, int64_t slot, int v, vf* slope) {
-    vi distance = load_int(t.position + v * W) - (int32_t)t.key_position(c, slot);
-    const float span = c.spans[t.lane * c.key_rows + t.key_row(c, slot)];
+// The soft gate of Expire-Span (equation 6 of the paper) of pairs, by their distance i - j, and its slope by the span.
+static inline vf soft_gate(const Call& c, vi distance, vf span, vf* slope) {
     vf ramp = 1.0f + (span - __builtin_convertvector(distance, vf)) / (float)c.ramp;
     vi own = distance == 0;
     if (slope != nullptr) *slope = (vf)((vi)splat((float)(1 / c.ramp)) & (ramp > 0.0f) & (ramp < 1.0f) & ~own);
     return select(own, splat(1.0f), larger(smaller(ramp, splat(1.0f)), vf{}));
 }
 
-// Index into a head's distance biases for each query of a vector, -1 for none.
-static inline void bias_columns(const Call& c, const Tile& t, int64_t slot, int v, int32_t* column) {
-    int32_t centre = (int32_t)((c.bias_columns + 1) / 2 - 1), j = (int32_t)t.key_position(c, slot);
-    vi i = load_int(t.position + v * W), distance = j - i;
+// Indices of pairs (i, j) into a head's distance biases, -1 for none.
+static inline vi bias_columns(const Call& c, vi i, vi j) {
+    const int32_t centre = (int32_t)((c.bias_columns + 1) / 2 - 1), extra = (int32_t)c.extra_tokens;
+    vi distance = j - i;
     distance = distance > centre ? splat_int(centre) : distance;
     distance = distance < -centre ? splat_int(-centre) : distance;
-    vi found = distance + centre;
-    if (j < c.extra_tokens) found = splat_int(-1);
-    if (c.extra_tokens) found = i < (int32_t)c.extra_tokens ? splat_int(-1) : found;
-    *(vi_any*)column = found;
+    return extra == 0 ? distance + centre : (vi)((distance + centre) | (i < extra) | (j < extra));
 }
 
-// -1 where dropout drops the pair of key ``slot`` (``ops.random.dropout_bits``).
-static inline vi dropped(const Call& c, const Tile& t, int64_t slot, int v) {
-    vu row = (vu)load_int(t.word + v * W);
-    vu value = (row ^ (uint32_t)c.column_word[t.lane * c.key_rows + t.key_row(c, slot)]) * (row | 1u);
+static inline vf add_bias(const Call& c, const Tile& t, vi column, vf scores) {
+    const float* table = c.bias + t.head * c.bias_columns;
+    for (int lane = 0; lane < W; ++lane)
+        if (column[lane] >= 0) scores[lane] += table[column[lane]];
+    return scores;
+}
+
+static inline void add_to_bias(vi column, vf grad, float* table) {
+    for (int lane = 0; lane < W; ++lane)
+        if (column[lane] >= 0) table[column[lane]] += grad[lane];
+}
+
+// -1 where dropout drops a pair (``ops.random.dropout_bits``).
+static inline vi dropped(const Call& c, vu row_word, vu column_word) {
+    vu value = (row_word ^ column_word) * (row_word | 1u);
     return (((vi)value >> 1) - (int32_t)c.dropout_threshold) >> 31;
+}
+
+// The same for key ``slot`` with the queries of vector v.
+static inline vf soft_gate(const Call& c, const Tile& t, int64_t slot, int v, vf* slope) {
+    vi distance = load_int(t.position + v * W) - (int32_t)t.key_position(c, slot);
+    return soft_gate(c, distance, splat(c.spans[t.lane * c.key_rows + t.key_row(c, slot)]), slope);
+}
+
+static inline vi bias_columns(const Call& c, const Tile& t, int64_t slot, int v) {
+    return bias_columns(c, load_int(t.position + v * W), splat_int((int32_t)t.key_position(c, slot)));
+}
+
+static inline vi dropped(const Call& c, const Tile& t, int64_t slot, int v) {
+    uint32_t word = (uint32_t)c.column_word[t.lane * c.key_rows + t.key_row(c, slot)];
+    return dropped(c, (vu)load_int(t.word + v * W), vu{} + word);
 }
 
 // Whether the band alone bounds a chunk and holds all keys of a span for all queries of a vector.
@@ -221,15 +242,9 @@ static void shape(const Call& c, const Tile& t, const Chunk& x, const Span& span
                 if (bend != nullptr) store(bend + j * t.width + v * W, s);
                 s *= (float)c.softcap * LOG2E;
             }
-            if (c.bias != nullptr) {
-                int32_t column[W];
-                bias_columns(c, t, slot, v, column);
-                const float* table = c.bias + t.lane % c.heads * c.bias_columns;
-                for (int lane = 0; lane < W; ++lane)
-                    if (column[lane] >= 0) s[lane] += table[column[lane]];
-            }
+            if (c.bias != nullptr) s = add_bias(c, t, bias_columns(c, t, slot, v), s);
             vi keep = kept(c, t, x, j, v);
-            if (c.spans != nullptr) keep &= gate(c, t, slot, v, nullptr) > 0.0f;
+            if (c.spans != nullptr) keep &= soft_gate(c, t, slot, v, nullptr) > 0.0f;
             store(at, select(keep, s, splat(-INF)));
         }
     }

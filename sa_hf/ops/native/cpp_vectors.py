@@ -82,6 +82,34 @@ static inline vf tanh(vf x) {
     return select(x == x, result, x);
 }
 
+static inline float lanes_sum(vf x) {
+#if defined(__clang__)
+    float sum = 0;
+    for (int lane = 0; lane < W; ++lane) sum += x[lane];
+    return sum;
+#else
+#pragma GCC unroll 4
+    for (int step = W / 2; step > 0; step /= 2) x += __builtin_shuffle(x, lane_numbers() ^ step);
+    return x[0];
+#endif
+}
+
+static inline float dot(const float* x, const float* y, int64_t depth) {
+    vf sum = {};
+    int64_t d = 0;
+    for (; d + W <= depth; d += W) sum += load(x + d) * load(y + d);
+    float total = lanes_sum(sum);
+    for (; d < depth; ++d) total += x[d] * y[d];
+    return total;
+}
+
+// y += a x
+static inline void add_scaled(float a, const float* x, float* y, int64_t depth) {
+    int64_t d = 0;
+    for (; d + W <= depth; d += W) store(y + d, load(y + d) + load(x + d) * a);
+    for (; d < depth; ++d) y[d] += a * x[d];
+}
+
 // One tile of C = [C +] A B in registers: R rows of A, element by element, times V vectors of each row of B.
 template <int R, int V, bool ADD>
 static inline void product_tile(const float* A, int64_t a_row, int64_t a_column, const float* B, int64_t b_row,

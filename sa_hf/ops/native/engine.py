@@ -53,7 +53,7 @@ class NativeEngine:
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
         part = simplest(part)
-        if not isinstance(part, OffsetsPart) and kernels.serves(query):
+        if kernels.serves(query):
             return kernels.forward(part, query, key, value, options)
         part, fast = _prepared(part, query, options)
         lanes = Lanes.of(query, key)
@@ -89,7 +89,7 @@ class NativeEngine:
         options: ScoreOptions,
     ) -> Gradients:  # fmt: skip
         part = simplest(part)
-        if not isinstance(part, OffsetsPart) and kernels.serves(query):
+        if kernels.serves(query):
             return kernels.backward(part, query, key, value, out, lse, grad_out, options)
         part, fast = _prepared(part, query, options)
         lanes = Lanes.of(query, key)

@@ -1,4 +1,4 @@
-"""Parts through the kernels in C++: blocks and segments in fp32, with every score option, forward and backward.
+"""Parts through the kernels in C++: in fp32, with every score option, forward and backward.
 
 A part's rows are read and written where they lie: nothing is gathered, and parts are merged as they are written.
 """
@@ -9,20 +9,20 @@ import ctypes
 import logging
 import os
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from sa_hf.ops.engine import Gradients
-from sa_hf.ops.native import call, cpp_passes, cpp_scores, cpp_vectors
+from sa_hf.ops.native import call, cpp_offsets, cpp_passes, cpp_scores, cpp_vectors
 from sa_hf.ops.native.build import BuildError, load
 from sa_hf.ops.native.call import DTYPES, FAR, Call
 from sa_hf.ops.native.lanes import Lanes, Slots
 from sa_hf.ops.native.memory import keep_freed_memory
 from sa_hf.ops.native.scores import ScoreRules
-from sa_hf.ops.parts import BlockLayout, BlockPart, Index, ScoreOptions, SegmentPart
+from sa_hf.ops.parts import UNBOUNDED, Band, BlockLayout, BlockPart, Index, OffsetsPart, Part, ScoreOptions
 from sa_hf.ops.random import dropout_threshold, dropout_words
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get(SWITCH, "1") == "0":
         return None, f"{SWITCH}=0"
     try:
-        found = load("".join(x.SOURCE for x in (cpp_vectors, call, cpp_scores, cpp_passes)), "kernels")
+        found = load("".join(x.SOURCE for x in (cpp_vectors, call, cpp_scores, cpp_passes, cpp_offsets)), "kernels")
     except BuildError as error:
         logger.info("attention on the CPU runs by torch's operators: %s", error)
         return None, str(error)
@@ -60,7 +60,7 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def serves(query: Tensor) -> bool:
-    """Whether the kernels run blocks and segments of this query, under whatever options."""
+    """Whether the kernels run this query's parts, under whatever options."""
     if query.device.type != "cpu" or query.dtype == torch.float64 or library() is None:
         return False
     keep_freed_memory()
@@ -112,9 +112,7 @@ class Rows:
         return self.query.shape[0] * self.query.shape[1]
 
 
-def forward(
-    part: BlockPart | SegmentPart, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
-) -> tuple[Tensor, Tensor]:
+def forward(part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> tuple[Tensor, Tensor]:
     """As ``Engine.forward``: rows in the part's slots."""
     rows = Rows.of(query, key, value, options, part.query_index, part.key_index)
     out, lse = rows.query.new_empty(query.shape), rows.query.new_empty(query.shape[:3])
@@ -123,7 +121,7 @@ def forward(
 
 
 def backward(
-    part: BlockPart | SegmentPart, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     grad_out: Tensor, options: ScoreOptions,
 ) -> Gradients:  # fmt: skip
     """As ``Engine.backward``: rows in the part's slots."""
@@ -136,8 +134,13 @@ def backward(
     )
 
 
+def has_every_query(part: Part, length: int) -> bool:
+    """Whether a part has all positions below ``length`` as its query slots, in their order."""
+    return part.query_index is None and _shape(part)[0] == length
+
+
 def forward_into(
-    part: BlockPart | SegmentPart, rows: Rows, running: tuple[Tensor, Tensor], *, fresh: bool
+    part: Part, rows: Rows, running: tuple[Tensor, Tensor], *, fresh: bool
 ) -> None:  # fmt: skip
     """Merge a part into the running output ``[B, H, Nq, D]`` and log-sum-exp ``[B, H, Nq]``, contiguous, in positions.
 
@@ -146,11 +149,9 @@ def forward_into(
     _PartCall(part, rows, in_place=True, merge=not fresh).forward(*running)
 
 
-def backward_into(
-    part: BlockPart | SegmentPart, rows: Rows, out: Tensor, lse: Tensor, grad_out: Tensor, sums: Sums
-) -> None:
+def backward_into(part: Part, rows: Rows, out: Tensor, lse: Tensor, grad_out: Tensor, sums: Sums) -> None:
     """Add a part's gradients to the ``sums``; all in positions, ``out``, ``lse`` and ``grad_out`` the whole plan's."""
-    _PartCall(part, rows, in_place=True, merge=True).backward(out, lse, grad_out, sums)
+    _PartCall(part, rows, in_place=True, merge=False).backward(out, lse, grad_out, sums)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,24 +192,43 @@ class Sums:
         return Gradients(self.query, key, value, grad_bias, grad_spans)
 
 
+def _shape(part: Part) -> tuple[int, int, Band]:
+    """Numbers of query and key slots, and the band."""
+    if isinstance(part, OffsetsPart):
+        return part.length, part.length, UNBOUNDED
+    shape = part.layout if isinstance(part, BlockPart) else part
+    return shape.query_slots, shape.key_slots, shape.band
+
+
+@lru_cache(maxsize=64)
+def _offset_lists(offsets: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor, int]:
+    """Where each head's begin, int64 ``[heads + 1]``, all of them, and the largest number of a head's."""
+    counts = torch.tensor([0, *map(len, offsets)])
+    return counts.cumsum(0), torch.tensor([x for own in offsets for x in own], dtype=torch.int64), int(counts.max())
+
+
 class _PartCall:
     """A part's fields; holds the tensors behind its pointers."""
 
-    def __init__(self, part: BlockPart | SegmentPart, rows: Rows, *, in_place: bool, merge: bool) -> None:
+    def __init__(self, part: Part, rows: Rows, *, in_place: bool, merge: bool) -> None:
         options, query, key = rows.options, rows.query, rows.key
         self.held: list[Tensor] = []
-        layout = part.layout if isinstance(part, BlockPart) else part
+        query_slots, key_slots, band = _shape(part)
         self.call = Call(
             in_place=in_place, merge=merge, batch=query.shape[0], heads=query.shape[1], kv_heads=key.shape[1],
-            query_slots=layout.query_slots, key_slots=layout.key_slots, query_rows=query.shape[2],
+            query_slots=query_slots, key_slots=key_slots, query_rows=query.shape[2],
             key_rows=key.shape[2], head_dim=query.shape[3], padded_dim=_padded(query.shape[3]), pieces=1,
             query_offset=options.query_offset, extra_tokens=options.extra_tokens, threads=torch.get_num_threads(),
             scale=options.scale, softcap=options.softcap or 0.0, ramp=options.ramp, keep=1 - options.dropout,
-            left=FAR if layout.band.left is None else layout.band.left,
-            right=FAR if layout.band.right is None else layout.band.right,
+            left=FAR if band.left is None else band.left, right=FAR if band.right is None else band.right,
         )  # fmt: skip
         if isinstance(part, BlockPart):
             self._blocks(part.layout)
+        elif isinstance(part, OffsetsPart):
+            start, offsets, most = _offset_lists(part.offsets)
+            self._tensors(offset_start=start, offsets=offsets)
+            self.call.offset_heads, self.call.most_offsets = len(part.offsets), most
+            self.call.begin, self.call.end, self.call.query_segment = part.begin, part.stop, TILE
         else:
             self.call.query_segment, self.call.key_segment = part.query_segment, part.key_segment
             self.call.skip_diagonal = part.skip_diagonal

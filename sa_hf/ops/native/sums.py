@@ -8,12 +8,12 @@ from torch import Tensor
 from sa_hf.ops.engine import Engine, Gradients
 from sa_hf.ops.native import kernels
 from sa_hf.ops.native.engine import simplest
-from sa_hf.ops.parts import BlockPart, OffsetsPart, Part, ScoreOptions
+from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.run import Merging, Total
 
 
 class InPlaceMerging(Merging):
-    """Blocks and segments are merged as they are computed; fixed offsets as elsewhere."""
+    """Parts are merged as they are computed."""
 
     rows: kernels.Rows | None = None
 
@@ -21,12 +21,8 @@ class InPlaceMerging(Merging):
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, engine: Engine
     ) -> None:
         part = simplest(part)
-        if isinstance(part, OffsetsPart):
-            super().attend(part, query, key, value, options, engine)
-            return
         self.rows = rows = self.rows or kernels.Rows.of(query, key, value, options)
-        slots = part.layout.query_slots if isinstance(part, BlockPart) else part.query_slots
-        fresh = self.merged is None and part.query_index is None and slots == query.shape[2]
+        fresh = self.merged is None and kernels.has_every_query(part, query.shape[2])
         if self.merged is None:
             shape = query.shape
             out = rows.query.new_empty(shape) if fresh else rows.query.new_zeros(shape)
@@ -37,7 +33,7 @@ class InPlaceMerging(Merging):
 
 
 class InPlaceTotal(Total):
-    """Gradients of blocks and segments add up where they lie; those of fixed offsets as elsewhere."""
+    """Gradients add up where they lie."""
 
     rows: kernels.Rows | None = None
     in_place: kernels.Sums | None = None
@@ -46,15 +42,11 @@ class InPlaceTotal(Total):
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
         engine: Engine,
     ) -> None:  # fmt: skip
-        part = simplest(part)
-        if isinstance(part, OffsetsPart):
-            super().attend(part, query, key, value, out, lse, grad_out, engine)
-            return
         if self.rows is None or self.in_place is None:
             self.rows = kernels.Rows.of(query, key, value, self.options)
             self.in_place = kernels.Sums.zeros(self.rows)
             self.results = kernels.plain(out), lse.float().contiguous(), kernels.plain(grad_out)
-        kernels.backward_into(part, self.rows, *self.results, self.in_place)
+        kernels.backward_into(simplest(part), self.rows, *self.results, self.in_place)
 
     def gradients(self) -> Gradients:
         if self.rows is not None and self.in_place is not None:
