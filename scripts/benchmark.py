@@ -3,6 +3,7 @@
     python scripts/benchmark.py                       # everything, about an hour on 2 cores
     python scripts/benchmark.py --section speed --length 16384
     python scripts/benchmark.py --quick               # toy sizes, one minute: does it all still run
+    SA_HF_CPU_KERNELS=0 python scripts/benchmark.py   # by torch's operators, into benchmark_cpu_torch.*
 
 Times of one table row come from processes that call the contenders in turn; memory from a process of its own per
 contender. Results go to ``model_cards/results/benchmark_cpu.{json,md,png}`` as they come.
@@ -141,7 +142,10 @@ class Bench:
         self.cases = {label: case for label, case in cpu_cases(CONFIG_LENGTH, shared["toy"]).items() if label in labels}
         self.result: dict[str, Any] = {
             "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
-            "machine": machine(torch.device("cpu")) | ({HUGE_PAGES: "1"} if shared["huge_pages"] else {}),
+            "machine": {
+                **machine(torch.device("cpu")), **({HUGE_PAGES: "1"} if shared["huge_pages"] else {}),
+                **without_kernels(),
+            },
             "shape": "batch 1, 8 heads, head_dim 64, fp32",
             "configs": {label: describe(case.config) for label, case in self.cases.items()},
             "speed": [], "memory": [], "growth": [],
@@ -159,7 +163,8 @@ class Bench:
         self.sound = [label for label, error in self.result["parity"].items() if error < 1e-5]
 
     def path(self, suffix: str) -> Path:
-        kind = ("_huge_pages" if self.shared["huge_pages"] else "") + ("_quick" if self.shared["toy"] else "")
+        kind = ("_huge_pages" if self.shared["huge_pages"] else "") + ("_torch" if without_kernels() else "")
+        kind += "_quick" if self.shared["toy"] else ""
         return self.output / f"benchmark_cpu{kind}.{suffix}"
 
     def run(self, **task: Any) -> dict[str, Any]:
@@ -222,6 +227,13 @@ class Bench:
         from sa_hf.tools.bench.cpu_report import plot
 
         plot(self.result, self.path("png"))
+
+
+def without_kernels() -> dict[str, str]:
+    """The switch that leaves the CPU's compiled kernels out, where it is set: into a result file of its own."""
+    from sa_hf.ops.native.kernels import SWITCH
+
+    return {SWITCH: "0"} if os.environ.get(SWITCH) == "0" else {}
 
 
 def median_of(found: list[dict[str, Any]]) -> dict[str, Any]:

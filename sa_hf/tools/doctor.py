@@ -82,7 +82,7 @@ def _cpu_kernels() -> Finding:
     from sa_hf.ops.native.build import cache_folder, compiler
 
     if kernels.library() is None:
-        advice = "torch's own operators serve instead, about half as fast"
+        advice = "torch's own operators serve instead, in up to 3 times the time"
         return Finding("CPU kernels", f"not compiled: {kernels.why_not()}", advice=advice)
     folder = cache_folder() or "a temporary folder, anew in each process (the log says why)"
     return Finding("CPU kernels", f"compiled by {shlex.join(compiler())}, in {folder}", True)
