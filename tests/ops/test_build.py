@@ -349,4 +349,4 @@ def test_doctor_says_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -
     finding = _cpu_kernels()
     assert finding.ok is None
     assert "SA_HF_CPU_KERNELS=0" in finding.found
-    assert "about half as fast" in finding.advice
+    assert "in up to 3 times the time" in finding.advice
