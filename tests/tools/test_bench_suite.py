@@ -205,3 +205,13 @@ def test_the_rows_of_a_tuned_run_are_those_of_its_launches(tmp_path: Path) -> No
     assert set(report.data["sections"]) == {"ours", "tuning"}
     report.head({"launches": "b"}, keep=("tuning",))
     assert report.data == {"header": {"launches": "b"}, "sections": {"tuning": {"all kernels": {"table": "b"}}}}
+
+
+def test_figures_that_a_run_did_not_reach_say_so(tmp_path: Path) -> None:
+    report = Report(tmp_path / "r.json", {})
+    report.add("parity", "row", {"pass": True})
+    report.add("ours", "row", {"ms": 1.0})
+    text = (tmp_path / "r.md").read_text()
+    assert "## decode\n\nnot measured" in text
+    assert text.count("## ours") == 1
+    assert "| row | 1 |" in text
