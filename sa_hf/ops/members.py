@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sa_hf.ops.engine import Engine, Gradients
 from sa_hf.ops.parts import Part, ScoreOptions
-from sa_hf.ops.run import engine_pieces, piece_backward, piece_forward, plan_forward, total_by
+from sa_hf.ops.run import engine_pieces, piece_backward, piece_forward, plan_forward, sums_by
 from sa_hf.ops.slots import add_slots, take
 
 
@@ -54,7 +54,8 @@ def means_backward(
     """Gradients of :func:`means_forward`."""
     members, index, others = _split(plan)
     share = 1 / _counts(means.slot_lse, index, query.shape[2])
-    total = total_by(engine, query)(query, key, value, options)
+    _, total_of = sums_by(engine, query)
+    total = total_of(query, key, value, options)
     for piece in engine_pieces(members, query, key, engine):
         grad, part_of_mean = (take(piece.queries(x), piece.part.query_index) for x in (grad_out, share))
         out, lse = piece.queries(means.slot_out), piece.queries(means.slot_lse)

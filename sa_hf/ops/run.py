@@ -22,7 +22,8 @@ def plan_forward(
 
     Args: merged: what came before the plan, contiguous, in fp32 or wider; written to.
     """
-    merging = merging_by(engine, query)(query, merged)
+    merging_of, _ = sums_by(engine, query)
+    merging = merging_of(query, merged)
     for part in plan:
         merging.attend(part, query, key, value, options, engine)
     return merging.result()
@@ -33,7 +34,8 @@ def plan_backward(
     options: ScoreOptions, engine: Engine,
 ) -> Gradients:  # fmt: skip
     """Gradients of :func:`plan_forward` for all of a plan's parts, summed."""
-    total = total_by(engine, query)(query, key, value, options)
+    _, total_of = sums_by(engine, query)
+    total = total_of(query, key, value, options)
     for part in plan:
         total.attend(part, query, key, value, out, lse, grad_out, engine)
     return total.gradients()
@@ -74,28 +76,17 @@ def in_slots(
     return q, k, v, *(take(x, index) for x in vectors), take(lse.unsqueeze(-1), index).squeeze(-1)
 
 
-def merging_by(engine: Engine, query: Tensor) -> type[Merging]:
+def sums_by(engine: Engine, query: Tensor) -> tuple[type[Merging], type[Total]]:
+    """How the results and the gradients of an engine's parts come together."""
     if engine.own_rows:
-        from sa_hf.ops.triton.sums import KernelMerging
+        from sa_hf.ops.triton.sums import KernelMerging, KernelTotal
 
-        return KernelMerging
+        return KernelMerging, KernelTotal
     if engine.in_place(query):
-        from sa_hf.ops.native.sums import InPlaceMerging
+        from sa_hf.ops.native.sums import InPlaceMerging, InPlaceTotal
 
-        return InPlaceMerging
-    return Merging
-
-
-def total_by(engine: Engine, query: Tensor) -> type[Total]:
-    if engine.own_rows:
-        from sa_hf.ops.triton.sums import KernelTotal
-
-        return KernelTotal
-    if engine.in_place(query):
-        from sa_hf.ops.native.sums import InPlaceTotal
-
-        return InPlaceTotal
-    return Total
+        return InPlaceMerging, InPlaceTotal
+    return Merging, Total
 
 
 def engine_pieces(part: Part, query: Tensor, key: Tensor, engine: Engine) -> Iterator[Piece]:

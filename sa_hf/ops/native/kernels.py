@@ -71,8 +71,8 @@ def serves(query: Tensor) -> bool:
 class Rows:
     """The tensors of a call in fp32, and what its options say of each row.
 
-    query ``[B, H, Nq, D]``, key and value ``[B, Hkv, Nk, D]``; ``query_at [lanes, Nq]`` and ``key_at [lanes, Nk]`` are
-    the rows' positions (the key's own, and the query's among the keys') where an option asks for them.
+    query ``[B, H, Nq, D]``, key and value ``[B, Hkv, Nk, D]``; ``fields``: the call's tensors for its options, by name;
+    ``span_at``: int64 ``[lanes, Nk]``, where each key's span lies in the flat spans, or None.
     """
 
     query: Tensor
@@ -139,9 +139,7 @@ def has_every_query(part: Part, length: int) -> bool:
     return part.query_index is None and _shape(part)[0] == length
 
 
-def forward_into(
-    part: Part, rows: Rows, running: tuple[Tensor, Tensor], *, fresh: bool
-) -> None:  # fmt: skip
+def forward_into(part: Part, rows: Rows, running: tuple[Tensor, Tensor], *, fresh: bool) -> None:
     """Merge a part into the running output ``[B, H, Nq, D]`` and log-sum-exp ``[B, H, Nq]``, contiguous, in positions.
 
     Args: rows: in positions. fresh: ``running`` is uninitialised, and the part has every query in a slot.
