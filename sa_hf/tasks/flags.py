@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +88,11 @@ def parse_flags(
 
 def _as_pairs(value: Any) -> list[str]:
     return [f"{field}={json.dumps(v)}" for field, v in value.items()] if isinstance(value, dict) else list(value)
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Call a script's ``main``; what a user can mend ends as one message on stderr and exit code 1."""
+    try:
+        main()
+    except (SparseAttentionError, OSError) as error:
+        sys.exit(f"error: {error}")

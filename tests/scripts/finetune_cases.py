@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -26,11 +24,3 @@ FEW_STEPS = [
     *("--train_rows", "4", "--eval_rows", "2", "--max_steps", "2", "--batch_size", "2", "--eval_batch_size", "2"),
     *("--logging_steps", "1", "--cpu"),
 ]
-
-
-def script(name: str) -> ModuleType:
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -1,4 +1,4 @@
-"""scripts/finetune.py: every pattern trains, saves and reloads; resuming, checkpointing, LoRA, data and flags."""
+"""``sa_hf.tools.finetune``: every pattern trains, saves and reloads; resuming, checkpointing, LoRA, data and flags."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_cases import CASES, DECODER, FEW_STEPS, SCRIPTS, script
+from finetune_cases import CASES, DECODER, FEW_STEPS, SCRIPTS
 from safetensors.torch import load_file, save_file
 
 from sa_hf import SparseAttentionError, available_patterns
-
-finetune = script("finetune")
+from sa_hf.tools import evaluate, finetune
 
 
 def run(output: Path, *flags: str) -> dict:
@@ -145,7 +144,7 @@ def test_forecasting_with_logsparse(tmp_path: Path) -> None:
     assert 0 < metrics["R_0.5"] < 10
     attention = json.loads((tmp_path / "config.json").read_text())["attention"]
     assert (attention["name"], attention["local_window"]) == ("logsparse", 4)
-    evaluated = script("evaluate").main(["--model", str(tmp_path), *flags[2:], "--eval_rows", "2"])
+    evaluated = evaluate.main(["--model", str(tmp_path), *flags[2:], "--eval_rows", "2"])
     assert evaluated["R_0.9"] == pytest.approx(metrics["R_0.9"], rel=0.5)
     with pytest.raises(SparseAttentionError, match="forecasting takes 'series'"):
         run(tmp_path, *flags, "--dataset", "stdlib")

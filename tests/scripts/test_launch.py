@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_cases import DECODER, FEW_STEPS, SCRIPTS, script
+from finetune_cases import DECODER, FEW_STEPS, SCRIPTS
 from safetensors.torch import load_file
+
+from sa_hf.tools import evaluate, finetune
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -43,7 +45,7 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launch += ["--config_file", str(SCRIPTS / "accelerate" / "ddp_cpu.yaml"), str(SCRIPTS / "finetune.py")]
     call(*launch, *flags, "--batch_size", "1", "--output_dir", str(tmp_path / "two"))
-    script("finetune").main([*flags, "--batch_size", "2", "--output_dir", str(tmp_path / "one"), "--verify", "same"])
+    finetune.main([*flags, "--batch_size", "2", "--output_dir", str(tmp_path / "one"), "--verify", "same"])
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
     assert all(m["reload_verified"] and m["global_step"] == 2 for m in metrics)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
@@ -52,7 +54,6 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
 
 
 def test_evaluation_of_the_saved_model_repeats_the_training_scripts_figure(tmp_path: Path) -> None:
-    finetune, evaluate = script("finetune"), script("evaluate")
     flags = ["--pattern", "sliding_window", "--set", "window=4", *DECODER, *FEW_STEPS]
     trained = finetune.main([*flags, "--output_dir", str(tmp_path), "--verify", "same"])
     data = ["--model", str(tmp_path), "--task", "causal-lm", "--max_length", "64", "--eval_rows", "2"]

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_cases import DECODER, FEW_STEPS, script
+from finetune_cases import DECODER, FEW_STEPS
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import sa_hf
 from sa_hf.hf.trainer import SparseAttentionCallback, training_figures, update_centroids
+from sa_hf.tools import finetune
 
 ROWS = [{"input_ids": list(range(i, i + 24)), "labels": list(range(i, i + 24))} for i in range(8)]
 
@@ -70,7 +71,7 @@ def test_a_dense_model_has_no_figures() -> None:
 
 def test_the_scripts_record_holds_the_patterns_figures(tmp_path: Path) -> None:
     flags = ["--pattern", "sparsebert", "--set", "mask_length=64", *DECODER, *FEW_STEPS, "--sparse_lr", "4"]
-    metrics = script("finetune").main([*flags, "--output_dir", str(tmp_path), "--verify", "none", "--max_steps", "4"])
+    metrics = finetune.main([*flags, "--output_dir", str(tmp_path), "--verify", "none", "--max_steps", "4"])
     density = [record["sparse/mask_density"] for record in metrics["log"] if "loss" in record]
     assert len(density) == 4
     assert density[0] == pytest.approx(1.0, abs=0.1)

@@ -1,0 +1,261 @@
+"""Fine-tune a Transformers model with sparse attention on long inputs, save it, and prove that it loads as trained.
+
+    sa-hf finetune --model minilm --pattern bigbird --set block_size=32 --task masked-lm --max_length 1024
+    accelerate launch --config_file scripts/accelerate/ddp_cpu.yaml scripts/finetune.py --pattern bigbird
+
+Every flag can stand in a YAML file (--config) under its own name, "set" and "model_set" as mappings; flags win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sa_hf.config import SparseAttentionConfig, available_patterns
+from sa_hf.errors import SparseAttentionError
+from sa_hf.tasks.data import Source, collator, metrics_of, tokenize
+from sa_hf.tasks.flags import add_data_flags, parse_flags, source_of
+from sa_hf.tasks.forecast import forecast_figures
+from sa_hf.tasks.models import CONV_TRANS, TOYS, load_for_task
+from sa_hf.tasks.verify import verify_reload
+from sa_hf.tools.load import make_config, parse_options
+
+VERIFIED_ROWS = 2
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file of flags")
+    what = parser.add_argument_group("model and pattern")
+    what.add_argument(
+        "--model",
+        default="minilm",
+        help=f"hub name, folder, 'minilm' (embedded), a toy: {', '.join(TOYS)}, or {CONV_TRANS}",
+    )
+    what.add_argument(
+        "--model_set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the model's config"
+    )
+    what.add_argument(
+        "--trust_remote_code", action="store_true", help="let the hub model named by --model run its own code"
+    )
+    what.add_argument(
+        "--pattern", default="bigbird", help=f"one of: {', '.join(available_patterns())}; 'none' leaves the model"
+    )
+    what.add_argument("--preset", help="a named preset of the pattern")
+    what.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="an option of the pattern")
+    what.add_argument("--layers", help='layers that get the pattern, e.g. "0-3,6" (default: all)')
+    what.add_argument("--engine", default="auto", help="auto, triton, native or reference")
+    what.add_argument("--rope_parameters", type=json.loads, help="JSON of RoPE scaling for a lengthened model")
+    what.add_argument(
+        "--lora_rank", type=int, default=0, help="train LoRA adapters of this rank on all linear layers (0: off)"
+    )
+    add_data_flags(parser)
+    run = parser.add_argument_group("training")
+    run.add_argument("--output_dir", default="runs/finetune")
+    run.add_argument("--epochs", type=float, default=1.0)
+    run.add_argument("--max_steps", type=int, default=-1)
+    run.add_argument("--batch_size", type=int, default=1)
+    run.add_argument("--eval_batch_size", type=int, default=1)
+    run.add_argument("--gradient_accumulation", type=int, default=1)
+    run.add_argument("--lr", type=float, default=5e-5)
+    run.add_argument("--sparse_lr", type=float, default=1e-2, help="learning rate of masks and spans")
+    run.add_argument("--weight_decay", type=float, default=0.01)
+    run.add_argument("--warmup_steps", type=float, default=0.1, help="steps, or below 1 a share of all steps")
+    run.add_argument("--scheduler", default="linear")
+    run.add_argument("--bf16", action="store_true")
+    run.add_argument("--gradient_checkpointing", action="store_true")
+    run.add_argument("--logging_steps", type=int, default=10)
+    run.add_argument("--eval_steps", type=int, help="evaluate every so many steps (default: at the end)")
+    run.add_argument("--save_steps", type=int, help="keep a checkpoint every so many steps (default: the end alone)")
+    run.add_argument("--resume", help='a checkpoint folder, or "auto" for the newest in --output_dir')
+    run.add_argument("--report_to", default="none", help="tensorboard, wandb, ...")
+    run.add_argument("--cpu", action="store_true", help="stay on the CPU")
+    run.add_argument(
+        "--verify", default="fresh", choices=("fresh", "same", "none"), help="reload in a fresh or in this process"
+    )
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    return parse_flags(build_parser(prog), argv, pairs=("set", "model_set"))
+
+
+def chosen_pattern(args: argparse.Namespace) -> Any:
+    """The config that --pattern, --preset and --set describe; a mapping from a YAML file with its configs built."""
+    if isinstance(args.pattern, dict):
+        if args.set or args.preset or args.layers:
+            raise SparseAttentionError("a mapping as pattern holds its own options: leave out set, preset and layers")
+        return _built(args.pattern)
+    return make_config(args.pattern, args.set, args.preset)
+
+
+def _built(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "name" in value:
+        return SparseAttentionConfig.from_dict(value)
+    return {key: _built(inner) for key, inner in value.items()}
+
+
+def prepare(args: argparse.Namespace) -> tuple[Any, Any, Source]:
+    """The patched model, its tokenizer, and the data."""
+    import sa_hf
+
+    source = source_of(args)
+    if source.vocab_size is not None and args.model not in TOYS:
+        raise SparseAttentionError(f"dataset {args.dataset!r} has token ids of its own: use --model with one of {TOYS}")
+    options = {**(source.model_options or {}), **parse_options(args.model_set)}
+    if args.model == CONV_TRANS and args.pattern != "none":
+        options["attention"] = chosen_pattern(args)
+    model, tokenizer = load_for_task(
+        args.model,
+        args.task,
+        max_length=args.max_length,
+        labels=source.labels,
+        vocab_size=source.vocab_size,
+        model_options=options,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.pattern == "none" or args.model == CONV_TRANS:
+        return model, tokenizer, source
+    from sa_hf.hf.positions import lengthening
+
+    sa_hf.patch_model(
+        model,
+        chosen_pattern(args),
+        layers=args.layers,
+        max_length=lengthening(model, args.max_length),
+        tokenizer=tokenizer,
+        rope_parameters=args.rope_parameters,
+        engine=args.engine,
+    )
+    if not isinstance(args.pattern, dict):
+        print(sa_hf.summary(model, args.max_length))
+    return model, tokenizer, source
+
+
+def training_arguments(args: argparse.Namespace) -> Any:
+    from transformers import TrainingArguments
+
+    on_cpu = args.cpu or not torch.accelerator.is_available()
+    # Transformers 5.23 calls it activation_checkpointing and warns; the older name serves the whole supported range.
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        **(checkpointing if args.gradient_checkpointing else {}),
+        output_dir=args.output_dir,
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.eval_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation,
+        learning_rate=args.lr,
+        weight_decay=args.weight_decay,
+        warmup_steps=args.warmup_steps,
+        lr_scheduler_type=args.scheduler,
+        seed=args.seed,
+        bf16=args.bf16,
+        logging_steps=args.logging_steps,
+        eval_strategy="steps" if args.eval_steps else "no",
+        eval_steps=args.eval_steps,
+        save_strategy="steps" if args.save_steps else "no",
+        save_steps=args.save_steps or 500,
+        report_to=args.report_to,
+        # Said aloud: left to find out, ranks that a launcher starts on CPUs would each train alone.
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        remove_unused_columns=False,
+        prediction_loss_only=args.task in ("causal-lm", "forecasting"),
+        # Buffers of learned patterns are equal on all ranks already, or gathered by their own reduction.
+        ddp_broadcast_buffers=False,
+    )
+
+
+def with_lora(model: Any, rank: int, base_folder: Path, is_main: bool) -> Any:
+    """The model with LoRA on all linear layers; its patched base is saved where the adapter will point to."""
+    import peft
+
+    import sa_hf
+
+    if is_main:
+        model.save_pretrained(base_folder)
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    wrapped = peft.get_peft_model(model, sa_hf.prepare_peft(config, model))
+    wrapped.peft_config["default"].base_model_name_or_path = str(base_folder)
+    return wrapped
+
+
+def train(args: argparse.Namespace, model: Any, tokenizer: Any, source: Source) -> dict[str, Any]:
+    """Train, evaluate, save and verify; returns the metrics."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from sa_hf.hf.trainer import SparseTrainer
+    from sa_hf.tasks.measure import StepClock, peak_memory_mb
+
+    arguments = training_arguments(args)
+    output = Path(args.output_dir)
+    if args.lora_rank:
+        model = with_lora(model, args.lora_rank, output / "base", arguments.process_index == 0)
+    rows, evaluation = tokenize(source, args.task, tokenizer, args.max_length, args.train_rows, args.eval_rows)
+    compute, preprocess = metrics_of(args.task)
+    collate = collator(args.task, tokenizer, args.seed)
+    trainer = SparseTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=evaluation,
+        data_collator=collate,
+        processing_class=tokenizer,
+        compute_metrics=compute,
+        preprocess_logits_for_metrics=preprocess,
+        sparse_lr=args.sparse_lr,
+    )
+    if args.task != "causal-lm":
+        # Most such heads take num_items_in_batch and ignore it: the loss of accumulated batches would be their sum.
+        trainer.model_accepts_loss_kwargs = False
+    clock = StepClock()
+    trainer.add_callback(clock)
+    resume = args.resume
+    if resume == "auto":
+        resume = get_last_checkpoint(args.output_dir) if output.is_dir() else None
+    result = trainer.train(resume_from_checkpoint=resume)
+    metrics = {**result.metrics, **clock.figures(), "global_step": trainer.state.global_step}
+    metrics |= {"train_peak_memory_mb": peak_memory_mb(), **trainer.evaluate()}
+    if args.task == "forecasting":
+        metrics |= forecast_figures(trainer.accelerator.unwrap_model(trainer.model), evaluation)
+    trainer.save_model()
+    if arguments.process_index == 0:
+        if args.verify != "none":
+            trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            batch = {k: v for k, v in collate(list(evaluation[:VERIFIED_ROWS])).items() if k != "labels"}
+            verify_reload(trained, output, args.task, batch, fresh=args.verify == "fresh")
+            metrics["reload_verified"] = True
+        metrics["log"] = trainer.state.log_history
+        (output / "metrics.json").write_text(json.dumps({"arguments": vars(args), **metrics}, indent=2) + "\n")
+    trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str, Any]:
+    """Train, evaluate, save and verify as the flags say; print the metrics and return them.
+
+    Args:
+        argv: the flags; None takes those of the command line.
+        prog: the command's name in its help.
+
+    Raises:
+        SparseAttentionError: a flag, the data or the model does not fit.
+        OSError: a file or folder cannot be read or written.
+    """
+    from transformers import set_seed
+
+    args = parse_arguments(argv, prog)
+    set_seed(args.seed)
+    metrics = train(args, *prepare(args))
+    shown = {k: v for k, v in metrics.items() if k != "log"}
+    print(json.dumps(shown, indent=2))
+    return metrics

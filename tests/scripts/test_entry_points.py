@@ -1,0 +1,27 @@
+"""The scripts and the installed package run one code, and a user's mistake ends in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from finetune_cases import SCRIPTS
+
+from sa_hf.tools import evaluate, finetune
+
+
+@pytest.mark.parametrize("name", ["finetune", "evaluate"])
+def test_a_mistake_ends_a_script_with_one_line(name: str) -> None:
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--dataset", "nofile.csv"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: dataset 'nofile.csv' does not exist")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", [finetune, evaluate])
+def test_the_help_names_the_command_that_was_typed(module: object, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        module.main(["--help"], prog="sa-hf something")
+    assert capsys.readouterr().out.startswith("usage: sa-hf something")
