@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -20,8 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.conv import ConvTaps
 from sa_hf.hf.families import window_band
-from sa_hf.hf.layer_cache import LayerMemory, absolute_keys, check_reach
-from sa_hf.hf.layers import active_child, leaves
+from sa_hf.hf.layer_cache import LayerMemory, absolute_keys, cache_in, check_reach, is_cache
+from sa_hf.hf.layers import active_child, leaves, remembers
 from sa_hf.hf.masks import (
     ForwardInputs,
     MaskRequest,
@@ -34,6 +35,7 @@ from sa_hf.hf.masks import (
 )
 from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
 from sa_hf.hf.rotary import before_rotary
+from sa_hf.hf.versions import tested_range
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention, default_scale
@@ -53,7 +55,7 @@ SERVED = {
 HARMLESS = {
     "attention_mask", "cache_position", "cu_seq_lens_k", "deterministic", "is_causal", "labels", "logits_to_keep",
     "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits",
-    "past_key_values", "position_ids", "return_dict", "token_type_ids", "use_cache", "interpolate_pos_encoding",
+    "position_ids", "return_dict", "token_type_ids", "use_cache", "interpolate_pos_encoding",
 }  # fmt: skip
 
 
@@ -88,6 +90,27 @@ class Place:
 
 class DenseMarker(nn.Module):
     """The ``sparse`` child of a layer that stays dense, and of cross-attention: no parameters, no buffers."""
+
+
+@dataclass(eq=False)
+class Carried:
+    """What a call of an attention module carries for its pattern: the layer's input ``[batch, queries, hidden]``, the
+    rotary angles ``(cos, sin)``, the cache and the mask request, each None where there is none. The probe proves with
+    the installed transformers that they are found."""
+
+    hidden: Any
+    rotary: Any
+    cache: Any
+    request: MaskRequest | None
+
+    @classmethod
+    def by(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Carried:
+        hidden: Any = args[0] if args else kwargs.get("hidden_states")
+        rotary = kwargs.get("position_embeddings")
+        if rotary is None and len(args) > 1 and isinstance(args[1], tuple):
+            rotary = args[1]
+        request = next((x for x in (*args, *kwargs.values()) if isinstance(x, MaskRequest)), None)
+        return cls(hidden, rotary, cache_in(args, kwargs), request)
 
 
 @dataclass(eq=False)
@@ -161,6 +184,8 @@ def _attend(
     window = kwargs.pop("sliding_window", None)
     causal = kwargs.pop("is_causal", None)
     _refuse(module, kwargs)
+    if call.memory is None and key.shape[2] > query.shape[2] and remembers(child):
+        raise _no_memory(module, place, query.shape[2], key.shape[2])
     if request is not None and torch.compiler.is_compiling():
         causal = bool(getattr(module, "is_causal", False)) if causal is None else causal
         band = window_band(window, causal) if place.spec is None else place.spec.band
@@ -240,10 +265,24 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
         )
 
 
+def _no_memory(module: nn.Module, place: Place, new: int, keys: int) -> SparseAttentionError:
+    layer = "" if place.spec is None else f" in layer {place.spec.layer_idx}"
+    return SparseAttentionError(
+        f"{type(module).__name__}{layer} attends {keys} keys with {new} new tokens, but no cache reached its pattern, "
+        "which keeps values of its own for every token; give the model a cache of transformers (DynamicCache, "
+        "StaticCache, sa_hf.sparse_cache(model)) or use_cache=False. If you did, transformers "
+        f"{transformers.__version__} hands it over in a way that sa_hf does not know ({tested_range()})"
+    )
+
+
 def unknown_keywords(kwargs: dict[str, Any]) -> list[str]:
     """The keywords of a call that ask for something which the adapter does not know."""
     known = HARMLESS | SERVED
-    return [name for name, value in kwargs.items() if name not in known and value is not None and value is not False]
+    return [
+        name
+        for name, value in kwargs.items()
+        if name not in known and value is not None and value is not False and not is_cache(value)
+    ]
 
 
 def refuse_attentions() -> None:
@@ -324,22 +363,18 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     if not place.activity.on:
         return None
     _check_implementation(module)
-    hidden: Any = args[0] if args else kwargs.get("hidden_states")
-    rotary = kwargs.get("position_embeddings")
-    if rotary is None and len(args) > 1 and isinstance(args[1], tuple):
-        rotary = args[1]
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    memory = None if cache is None else LayerMemory.of(cache, module)
+    given = Carried.by(args, kwargs)
+    hidden, request = given.hidden, given.request
+    memory = LayerMemory.of(given.cache, module)
     if memory is not None:
         memory.announce(active_child(module))
-    kwargs = {**kwargs, "sparse_call": LayerCall(hidden, rotary, memory)}
+    kwargs = {**kwargs, "sparse_call": LayerCall(hidden, given.rotary, memory)}
     conv = getattr(active_child(module), "conv", None)
     if isinstance(conv, ConvTaps):
-        request = next((x for x in (*args, *kwargs.values()) if isinstance(x, MaskRequest)), None)
         prepare = _prepare_uncompiled if memory is not None and torch.compiler.is_compiling() else _prepare
         prepare(conv, hidden, module, request, memory)
     if has_bias_table(module) and kwargs.get("position_bias") is None:
-        kwargs["position_bias"] = bias_table(module, _positions(kwargs.get("mask"), hidden), hidden.device)
+        kwargs["position_bias"] = bias_table(module, _positions(request, hidden), hidden.device)
     return args, kwargs
 
 

@@ -20,6 +20,7 @@ from transformers.models.big_bird.modeling_big_bird import (
 )
 
 from sa_hf.errors import UnsupportedModelError
+from sa_hf.hf.layer_cache import cache_in, is_cache
 
 
 def eager_attention_forward(
@@ -43,19 +44,21 @@ class BigBirdInterfaceAttention(BigBirdSelfAttention):
         attention_mask: Any = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Any = None,
-        past_key_values: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache = cache_in(args, kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if not is_cache(value)}
         cross = encoder_hidden_states is not None
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query = self._heads(self.query(hidden_states))
-        if cross and past_key_values is not None and past_key_values.get_seq_length(self.layer_idx) > 0:
-            key = past_key_values.layers[self.layer_idx].keys
-            value = past_key_values.layers[self.layer_idx].values
+        if cross and cache is not None and cache.get_seq_length(self.layer_idx) > 0:
+            key = cache.layers[self.layer_idx].keys
+            value = cache.layers[self.layer_idx].values
         else:
             key, value = self._heads(self.key(source)), self._heads(self.value(source))
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out, weights = attend(
             self, query, key, value, encoder_attention_mask if cross else attention_mask,

@@ -6,13 +6,14 @@ class is swapped for a subclass that lets it follow reorder, repeat, select, cro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache
 
 from sa_hf.errors import SparseAttentionError
 
@@ -92,6 +93,17 @@ def _remembering(base: Any) -> Any:
     return Remembering
 
 
+def is_cache(x: Any) -> bool:
+    """Whether this is a cache: by its class, or by the methods that a model calls on one of another make."""
+    return isinstance(x, Cache) or all(callable(getattr(x, name, None)) for name in ("update", "get_seq_length"))
+
+
+def cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The cache that a call carries, or None; found by what it is, since releases of transformers name it differently
+    (``layer_past``, ``past_key_values``, from 5.24 on ``cache``)."""
+    return next((x for x in (*kwargs.values(), *args) if is_cache(x)), None)
+
+
 def memory_of(layer: Any) -> dict[str, Remembered]:
     """The remembered tensors of a cache layer; its class is swapped at the first call."""
     if "sa_hf_memory" not in vars(layer):
@@ -120,10 +132,12 @@ class LayerMemory:
 
     @classmethod
     def of(cls, cache: Any, module: nn.Module) -> LayerMemory | None:
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
+        """What a layer keeps in this cache; None without one, or where the cache has no layers to keep it on."""
+        cache = getattr(cache, "self_attention_cache", cache)
         layer_idx = getattr(module, "layer_idx", None)
-        return cls(cache, layer_idx) if isinstance(cache, Cache) and isinstance(layer_idx, int) else None
+        if not isinstance(layer_idx, int):
+            return None
+        return cls(cache, layer_idx) if is_cache(cache) and hasattr(cache, "layers") else None
 
     @property
     def layer(self) -> Any:
@@ -236,7 +250,7 @@ def check_reach(request: MaskRequest, sequences: Sequences, band: Band) -> None:
             raise SparseAttentionError(
                 f"row {span.row}: the model's window reaches back to slot {first}, but its sliding cache holds keys "
                 f"from slot {request.key_offset} on: zeros inside attention_mask set tokens apart. Pad on the left, or "
-                "pass past_key_values=sa_hf.sparse_cache(model)"
+                "generate with a sa_hf.sparse_cache(model)"
             )
 
 

@@ -38,6 +38,12 @@ def leaves(child: SparseAttention) -> Iterator[SparseAttention]:
             yield part
 
 
+def remembers(child: SparseAttention) -> bool:
+    """Whether a pattern keeps values of its own for each token, beside keys and values: with a cache it needs them of
+    the earlier tokens, too (spans, clusters, inputs of a convolution)."""
+    return getattr(child, "conv", None) is not None or any(leaf.remembers for leaf in leaves(child))
+
+
 def tie_layers(children: list[SparseAttention]) -> None:
     """Let the layers of a stack that run one config on the same heads set up what they share."""
     groups: dict[Any, list[SparseAttention]] = {}

@@ -154,7 +154,8 @@ def apply_assignment(
     """Put an assignment (in normal form) into a model, replacing the one that it has.
 
     Args:
-        probe: off for a model under construction, whose patched form was probed before it was saved.
+        probe: off for a model under construction whose patched form was probed before it was saved, where the installed
+            transformers is one of those tested.
         max_length: the input length that the patterns are built for; None is the model's limit.
     """
     check_transformers()

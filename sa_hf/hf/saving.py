@@ -244,11 +244,13 @@ def _apply(model: PreTrainedModel, assignment: Assignment) -> None:
     """Patch a model under construction; of an encoder-decoder's assignment, a class of one half takes its half."""
     from sa_hf.hf.families import find_sites
     from sa_hf.hf.patching import apply_assignment
+    from sa_hf.hf.versions import is_untested
 
     stacks = find_sites(model).stacks
     if len(assignment) > len(stacks):
         assignment = {stack: entries for stack, entries in assignment.items() if stack in stacks}
-    apply_assignment(model, assignment, probe=False)
+    # Saved models were probed when they were patched, with a release that is not this one.
+    apply_assignment(model, assignment, probe=is_untested())
 
 
 def _check_sparse_state(model: PreTrainedModel, info: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -326,6 +327,8 @@ class SparseAttention(nn.Module):
     Learned state is bare Parameters and buffers, never ``nn.Linear`` (LoRA's "all-linear" would wrap it).
     """
 
+    # Whether a causal layer keeps tensors of its own for every token so far (``AttentionInputs.remember``).
+    remembers: ClassVar[bool] = False
     # How many training forwards ago the running call began: above 0 where a checkpointed layer is recomputed after a
     # later forward, and has to draw the noise of its own.
     steps_back: int = 0

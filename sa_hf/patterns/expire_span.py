@@ -102,6 +102,7 @@ class ExpireSpanAttention(LearnedAttention):
     State: ``weight`` fp32 ``[S, hidden]`` and ``bias`` fp32 ``[S]``; S is 1, or the number of query heads.
     """
 
+    remembers: ClassVar[bool] = True
     config: ExpireSpanAttentionConfig
 
     def __init__(self, config: ExpireSpanAttentionConfig, spec: LayerSpec) -> None:

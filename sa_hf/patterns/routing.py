@@ -120,6 +120,7 @@ class RoutingAttentionConfig(SparseAttentionConfig):
 class RoutingAttention(CentroidState):
     """The routing heads of one layer, and its local ones. State: see :class:`CentroidState`."""
 
+    remembers: ClassVar[bool] = True
     config: RoutingAttentionConfig
 
     def __init__(self, config: RoutingAttentionConfig, spec: LayerSpec) -> None:
