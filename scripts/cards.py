@@ -10,9 +10,7 @@ numbers come from model_cards/results/, which scripts/benchmark.py and scripts/q
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig, pattern_class
 from sa_hf.patterns.drawing import plot_mask
+from sa_hf.tools.describe import fields_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
@@ -75,26 +74,14 @@ def planted() -> dict[str, tuple[Tensor, str, bool]]:
 
 def configuration(config: type[SparseAttentionConfig]) -> str:
     """The table of fields and defaults, with what the class's docstring says of each."""
-    meaning = argument_docs(config)
-    lines = ["| field | default | meaning |", "| --- | --- | --- |"]
-    for field in dataclasses.fields(config):
-        lines.append(f"| `{field.name}` | `{field.default!r}` | {meaning.get(field.name, '')} |")
+    lines = ["| field | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for field in fields_of(config):
+        cells = (f"`{field.name}`", f"`{field.type}`", f"`{field.default}`", field.meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     presets = config.presets()
     if presets:
         lines += ["", "Presets: " + "; ".join(f"`{name}` ({_shown(fields)})" for name, fields in presets.items()) + "."]
     return "\n".join(lines)
-
-
-def argument_docs(config: type[SparseAttentionConfig]) -> dict[str, str]:
-    """Field descriptions from the "Args:" section of a config's docstring and of the base's."""
-    found: dict[str, str] = {}
-    for cls in (SparseAttentionConfig, config):
-        text = (cls.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
-        for match in re.finditer(r"(?:^|\s)((?:\w+, )*\w+): (.*?)(?=(?:\s(?:\w+, )*\w+: )|\Z)", text, re.S):
-            for name in match.group(1).split(", "):
-                if name in config.__dataclass_fields__:
-                    found[name] = " ".join(match.group(2).split()).rstrip(".").replace("|", "\\|")
-    return found
 
 
 def _shown(fields: dict[str, Any]) -> str:

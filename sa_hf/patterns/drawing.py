@@ -75,9 +75,12 @@ def preview(mask: Tensor, title: str) -> str:
 
 
 @with_host_defaults
-def preview_pattern(config: SparseAttentionConfig, length: int, causal: bool, num_heads: int, layer_idx: int) -> str:
-    """Head 0 of a pattern, drawn as by :func:`preview` at any length."""
-    columns = min(length, PREVIEW_COLUMNS)
+def preview_pattern(
+    config: SparseAttentionConfig, length: int, causal: bool, num_heads: int, layer_idx: int,
+    columns: int = PREVIEW_COLUMNS,
+) -> str:  # fmt: skip
+    """Head 0 of a pattern, drawn as by :func:`preview` at any length, in at most so many columns beside the frame."""
+    columns = min(length, columns)
     # A character is about twice as high as wide: half as many rows keep the square a square.
     cells = next(pattern_cells(config, length, (max(1, columns // 2), columns), causal, num_heads, layer_idx))
     density = config.density(length, num_heads, layer_idx, causal)

@@ -22,8 +22,12 @@ from sa_hf.patterns.tiles import band_tiles, query_tiles, tiles_of, within_band
 @register_pattern
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindowAttentionConfig(StaticPatternConfig):
-    """Args: window: nearest positions attended, own included, >= 1. num_sink_tokens: leading positions that every
-    query attends, >= 0."""
+    """A sliding window.
+
+    Args:
+        window: nearest positions attended, own included, >= 1.
+        num_sink_tokens: leading positions that every query attends, >= 0.
+    """
 
     name: ClassVar[str] = "sliding_window"
 

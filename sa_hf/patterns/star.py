@@ -24,8 +24,12 @@ from sa_hf.patterns.tiles import band_tiles, tiles_of
 @register_pattern
 @dataclass(frozen=True, kw_only=True)
 class StarAttentionConfig(StaticPatternConfig):
-    """Args: relay: "token" (the first one) or "virtual" (a learned extra token, encoders only). ring: whether the
-    last satellite and the first are neighbours (never where causal)."""
+    """Star-Transformer.
+
+    Args:
+        relay: "token" (the first one) or "virtual" (a learned extra token, encoders only).
+        ring: whether the last satellite and the first are neighbours (never where causal).
+    """
 
     name: ClassVar[str] = "star"
 

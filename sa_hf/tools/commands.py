@@ -1,20 +1,19 @@
-"""The commands of ``sa-hf``: doctor, summary, preview, inspect, suggest, bench, convert, card."""
+"""The commands of ``sa-hf``: each reads its flags, calls the module that does the work, and prints what that found."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from sa_hf.config import SparseAttentionConfig, available_patterns
+from sa_hf.config import SparseAttentionConfig, available_patterns, pattern_class
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tools.load import load_model, make_config, resolve
-from sa_hf.tools.suggest import Suggestion, stacks_of, tokens_to_measure
+from sa_hf.tools.load import load_model, make_config, parse_options, resolve
+from sa_hf.tools.suggest import Suggestion, left_out, stacks_of, tokens_to_measure
 from sa_hf.tools.suggest import suggest as rank_patterns
+from sa_hf.tools.tables import Cell, console, pattern_name, say, shown_fields, table
 
 app = typer.Typer(
     help="Sparse attention for Hugging Face Transformers.",
@@ -22,25 +21,43 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-console = Console()
 SHOWN_DENSITY = 0.4  # below it a preview has light and dark
 PREVIEW_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)  # beyond, a picture of 62 columns loses thin lines
 
+
+def at_least_one(value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise typer.BadParameter(f"{value} must be at least 1; nearest: 1")
+    return value
+
+
 Model = Annotated[str, typer.Argument(help="hub name, folder, or 'minilm' (the embedded model)")]
-Pattern = Annotated[str, typer.Argument(help="pattern name, e.g. bigbird")]
-Options = Annotated[list[str] | None, typer.Option("--set", "-s", help="field=value of the config, repeatable")]
-Preset = Annotated[str | None, typer.Option(help="a named preset of the pattern")]
-Causal = Annotated[bool, typer.Option("--causal/--bidirectional", help="intersect with j <= i")]
+Pattern = Annotated[str, typer.Argument(help="pattern name, e.g. bigbird; `sa-hf patterns` lists them")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="FIELD=VALUE", help="a field of the config, repeatable; a sequence as 1,2"),
+]
+Preset = Annotated[str | None, typer.Option(help="a named preset of the pattern; --set changes single fields of it")]
+Causal = Annotated[bool, typer.Option("--causal/--bidirectional", help="causal: a query reads no later position")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run the code that a checkpoint carries")]
+Folder = Annotated[Path, typer.Argument(help="a checkpoint folder")]
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    drawn = Table(title=title, title_justify="left")
-    for column in columns:
-        drawn.add_column(column, overflow="fold")
-    for row in rows:
-        drawn.add_row(*row)
-    console.print(drawn)
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from sa_hf import __version__
+
+        typer.echo(f"sa_hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="print the version, and exit")
+    ] = False,
+) -> None:
+    """Sparse attention for Hugging Face Transformers."""
 
 
 @app.command()
@@ -56,38 +73,97 @@ def doctor() -> None:
 
 
 @app.command()
+def patterns(
+    name: Annotated[str | None, typer.Argument(help="a pattern: its fields and presets; default: list all")] = None,
+) -> None:
+    """List the patterns; of one, its fields with type, default and meaning, and its presets."""
+    from sa_hf.tools.describe import fields_of, kind_of, paper_of
+
+    if name is None:
+        found = sorted(available_patterns().items())
+        rows: list[list[Cell]] = [
+            [pattern_name(n), kind_of(cls), ", ".join(cls.presets()) or "-", paper_of(cls)] for n, cls in found
+        ]
+        table("patterns", ["name", "mask", "presets", "what it is"], rows)
+        say("static: the mask follows from the config; learned: from training or data. Fields: sa-hf patterns NAME")
+        return
+    config = pattern_class(name)
+    say(paper_of(config))
+    fields = [[f.name, f.type, f.default, f.meaning.replace("``", "")] for f in fields_of(config)]
+    table(f"{name}: fields, for --set", ["field", "type", "default", "meaning"], fields)
+    presets = [[preset, shown_fields(fields)] for preset, fields in config.presets().items()]
+    if presets:
+        table(f"{name}: presets, for --preset", ["preset", "fields"], presets)
+
+
+@app.command()
 def summary(
     model: Model,
     pattern: Annotated[
         str | None, typer.Option(help="patch with this pattern first; none for a sparse checkpoint")
     ] = None,
     options: Options = None,
-    length: Annotated[int | None, typer.Option(help="tokens; default: the model's limit")] = None,
+    preset: Preset = None,
+    length: Annotated[
+        int | None, typer.Option(callback=at_least_one, help="tokens; default: the model's limit")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help='layers to patch, e.g. "0-3,6"')] = None,
     trust: Trust = False,
 ) -> None:
     """What runs where in a patched model: pattern, density, engine, memory, per layer."""
     from sa_hf import patch_model
     from sa_hf import summary as summarise
+    from sa_hf.hf.patching import patch_of
     from sa_hf.hf.positions import lengthening
 
+    # Before a model is loaded, which may take long.
+    config = None if pattern is None else make_config(pattern, options or [], preset)
+    if config is None and (options or preset or layers):
+        raise SparseAttentionError("--set, --preset and --layers say how to patch, and need --pattern NAME beside them")
     loaded = load_model(model, trust_remote_code=trust)
-    if pattern is not None:
+    if config is not None:
         longer = lengthening(loaded, length)
-        patch_model(loaded, make_config(pattern, options or []), layers=layers, max_length=longer)
-    typer.echo(str(summarise(loaded, length)))
+        patch_model(loaded, config, layers=layers, max_length=longer)
+    elif patch_of(loaded) is None:
+        raise SparseAttentionError(f"{model!r} is not patched; add --pattern NAME (`sa-hf patterns` lists them)")
+    found = summarise(loaded, length)
+    rows, reasons = grouped_summary(found.layers)
+    columns = ["stack", "layers", "pattern", "density", "engine", "memory of each"]
+    table(f"{found.model} at {found.length} tokens", columns, rows)
+    for reason in reasons:
+        say(reason)
+
+
+def grouped_summary(layers: list[Any]) -> tuple[list[list[Cell]], list[str]]:
+    """Rows of a summary, equal layers in one; and why each engine serves, once each."""
+    from sa_hf.hf.assignment import format_indices
+
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for layer in layers:
+        density = "by data" if layer.density is None else f"{layer.density:.2%}"
+        key = (layer.stack, layer.pattern, density, layer.engine, f"{layer.memory / 2**20:.1f} MB")
+        groups.setdefault(key, []).append(layer.index)
+    rows: list[list[Cell]] = [
+        [stack, format_indices(indices), pattern_name(name), *rest] for (stack, name, *rest), indices in groups.items()
+    ]
+    return rows, list(dict.fromkeys(f"{layer.engine}: {layer.reason}" for layer in layers))
 
 
 @app.command()
 def preview(
     pattern: Pattern,
     length: Annotated[
-        int | None, typer.Option(help="tokens; default: the first power of two from 256 on that shows a pattern")
+        int | None,
+        typer.Option(
+            callback=at_least_one, help="tokens; default: the first power of two from 256 on that shows a pattern"
+        ),
     ] = None,
     options: Options = None,
     preset: Preset = None,
     causal: Causal = False,
-    heads: Annotated[int, typer.Option(help="number of heads; the first is drawn in the terminal")] = 1,
+    heads: Annotated[
+        int, typer.Option(callback=at_least_one, help="number of heads; the first is drawn in the terminal")
+    ] = 1,
     plot: Annotated[Path | None, typer.Option(help="write a picture to this file instead")] = None,
 ) -> None:
     """Draw a pattern's mask in the terminal, or to an image file."""
@@ -95,9 +171,12 @@ def preview(
     length = shown_length(config, causal, heads) if length is None else length
     if plot is not None:
         config.plot(plot, length, causal, num_heads=heads)
-        console.print(f"wrote {plot}")
+        say(f"wrote {plot}")
     else:
-        typer.echo(config.preview(length, causal, num_heads=heads))
+        from sa_hf.patterns.drawing import PREVIEW_COLUMNS, preview_pattern
+
+        columns = max(1, min(PREVIEW_COLUMNS, console.width - 2))
+        typer.echo(preview_pattern(config, length, causal, heads, 0, columns))
 
 
 def shown_length(config: SparseAttentionConfig, causal: bool, heads: int) -> int:
@@ -109,23 +188,23 @@ def shown_length(config: SparseAttentionConfig, causal: bool, heads: int) -> int
 
 
 @app.command("inspect")
-def inspect_command(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]) -> None:
+def inspect_command(folder: Folder) -> None:
     """What a saved checkpoint holds: patterns per layer, learned state, carried code. Exit 1 on problems."""
     from sa_hf.tools.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(folder)
-    console.print(f"{found.architecture}, sa_hf version {found.version}, {len(found.code_files)} code files")
-    rows = [
-        [stack, index, name, ", ".join(f"{k}={v}" for k, v in fields.items() if k not in {"name", "version"})]
-        for stack, index, name, fields in found.layers
+    say(f"{found.architecture}, sa_hf version {found.version}, {len(found.code_files)} code files")
+    rows: list[list[Cell]] = [
+        [stack, f"{layers}:", pattern_name(name), shown_fields(fields)]
+        for stack, layers, name, fields in found.grouped()
     ]
-    table(str(folder), ["stack", "layer", "pattern", "config"], rows)
+    if rows:
+        table(str(folder), ["stack", "layers", "pattern", "config"], rows)
     if found.state:
-        table(
-            "learned state", ["tensor", "dtype", "shape"], [[n, d, str(list(s))] for n, (d, s) in found.state.items()]
-        )
+        state = [[name, dtype, shape] for name, dtype, shape in found.grouped_state()]
+        table("learned state", ["tensor", "dtype", "shape"], state)
     for problem in found.problems:
-        console.print(f"problem: {problem}", markup=False)
+        say(f"problem: {problem}")
     if found.problems:
         raise typer.Exit(1)
 
@@ -133,7 +212,7 @@ def inspect_command(folder: Annotated[Path, typer.Argument(help="a checkpoint fo
 @app.command()
 def suggest(
     model: Model,
-    length: Annotated[int, typer.Option(help="the length you want to run at")] = 4096,
+    length: Annotated[int, typer.Option(callback=at_least_one, help="the length you want to run at")] = 4096,
     text: Annotated[
         Path | None, typer.Option(help="a text file: measure the attention mass that each pattern keeps")
     ] = None,
@@ -145,12 +224,14 @@ def suggest(
     """Rank the patterns for a model and a length: share of the dense pairs, and of the model's attention mass.
 
     With --text the order is by "gain": how far the mass exceeds that of as many pairs chosen blindly (0 by chance, 1
-    for all of it), at the length that was measured.
+    for all of it), at the length that was measured. Patterns that learn are listed with the pairs that they can cost.
     """
     from sa_hf import unpatch_model
     from sa_hf.hf.patching import patch_of
     from sa_hf.hf.positions import position_limit
 
+    if tokens is not None and text is None:
+        raise SparseAttentionError(f"--tokens {tokens} is how much of a text to measure on; add --text FILE")
     loaded = load_model(model, trust_remote_code=trust).eval()
     if patch_of(loaded) is not None:
         unpatch_model(loaded)
@@ -161,31 +242,47 @@ def suggest(
         found = rank_patterns(num_heads=stack.num_heads, causal=stack.causal, length=length, attention=stack.attention)
         kind = f"{stack.name}, {'causal' if stack.causal else 'bidirectional'}"
         table(f"{model}, {kind}, {length} tokens", *suggestion_rows(found, length))
+        for name, reason in left_out(found, num_heads=stack.num_heads, causal=stack.causal, length=length):
+            say(f"not ranked: {name}: {reason}")
         trivial = dict.fromkeys(s.config.name for s in found if s.measured is not None and s.measured.gain is None)
         if trivial and input_ids is not None:
             measured = input_ids.shape[1]
             more = "the model takes no more" if measured == limit else "measure on more, by a longer text and --tokens"
-            typer.echo(f"{', '.join(trivial)}: nearly all pairs of {measured} tokens are kept, so no gain; {more}")
+            say(f"{', '.join(trivial)}: nearly all pairs of {measured} tokens are kept, so no gain; {more}")
 
 
 def text_ids(model: str, text: Path, tokens: int) -> Tensor:
-    """The first tokens of a text file by a model's tokenizer, int64 ``[1, n]``."""
+    """The first tokens of a text file by a model's tokenizer, int64 ``[1, n]``.
+
+    Raises:
+        SparseAttentionError: the file is no UTF-8 text or too short, or there is no tokenizer.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve(model))
-    ids: Tensor = tokenizer(text.read_text(), return_tensors="pt", truncation=True, max_length=tokens).input_ids
+    try:
+        content = text.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise SparseAttentionError(f"{text} is no UTF-8 text ({error.reason} at byte {error.start})") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+    except (OSError, ValueError) as error:
+        raise SparseAttentionError(
+            f"{model!r} has no tokenizer to read {text} with; tokenizer.save_pretrained({model!r}) puts one there"
+        ) from error
+    ids: Tensor = tokenizer(content, return_tensors="pt", truncation=True, max_length=tokens).input_ids
     if ids.shape[1] < 2:
         raise SparseAttentionError(f"{text} holds {ids.shape[1]} tokens; there must be at least 2 to measure on")
     return ids
 
 
-def suggestion_rows(found: list[Suggestion], length: int) -> tuple[list[str], list[list[str]]]:
+def suggestion_rows(found: list[Suggestion], length: int) -> tuple[list[str], list[list[Cell]]]:
     """Columns and rows of the table of suggestions; each share says at which length it was taken."""
     defaults = {name: cls().to_dict() for name, cls in available_patterns().items()}
-    rows, at = [], None
+    rows: list[list[Cell]] = []
+    at = None
     for s in found:
         changed = {k: v for k, v in s.config.to_dict().items() if v != defaults[s.config.name].get(k)}
-        row = [s.config.name, ", ".join(f"{k}={v}" for k, v in changed.items()), f"{s.density:.3f}"]
+        row: list[Cell] = [pattern_name(s.config.name), shown_fields(changed), f"{s.density:.3f}"]
         if s.measured is None:
             rows.append([*row, s.purpose])
             continue
@@ -199,20 +296,23 @@ def suggestion_rows(found: list[Suggestion], length: int) -> tuple[list[str], li
 @app.command()
 def bench(
     pattern: Pattern,
-    length: Annotated[int, typer.Option(help="tokens")] = 4096,
+    length: Annotated[int, typer.Option(callback=at_least_one, help="tokens")] = 4096,
     options: Options = None,
     preset: Preset = None,
     causal: Causal = False,
-    heads: Annotated[int, typer.Option()] = 8,
-    head_dim: Annotated[int, typer.Option()] = 64,
+    heads: Annotated[int, typer.Option(callback=at_least_one, help="query and key heads")] = 8,
+    head_dim: Annotated[int, typer.Option(callback=at_least_one, help="numbers per head")] = 64,
 ) -> None:
     """Time one pattern against dense attention on this machine, forward and forward+backward, after a parity check."""
     from sa_hf.tools.bench.quick import compare
 
-    rows = compare(
-        make_config(pattern, options or [], preset), length, causal=causal, num_heads=heads, head_dim=head_dim
-    )
-    table(f"{pattern}, n = {length}", ["pass", "dense ms", "sparse ms", "first call ms", "speed-up"], rows)
+    config = make_config(pattern, options or [], preset)
+    found = compare(config, length, causal=causal, num_heads=heads, head_dim=head_dim)
+    title = f"{pattern}, {'causal' if causal else 'bidirectional'}, n = {length}"
+    table(title, ["pass", "dense ms", "sparse ms", "first call ms", "speed-up"], found.rows)
+    say(found.machine)
+    if found.note:
+        say(f"{pattern} {found.note}")
 
 
 @app.command()
@@ -220,13 +320,16 @@ def convert(
     source: Annotated[str, typer.Argument(help="a Hugging Face BigBird checkpoint: hub name or folder")],
     target: Annotated[Path, typer.Argument(help="folder to write")],
     options: Options = None,
+    preset: Preset = None,
 ) -> None:
     """Convert a checkpoint of Hugging Face's own BigBird to a patched model with our kernels."""
+    from sa_hf.patterns.bigbird import BigBirdAttentionConfig
     from sa_hf.tools.convert import convert_bigbird
-    from sa_hf.tools.load import parse_options
 
-    convert_bigbird(resolve(source), target, **parse_options(options or []))
-    console.print(f"wrote {target}")
+    make_config(BigBirdAttentionConfig.name, options or [], preset)  # what is wrong with them, before anything loads
+    fields = {} if preset is None else BigBirdAttentionConfig.presets()[preset]
+    convert_bigbird(resolve(source), target, **{**fields, **parse_options(options or [])})
+    say(f"wrote {target}")
 
 
 @app.command()
@@ -238,4 +341,4 @@ def card(
     """Write a model card for a sparse checkpoint: what it is, how to load it, patterns per layer."""
     from sa_hf.tools.card import write_card
 
-    console.print(f"wrote {write_card(folder, base_model=base_model, force=force)}")
+    say(f"wrote {write_card(folder, base_model=base_model, force=force)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,45 @@ class Inspection:
     state: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     code_files: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    def grouped(self) -> list[tuple[str, str, str, dict[str, Any]]]:
+        """``layers`` with equal ones in one entry, their numbers as "0-3,6"; numbers that are none stay apart."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for stack, place, name, fields in self.layers:
+            index, _, heads = str(place).partition(" ")
+            key = (stack, heads, name, json.dumps(fields, sort_keys=True))
+            groups.setdefault(key, []).append(index)
+        rows = []
+        for (stack, heads, name, fields_text), indices in groups.items():
+            for numbers in _numbers(indices):
+                rows.append((stack, f"{numbers} {heads}".rstrip(), name, json.loads(fields_text)))
+        return rows
+
+    def grouped_state(self) -> list[tuple[str, str, str]]:
+        """``state`` as (name, dtype, shape), the tensors that differ in their layer's number in one entry."""
+        groups: dict[tuple[str, str, str, str], list[str]] = {}
+        for name, (dtype, shape) in self.state.items():
+            before, number, after = _split_at_number(name)
+            groups.setdefault((before, after, dtype, str(list(shape))), []).append(number)
+        rows = []
+        for (before, after, dtype, dimensions), numbers in groups.items():
+            rows += [(f"{before}{n}{after}", dtype, dimensions) for n in _numbers(numbers)]
+        return rows
+
+
+def _numbers(indices: list[str]) -> list[str]:
+    """Numbers as one entry "0-3,6"; what is no number as it is."""
+    from sa_hf.hf.assignment import format_indices
+
+    numbers = sorted(int(index) for index in indices if index.isdecimal())
+    others = [index for index in indices if not index.isdecimal()]
+    return ([format_indices(numbers)] if numbers else []) + others
+
+
+def _split_at_number(name: str) -> tuple[str, str, str]:
+    """A tensor's name around its first whole number, the layer's: "a.", "3", ".b"."""
+    match = re.search(r"(?<=\.)\d+(?=\.)", name)
+    return (name, "", "") if match is None else (name[: match.start()], match[0], name[match.end() :])
 
 
 def inspect_checkpoint(folder: str | Path) -> Inspection:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sa_hf.config import SparseAttentionConfig, check_fields, pattern_class
+from sa_hf.config import SparseAttentionConfig, check_fields, did_you_mean, pattern_class
 from sa_hf.errors import SparseAttentionError
 
 MINILM = "minilm"
+SHARED = {f.name for f in dataclasses.fields(SparseAttentionConfig)}  # fields that every pattern has
 # The Auto class to name where several stand for one architecture, as AutoModelForPreTraining stands beside many.
 PREFERRED = (
     "AutoModel",
@@ -114,29 +115,45 @@ def parse_value(text: str) -> Any:
     return {"None": None, "True": True, "False": False}.get(text, text)
 
 
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+def parse_options(pairs: Sequence[str], config: type[SparseAttentionConfig] | None = None) -> dict[str, Any]:
     """``["window=512", ...]`` as a dict.
 
+    Args:
+        config: the class whose fields they are, for the error texts.
+
     Raises:
-        SparseAttentionError: an entry without "=".
+        SparseAttentionError: an entry without "=" or without a value, a name given twice or, of ``config``, no field.
     """
-    options = {}
+    options: dict[str, Any] = {}
     for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator or not name:
-            raise SparseAttentionError(f"option {pair!r} must have the form field=value, e.g. window=512")
-        options[name.strip()] = parse_value(value.strip())
+        name, separator, value = (part.strip() for part in pair.partition("="))
+        if not separator or not name or not value:
+            raise SparseAttentionError(f"--set {pair!r} must have the form field=value{_fields_to_set(name, config)}")
+        if name in options:
+            raise SparseAttentionError(f"--set {name} is given twice, as {options[name]!r} and {value}; give it once")
+        options[name] = parse_value(value)
+    if config is not None:
+        check_fields(config, options)
     return options
+
+
+def _fields_to_set(name: str, config: type[SparseAttentionConfig] | None) -> str:
+    if config is None:
+        return ", e.g. window=512"
+    fields = {f.name: f.default for f in dataclasses.fields(config)}
+    example = name if name in fields else next((f for f in fields if f not in SHARED), "seed")
+    default = fields[example]
+    typed = ",".join(str(v) for v in default) if isinstance(default, tuple) else default
+    return f", e.g. {example}={typed}{did_you_mean(name, fields)}; fields: {sorted(fields)}"
 
 
 def make_config(pattern: str, pairs: Sequence[str] = (), preset: str | None = None) -> SparseAttentionConfig:
     """A configuration from a pattern's name, an optional preset and ``field=value`` options."""
     cls = pattern_class(pattern)
-    options = parse_options(pairs)
+    options = parse_options(pairs, cls)
     try:
         if preset is not None:
             return cls.preset(preset, **options)
-        check_fields(cls, options)
         return cls(**options)
     except SparseAttentionError as error:
         defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(cls)}

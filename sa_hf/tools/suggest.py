@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sa_hf.config import SparseAttentionConfig, pattern_class
+from sa_hf.config import SparseAttentionConfig, available_patterns
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.counts import kept_pairs
 from sa_hf.patterns.base import Geometry, StaticPatternConfig, dense_multiplicity, finished_plan, whole_geometry
+from sa_hf.patterns.dense import DenseAttentionConfig
+from sa_hf.patterns.expire_span import ExpireSpanAttentionConfig
+from sa_hf.patterns.routing import RoutingAttentionConfig
+from sa_hf.patterns.sparsebert import SparseBertAttentionConfig
 
 # What each pattern is for, from its paper's own tasks.
 PURPOSE = {
@@ -23,7 +27,7 @@ PURPOSE = {
     "sparse_transformer": "images, audio, code: fixed strides",
     "star": "short texts with a global summary",
 }
-
+MAX_DENSITY = 0.5  # a pattern that keeps more of the dense pairs saves too little to be worth its loss
 
 DEFAULT_TOKENS = 512  # dense attention of every layer is held: it grows with the square
 # A pattern that keeps more than this share of each measured row keeps its mass, too, whatever its shape.
@@ -77,20 +81,25 @@ class Stack:
 
 
 def candidates(causal: bool, length: int) -> Iterator[StaticPatternConfig]:
-    """Static patterns in their published shapes that make sense at a length."""
-    for name in PURPOSE:
+    """Static patterns in their published shapes that make sense at a length, those that a user registered included."""
+    for name, cls in available_patterns().items():
         variants: dict[str, list[dict[str, Any]]] = {
             "sparse_transformer": [{"kind": "fixed"}, {"kind": "strided"}],
             "star": [{"ring": not causal}],
         }
         for fields in variants.get(name, [{}]):
-            config = pattern_class(name)(**fields)
-            if isinstance(config, StaticPatternConfig):
+            config = cls(**fields)
+            if isinstance(config, StaticPatternConfig) and not isinstance(config, DenseAttentionConfig):
                 yield config
 
 
 def suggest(
-    *, num_heads: int, causal: bool, length: int, attention: list[Tensor] | None = None, max_density: float = 0.5
+    *,
+    num_heads: int,
+    causal: bool,
+    length: int,
+    attention: list[Tensor] | None = None,
+    max_density: float = MAX_DENSITY,
 ) -> list[Suggestion]:
     """Candidates at a length, the best first: by the attention mass gained where it was measured, else by cost.
 
@@ -103,15 +112,63 @@ def suggest(
     """
     if length < 1:
         raise SparseAttentionError(f"length={length} must be at least 1; nearest: 1")
-    dense = num_heads * (length * (length + 1) // 2 if causal else length * length)
     found = []
     for config in candidates(causal, length):
-        geometry = Geometry(length, length, tuple(range(num_heads)), num_heads, 0, causal)
-        density = kept_pairs(finished_plan(config, geometry, torch.device("cpu")), length, num_heads) / dense
+        density = density_of(config, num_heads, causal, length)
         if density <= max_density:
             measured = None if attention is None else measure(config, attention, causal)
-            found.append(Suggestion(config, density, measured, PURPOSE[config.name]))
+            found.append(Suggestion(config, density, measured, PURPOSE.get(config.name, "")))
     return sorted(found, key=lambda s: s.rank)
+
+
+def density_of(config: StaticPatternConfig, num_heads: int, causal: bool, length: int) -> float:
+    """Pairs that a layer computes, over those of dense attention."""
+    geometry = Geometry(length, length, tuple(range(num_heads)), num_heads, 0, causal)
+    kept = kept_pairs(finished_plan(config, geometry, torch.device("cpu")), length, num_heads)
+    return kept / (num_heads * dense_pairs(length, causal))
+
+
+def dense_pairs(length: int, causal: bool) -> int:
+    return length * (length + 1) // 2 if causal else length * length
+
+
+def left_out(found: list[Suggestion], *, num_heads: int, causal: bool, length: int) -> list[tuple[str, str]]:
+    """The patterns that have no row in ``found``, and why: (name, reason)."""
+    ranked = {s.config.name for s in found}
+    too_many = {c.name: density_of(c, num_heads, causal, length) for c in candidates(causal, length)}
+    reasons = []
+    for name, cls in available_patterns().items():
+        if name in ranked or cls is DenseAttentionConfig:
+            continue
+        if name in too_many:
+            reasons.append((name, f"keeps {too_many[name]:.0%} of the dense pairs at {length} tokens"))
+        else:
+            reasons.append((name, _why_not_ranked(cls(), causal, length)))
+    return reasons
+
+
+def _why_not_ranked(config: SparseAttentionConfig, causal: bool, length: int) -> str:
+    """Of a pattern that learns: what decides which pairs it keeps, and how many those can be."""
+    dense = dense_pairs(length, causal)
+    if isinstance(config, ExpireSpanAttentionConfig):
+        if not causal:
+            return "causal only"
+        share = _window_pairs(length, config.max_span + config.ramp) / dense
+        return f"learns its spans: at most {share:.3f} of the dense pairs, fewer once trained; max_span sets the bound"
+    if isinstance(config, RoutingAttentionConfig):
+        window = min(length, config.cluster_window(length, causal))
+        pairs = _window_pairs(length, window) if causal else config.num_clusters * window * window
+        share = min(pairs / dense, 1.0)
+        return f"clusters by content: at most {share:.3f} of the dense pairs; num_clusters and window set the bound"
+    if isinstance(config, SparseBertAttentionConfig):
+        return "searches for its mask densely; frozen (freeze_masks), it costs what it has learned to keep"
+    return f"what it keeps depends on training or data; `sa-hf bench {config.name}` times it"
+
+
+def _window_pairs(length: int, window: int) -> int:
+    """Pairs of a causal window."""
+    full = min(length, window)
+    return full * (full + 1) // 2 + (length - full) * full
 
 
 def measure(config: StaticPatternConfig, attention: list[Tensor], causal: bool) -> Measured:

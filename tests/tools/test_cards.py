@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from sa_hf.config import pattern_class
+from sa_hf.tools.describe import argument_docs
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +33,7 @@ def test_every_page_is_up_to_date(cards: ModuleType) -> None:
 def test_every_field_of_every_system_has_a_meaning(cards: ModuleType) -> None:
     for name in cards.SYSTEMS:
         config = pattern_class(name)
-        assert set(cards.argument_docs(config)) == {f.name for f in dataclasses.fields(config)}, name
+        assert set(argument_docs(config)) == {f.name for f in dataclasses.fields(config)}, name
         assert (ROOT / "model_cards" / "pictures" / f"{name}.png").exists()
 
 

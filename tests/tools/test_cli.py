@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,11 +12,17 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BigBirdConfig, BigBirdForMaskedLM
 from typer.testing import CliRunner
 
-from sa_hf import patch_model
+import sa_hf
+from sa_hf import available_patterns, patch_model
+from sa_hf.config import pattern_class
 from sa_hf.errors import SparseAttentionError
+from sa_hf.tools.bench import quick
 from sa_hf.tools.cli import main
 from sa_hf.tools.commands import app
+from sa_hf.tools.describe import argument_docs
+from sa_hf.tools.inspect import inspect_checkpoint
 from sa_hf.tools.load import make_config, parse_options
+from sa_hf.tools.suggest import left_out, suggest
 
 runner = CliRunner()
 
@@ -119,12 +126,116 @@ def test_summary_of_a_checkpoint(checkpoint: Path) -> None:
     assert "dense" in out
 
 
+def test_equal_layers_stand_in_one_row(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=12, num_attention_heads=2, intermediate_size=32
+    )
+    patch_model(BertForMaskedLM(config), {"0-7": "sparsebert", "8-11": "bigbird"}).save_pretrained(tmp_path)
+    found = inspect_checkpoint(tmp_path)
+    assert [(stack, layers, name) for stack, layers, name, _ in found.grouped()] == [
+        ("encoder", "0-7", "sparsebert"),
+        ("encoder", "8-11", "bigbird"),
+    ]
+    assert ("bert.encoder.layer.0-7.attention.self.sparse.step", "I64", "[]") in found.grouped_state()
+    out = run("inspect", str(tmp_path))
+    assert out.count("bigbird ") == 1
+    assert "8-11:" in out
+    rows = [line.split() for line in run("summary", str(tmp_path), "--trust-remote-code").splitlines()]
+    assert ["encoder", "0-7", "sparsebert"] in [row[:3] for row in rows]
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_no_line_is_wider_than_the_terminal(columns: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for words in (
+        ["patterns"], ["patterns", "longnet"], ["inspect", str(checkpoint)], ["suggest", "minilm"], ["doctor"],
+        ["summary", str(checkpoint), "--trust-remote-code"], ["preview", "bigbird"],
+    ):  # fmt: skip
+        result = runner.invoke(app, words, catch_exceptions=False)
+        lines = [line for line in result.stdout.splitlines() if "%" not in line]
+        assert max(map(len, lines)) <= columns, words
+
+
+def test_patterns_lists_all_and_describes_one() -> None:
+    listed = run("patterns")
+    for name in available_patterns():
+        assert f" {name} " in listed
+    for name, config in available_patterns().items():
+        told = " ".join(run("patterns", name).split())
+        for field in dataclasses.fields(config):
+            assert f" {field.name} " in told, (name, field.name)
+        for preset in config.presets():
+            assert f" {preset} " in told
+    bigbird = " ".join(run("patterns", "bigbird").split())
+    assert "num_window_blocks int 3 blocks around the own one, itself included; odd, or 0" in bigbird
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").split() == ["sa_hf", sa_hf.__version__]
+
+
+def test_the_meanings_of_fields_are_whole_sentences() -> None:
+    """All that a docstring says of the fields, and nothing twice: a colon inside a sentence begins no field."""
+    assert argument_docs(pattern_class("bigbird"))["block_size"].endswith("than its pairs: tiles stay at 16")
+    assert argument_docs(pattern_class("longnet"))["head_offset"].endswith("(the public reference code)")
+    for name, config in available_patterns().items():
+        own = [f.name for f in dataclasses.fields(config) if f.name not in ("seed", "drop_diagonal")]
+        found = argument_docs(config)
+        assert set(found) == {"seed", "drop_diagonal", *own}, name
+        if own:
+            section = " ".join((config.__doc__ or "").partition("Args:")[2].split("\n\n")[0].split())
+            for field in own:
+                assert f"{found[field]}." in f"{section}.", (name, field)
+
+
+def test_suggest_says_of_every_pattern_where_it_stands() -> None:
+    for causal in (True, False):
+        found = suggest(num_heads=2, causal=causal, length=1024)
+        reasons = dict(left_out(found, num_heads=2, causal=causal, length=1024))
+        assert {s.config.name for s in found} | set(reasons) | {"dense"} == set(available_patterns())
+        assert not {s.config.name for s in found} & set(reasons)
+    assert reasons["expire_span"] == "causal only"
+    assert reasons["longnet"].startswith("keeps 83%")
+    causal_reasons = dict(left_out([], num_heads=2, causal=True, length=4096))
+    # 1056 of a row's keys, fewer at the start: (1056 * 1057 / 2 + 3040 * 1056) / (4096 * 4097 / 2)
+    assert "at most 0.449" in causal_reasons["expire_span"]
+    assert "not ranked: sparsebert" in run("suggest", "minilm", "--length", "4096")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["expire_span", "--causal"], ["routing"], ["routing", "--causal"], ["sparsebert"],
+        ["sparsebert", "-s", "frozen=true"],
+    ],
+)  # fmt: skip
+def test_bench_serves_patterns_that_learn(words: list[str]) -> None:
+    out = run("bench", *words, "--length", "256", "--heads", "2", "--head-dim", "16")
+    assert "forward+backward" in out
+    assert ("set by hand" if "frozen=true" in words else "untrained") in " ".join(out.split())
+
+
+def test_bench_names_the_machine() -> None:
+    out = " ".join(run("bench", "star", "--length", "64", "--heads", "2", "--head-dim", "16").split())
+    assert f"{torch.get_num_threads()} threads, float32" in out
+    assert f"torch {torch.__version__}" in out
+
+
+def test_bench_shows_no_speed_up_where_parity_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quick, "bound_of", lambda dtype: 0.0)
+    monkeypatch.setattr("sa_hf.tools.bench.parity.RATIO_FLOOR", 0.0)
+    out = run("bench", "expire_span", "--causal", "--length", "64", "--heads", "2", "--head-dim", "16")
+    assert "parity failed" in out
+    assert "x" not in out.split("not shown")[0].split("speed-up")[1]
+
+
 def test_suggest_measures_attention_mass() -> None:
     out = run("suggest", "minilm", "--length", "4096", "--text", json.__file__, "--tokens", "128")
     assert "encoder, bidirectional, 4096 tokens" in out
     assert "128: pairs" in " ".join(out.split())
     # Windows of 512 keep all of 128 tokens, which says nothing about them.
-    assert "longnet: nearly all pairs of 128 tokens" in out
+    assert "longnet: nearly all pairs of 128 tokens" in " ".join(out.split())
 
 
 def test_suggest_takes_a_sparse_checkpoint(checkpoint: Path) -> None:
@@ -187,8 +298,24 @@ def test_bad_input_is_one_clear_error(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["bench", "bigbird", "--heads", "0"], "empty dimension"),
-        (["bench", "bigbird", "--length", "0"], "empty dimension"),
+        (["bench", "bigbird", "--heads", "0"], "'--heads': 0 must be at least 1; nearest: 1"),
+        (["bench", "bigbird", "--length", "0"], "'--length': 0 must be at least 1; nearest: 1"),
+        (["preview", "bigbird", "--length", "0"], "'--length': 0 must be at least 1; nearest: 1"),
+        (["preview", "bigbird", "--length", "x"], "see `sa-hf preview --help`"),
+        (["preview", "bigbrid"], "did you mean 'bigbird'"),
+        (["preview", "bigbird", "--preset", "papre"], "did you mean 'paper'"),
+        (["preview", "bigbird", "-s", "window"], "e.g. block_size=64 (did you mean 'num_window_blocks'?); fields: ["),
+        (["preview", "bigbird", "-s", "block_size"], "e.g. block_size=64"),
+        (["preview", "bigbird", "-s", "block_size=16", "-s", "block_size=32"], "given twice"),
+        (["preview", "bigbird", "-s", "blocksize=16"], "did you mean 'block_size'?); fields: ["),
+        (["patterns", "starr"], "did you mean 'star'"),
+        (["previw", "bigbird"], "see `sa-hf --help`"),
+        (["bench"], "Missing argument"),
+        (["bench", "expire_span", "--length", "64"], "Here: --causal"),
+        (["summary", "minilm"], "add --pattern NAME"),
+        (["summary", "minilm", "--preset", "paper"], "need --pattern NAME"),
+        (["convert", "/nowhere", "out", "--preset", "papre"], "did you mean 'paper'"),
+        (["suggest", "minilm", "--tokens", "64"], "add --text FILE"),
         (["suggest", "minilm", "--length", "0"], "nearest: 1"),
         (["suggest", "minilm", "--text", "/nowhere.txt"], "/nowhere.txt"),
         (["suggest", "minilm", "--text", json.__file__, "--tokens", "5000"], "model's limit of 512; nearest: 512"),
