@@ -7,14 +7,16 @@ cannot run dense in silence.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, fixed_cross_entropy
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -51,11 +53,13 @@ SERVED = {
     "cu_seq_lens_q", "dropout", "is_causal", "output_attentions", "position_bias", "scaling", "sequence_ids",
     "sliding_window", "softcap", "sparse_call",
 }  # fmt: skip
-# Keywords that models hand down to their attention and that change nothing here.
+# Keywords that models hand down to their attention and that change nothing here. Those of ``TransformersKwargs`` are
+# named and not read from it: what a newer release adds may change attention. (``seq_idx`` is read by layers of linear
+# attention alone; packed rows come with ``cu_seq_lens_q`` or restarting positions, too.)
 HARMLESS = {
     "attention_mask", "cache_position", "cu_seq_lens_k", "deterministic", "is_causal", "labels", "logits_to_keep",
     "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits",
-    "position_ids", "return_dict", "token_type_ids", "use_cache", "interpolate_pos_encoding",
+    "position_ids", "return_dict", "seq_idx", "token_type_ids", "use_cache", "interpolate_pos_encoding",
 }  # fmt: skip
 
 
@@ -277,12 +281,20 @@ def _no_memory(module: nn.Module, place: Place, new: int, keys: int) -> SparseAt
 
 def unknown_keywords(kwargs: dict[str, Any]) -> list[str]:
     """The keywords of a call that ask for something which the adapter does not know."""
-    known = HARMLESS | SERVED
+    known = HARMLESS | SERVED | loss_keywords()
     return [
         name
         for name, value in kwargs.items()
         if name not in known and value is not None and value is not False and not is_cache(value)
     ]
+
+
+@lru_cache(maxsize=1)
+def loss_keywords() -> frozenset[str]:
+    """What Transformers' losses and torch's cross entropy take: models hand it down to the layers on its way."""
+    losses = [*LOSS_MAPPING.values(), fixed_cross_entropy, nn.functional.cross_entropy]
+    names = {name for loss in losses for name in inspect.signature(loss).parameters}
+    return frozenset(names - SERVED)
 
 
 def refuse_attentions() -> None:

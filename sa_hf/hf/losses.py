@@ -19,7 +19,7 @@ from sa_hf.patterns.mixture import added
 
 IGNORED_LABEL = -100
 # Arguments of a forward that computes a loss.
-LABELS = frozenset({"labels", "start_positions"})
+LABELS = frozenset({"labels", "shift_labels", "start_positions"})
 
 
 def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
@@ -87,13 +87,13 @@ def share_of_step(model: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
     The Trainer divides each micro-batch's summed loss by the labels of the whole step (``num_items_in_batch``); the
     same share makes the auxiliary loss a mean over the step, not a sum that grows with the accumulation steps.
     """
-    items, labels = given.get("num_items_in_batch"), given.get("labels")
-    if items is None or not isinstance(labels, Tensor):
+    items, labels, counted = (given.get(name) for name in ("num_items_in_batch", "labels", "shift_labels"))
+    if items is None or not (isinstance(labels, Tensor) or isinstance(counted, Tensor)):
         return 1.0
-    counted = given.get("shift_labels")
     if counted is None:
         counted = labels[..., 1:] if getattr(model, "loss_type", None) == "ForCausalLM" else labels
-    return (counted != IGNORED_LABEL).sum() / torch.as_tensor(items, device=labels.device)
+    ignored = given.get("ignore_index", IGNORED_LABEL)
+    return (counted != ignored).sum() / torch.as_tensor(items, device=counted.device)
 
 
 def check_live(children: list[SparseAttention]) -> None:
