@@ -87,13 +87,16 @@ def share_of_step(model: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
     The Trainer divides each micro-batch's summed loss by the labels of the whole step (``num_items_in_batch``); the
     same share makes the auxiliary loss a mean over the step, not a sum that grows with the accumulation steps.
     """
-    items, labels, counted = (given.get(name) for name in ("num_items_in_batch", "labels", "shift_labels"))
-    if items is None or not (isinstance(labels, Tensor) or isinstance(counted, Tensor)):
-        return 1.0
-    if counted is None:
+    items, labels, counted = given.get("num_items_in_batch"), given.get("labels"), given.get("shift_labels")
+    if not isinstance(counted, Tensor):
+        if not isinstance(labels, Tensor):
+            return 1.0
         counted = labels[..., 1:] if getattr(model, "loss_type", None) == "ForCausalLM" else labels
+    if items is None:
+        return 1.0
     ignored = given.get("ignore_index", IGNORED_LABEL)
-    return (counted != ignored).sum() / torch.as_tensor(items, device=counted.device)
+    share: Tensor = (counted != ignored).sum() / torch.as_tensor(items, device=counted.device)
+    return share
 
 
 def check_live(children: list[SparseAttention]) -> None:
