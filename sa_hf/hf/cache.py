@@ -26,7 +26,8 @@ def sparse_cache(model: nn.Module) -> Cache:
 
     Lossless: the logits are those of a full cache. ``.report()``: ``{layer: {"pattern", "seen", "kept", "bytes"}}``.
     A pattern that may read any past key (LogSparse without a window of the model's own, random blocks) keeps all. It
-    cannot be cropped, so it serves greedy search, sampling and beams, and not assisted generation. It serves the
+    cannot be cropped, so it serves greedy search, sampling and beams, and not assisted generation. Layers whose keys
+    other layers read, too (Gemma 3n, Gemma 4), keep all of them. It serves the
     patterns that it was filled under, and raises under others, inside ``dense(model)`` and after ``unpatch_model``.
 
     Raises:
@@ -46,7 +47,11 @@ def sparse_cache(model: nn.Module) -> Cache:
         child = active_child(module)
         at = getattr(module, "layer_idx", site.spec.layer_idx)
         sparse = isinstance(child, SparseAttention)
-        layers[at] = KeptLayer() if sparse else DynamicLayer()
+        if getattr(module, "is_kv_shared_layer", False):
+            layers[at] = SharedLayer()
+        else:  # what is read by other layers, too, stays whole
+            whole = not sparse or getattr(module, "store_full_length_kv", False)
+            layers[at] = DynamicLayer() if whole else KeptLayer()
         names[at] = "+".join(leaf.config.name for leaf in leaves(child)) if sparse else "dense"
     kept = SparseCache([layers.get(at) or DynamicLayer() for at in range(max(layers) + 1)], names)
     return SparseEncoderDecoderCache(kept, DynamicCache()) if root.config.is_encoder_decoder else kept
@@ -89,6 +94,10 @@ def _bytes(layer: Any) -> int:
     tensors = [x for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
     tensors += [entry.tensor for entry in getattr(layer, "sa_hf_memory", {}).values()]
     return sum(x.numel() * x.element_size() for x in tensors)
+
+
+class SharedLayer(DynamicLayer):
+    """In the place of a layer that reads another one's keys and has none of its own; stays empty."""
 
 
 class KeptLayer(DynamicLayer):

@@ -141,10 +141,21 @@ class LayerMemory:
 
     @property
     def layer(self) -> Any:
-        return self.cache.layers[self.layer_idx]
+        """The cache's own of this layer; None where it has none (yet)."""
+        return self.cache.layers[self.layer_idx] if self.layer_idx < len(self.cache.layers) else None
+
+    def _check_holds_keys(self, name: str) -> None:
+        """That the keys of this call are in the cache's layer of this one, and not in another's whose keys it reads."""
+        length = getattr(self.layer, "get_seq_length", None)
+        if length is None or not self.layer.is_initialized or int(length()) == 0:
+            raise SparseAttentionError(
+                f"layer {self.layer_idx} reads the keys of another layer (they are shared), so the cache has no place "
+                f"for the {name!r} that its pattern needs of each token; use a static pattern there, or use_cache=False"
+            )
 
     def remember(self, name: str, tensor: Tensor, dim: int) -> Tensor:
         """``AttentionInputs.remember``: called after the keys joined the cache; batch is dimension 0 of the tensor."""
+        self._check_holds_keys(name)
         memory = memory_of(self.layer)
         total = int(self.layer.get_seq_length())
         seen = total - tensor.shape[dim]
@@ -165,7 +176,7 @@ class LayerMemory:
 
         Called before the keys join the cache; ``need`` older tokens belong to it (and ``SLACK`` more stay, for crops).
         """
-        started = self.layer_idx < len(self.cache.layers) and self.layer.is_initialized
+        started = self.layer is not None and self.layer.is_initialized
         seen = int(self.cache.get_seq_length(self.layer_idx)) if started else 0
         if not started:
             # The layer comes to be when its keys do; until then the new inputs wait here.
@@ -185,20 +196,25 @@ class LayerMemory:
 
     def announce(self, child: SparseAttention) -> None:
         """Tell a ``sparse_cache`` which pattern reads the keys that it hands out next; it may refuse that one."""
-        layer = self.layer if self.layer_idx < len(self.cache.layers) else None
-        announce = getattr(layer, "announce", None)
+        announce = getattr(self.layer, "announce", None)
         if announce is not None:
             announce(child)
 
     def settle(self) -> None:
         """Put inputs that waited for the layer onto it; called once its keys have joined."""
         if self.pending:
+            self._check_holds_keys(next(iter(self.pending)))
             memory_of(self.layer).update(self.pending)
             self.pending.clear()
 
     def kept_slots(self, length: int) -> Tensor | None:
         """The slots of the keys that a sparse cache handed out; None where it dropped none, or is no sparse cache."""
         slots: Tensor | None = getattr(self.layer, "slots", None)
+        if slots is not None and self.layer.announced:
+            raise SparseAttentionError(
+                f"layer {self.layer_idx} reads keys that did not pass through its place in the sparse_cache: layers of "
+                "this model share keys in a way that sa_hf does not know; use a DynamicCache"
+            )
         return None if slots is None or len(slots) == length else slots
 
     def evict(self, child: SparseAttention, inputs: AttentionInputs) -> None:

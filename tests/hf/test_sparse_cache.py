@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from generation_cases import LOSSLESS, PATTERNS, TOLERANCE, generate, patched, prompt
-from hf_cases import tiny_model, tokens
+import transformers as tf
+from generation_cases import EXPIRING, LOSSLESS, PATTERNS, TOLERANCE, generate, patched, prompt
+from hf_cases import VOCABULARY, tiny_model, tokens
 from torch import Tensor
 
 import sa_hf
@@ -132,6 +134,73 @@ def test_a_cache_that_dropped_nothing_serves_any_attention() -> None:
         with sa_hf.dense(model):
             last = model(ids[:, 15:], past_key_values=cache).logits
         assert torch.allclose(last, model(ids).logits[:, 15:], atol=1e-4)
+
+
+def sharing_model() -> Any:
+    """Layers 3 to 5 read the keys of layers 1 (full attention) and 2 (its own window)."""
+    config = tf.Gemma3nTextConfig(
+        hidden_size=32, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=64, vocab_size=VOCABULARY, vocab_size_per_layer_input=VOCABULARY, max_position_embeddings=64,
+        hidden_size_per_layer_input=8, num_kv_shared_layers=3, sliding_window=8, laurel_rank=4, altup_num_inputs=2,
+        layer_types=["sliding_attention", "full_attention"] * 3, activation_sparsity_pattern=[0.0] * 6,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.Gemma3nForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def in_steps(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    with torch.no_grad():
+        cuts = [0, 10, 11, 12, 16, ids.shape[1]]
+        return torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in pairwise(cuts)], 1)
+
+
+NARROW, WIDER = (sa_hf.SlidingWindowAttentionConfig(window=window) for window in (3, 7))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [{"0-": NARROW}, {"0-2": NARROW, "3-": WIDER}, {"0-2": NARROW}, {"3-": NARROW}, {"0-": "star"}, {"1": NARROW}],
+    ids=["one", "readers wider", "readers dense", "donors dense", "star", "one donor"],
+)
+def test_keys_that_layers_share_stay_for_every_reader(pattern: Any) -> None:
+    model = sharing_model()
+    sa_hf.patch_model(model, pattern)
+    ids = tokens(2, 20)
+    cache = sa_hf.sparse_cache(model)
+    expected = in_steps(model, ids, tf.DynamicCache(config=model.config))
+    assert (in_steps(model, ids, cache) - expected).abs().max() < TOLERANCE
+    report = cache.report()
+    assert [report[donor]["kept"] for donor in (1, 2)] == [20, 20]
+    if 0 in model.sa_hf_patch.assignment["decoder"]:
+        assert report[0]["kept"] < 5
+    ids, mask = prompt()
+    kept = generate(model, ids, mask, past_key_values=sa_hf.sparse_cache(model))
+    assert torch.equal(kept.sequences, generate(model, ids, mask).sequences)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "sparse"])
+def test_a_pattern_with_state_raises_where_it_reads_the_keys_of_another_layer(kind: str) -> None:
+    model = sharing_model()
+    sa_hf.patch_model(model, EXPIRING)
+    cache = sa_hf.sparse_cache(model) if kind == "sparse" else tf.DynamicCache(config=model.config)
+    with pytest.raises(SparseAttentionError, match=r"layer 3 reads the keys of another.*static pattern"):
+        in_steps(model, tokens(2, 20), cache)
+
+
+def test_layers_that_share_keys_in_another_way_raise() -> None:
+    """Sharing that no attribute shows: the layer's keys do not pass through its place in the cache."""
+    model = sharing_model()
+    sa_hf.patch_model(model, "sliding_window", window=3)
+    cache = sa_hf.sparse_cache(model)
+    cache.layers[3] = type(cache.layers[0])()
+    with pytest.raises(SparseAttentionError, match=r"layer 3 reads keys that did not pass through its place"):
+        in_steps(model, tokens(2, 20), cache)
 
 
 def test_sparse_cache_needs_a_patched_decoder() -> None:
