@@ -24,11 +24,14 @@ fi
 
 # The stamp holds what was installed: a change of the dependencies or of the extra installs again.
 stamp=.venv/sa_hf-installed
-wanted="$extra $(cat pyproject.toml .ci/constraints.txt | cksum)"
+wanted="$extra $(cat pyproject.toml .ci/constraints.txt .ci/triton_of_torch.py | cksum)"
 if [ ! -f "$stamp" ] || ! grep -qxF "$wanted" "$stamp"; then
   echo "setup: installing sa_hf[$extra] and its dependencies into .venv (minutes on a new machine)"
-  # Triton is a dependency of its own: CPU builds of torch do not bring it.
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[$extra]"
+  install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt)
+  # Torch first: a build for CPUs brings no Triton, and the kernels' tests want the one that the public build requires.
+  "${install[@]}" torch
+  triton="$([ "$extra" != test ] || .venv/bin/python .ci/triton_of_torch.py)"
+  "${install[@]}" --editable ".[$extra]" ${triton:+"$triton"}
   echo "$wanted" >> "$stamp"
 fi
-unset extra stamp wanted
+unset extra stamp wanted install triton
