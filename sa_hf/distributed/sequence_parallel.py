@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,6 +30,7 @@ from sa_hf.functional import check_inputs
 from sa_hf.ops.engine import Engine, choose_engine
 from sa_hf.ops.parts import Band, ScoreOptions, SegmentPart
 from sa_hf.ops.slots import merge_into, put, take
+from sa_hf.ops.transforms import differentiable, given
 from sa_hf.patterns.base import default_scale
 from sa_hf.patterns.longnet import LongNetAttentionConfig
 from sa_hf.patterns.static import static_options
@@ -101,8 +103,7 @@ def sequence_parallel_longnet(
     options = replace(options, query_offset=rank * length)
     subgroups = [None if b.sent is None else _subgroup(group, b.ranks) for b in branches]
     chosen = choose_engine(engine, query, options)
-    result: Tensor = _SequenceParallel.apply(query, key, value, branches, subgroups, options, chosen)
-    return result
+    return differentiable(_SequenceParallel(branches, subgroups, options, chosen), query, key, value)
 
 
 def _check_lengths(config: LongNetAttentionConfig, length: int, ranks: int) -> None:
@@ -258,52 +259,56 @@ def _subgroup(group: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessG
 # -- forward and backward ------------------------------------------------------------------------------------------
 
 
-class _SequenceParallel(torch.autograd.Function):
+@dataclass(frozen=True, eq=False)
+class _SequenceParallel:
     """All branches of one rank, merged into one softmax; the gradient through the mixing weights is exact, since the
     backward of each branch takes the merged output and log-sum-exp."""
 
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]  # ctx has no public type
-        ctx,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        branches: Sequence[_Branch],
-        subgroups: Sequence[dist.ProcessGroup | None],
-        options: ScoreOptions,
-        engine: Engine,
-    ) -> Tensor:
+    differentiable: ClassVar[int] = 3
+
+    branches: Sequence[_Branch]
+    subgroups: Sequence[dist.ProcessGroup | None]
+    options: ScoreOptions
+    engine: Engine
+
+    @property
+    def outputs(self) -> int:
+        return 2 + 2 * sum(group is not None for group in self.subgroups)
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        query, key, value = given(tensors[:3])
         stats = torch.promote_types(query.dtype, torch.float32)
         out = query.new_zeros(query.shape, dtype=stats)
         lse = query.new_full(query.shape[:3], -torch.inf, dtype=stats)
         gathered: list[Tensor] = []
-        for branch, group in zip(branches, subgroups, strict=True):
+        for branch, group in zip(self.branches, self.subgroups, strict=True):
             keys, values = (key, value) if group is None else branch.share(key, value, group)
             gathered += () if group is None else (keys, values)
             part = branch.part
             q, k, v = take(query, part.query_index), take(keys, branch.read), take(values, branch.read)
-            part_out, part_lse = engine.forward(part, q, k, v, options)
+            part_out, part_lse = self.engine.forward(part, q, k, v, self.options)
             merge_into(out, lse, part_out.to(stats), part_lse.to(stats), part.query_index)
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, lse, *gathered)
-        ctx.call = branches, subgroups, options, engine
-        return out
+        return out.to(query.dtype), lse, *gathered
 
-    @staticmethod
-    def backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]  # ctx has no public type
-        query, key, value, out, lse, *gathered = ctx.saved_tensors
-        branches, subgroups, options, engine = ctx.call
+    def gradients(
+        self, grad: Tensor, outputs: Sequence[Tensor], tensors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        out, lse, *gathered = outputs
+        query, key, value = given(tensors[:3])
         total = [torch.zeros_like(x) for x in (query, key, value)]
-        for branch, group in zip(branches, subgroups, strict=True):
+        for branch, group in zip(self.branches, self.subgroups, strict=True):
             keys, values = (key, value) if group is None else (gathered.pop(0), gathered.pop(0))
             index = branch.part.query_index
             q, k, v = take(query, index), take(keys, branch.read), take(values, branch.read)
-            o, g, row_lse = take(out, index), take(grad_out, index), take(lse.unsqueeze(-1), index).squeeze(-1)
-            grads = engine.backward(branch.part, q, k, v, o, row_lse, g, options)
+            o, g, row_lse = take(out, index), take(grad, index), take(lse.unsqueeze(-1), index).squeeze(-1)
+            grads = self.engine.backward(branch.part, q, k, v, o, row_lse, g, self.options)
             grad_keys, grad_values = put(grads.key, branch.read, keys), put(grads.value, branch.read, values)
             if group is not None:
                 grad_keys, grad_values = branch.collect(grad_keys, grad_values, key, group)
             total[0] += put(grads.query, index, query)
             total[1] += grad_keys
             total[2] += grad_values
-        return *total, None, None, None, None
+        return tuple(total)
+
+    def widened(self, copies: int, batch: int, mapped: object) -> None:
+        """Dropout counts the sequences of one batch."""

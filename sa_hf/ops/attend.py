@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sa_hf.ops.engine import Engine, Gradients
 from sa_hf.ops.host import own_rules
@@ -16,6 +15,7 @@ from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.random import counter_words
 from sa_hf.ops.run import plan_backward, plan_forward
 from sa_hf.ops.sequences import Sequences
+from sa_hf.ops.transforms import differentiable, given
 
 # (query_length, key_length) of a sequence -> its parts
 PlanFor = Callable[[int, int], Sequence[Part]]
@@ -209,29 +209,42 @@ def with_gradients(options: ScoreOptions, bias: Tensor | None, spans: Tensor | N
     return replace(options, distance_bias=bias, spans=spans)
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, spans: Tensor | None,
-        sequences: Sequences, plan_for: PlanFor, options: ScoreOptions, engine: Engine,
-    ) -> Tensor:  # fmt: skip
-        options = with_gradients(options, bias, spans)
-        with own_rules(query.device):
-            out, lse = sequences_forward(query, key, value, sequences, plan_for, options, engine)
-            out = out.contiguous()
-        ctx.save_for_backward(query, key, value, bias, spans, out, lse)
-        ctx.call = sequences, plan_for, with_gradients(options, None, None), engine
-        return out
+@dataclass(frozen=True, eq=False)
+class _Attend:
+    """The call of :func:`attend`; its tensors are query, key, value, distance bias and spans."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, spans, out, lse = ctx.saved_tensors
-        sequences, plan_for, options, engine = ctx.call
-        options = with_gradients(options, bias, spans)
+    differentiable: ClassVar[int] = 5
+    outputs: ClassVar[int] = 2
+
+    sequences: Sequences
+    plan_for: PlanFor
+    options: ScoreOptions
+    engine: Engine
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        bias, spans = tensors[3:]
+        query, key, value = given(tensors[:3])
+        options = with_gradients(self.options, bias, spans)
         with own_rules(query.device):
-            grads = sequences_backward(query, key, value, out, lse, grad_out, sequences, plan_for, options, engine)
-        return grads.query, grads.key, grads.value, grads.distance_bias, grads.spans, None, None, None, None
+            out, lse = sequences_forward(query, key, value, self.sequences, self.plan_for, options, self.engine)
+            return out.contiguous(), lse
+
+    def gradients(
+        self, grad: Tensor, outputs: Sequence[Tensor], tensors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        out, lse = outputs
+        bias, spans = tensors[3:]
+        query, key, value = given(tensors[:3])
+        options = with_gradients(self.options, bias, spans)
+        with own_rules(query.device):
+            grads = sequences_backward(
+                query, key, value, out, lse, grad, self.sequences, self.plan_for, options, self.engine
+            )
+        optional = ((bias, grads.distance_bias), (spans, grads.spans))
+        return grads.query, grads.key, grads.value, *(g for x, g in optional if x is not None and g is not None)
+
+    def widened(self, copies: int, batch: int, mapped: object) -> None:
+        """The plan and the sequences are of one batch."""
 
 
 def attend(
@@ -249,5 +262,4 @@ def attend(
     """
     bias, spans = options.distance_bias, options.spans
     bare = with_gradients(options, None, None)
-    result: Tensor = _Attend.apply(query, key, value, bias, spans, sequences, plan_for, bare, engine)
-    return result
+    return differentiable(_Attend(sequences, plan_for, bare, engine), query, key, value, bias, spans)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.transforms import has_tangent
 
 # Elements of K gathered at once by the torch path: 2**24 fp32 are 64 MB.
 GATHERED_AT_ONCE = 2**24
@@ -68,6 +69,8 @@ def _triton_reason(query: Tensor, key: Tensor, value: Tensor, options: ScoreOpti
 
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return "its decode kernel has no backward"
+    if has_tangent(query, key, value, options.spans):
+        return "its decode kernel has no forward-mode derivative"
     return TritonEngine().unsupported(query, options)
 
 

@@ -12,16 +12,19 @@ from torch.nn import Parameter
 OUTSIDE_COMPILED_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
 
+def tracing() -> bool:
+    """Whether a graph is being recorded (torch.compile, torch.export, make_fx): registered operators belong into it."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 def eager(*inputs: Tensor | None) -> bool:
-    """Whether a call may run as plain Python: no trace, mode, transform or subclass has to see a registered operator.
+    """Whether a call may run as plain Python: no trace, mode or subclass has to see a registered operator.
 
     Calling one by its name costs 150 us on the host (torch 2.11, 15 arguments, with autograd), which is as long as a
     sparse kernel takes over 16k tokens.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return False
-    # No public names for these: modes that intercept operators (fake tensors, flop counters), and vmap, grad, jvp.
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    # No public name: modes that intercept operators (fake tensors, flop counters).
+    if tracing() or torch._C._len_torch_dispatch_stack():
         return False
     return all(x is None or (type(x) in (Tensor, Parameter) and not x.is_meta) for x in inputs)
 

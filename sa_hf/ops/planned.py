@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sa_hf.ops.engine import Engine, choose_engine
-from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager
+from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager, tracing
 from sa_hf.ops.host import own_rules
 from sa_hf.ops.members import Means, means_backward, means_forward
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.run import plan_backward, plan_forward
+from sa_hf.ops.transforms import differentiable, refuse_second_derivative, refuse_traced_transforms
 
 UNBOUNDED = -1  # stands for None among the numbers of a rule
 
@@ -138,31 +138,43 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # sign
     ctx.rest = inputs[TENSORS:]
 
 
-def _backward(ctx, grad_out, *unused, run=_planned_backward):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
+def _backward(ctx, grad_out, *unused):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
     out, lse, slot_out, slot_lse, *tensors = ctx.saved_tensors
     bias, spans = tensors[3], tensors[4]
-    *main, of_bias, of_spans = run(grad_out, out, lse, slot_out, slot_lse, *tensors, *ctx.rest)
+    *main, of_bias, of_spans = _planned_backward(grad_out, out, lse, slot_out, slot_lse, *tensors, *ctx.rest)
     optional = (None if bias is None else of_bias, None if spans is None else of_spans)
     return *main, *optional, *(None for _ in range(len(tensors) - 5 + len(ctx.rest)))
 
 
 _planned.register_autograd(_backward, setup_context=_setup)
+_planned_backward.register_autograd(refuse_second_derivative)
 
 
-class _Direct(torch.autograd.Function):
-    """The same call without the operator."""
+@dataclass(frozen=True, eq=False)
+class _PlannedCall:
+    """The call without the operator, but where a mode or a subclass has to see one."""
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        result = _forward(*inputs)
-        _setup(ctx, inputs, result)
-        return result[0]
+    differentiable: ClassVar[int] = 5
+    outputs: ClassVar[int] = 4
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        result: tuple[Tensor | None, ...] = _backward(ctx, grad_out, run=_gradients)
-        return result
+    rest: tuple[Any, ...]
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        run: Callable[..., tuple[Tensor, ...]] = _forward if eager(*tensors) else _planned
+        return run(*tensors, *self.rest)
+
+    def gradients(
+        self, grad: Tensor, outputs: Sequence[Tensor], tensors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        run: Callable[..., tuple[Tensor, ...]] = _gradients if eager(grad, *tensors) else _planned_backward
+        grads = run(grad, *outputs, *tensors, *self.rest)
+        return tuple(g for x, g in zip(tensors[: self.differentiable], grads, strict=True) if x is not None)
+
+    def widened(self, copies: int, batch: int, mapped: Sequence[bool | None]) -> _PlannedCall | None:
+        # A table is one for the batch, dropout counts its sequences, and only a rule knows whose its tensors are.
+        bias, first, second, seed = mapped[3], mapped[5], mapped[6], mapped[7]
+        apart = bias is not None or seed is not None or first is False or second is False
+        return None if apart else self
 
 
 def planned_attention(
@@ -189,5 +201,8 @@ def planned_attention(
         rule, [UNBOUNDED if x is None else x for x in numbers], list(options.heads or ()), engine, mean_slots,
         [options.scale, options.softcap or 0.0, options.dropout, options.ramp],
     )  # fmt: skip
-    out: Tensor = _Direct.apply(*given, *rest) if eager(*given) else _planned(*given, *rest)[0]
+    if not tracing():
+        return differentiable(_PlannedCall(rest), *given)
+    refuse_traced_transforms(*given)
+    out: Tensor = _planned(*given, *rest)[0]
     return out

@@ -7,9 +7,10 @@ place), the sequences as a flat list of integers. Everything else is rebuilt, an
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,11 +19,12 @@ from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import NotStaticError
 from sa_hf.ops.attend import PlanFor, attend, sequences_backward, sequences_forward
 from sa_hf.ops.engine import choose_engine
-from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager
+from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager, tracing
 from sa_hf.ops.host import own_rules
 from sa_hf.ops.parts import Band, Part, ScoreOptions
 from sa_hf.ops.sequences import PendingSequences, Sequences, Span
 from sa_hf.ops.slots import examine_slots
+from sa_hf.ops.transforms import differentiable, refuse_second_derivative, refuse_traced_transforms
 from sa_hf.patterns.base import Geometry, StaticPatternConfig, finished_plan
 
 # Plans of one model: at most (distinct layers) x (distinct lengths) of a run; the oldest go first.
@@ -113,8 +115,7 @@ def _options(
     )  # fmt: skip
 
 
-@torch.library.custom_op("sa_hf::static_attention", mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS)
-def _static_attention(
+def _forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, seed: Tensor | None, query_gather: Tensor | None,
     key_gather: Tensor | None, mask: Tensor | None, ids: Tensor | None, layer: str, spans: list[int], extra: int,
     scale: float, softcap: float, dropout: float,
@@ -128,15 +129,19 @@ def _static_attention(
         return out.contiguous(), lse.contiguous()
 
 
+_static_attention = torch.library.custom_op(
+    "sa_hf::static_attention", _forward, mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS
+)  # fmt: skip
+
+
 @_static_attention.register_fake
 def _(query, key, value, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
     stats = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=stats)
 
 
-@torch.library.custom_op("sa_hf::static_attention_backward", mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS)
-def _static_attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None,
+def _gradients(
+    grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
     seed: Tensor | None, query_gather: Tensor | None, key_gather: Tensor | None, mask: Tensor | None,
     ids: Tensor | None, layer: str, spans: list[int], extra: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -151,24 +156,60 @@ def _static_attention_backward(
     return grads.query.contiguous(), grads.key.contiguous(), grads.value.contiguous(), table
 
 
+_static_attention_backward = torch.library.custom_op(
+    "sa_hf::static_attention_backward", _gradients, mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS
+)  # fmt: skip
+
+
 @_static_attention_backward.register_fake
-def _(grad, query, key, value, out, lse, bias, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
+def _(grad, out, lse, query, key, value, bias, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
     table = query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), table
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:TENSORS])
+    ctx.save_for_backward(*output, *inputs[:TENSORS])
     ctx.rest = inputs[TENSORS:]
 
 
 def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
-    query, key, value, out, lse, bias, *tensors = ctx.saved_tensors
-    grads = _static_attention_backward(grad_out, query, key, value, out, lse, bias, *tensors, *ctx.rest)
-    return *grads[:3], None if bias is None else grads[3], *(None for _ in [*tensors, *ctx.rest])
+    out, lse, *tensors = ctx.saved_tensors
+    *main, of_bias = _static_attention_backward(grad_out, out, lse, *tensors, *ctx.rest)
+    return *main, None if tensors[3] is None else of_bias, *(None for _ in [*tensors[4:], *ctx.rest])
 
 
 _static_attention.register_autograd(_backward, setup_context=_setup)
+_static_attention_backward.register_autograd(refuse_second_derivative)
+
+
+@dataclass(frozen=True, eq=False)
+class _StaticCall:
+    """The operator's call under function transforms, modes and subclasses."""
+
+    differentiable: ClassVar[int] = 4
+    outputs: ClassVar[int] = 2
+
+    rest: tuple[Any, ...]
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        run: Callable[..., tuple[Tensor, ...]] = _forward if eager(*tensors) else _static_attention
+        return run(*tensors, *self.rest)
+
+    def gradients(
+        self, grad: Tensor, outputs: Iterable[Tensor], tensors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        run: Callable[..., tuple[Tensor, ...]] = _gradients if eager(grad, *tensors) else _static_attention_backward
+        grads = run(grad, *outputs, *tensors, *self.rest)
+        return grads[: 3 if tensors[3] is None else 4]
+
+    def widened(self, copies: int, batch: int, mapped: Sequence[bool | None]) -> _StaticCall | None:
+        if mapped[3] is not None or mapped[4] is not None:  # a table is one for the batch, dropout counts its sequences
+            return None
+        layer, flat, *rest = self.rest
+        wide = [
+            x + copy * batch * (at % _SPAN_FIELDS == 0) for copy in range(copies) for at, x in enumerate(flat)
+        ]  # the first field is the row
+        return _StaticCall((layer, wide, *rest))
 
 
 def static_attention(
@@ -183,15 +224,22 @@ def static_attention(
 
     ``layer`` comes from :func:`layer_key`; shapes as in ``ops.attend.attend``.
     """
-    if isinstance(sequences, Sequences) and eager(query, key, value, options.distance_bias):
+    plain = eager(query, key, value, options.distance_bias) and not torch._C._are_functorch_transforms_active()
+    if isinstance(sequences, Sequences) and plain:
         return _direct(query, key, value, sequences, layer, options)
     mask = ids = None
     if isinstance(sequences, PendingSequences):
         mask, ids = sequences.attention_mask, sequences.sequence_ids
-    out: Tensor = _static_attention(
+    tensors = (
         query, key, value, options.distance_bias, options.seed, sequences.query_gather, sequences.key_gather, mask, ids,
+    )  # fmt: skip
+    rest = (
         layer, _flat(sequences), sequences.extra_tokens, options.scale, options.softcap or 0.0, options.dropout,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    if not tracing():
+        return differentiable(_StaticCall(rest), *tensors)
+    refuse_traced_transforms(*tensors)
+    out: Tensor = _static_attention(*tensors, *rest)[0]
     return out
 
 

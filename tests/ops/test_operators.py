@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sa_hf import sparse_attention
+from sa_hf import SparseAttentionError, sparse_attention
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences
@@ -93,7 +93,7 @@ def test_tensors_without_data_get_a_result_without_data() -> None:
 def test_a_second_derivative_is_refused() -> None:
     q, k, v = tensors()
     (first,) = torch.autograd.grad(sparse_attention(q, k, v, CONFIG).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
+    with pytest.raises(SparseAttentionError, match="twice"):
         first.sum().backward()
 
 
