@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sa_hf.config import did_you_mean
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tasks.data import Source, load_source
+from sa_hf.tasks.data import DEFAULT_EVALUATION_ROWS, DEFAULT_TRAIN_ROWS, Source, load_source
 from sa_hf.tasks.models import AUTO_CLASSES
 
 
@@ -27,14 +27,22 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--dataset_config", help="configuration of a hub data set")
     data.add_argument("--text_column", help="default: text, content, ...")
     data.add_argument("--label_column", help="default: label, labels, ...")
-    data.add_argument("--train_rows", type=int, help="at most so many rows for training, >= 1")
-    data.add_argument("--eval_rows", type=int, help="at most so many rows for evaluation, >= 1")
+    data.add_argument("--encoding", help="of local text, json and csv files (default: UTF-8)")
+    data.add_argument(
+        "--eval_split", choices=("validation", "test", "all"),
+        help="what to evaluate on (default: validation, else test, else a tenth held out; all: for a single file)",
+    )  # fmt: skip
+    rows = "at most so many rows or chunks for {}, >= 1 (default: all; {} of the embedded corpus)"
+    data.add_argument("--train_rows", type=int, help=rows.format("training", DEFAULT_TRAIN_ROWS))
+    data.add_argument("--eval_rows", type=int, help=rows.format("evaluation", DEFAULT_EVALUATION_ROWS))
     data.add_argument("--seed", type=int, default=0)
     data.add_argument("--max_length", type=int, default=512, help="tokens per row")
 
 
-def source_of(args: argparse.Namespace) -> Source:
-    """The rows that the data flags name."""
+def source_of(
+    args: argparse.Namespace, *, evaluate_only: bool = False, label2id: Mapping[str, int] | None = None
+) -> Source:
+    """The rows that the data flags name, as :func:`sa_hf.tasks.data.load_source` gives them."""
     return load_source(
         args.task,
         args.dataset,
@@ -45,6 +53,10 @@ def source_of(args: argparse.Namespace) -> Source:
         train_rows=args.train_rows,
         evaluation_rows=args.eval_rows,
         seed=args.seed,
+        eval_split=args.eval_split,
+        encoding=args.encoding,
+        evaluate_only=evaluate_only,
+        label2id=label2id,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from sa_hf.config import did_you_mean
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
+from sa_hf.tasks.ranks import say
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -66,6 +67,7 @@ def load_for_task(
     folder = resolve(name)
     config = read_config(name, trust_remote_code=trust_remote_code)
     check_trust(config, name, trust_remote_code, "--trust_remote_code")
+    before = _classes(config)
     _set(config, options)
     check_head(config, task)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -73,9 +75,33 @@ def load_for_task(
         tokenizer.pad_token = tokenizer.eos_token
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
-    model = auto_class.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
+    new_head = labels is not None and before is not None and list(before) != labels
+    if new_head:
+        say(
+            f"model: its classes {list(before or {})} are not the data's, {labels}: its head is made anew where sizes "
+            "differ"
+        )
+    model = auto_class.from_pretrained(
+        folder, config=config, trust_remote_code=trust_remote_code, ignore_mismatched_sizes=new_head
+    )
     check_causality(model, task)
     return model, tokenizer
+
+
+def trained_classes(name: str, task: str, trust_remote_code: bool) -> dict[str, int] | None:
+    """The classes of a model that has a trained classification head, numbered; None for every other model and task."""
+    from sa_hf.tools.load import read_config
+
+    if task != "sequence-classification" or name == CONV_TRANS or name in TOYS:
+        return None
+    return _classes(read_config(name, trust_remote_code=trust_remote_code))
+
+
+def _classes(config: Any) -> dict[str, int] | None:
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return None
+    found: dict[str, int] = config.label2id
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def auto_class_of(task: str) -> Any:

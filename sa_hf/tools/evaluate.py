@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from sa_hf.tasks.data import collator, tokenize
+from sa_hf.errors import SparseAttentionError
+from sa_hf.tasks.data import CLASSIFICATION, collator, tokenize
 from sa_hf.tasks.flags import add_data_flags, parse_flags, source_of
 from sa_hf.tasks.forecast import forecast_figures
 from sa_hf.tasks.metrics import accuracy, perplexity
@@ -69,6 +70,16 @@ def evaluate(model: Any, rows: Any, collate: Any, task: str, batch_size: int) ->
     }
 
 
+def known_classes(model: Any, task: str) -> dict[str, int] | None:
+    """The numbers of a classifier's classes by name; raises ``SparseAttentionError`` for a regression."""
+    if task != CLASSIFICATION:
+        return None
+    label2id: dict[str, int] = model.config.label2id
+    if len(label2id) < 2:
+        raise SparseAttentionError(f"the model has {len(label2id)} class, so it is no classifier; classes: {label2id}")
+    return label2id
+
+
 def show(figures: dict[str, float], args: argparse.Namespace) -> dict[str, float]:
     """Print the figures, and write them where --output says."""
     print(json.dumps(figures, indent=2))
@@ -94,8 +105,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
 
     args = parse_flags(build_parser(prog), argv)
     # Masks of the masked language model come from the collator's seed, so two models see the same ones.
-    source = source_of(args)
     model = load_saved(args.model, args.task)
+    source = source_of(args, evaluate_only=True, label2id=known_classes(model, args.task))
     if args.task == "forecasting":
         return show(forecast_figures(model, source.evaluation), args)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)

@@ -21,7 +21,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.data import Source, collator, metrics_of, tokenize
 from sa_hf.tasks.flags import add_data_flags, parse_flags, source_of
 from sa_hf.tasks.forecast import forecast_figures
-from sa_hf.tasks.models import CONV_TRANS, TOYS, load_for_task
+from sa_hf.tasks.models import CONV_TRANS, TOYS, load_for_task, trained_classes
 from sa_hf.tasks.verify import verify_reload
 from sa_hf.tools.load import make_config, parse_options
 
@@ -106,7 +106,7 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, Source]:
     """The patched model, its tokenizer, and the data."""
     import sa_hf
 
-    source = source_of(args)
+    source = source_of(args, label2id=trained_classes(args.model, args.task, args.trust_remote_code))
     if source.vocab_size is not None and args.model not in TOYS:
         raise SparseAttentionError(f"dataset {args.dataset!r} has token ids of its own: use --model with one of {TOYS}")
     options = {**(source.model_options or {}), **parse_options(args.model_set)}
