@@ -19,6 +19,8 @@ from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig, pattern_class
 from sa_hf.patterns.drawing import plot_mask
+from sa_hf.tools.bench import cpu_report, quickstart_report
+from sa_hf.tools.bench.names import LEGEND, row_title
 from sa_hf.tools.describe import fields_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,8 +48,13 @@ def pictures() -> None:
     folder.mkdir(exist_ok=True)
     for name, (fields, length, causal) in DRAWN.items():
         pattern_class(name)(**fields).plot(folder / f"{name}.png", length, causal)
-    for name, (gate, title, causal) in planted().items():
-        plot_mask(gate[None], folder / f"{name}.png", title, causal=causal)
+    for name, (gate, heading, causal) in planted().items():
+        plot_mask(gate[None], folder / f"{name}.png", heading, causal=causal, pattern=name)
+    for path in sorted(RESULTS.glob("benchmark_cpu*.json")):
+        cpu_report.plot(json.loads(path.read_text()), path.with_suffix(".png"))
+    rows = quickstart_rows()
+    if rows:
+        quickstart_report.draw_results(rows, RESULTS / "quickstart.png")
 
 
 def planted() -> dict[str, tuple[Tensor, str, bool]]:
@@ -64,11 +71,11 @@ def planted() -> dict[str, tuple[Tensor, str, bool]]:
     return {
         "sparsebert": (
             torch.isin(distance, kept_distances).float(),
-            f"sparsebert, a frozen structured mask, n = {n}",
+            f"sparsebert, a frozen structured mask, n = {n}, bidirectional",
             False,
         ),
-        "expire_span": (gate, f"expire_span, planted spans with a ramp of 8, n = {n}", True),
-        "routing": (same.float(), f"routing, four planted clusters, n = {n}", True),
+        "expire_span": (gate, f"expire_span, planted spans with a ramp of 8, n = {n}, causal", True),
+        "routing": (same.float(), f"routing, four planted clusters, n = {n}, causal", True),
     }
 
 
@@ -112,6 +119,8 @@ def measured(name: str) -> str:
     growth = growth_rows(BENCHMARK_LABELS.get(name, ()))
     if growth:
         blocks.append(f"Growth with the length, forward and backward (same machine and command):\n\n{table(growth)}")
+    if speed or growth:
+        blocks.append(LEGEND)
     return "\n\n".join(blocks) or "Not measured yet."
 
 
@@ -124,7 +133,7 @@ def growth_rows(labels: tuple[str, ...]) -> list[dict[str, Any]]:
             fits = {
                 f"exponent of {what}": row["exponents"][key] for what, key in (("time", "seconds"), ("memory", "mb"))
             }
-            rows.append({"pattern": row["label"], **seconds, **fits})
+            rows.append({"pattern": row_title(row["label"]), **seconds, **fits})
     return rows
 
 
@@ -159,7 +168,7 @@ def speed_rows(labels: tuple[str, ...]) -> list[dict[str, Any]]:
             if found is not None and not row["dropout"]:
                 rows.append(
                     {
-                        "pattern": label,
+                        "pattern": row_title(label),
                         "tokens": f"{row['length']:,}",
                         "pass": "forward+backward" if row["backward"] else "forward",
                         "dense, s": dense,
@@ -183,7 +192,7 @@ def headline() -> str:
         return "Not measured yet."
     return (
         f"Attention at {HEADLINE_LENGTH:,} tokens on the CPU, and the speed-up over dense SDPA of the same causality, "
-        f"called in turn:\n\n{table(list(shown.values()))}\n\n{benchmark_header()}. All "
+        f"called in turn:\n\n{table(list(shown.values()))}\n\n{LEGEND}\n\n{benchmark_header()}. All "
         "lengths, memory, FlexAttention and growth: [benchmark_cpu.md](model_cards/results/benchmark_cpu.md)."
     )
 
@@ -288,11 +297,16 @@ def filled(text: str, section: str, content: str) -> str:
 def gallery() -> str:
     """Four pictures per row, each linked to its card."""
     cells = [f"[![{n}](model_cards/pictures/{n}.png)](model_cards/{n}.md)" for n in SYSTEMS]
-    names = [f"[{n}](model_cards/{n}.md)" for n in SYSTEMS]
+    names = [f"[{n}](model_cards/{n}.md), {'causal' if is_causal(n) else 'bidirectional'}" for n in SYSTEMS]
     rows = []
     for at in range(0, len(cells), 4):
         rows += ["| " + " | ".join(cells[at : at + 4]) + " |", "| " + " | ".join(names[at : at + 4]) + " |"]
     return "\n".join([rows[0], "| :---: | :---: | :---: | :---: |", *rows[1:]])
+
+
+def is_causal(name: str) -> bool:
+    """Whether a system's picture shows it causal."""
+    return DRAWN[name][2] if name in DRAWN else planted()[name][2]
 
 
 def pages() -> dict[Path, str]:
@@ -302,6 +316,8 @@ def pages() -> dict[Path, str]:
         path = CARDS / f"{name}.md"
         text = filled(path.read_text(), "configuration", configuration(pattern_class(name)))
         result[path] = filled(text, "measured", measured(name))
+    for path in sorted(RESULTS.glob("benchmark_cpu*.json")):
+        result[path.with_suffix(".md")] = cpu_report.markdown(json.loads(path.read_text()))
     readme = ROOT / "README.md"
     text = filled(readme.read_text(), "gallery", gallery())
     text = filled(text, "headline", headline())
@@ -314,6 +330,21 @@ def quickstart() -> str:
     """The table of the last committed run of scripts/quickstart.sh."""
     path = RESULTS / "quickstart.md"
     return path.read_text().strip() if path.exists() else "Not measured yet."
+
+
+def quickstart_rows() -> dict[str, dict[str, float]]:
+    """The figures of that table, as scripts/quickstart.py had them, to its digits."""
+    rows = {}
+    for line in quickstart().splitlines()[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5:
+            label, accuracy, _, seconds, memory = cells
+            rows[label] = {
+                "eval_accuracy": float(accuracy.rstrip("%")) / 100,
+                "step_seconds": float(seconds.removesuffix(" s")),
+                "train_peak_memory_mb": float(memory.removesuffix(" MB").replace(",", "")),
+            }
+    return rows
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from sa_hf import BigBirdAttentionConfig
+from sa_hf.tools.bench.quickstart_report import draw_results
 from sa_hf.tools.bench.report import machine
 
 FINETUNE = Path(__file__).with_name("finetune.py")
@@ -144,7 +145,7 @@ def report(results: dict[str, Any], output: Path) -> None:
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     pattern = BigBirdAttentionConfig(**results["pattern"])
     pattern.plot(output / "pattern.png", results["sizes"]["long"])
-    draw_results(results, output / "result.png")
+    draw_results(results["rows"], output / "result.png")
     print("\n" + "\n".join(lines))
     print(f"\nsaved, loaded again through AutoModel, outputs equal bit for bit: {output / 'sparse_long'}")
     print(f"pictures: {output / 'pattern.png'}, {output / 'result.png'}; {results['total_seconds']:.0f} s in all")
@@ -158,32 +159,6 @@ def measured_on(results: dict[str, Any]) -> str:
         f"{results['total_seconds']:.0f} s in all. {about['device']}, {about['threads']} threads, "
         f"torch {about['torch']}, transformers {about['transformers']}, {about['date']}, commit {about['commit']}."
     )
-
-
-def draw_results(results: dict[str, Any], path: Path) -> None:
-    """Three bar charts side by side: quality, time, memory."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    labels = list(results["rows"])
-    rows = results["rows"].values()
-    panels = (
-        ("accuracy (higher is better)", "{:.1%}", [row["eval_accuracy"] for row in rows]),
-        ("seconds per step", "{:.2f}", [row["step_seconds"] for row in rows]),
-        ("peak memory, MB", "{:,.0f}", [row["train_peak_memory_mb"] for row in rows]),
-    )
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.2), layout="constrained", sharey=True)
-    for axis, (title, form, values) in zip(axes, panels, strict=True):
-        bars = axis.barh(labels, values, color=["#9aa5b1", "#52606d", "#2f7ed8"])
-        axis.bar_label(bars, fmt=form, padding=3)
-        axis.set_title(title)
-        axis.margins(x=0.2)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,11 @@ class StaticPatternConfig(SparseAttentionConfig):
         """Predicates whose multiset sum is the pattern; one, but for LongNet."""
         return [partial(self._allowed_at, geometry)]
 
+    def named_parts(self, geometry: Geometry) -> dict[str, Predicate]:
+        """What pictures tell apart, by label; a kept pair belongs to the first part that holds it, to the last where
+        none does. Empty: one piece."""
+        return {}
+
     def _allowed_at(self, geometry: Geometry, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return self.allowed(head, i, j, geometry)
 

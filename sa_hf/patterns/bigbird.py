@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sa_hf.config import check_choice, check_integer, register_pattern
 from sa_hf.errors import SparseAttentionError
-from sa_hf.ops.layout import build_layout
+from sa_hf.ops.layout import Predicate, build_layout
 from sa_hf.ops.parts import Band, BlockPart, Part
 from sa_hf.ops.random import splitmix64, splitmix64_tensor
 from sa_hf.patterns.base import Geometry, LayerSpec, StaticPatternConfig
@@ -98,6 +98,14 @@ class BigBirdAttentionConfig(StaticPatternConfig):
         for column in range(table.shape[2]):
             kept = kept | (table[head, q_block, column] == k_block)
         return kept
+
+    def named_parts(self, geometry: Geometry) -> dict[str, Predicate]:
+        size, half = self.block_size, self.num_window_blocks // 2
+        return {
+            "window": lambda head, i, j: (i // size - j // size).abs() <= half,
+            "random": lambda head, i, j: ~self._near_or_global(i // size, j // size, geometry),
+            "global": lambda head, i, j: self._near_or_global(i // size, j // size, geometry),
+        }
 
     def same_for_all_heads(self, geometry: Geometry) -> bool:
         return self.num_random_blocks == 0 or len(geometry.heads) == 1

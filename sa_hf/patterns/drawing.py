@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import replace
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.host import with_host_defaults
+from sa_hf.ops.layout import Predicate
 from sa_hf.patterns.base import StaticPatternConfig, whole_geometry
+from sa_hf.patterns.palette import FUTURE, LEFT_OUT, colour_of, shades
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +28,11 @@ DENSE_LENGTH = 1024
 # ... of at most so many rows, spread evenly.
 ROWS_SAMPLED = 4096
 SHADES = " ░▒▓█"
-KEPT, LEFT_OUT, FUTURE = "#17407a", "#ffffff", "#e8e6e1"
+DPI = 300  # 1,140 points for one panel: twice what a model card shows
+TITLE_WIDTH = 51  # characters over a panel
+GRID_DPI = 200  # of larger grids
 MAX_PANELS = 4
+KEPT = "kept"  # label of a pattern of one piece
 
 
 # -- cells ---------------------------------------------------------------------------------------------------------
@@ -46,22 +52,58 @@ def pattern_cells(
     config: SparseAttentionConfig, length: int, cells: tuple[int, int], causal: bool, num_heads: int, layer_idx: int
 ) -> Iterator[Tensor]:
     """Per head, the cells of a pattern at a length, ``[rows, columns]`` as in :func:`mask_cells`."""
+    for parts in part_cells(config, length, cells, causal, num_heads, layer_idx):
+        yield torch.stack(list(parts.values())).sum(0)
+
+
+def part_cells(
+    config: SparseAttentionConfig, length: int, cells: tuple[int, int], causal: bool, num_heads: int, layer_idx: int
+) -> Iterator[dict[str, Tensor]]:
+    """Per head, the cells of each part of a pattern that a picture tells apart, by label; a pair of several parts
+    belongs to the first of them."""
     rows, columns = min(cells[0], length), min(cells[1], length)
-    if length <= DENSE_LENGTH or not isinstance(config, StaticPatternConfig):
+    if not isinstance(config, StaticPatternConfig):
         for mask in config.mask(length, num_heads, layer_idx, causal):
-            yield mask_cells(mask, rows, columns)
+            yield {KEPT: mask_cells(mask, rows, columns)}
         return
     whole = whole_geometry(length, num_heads, layer_idx, causal)
+    named = config.named_parts(whole) or {KEPT: _everything}
+    if length <= DENSE_LENGTH:
+        i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+        for head, mask in enumerate(config.mask(length, num_heads, layer_idx, causal)):
+            parts = _taken_apart(named, mask, torch.tensor(head), i, j)
+            yield {label: mask_cells(part, rows, columns) for label, part in parts.items()}
+        return
     sampled = torch.arange(min(length, ROWS_SAMPLED))
     sampled = sampled * length // len(sampled)
     for head in whole.heads:
         geometry = replace(whole, heads=(head,))
-        kept = torch.zeros(rows, columns, dtype=torch.float32)
+        kept = {label: torch.zeros(rows, columns, dtype=torch.float32) for label in named}
         for position in sampled.tolist():
             keys = torch.unique(config.decode_keys(position, geometry)[0])
-            kept[position * rows // length] += torch.bincount(keys * columns // length, minlength=columns)
+            at = torch.ones_like(keys, dtype=torch.bool), torch.tensor(head), torch.full_like(keys, position), keys
+            for label, part in _taken_apart(named, *at).items():
+                listed = keys[part] * columns // length
+                kept[label][position * rows // length] += torch.bincount(listed, minlength=columns)
         queries = torch.bincount(sampled * rows // length, minlength=rows)[:, None]
-        yield kept / (queries * torch.bincount(torch.arange(length) * columns // length)).clamp(min=1)
+        pairs = (queries * torch.bincount(torch.arange(length) * columns // length)).clamp(min=1)
+        yield {label: part / pairs for label, part in kept.items()}
+
+
+def _everything(head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return torch.ones_like(i + j, dtype=torch.bool)
+
+
+def _taken_apart(
+    named: Mapping[str, Predicate], kept: Tensor, head: Tensor, i: Tensor, j: Tensor
+) -> dict[str, Tensor]:  # fmt: skip
+    """Kept pairs by the first part that holds them; those of no part go to the last."""
+    found, rest = {}, kept
+    for label, holds in named.items():
+        found[label] = rest & holds(head, i, j)
+        rest = rest & ~found[label]
+    found[label] = found[label] | rest
+    return found
 
 
 # -- terminal ------------------------------------------------------------------------------------------------------
@@ -103,6 +145,44 @@ def _title(config: SparseAttentionConfig, length: int, causal: bool, density: fl
 # -- images --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One square of a picture: the cells of each part ``[rows, columns]`` in [0, 1] by label, and their colours.
+
+    ``note`` stands in the square where there are no cells.
+    """
+
+    title: str
+    length: int
+    causal: bool
+    cells: Mapping[str, Tensor]
+    colours: Mapping[str, str]
+    note: str = ""
+
+
+def pattern_panels(
+    config: SparseAttentionConfig, length: int, *, causal: bool, num_heads: int = 1, layer_idx: int = 0
+) -> list[Panel]:
+    """A panel per head of a pattern, at most four."""
+    drawn = part_cells(config, length, (PLOT_CELLS, PLOT_CELLS), causal, num_heads, layer_idx)
+    return [
+        Panel(f"head {head}", length, causal, cells, part_colours(config.name, cells))
+        for head, cells in zip(range(min(num_heads, MAX_PANELS)), drawn, strict=False)
+    ]
+
+
+def mask_panel(mask: Tensor, pattern: str, title: str, *, causal: bool) -> Panel:
+    """A panel of a given mask or gate, ``[n, n]`` in [0, 1]."""
+    cells = min(len(mask), PLOT_CELLS)
+    return Panel(title, len(mask), causal, {KEPT: mask_cells(mask, cells, cells)}, part_colours(pattern, [KEPT]))
+
+
+def part_colours(pattern: str, labels: Iterable[str]) -> dict[str, str]:
+    """The colours of a pattern's parts: shades of its one colour."""
+    names = list(labels)
+    return dict(zip(names, shades(colour_of(pattern), len(names)), strict=True))
+
+
 @with_host_defaults
 def plot(
     config: SparseAttentionConfig,
@@ -119,25 +199,34 @@ def plot(
         ImportError: matplotlib is missing (`pip install '.[tools]'` in a clone).
         NotStaticError: the pattern has no mask of its own.
     """
-    panels = min(num_heads, MAX_PANELS)
-    cells = pattern_cells(config, length, (PLOT_CELLS, PLOT_CELLS), causal, num_heads, layer_idx)
     title = _title(config, length, causal, config.density(length, num_heads, layer_idx, causal))
-    _draw([drawn for drawn, _ in zip(cells, range(panels), strict=False)], path, title, length, causal)
+    panels = pattern_panels(config, length, causal=causal, num_heads=num_heads, layer_idx=layer_idx)
+    draw_panels([panels], path, title)
 
 
 @with_host_defaults
-def plot_mask(mask: Tensor, path: str | os.PathLike[str], title: str, *, causal: bool = False) -> None:
+def plot_mask(
+    mask: Tensor, path: str | os.PathLike[str], title: str, *, causal: bool = False, pattern: str = ""
+) -> None:  # fmt: skip
     """Write a picture of given masks or gates, ``[heads, n, n]`` in [0, 1], in the same style.
+
+    Args:
+        pattern: whose colour it has.
 
     Raises:
         ImportError: matplotlib is missing (`pip install '.[tools]'` in a clone).
     """
-    length = mask.shape[1]
-    cells = min(length, PLOT_CELLS)
-    _draw([mask_cells(head, cells, cells) for head in mask[:MAX_PANELS]], path, title, length, causal)
+    heads = enumerate(mask[:MAX_PANELS])
+    draw_panels([[mask_panel(m, pattern, f"head {h}", causal=causal) for h, m in heads]], path, title)
 
 
-def _draw(cells: list[Tensor], path: str | os.PathLike[str], title: str, length: int, causal: bool) -> None:
+def draw_panels(rows: Sequence[Sequence[Panel]], path: str | os.PathLike[str], title: str) -> None:
+    """Write panels in a grid, row by row; a single one goes without its title.
+
+    Raises:
+        ImportError: matplotlib is missing (`pip install '.[tools]'` in a clone).
+        SparseAttentionError: the path's suffix is no image format.
+    """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
         from matplotlib.figure import Figure
@@ -148,29 +237,35 @@ def _draw(cells: list[Tensor], path: str | os.PathLike[str], title: str, length:
         raise SparseAttentionError(
             f"{os.fspath(path)!r} ends in {suffix!r}, which is no image format; use one of {formats}, for example 'png'"
         )
-    panels = len(cells)
+    columns = max(map(len, rows))
     # A Figure of its own, not pyplot: no window, no state that outlives the call.
-    figure = Figure(figsize=(3.4 * panels + 0.4, 4.3), dpi=200, layout="constrained", facecolor="white")
-    for head, (axes, drawn) in enumerate(zip(figure.subplots(1, panels, squeeze=False)[0], cells, strict=True)):
-        _panel(axes, drawn, length, causal)
-        if panels > 1:
-            axes.set_title(f"head {head}", fontsize=9)
-    figure.suptitle(title, fontsize=9.5)
-    _legend(figure, causal)
+    size = (3.4 * columns + 0.4, 3.4 * len(rows) + 0.9)
+    figure = Figure(
+        figsize=size,
+        dpi=DPI if columns * len(rows) <= MAX_PANELS else GRID_DPI,
+        layout="constrained",
+        facecolor="white",
+    )
+    for line, panels in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+        for axes, panel in zip(line, panels, strict=False):
+            _panel(axes, panel)
+            if columns * len(rows) > 1:
+                axes.set_title(panel.title, fontsize=9)
+        for axes in line[len(panels) :]:
+            axes.set_axis_off()
+    # "n = 64" stays on a line: these blanks do not break.
+    figure.suptitle(textwrap.fill(title.replace(" = ", "\u00a0=\u00a0"), TITLE_WIDTH * columns), fontsize=9.5)
+    _legend(figure, [panel for panels in rows for panel in panels])
     figure.savefig(path)
 
 
-def _panel(axes: Axes, cells: Tensor, length: int, causal: bool) -> None:
-    from matplotlib.colors import LinearSegmentedColormap, to_rgb
-
-    # The square root lifts thin lines, which large cells would wash out.
-    shade = cells.sqrt()
-    image = LinearSegmentedColormap.from_list("kept", [LEFT_OUT, KEPT])(shade.numpy())
-    if causal:
-        rows, columns = cells.shape
-        future = torch.arange(columns) * rows > (torch.arange(rows)[:, None] + 0.999) * columns
-        image[(future & (cells == 0)).numpy(), :3] = to_rgb(FUTURE)
-    axes.imshow(image, extent=(0, length, length, 0), interpolation="nearest")
+def _panel(axes: Axes, panel: Panel) -> None:
+    length = panel.length
+    if panel.cells:
+        axes.imshow(_image(panel), extent=(0, length, length, 0), interpolation="nearest")
+    else:
+        axes.set(xlim=(0, length), ylim=(length, 0), aspect="equal")
+        axes.text(0.5, 0.5, panel.note, transform=axes.transAxes, fontsize=8, ha="center", va="center", wrap=True)
     ticks = [0, length // 2, length] if length > 1 else [0, 1]
     axes.set_xticks(ticks)
     axes.set_yticks(ticks)
@@ -181,9 +276,34 @@ def _panel(axes: Axes, cells: Tensor, length: int, causal: bool) -> None:
         spine.set_linewidth(0.6)
 
 
-def _legend(figure: Any, causal: bool) -> None:
+def _image(panel: Panel) -> Any:
+    """Colours of the cells, float ``[rows, columns, 3]``: the mean of the parts in a cell, paler where less is kept."""
+    from matplotlib.colors import to_rgb
+
+    def colour(name: str) -> Tensor:
+        return torch.tensor(to_rgb(name))
+
+    shares = torch.stack(list(panel.cells.values()), -1)
+    kept = shares.sum(-1, keepdim=True)
+    ink = shares @ torch.stack([colour(panel.colours[label]) for label in panel.cells]) / kept.clamp(min=1e-12)
+    # The square root lifts thin lines, which large cells would wash out.
+    image = colour(LEFT_OUT) + (ink - colour(LEFT_OUT)) * kept.clamp(max=1).sqrt()
+    if panel.causal:
+        rows, columns = kept.shape[:2]
+        future = torch.arange(columns) * rows > (torch.arange(rows)[:, None] + 0.999) * columns
+        image[future & (kept[..., 0] == 0)] = colour(FUTURE)
+    return image.clamp(0, 1).numpy()
+
+
+def _legend(figure: Any, panels: Sequence[Panel]) -> None:
     from matplotlib.patches import Patch
 
-    entries = [("kept", KEPT), ("left out", LEFT_OUT), *([("future", FUTURE)] if causal else [])]
-    handles = [Patch(facecolor=colour, edgecolor="#888888", linewidth=0.5, label=label) for label, colour in entries]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    entries = {label: colour for panel in panels for label, colour in panel.colours.items()}
+    entries["left out"] = LEFT_OUT
+    if any(panel.causal for panel in panels):
+        entries["future"] = FUTURE
+    handles = [
+        Patch(facecolor=colour, edgecolor="#888888", linewidth=0.5, label=label) for label, colour in entries.items()
+    ]
+    columns = min(len(handles), 5 * max(1, round(figure.get_figwidth() / 3.8)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=7.5, frameon=False)

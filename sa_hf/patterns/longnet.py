@@ -80,6 +80,9 @@ class LongNetAttentionConfig(StaticPatternConfig):
         pairs = zip(self.segment_length, self.dilated_ratio, strict=True)
         return [partial(self._branch, w, r, geometry.num_heads) for w, r in pairs]
 
+    def named_parts(self, geometry: Geometry) -> dict[str, Predicate]:
+        return {f"r = {r}": b for r, b in zip(self.dilated_ratio, self.branches(geometry), strict=True)}
+
     def _branch(self, w: int, r: int, num_heads: int, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         s = self.offset(head, r, num_heads)
         return (i // w == j // w) & (i % w % r == s) & (j % w % r == s)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.config import check_integer, register_pattern
-from sa_hf.ops.layout import build_layout
+from sa_hf.ops.layout import Predicate, build_layout
 from sa_hf.ops.parts import Band, BlockPart, Part, SegmentPart
 from sa_hf.patterns.base import Geometry, StaticPatternConfig
 from sa_hf.patterns.tiles import band_tiles, query_tiles, tiles_of, within_band
@@ -44,6 +44,14 @@ class SlidingWindowAttentionConfig(StaticPatternConfig):
 
     def allowed(self, head: Tensor, i: Tensor, j: Tensor, geometry: Geometry) -> Tensor:
         return ((i - j).abs() < self.window) | (j < self.num_sink_tokens)
+
+    def named_parts(self, geometry: Geometry) -> dict[str, Predicate]:
+        if not self.num_sink_tokens:
+            return {}
+        return {
+            "window": lambda head, i, j: (i - j).abs() < self.window,
+            "sinks": lambda head, i, j: j < self.num_sink_tokens,
+        }
 
     def block_plan(self, geometry: Geometry, device: torch.device, candidates: Tensor | None = None) -> list[Part]:
         return [window_part(geometry, device, self.window, self.num_sink_tokens, self.drop_diagonal)]

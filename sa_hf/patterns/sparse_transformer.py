@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sa_hf.config import check_choice, check_integer, register_pattern
 from sa_hf.errors import SparseAttentionError
-from sa_hf.ops.layout import build_layout, on_heads
+from sa_hf.ops.layout import Predicate, build_layout, on_heads
 from sa_hf.ops.parts import Band, BlockLayout, BlockPart, OffsetsPart, Part, SegmentPart
 from sa_hf.patterns.base import Geometry, LayerSpec, StaticPatternConfig
 from sa_hf.patterns.sliding_window import window_part
@@ -96,6 +96,15 @@ class SparseTransformerAttentionConfig(StaticPatternConfig):
             return local | column
         part = head % 2 if self.head_mode == "per_head" else torch.full_like(head, geometry.layer_idx % 2)
         return torch.where(part == LOCAL, local, column)
+
+    def named_parts(self, geometry: Geometry) -> dict[str, Predicate]:
+        stride = self.stride
+        if self.kind == "strided":
+            return {"local": lambda head, i, j: (i - j).abs() < stride, "columns": lambda head, i, j: i == i}
+        return {
+            "local": lambda head, i, j: i // stride == j // stride,
+            "summary columns": lambda head, i, j: i == i,
+        }
 
     def layer_of_plan(self, layer_idx: int) -> int:
         return layer_idx % 2 if self.head_mode == "interleaved" else 0

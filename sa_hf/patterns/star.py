@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sa_hf.config import check_bool, check_choice, register_pattern
 from sa_hf.errors import SparseAttentionError
+from sa_hf.ops.layout import Predicate
 from sa_hf.ops.parts import Band, OffsetsPart, Part, SegmentPart
 from sa_hf.patterns.base import Geometry, LayerSpec, StaticPatternConfig
 from sa_hf.patterns.tiles import band_tiles, tiles_of
@@ -57,6 +58,10 @@ class StarAttentionConfig(StaticPatternConfig):
         if self._closed(geometry):
             kept = kept | ((i == first) & (j == last)) | ((i == last) & (j == first))
         return kept
+
+    def named_parts(self, geometry: Geometry) -> dict[str, Predicate]:
+        first, _ = self._satellites(geometry)
+        return {"relay": lambda head, i, j: (i < first) | (j < first), "ring": lambda head, i, j: i == i}
 
     def length_dependent(self, causal: bool) -> bool:
         return self.ring and not causal

@@ -5,6 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sa_hf.patterns.palette import OTHER, colour_of
+from sa_hf.tools.bench.names import FLEX, LEGEND, NAMES, row_title
+
+DPI = 200  # 2,400 points across: twice what a page shows
+MARKERS = "os^v"
+
 
 def markdown(result: dict[str, Any]) -> str:
     """All tables of ``scripts/benchmark.py``'s result."""
@@ -15,12 +21,14 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}`; {result['shape']}; {machine}.",
         "",
         "Parity with the fp64 oracle (outputs and gradients, RMS ratio): "
-        + ", ".join(f"{label} {error:.0e}" for label, error in result.get("parity", {}).items())
+        + "; ".join(f"{row_title(label)} {error:.0e}" for label, error in result.get("parity", {}).items())
         + ".",
         "",
         "Configurations at 16,384 tokens: "
-        + "; ".join(f"*{label}* {fields}" for label, fields in result.get("configs", {}).items())
+        + "; ".join(f"*{row_title(label)}*: {fields}" for label, fields in result.get("configs", {}).items())
         + ".",
+        "",
+        LEGEND,
     ]
     plain = [row for row in result["speed"] if not row["dropout"]]
     trained = [row for row in result["speed"] if row["dropout"]]
@@ -48,12 +56,12 @@ def _speed(title: str, rows: list[dict[str, Any]]) -> list[str]:
             ratio = dense / found["median_s"]
             kept = found["pairs"] / found["dense_pairs"] if "pairs" in found else None
             lines.append(
-                f"| {row['length']:,} | {label} | {name} | {found['median_s']:.4f} ({ratio:.1f}x) "
+                f"| {row['length']:,} | {label} | {row_title(name)} | {found['median_s']:.4f} ({ratio:.1f}x) "
                 f"| {found['first_s']:.3f} | {'' if kept is None else f'{kept:.2%}'} "
                 f"| {'' if kept is None else f'{ratio * kept:.0%}'} |"
             )
         for name, reason in row["failed"].items():
-            lines.append(f"| {row['length']:,} | {label} | {name} | failed: {reason} | | | |")
+            lines.append(f"| {row['length']:,} | {label} | {row_title(name)} | failed: {reason} | | | |")
     return lines
 
 
@@ -65,7 +73,7 @@ def _memory(rows: list[dict[str, Any]]) -> list[str]:
         "| length | contender | forward | forward+backward |", "|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
-        name = f"dense {'causal' if row['causal'] else 'full'}" if row["label"] == "dense" else row["label"]
+        name = f"dense {'causal' if row['causal'] else 'full'}" if row["label"] == "dense" else row_title(row["label"])
         lines.append(f"| {row['length']:,} | {name} | {row['forward_mb']:.0f} | {row['both_mb']:.0f} |")
     return lines
 
@@ -88,43 +96,67 @@ def _growth(rows: list[dict[str, Any]]) -> list[str]:
         seconds = ", ".join(f"{point['seconds']:.3f}" for point in row["points"])
         memory = ", ".join(f"{point['mb']:.0f}" for point in row["points"])
         lines.append(
-            f"| {row['label']} | {seconds} | {memory} | {fits['seconds']:.2f} | {fits['mb']:.2f} | {pairs} | {ratio} |"
+            f"| {row_title(row['label'])} | {seconds} | {memory} | {fits['seconds']:.2f} | {fits['mb']:.2f} | {pairs} "
+            f"| {ratio} |"
         )
     return lines
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Speed-up over dense by length, and seconds by length, both for forward+backward (needs matplotlib)."""
-    import matplotlib
+    """Speed-up over dense by length, and seconds by length, both for forward+backward (needs matplotlib).
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    One colour per pattern; causal rows have solid lines, bidirectional ones dashed; markers tell the options apart.
+    """
+    from matplotlib.figure import Figure
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
-    series: dict[str, list[tuple[int, float]]] = {}
-    for row in result["speed"]:
-        if row["backward"] and not row["dropout"]:
-            dense = row["rows"]["dense"]["median_s"]
-            for name, found in row["rows"].items():
-                if name != "dense":
-                    series.setdefault(name, []).append((row["length"], dense / found["median_s"]))
-    for axis in (left, right):
-        axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])  # as many colours as patterns
-    for name, points in series.items():
-        left.plot(*zip(*points, strict=True), marker="o", label=name)
-    left.axhline(1.0, color="grey", linewidth=1)
+    figure = Figure(figsize=(12, 5.6), dpi=DPI, layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    for name, points in _speed_ups(result["speed"]).items():
+        left.plot(*zip(*points, strict=True), **_style(name))
+    left.axhline(1.0, color=colour_of("dense"), linewidth=1)
     left.set_title("speed-up over dense SDPA, forward+backward")
     for row in result["growth"]:
         points = [(point["length"], point["seconds"]) for point in row["points"]]
-        right.plot(*zip(*points, strict=True), marker="o", label=f"{row['label']} ({row['exponents']['seconds']:.2f})")
-    right.set_title("seconds, forward+backward (fitted exponent)")
+        right.plot(*zip(*points, strict=True), **_style(row["label"]))
+    right.set_title("seconds, forward+backward")
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xlabel("tokens")
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    exponents = {row["label"]: f" [{row['exponents']['seconds']:.2f}]" for row in result["growth"]}
+    handles = {line.get_gid(): line for axis in (right, left) for line in axis.get_lines() if line.get_gid()}
+    if handles:
+        labels = [row_title(name) + exponents.get(name, "") for name in handles]
+        figure.legend(
+            handles.values(), labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False, handlelength=4,
+            title="[fitted exponent of the time in the length]", title_fontsize=8,
+        )  # fmt: skip
+    figure.savefig(path)
+
+
+def _speed_ups(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """(length, speed-up) of every contender, forward and backward."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["backward"] and not row["dropout"]:
+            dense = row["rows"]["dense"]["median_s"]
+            for name, found in row["rows"].items():
+                if name != "dense":
+                    series.setdefault(name, []).append((row["length"], dense / found["median_s"]))
+    return series
+
+
+def _style(label: str) -> dict[str, Any]:
+    """How the line of a contender is drawn."""
+    named = NAMES.get(label.removeprefix(FLEX))
+    if named is None:
+        return {"color": OTHER, "gid": label}
+    alike = [n for n in NAMES if (NAMES[n].pattern, NAMES[n].causal) == (named.pattern, named.causal)]
+    return {
+        "color": colour_of(named.pattern),
+        "linestyle": "-" if named.causal else (0, (4, 2)),
+        "marker": "x" if label.startswith(FLEX) else MARKERS[alike.index(label)],
+        "markersize": 5,
+        "gid": label,
+    }
