@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,6 +28,8 @@ TRAINED_LIMIT = "original_max_position_embeddings"
 TABLES = ("position_embeddings", "wpe", "embed_positions")
 # Buffers with one entry per position, and what stands at position p.
 BUFFERS = ("position_ids", "token_type_ids")
+# Models that were lengthened with their tokenizer, or without it and with a warning: one is enough.
+_told_of_tokenizer: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def extend_positions(
     """Let a model take inputs of ``max_length`` tokens, for good (``unpatch_model`` does not undo it).
 
     Args:
-        tokenizer: gets the new limit.
+        tokenizer: gets the new limit. Without one a warning says, once for a model, that the tokenizer still cuts at
+            its own.
         rope_parameters: RoPE scaling, as in Transformers' configs, e.g. ``{"rope_type": "yarn", "factor": 4.0}``.
 
     Returns:
@@ -294,7 +298,21 @@ def plan_extension(
                 "without rope_parameters (e.g. {'rope_type': 'yarn', 'factor': 4.0}) it extrapolates",
                 stacklevel=3,
             )
+    if limit is None or max_length > limit:
+        _tell_of_tokenizer(root, max_length, tokenizer)
     return ExtensionPlan(limit, max_length, tokenizer, rope_parameters, tables)
+
+
+def _tell_of_tokenizer(root: PreTrainedModel, max_length: int, tokenizer: Any) -> None:
+    """Warn where a model is lengthened for the first time and its tokenizer would cut the longer inputs in silence."""
+    if tokenizer is None and root not in _told_of_tokenizer:
+        warnings.warn(
+            f"max_length={max_length} lengthens the model alone: its tokenizer keeps its own limit, at which "
+            "truncation=True and pipelines cut. Give tokenizer=tokenizer beside max_length, or set "
+            f"tokenizer.model_max_length = {max_length}",
+            stacklevel=4,
+        )
+    _told_of_tokenizer.add(root)
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,7 +124,10 @@ def summary(
     loaded = load_model(model, trust_remote_code=trust)
     if config is not None:
         longer = lengthening(loaded, length)
-        patch_model(loaded, config, layers=layers, max_length=longer)
+        with warnings.catch_warnings():
+            # No text goes through a tokenizer here.
+            warnings.filterwarnings("ignore", message=".*its tokenizer keeps its own limit")
+            patch_model(loaded, config, layers=layers, max_length=longer)
     elif patch_of(loaded) is None:
         raise SparseAttentionError(f"{model!r} is not patched; add --pattern NAME (`sa-hf patterns` lists them)")
     found = summarise(loaded, length)

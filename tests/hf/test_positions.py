@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,3 +188,30 @@ def test_what_cannot_be_lengthened_raises() -> None:
     with pytest.raises(SparseAttentionError, match="max_length=None"):
         sa_hf.extend_positions(bert, None)
     assert bert.config.max_position_embeddings == 64
+
+
+def test_a_tokenizer_left_at_its_limit_is_told_of_once() -> None:
+    model = tiny_model("bert")
+    with pytest.warns(UserWarning, match=r"max_length=150 lengthens the model alone.*tokenizer=tokenizer") as told:
+        sa_hf.patch_model(model, "bigbird", max_length=LONG)
+    assert told[0].filename == __file__
+    t5 = tiny_model("t5")
+    with pytest.warns(UserWarning, match="lengthens the model alone"):
+        sa_hf.patch_model(t5, "bigbird", max_length=LONG)
+    with pytest.warns(UserWarning, match="lengthens the model alone"):
+        sa_hf.extend_positions(tiny_model("gpt2"), LONG)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sa_hf.patch_model(model, "star", max_length=LONG + 1)
+        sa_hf.patch_model(t5, "bigbird", max_length=LONG)
+        sa_hf.patch_model(tiny_model("bert"), "bigbird", max_length=LONG, tokenizer=Tokenizer())
+        sa_hf.patch_model(tiny_model("bert"), "bigbird")
+        sa_hf.patch_model(tiny_model("bert"), "bigbird", max_length=64)
+
+
+def test_a_lengthened_model_that_is_loaded_warns_of_no_tokenizer(tmp_path: Path) -> None:
+    model = sa_hf.patch_model(tiny_model("bert"), "bigbird", max_length=LONG, tokenizer=Tokenizer())
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*tokenizer")
+        tf.AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
