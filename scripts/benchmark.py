@@ -231,7 +231,7 @@ class Bench:
 
 def without_kernels() -> dict[str, str]:
     """The switch that leaves the CPU's compiled kernels out, where it is set: into a result file of its own."""
-    from sa_hf.ops.native.kernels import SWITCH
+    from sa_hf.ops.cpp.kernels import SWITCH
 
     return {SWITCH: "0"} if os.environ.get(SWITCH) == "0" else {}
 

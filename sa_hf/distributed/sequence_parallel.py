@@ -27,7 +27,8 @@ from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.functional import check_inputs
-from sa_hf.ops.engine import Engine, choose_engine
+from sa_hf.ops.choice import CANDIDATES, choose_engine
+from sa_hf.ops.engine import Engine
 from sa_hf.ops.parts import Band, ScoreOptions, SegmentPart
 from sa_hf.ops.slots import merge_into, put, take
 from sa_hf.ops.transforms import differentiable, given
@@ -63,7 +64,7 @@ def sequence_parallel_longnet(
         group: the ranks that share the sequence; None is the default group.
         scale: of the query-key product; None is ``head_dim ** -0.5``.
         dropout: of the attention probabilities; its seed is drawn on the group's first rank.
-        engine: "auto", "triton" or "native".
+        engine: "auto", "triton", "native" or "torch".
 
     Returns:
         ``[batch, num_heads, l, head_dim]``, the rows of ``sparse_attention`` on the whole sequence.
@@ -84,8 +85,8 @@ def sequence_parallel_longnet(
             "drop_diagonal=True is decided on the union of all branches of a row, which no rank sees before the "
             "exchange; sequence parallel LongNet takes drop_diagonal=False"
         )
-    if engine not in ("auto", "triton", "native"):
-        raise SparseAttentionError(f"engine={engine!r} must be one of ['auto', 'triton', 'native']")
+    if engine not in CANDIDATES:
+        raise SparseAttentionError(f"engine={engine!r} must be one of {list(CANDIDATES)}")
     group = dist.group.WORLD if group is None else group
     if group is None:
         raise SparseAttentionError("torch.distributed has no process group; call init_process_group first")

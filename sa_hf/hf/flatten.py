@@ -18,6 +18,7 @@ from typing import TypeGuard
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.publish import HEADER, REMOTE_FILE
+from sa_hf.ops.cpp import sources
 
 PACKAGE = "sa_hf"
 ROOT = "sa_hf.hf.saving"  # of patched models; a model of this package's own has its own module
@@ -123,6 +124,8 @@ def flatten_module(name: str) -> tuple[str, list[str]]:
     if spec is None or not hasattr(spec.loader, "get_source"):
         raise SparseAttentionError(f"the source of {name!r} cannot be read, so a checkpoint cannot carry it")
     source: str = spec.loader.get_source(name)  # type: ignore[union-attr]  # checked above
+    if name == sources.__name__:  # it reads files that are no modules
+        source = sources.embedded()
     package = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
     lines = source.splitlines(keepends=True)
     imported: list[str] = []

@@ -36,7 +36,7 @@ from sa_hf.hf.rotary import rotary_function
 from sa_hf.hf.saving import CONFIG_FIELDS, disable_saving, enable_saving
 from sa_hf.hf.training import warn_of_adapter_without_state
 from sa_hf.hf.versions import check_transformers
-from sa_hf.ops.engine import ENGINES
+from sa_hf.ops.choice import ENGINES
 from sa_hf.patterns.base import LayerSpec, SparseAttention
 from sa_hf.patterns.mixture import MixedSparseAttention, part_spec
 

@@ -13,7 +13,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.attention import place_of
 from sa_hf.hf.families import Site, computes_in, root_model
 from sa_hf.hf.layers import active_child, leaves
-from sa_hf.ops.engine import choose_engine
+from sa_hf.ops.choice import TRITON, choose_engine
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.patterns.base import DEFAULT_BLOCK, LayerSpec, SparseAttention, StaticPatternConfig, whole_geometry
@@ -124,14 +124,12 @@ def _static_density(config: StaticPatternConfig, spec: LayerSpec, heads: tuple[i
 
 def _engine(asked: str, spec: LayerSpec) -> tuple[str, str]:
     """The engine that serves the layer as it stands, and why that one."""
-    from sa_hf.ops.triton import TritonEngine
-
     query = torch.empty(1, 1, 1, spec.head_dim, dtype=spec.dtype, device=spec.device)
     options = ScoreOptions(scale=1.0)
     chosen = choose_engine(asked, query, options).name
     if asked != "auto":
         return chosen, "asked for"
-    reason = TritonEngine().unsupported(query, options)
+    reason = TRITON.unsupported(query, options)
     return chosen, "fastest here" if reason is None else f"triton: {reason}"
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
+from sa_hf.ops.choice import CANDIDATES, TRITON
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.transforms import has_tangent
 
@@ -24,7 +25,8 @@ def decode_attention(
         index: integer ``[B | 1, 1 | Hkv | H, Nq, m]``, positions in ``0 .. Nk - 1`` in any order; -1 is empty, a
             repeated position counts each time. Lists that the heads of a group share are read once for the group.
         options: scale, softcap, distance bias and spans; dropout must be 0.
-        engine: "auto" (triton on a GPU where no gradient is wanted), "triton" or "native" (torch, differentiable).
+        engine: "auto" (triton on a GPU where no gradient is wanted), "triton", or "native" and "torch" (torch's
+            operators, differentiable).
 
     Returns:
         ``[B, H, Nq, D]`` in the query's dtype; a query without a key is 0.
@@ -33,16 +35,14 @@ def decode_attention(
         SparseAttentionError: shapes that do not fit together, dropout, or an engine that cannot serve the input.
     """
     _check(query, key, value, index, options)
-    if engine not in ("auto", "triton", "native"):
-        raise SparseAttentionError(f"engine={engine!r} must be 'auto', 'triton' or 'native'")
-    if engine != "native":
+    if engine not in CANDIDATES:
+        raise SparseAttentionError(f"engine={engine!r} must be one of {list(CANDIDATES)}")
+    if engine in ("auto", "triton"):
         reason = _triton_reason(query, key, value, options)
         if engine == "triton" and reason is not None:
             raise SparseAttentionError(f"engine 'triton' cannot decode {tuple(query.shape)}: {reason}; use 'native'")
         if reason is None and (query.is_cuda or engine == "triton"):
-            from sa_hf.ops.triton.launch_decode import decode
-
-            return decode(query, key, value, index, options)
+            return TRITON.decode(query, key, value, index, options)
     return _gathered(query, key, value, index, options)
 
 
@@ -65,13 +65,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: Sc
 
 
 def _triton_reason(query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> str | None:
-    from sa_hf.ops.triton import TritonEngine
-
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return "its decode kernel has no backward"
     if has_tangent(query, key, value, options.spans):
         return "its decode kernel has no forward-mode derivative"
-    return TritonEngine().unsupported(query, options)
+    return TRITON.unsupported(query, options)
 
 
 def _gathered(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions) -> Tensor:

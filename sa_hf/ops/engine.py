@@ -1,14 +1,19 @@
-"""The engines: who can run a part, and why not."""
+"""What an engine is, and how the results and the gradients of a plan's parts come together. Engines stand above this
+module, know no other engine, and are chosen by ``ops.choice``."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from sa_hf.errors import SparseAttentionError
-from sa_hf.ops.parts import Part, ScoreOptions
+from sa_hf.ops.parts import Index, OffsetsPart, Part, ScoreOptions
+from sa_hf.ops.pieces import Piece, pieces
+from sa_hf.ops.slots import add_slots, merge_into, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,32 +27,28 @@ class Gradients:
     spans: Tensor | None = None
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Runs one part. Inputs are already in the part's slot order: query ``[G, H, query_slots, D]``, key and value
     ``[G, Hkv | H, key_slots, D]``; ``part.query_index`` and ``part.key_index`` are there for positions alone
     (distance bias, spans, dropout), and for the empty slots (-1) of a tensor index: those keys, which must be finite,
     are left out and those rows are 0 with log-sum-exp -inf.
     """
 
-    name: str
-    own_rows: bool
-    """Whether it has kernels that bring slots together and put them back (``triton.sums``), a whole part at a time."""
+    name: ClassVar[str]
 
-    def in_place(self, query: Tensor) -> bool:
-        """Whether it reads a part's rows where they lie and merges what it writes (``native.sums``)."""
-        ...
-
+    @abstractmethod
     def unsupported(self, query: Tensor, options: ScoreOptions) -> str | None:
-        """Why this engine cannot serve the input, or None."""
-        ...
+        """Why this engine cannot serve the input, or None. The one predicate: dispatch, the errors, ``sa-hf doctor``
+        and the tests' skips ask it."""
 
+    @abstractmethod
     def forward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
         """Returns output ``[G, H, query_slots, D]`` in the query's dtype, log-sum-exp ``[G, H, query_slots]`` fp32
         (fp64 for fp64 inputs); empty rows are 0 and -inf."""
-        ...
 
+    @abstractmethod
     def backward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
         options: ScoreOptions,
@@ -55,34 +56,126 @@ class Engine(Protocol):
         """Gradients through this part of a plan. ``out`` and ``lse`` are those of the whole plan (its parts merged):
         with ``p = exp(s - lse)`` and ``delta = sum(out * grad_out)`` the flash backward of each part is exact and
         the mixing weights between the parts get their gradient."""
-        ...
+
+    # -- between positions and slots: an engine with kernels for these overrides them ------------------------------
+
+    def pieces(self, part: Part, query: Tensor, key: Tensor) -> Iterator[Piece]:
+        """The pieces of a part that are run one by one."""
+        return pieces(part, query, key)
+
+    def gather(self, piece: Piece, query: Tensor, key: Tensor, value: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        """The arguments in a piece's slots: query, key, value and then ``rows``, which are nothing, or output, its
+        gradient and log-sum-exp of the queries."""
+        index = piece.part.query_index
+        k, v = (take(piece.keys(x), piece.part.key_index) for x in (key, value))
+        q = take(piece.queries(query), index)
+        if not rows:
+            return q, k, v
+        *vectors, lse = (piece.queries(x) for x in rows)
+        return q, k, v, *(take(x, index) for x in vectors), take(lse.unsqueeze(-1), index).squeeze(-1)
+
+    def merging(self, query: Tensor, start: tuple[Tensor, Tensor] | None) -> Merging:
+        """What merges the parts' results; ``start`` came before them (contiguous, fp32 or wider; written to)."""
+        return Merging(self, query, start)
+
+    def total(self, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> Total:
+        """What adds up the parts' gradients."""
+        return Total(self, query, key, value, options)
 
 
-ENGINES = ("auto", "triton", "native", "reference")
+class Merging:
+    """The running result of parts."""
+
+    def __init__(self, engine: Engine, query: Tensor, start: tuple[Tensor, Tensor] | None) -> None:
+        self.engine = engine
+        self.query = query
+        self.merged = start
+        # Merged in fp32 whatever the inputs: rounding the running result once per part would add up. A result that is
+        # not merged stays as it came: a copy in fp32 and back takes as long as a sparse kernel.
+        self.stats = torch.promote_types(query.dtype, torch.float32)
+
+    def attend(self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> None:
+        """Run a part and merge its result. Shapes as in ``Engine.forward``, in positions."""
+        for piece in self.engine.pieces(part, query, key):
+            q, k, v = self.engine.gather(piece, query, key, value)
+            self.add(piece, *self.engine.forward(piece.part, q, k, v, piece.options(options, *query.shape[:2])))
+
+    def add(self, piece: Piece, out: Tensor, lse: Tensor) -> None:
+        """Merge a piece's result in its slots."""
+        query, stats, merged, index = self.query, self.stats, self.merged, piece.part.query_index
+        if merged is None and piece.whole and index is None:
+            self.merged = out, lse
+            return
+        if merged is None:
+            merged = query.new_zeros(query.shape, dtype=stats), lse.new_full(query.shape[:3], -torch.inf)
+        merged = self.merged = merged[0].to(stats).contiguous(), merged[1].contiguous()
+        running_out, running_lse = (piece.queries(x) for x in merged)
+        merge_into(running_out, running_lse, out.to(stats), lse, index)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        if self.merged is None:
+            query = self.query
+            lse = torch.full(query.shape[:3], -torch.inf, dtype=self.stats, device=query.device)
+            return torch.zeros_like(query), lse
+        return self.merged[0].to(self.query.dtype), self.merged[1]
 
 
-def choose_engine(name: str, query: Tensor, options: ScoreOptions) -> Engine:
-    """The engine for a call: ``auto`` is triton on a GPU and native elsewhere.
+class Total:
+    """The running sum of the gradients of parts, in fp32 where there are several."""
 
-    Raises:
-        SparseAttentionError: the named engine cannot serve the input; the message lists the reasons of each.
-    """
-    from sa_hf.ops.native import NativeEngine
-    from sa_hf.ops.triton import TritonEngine
+    def __init__(self, engine: Engine, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> None:
+        self.engine = engine
+        self.like = (query, key, value)
+        self.options = options
+        self.sums: list[Tensor | None] = [None, None, None]
+        self.bias: Tensor | None = None
+        self.spans: Tensor | None = None
 
-    if name not in ENGINES:
-        raise SparseAttentionError(f"engine={name!r} must be one of {list(ENGINES)}")
-    candidates: list[Engine] = [TritonEngine(), NativeEngine()]
-    if name == "auto":
-        # On CPU tensors the kernels could only be interpreted, which is for tests that ask for it.
-        for engine in candidates if query.device.type != "cpu" else candidates[1:]:
-            if engine.unsupported(query, options) is None:
-                return engine
-    chosen = next((e for e in candidates if e.name == name), candidates[-1])
-    reason = chosen.unsupported(query, options)
-    if reason is None:
-        return chosen
-    raise SparseAttentionError(
-        f"engine {name!r} cannot serve query {tuple(query.shape)} {query.dtype} on {query.device}: {reason}; "
-        "use engine='auto' or 'native'"
-    )
+    def attend(
+        self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor
+    ) -> None:
+        """Run a part's backward and add its gradients. Shapes as in ``Engine.backward``, in positions."""
+        for piece in self.engine.pieces(part, query, key):
+            q, k, v, o, g, row_lse = self.engine.gather(piece, query, key, value, out, grad_out, lse)
+            options = piece.options(self.options, *query.shape[:2])
+            self.add(self.engine.backward(piece.part, q, k, v, o, row_lse, g, options), piece)
+
+    def add_whole(self, grads: Gradients) -> None:
+        """Add gradients of all rows and heads, in positions."""
+        self.add(grads, Piece.of_all(OffsetsPart(0, ((),))))
+
+    def add(self, grads: Gradients, piece: Piece, *, repeated: bool = False) -> None:
+        """Add a piece's gradients; ``repeated``: a position may stand in several of its slots."""
+        indices = (piece.part.query_index, piece.part.key_index, piece.part.key_index)
+        for at, (grad, index) in enumerate(zip((grads.query, grads.key, grads.value), indices, strict=True)):
+            self.add_rows(at, grad, index, piece, repeated=repeated)
+        if grads.distance_bias is not None and self.options.distance_bias is not None:
+            self.bias = torch.zeros_like(self.options.distance_bias) if self.bias is None else self.bias
+            self.bias[piece.heads] += grads.distance_bias
+        if grads.spans is not None and self.options.spans is not None:
+            self.spans = torch.zeros_like(self.options.spans) if self.spans is None else self.spans
+            piece.shared(self.spans).add_(grads.spans)
+
+    def add_rows(self, at: int, grad: Tensor, index: Index, piece: Piece, *, repeated: bool) -> None:
+        """Add to the gradient of the query (at 0), the key or the value."""
+        like, known = self.like[at], self.sums[at]
+        stats = torch.promote_types(like.dtype, torch.float32)
+        if known is None and index is None and grad.shape == like.shape:
+            self.sums[at] = grad
+            return
+        if known is None:
+            known = torch.zeros(like.shape, dtype=stats, device=like.device)
+        known = self.sums[at] = known.to(stats).contiguous()
+        add_slots(piece.queries(known) if at == 0 else piece.keys(known), grad, index, repeated=repeated)
+
+    def sum_of(self, at: int) -> Tensor:
+        like, known = self.like[at], self.sums[at]
+        return torch.zeros_like(like) if known is None else known.to(like.dtype)
+
+    def gradients(self) -> Gradients:
+        query, key, value = (self.sum_of(at) for at in range(3))
+        bias, spans = (
+            torch.zeros_like(source) if known is None and source is not None else known
+            for known, source in ((self.bias, self.options.distance_bias), (self.spans, self.options.spans))
+        )
+        return Gradients(query, key, value, bias, spans)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sa_hf.ops.engine import Engine, Gradients
 from sa_hf.ops.parts import Part, ScoreOptions
-from sa_hf.ops.run import engine_pieces, piece_backward, piece_forward, plan_forward, sums_by
+from sa_hf.ops.run import plan_forward
 from sa_hf.ops.slots import add_slots, take
 
 
@@ -36,8 +36,9 @@ def means_forward(
     slots = (*query.shape[:2], index.shape[2])
     slot_out, slot_lse = query.new_empty(*slots, query.shape[3]), query.new_empty(slots, dtype=stats)
     total = query.new_zeros(query.shape, dtype=stats)
-    for piece in engine_pieces(members, query, key, engine):
-        out, lse = piece_forward(piece, query, key, value, options, engine)
+    for piece in engine.pieces(members, query, key):
+        q, k, v = engine.gather(piece, query, key, value)
+        out, lse = engine.forward(piece.part, q, k, v, piece.options(options, *query.shape[:2]))
         piece.queries(slot_out).copy_(out)
         piece.queries(slot_lse).copy_(lse)
         add_slots(piece.queries(total), out, piece.part.query_index, repeated=True)
@@ -54,16 +55,16 @@ def means_backward(
     """Gradients of :func:`means_forward`."""
     members, index, others = _split(plan)
     share = 1 / _counts(means.slot_lse, index, query.shape[2])
-    _, total_of = sums_by(engine, query)
-    total = total_of(query, key, value, options)
-    for piece in engine_pieces(members, query, key, engine):
+    total = engine.total(query, key, value, options)
+    for piece in engine.pieces(members, query, key):
         grad, part_of_mean = (take(piece.queries(x), piece.part.query_index) for x in (grad_out, share))
         out, lse = piece.queries(means.slot_out), piece.queries(means.slot_lse)
         grad = grad * part_of_mean.to(grad.dtype)
-        grads = piece_backward(piece, query, key, value, out, lse, grad, options, engine)
-        total.add(grads, piece, repeated=True)
+        q, k, v = engine.gather(piece, query, key, value)
+        own = piece.options(options, *query.shape[:2])
+        total.add(engine.backward(piece.part, q, k, v, out, lse, grad, own), piece, repeated=True)
     for part in others:
-        total.attend(part, query, key, value, means.out, means.lse, grad_out, engine)
+        total.attend(part, query, key, value, means.out, means.lse, grad_out)
     return total.gradients()
 
 

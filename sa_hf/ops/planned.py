@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sa_hf.ops.engine import Engine, choose_engine
+from sa_hf.ops.choice import choose_engine
+from sa_hf.ops.engine import Engine
 from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager, tracing
 from sa_hf.ops.host import own_rules
 from sa_hf.ops.members import Means, means_backward, means_forward

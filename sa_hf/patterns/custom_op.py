@@ -18,7 +18,7 @@ from torch import Tensor
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import NotStaticError
 from sa_hf.ops.attend import PlanFor, attend, sequences_backward, sequences_forward
-from sa_hf.ops.engine import choose_engine
+from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager, tracing
 from sa_hf.ops.host import own_rules
 from sa_hf.ops.parts import Band, Part, ScoreOptions

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.ops.engine import choose_engine
+from sa_hf.ops.choice import CPP, TILES, TRITON
+from sa_hf.ops.cpp.build import cache_folder, compiler
+from sa_hf.ops.engine import Engine
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
 
@@ -39,7 +41,7 @@ def examine() -> list[Finding]:
         else f"none (CPU, {torch.get_num_threads()} threads)"
     )
     findings.append(Finding("GPU", name))
-    findings += [_engine(engine, device) for engine in ("triton", "native")]
+    findings += [_engine(engine, device) for engine in (TRITON, CPP, TILES)]
     findings.append(_cpu_kernels())
     return findings
 
@@ -62,14 +64,12 @@ def _transformers_range() -> Finding:
     return Finding("transformers range", "supported", True)
 
 
-def _engine(name: str, device: torch.device) -> Finding:
+def _engine(engine: Engine, device: torch.device) -> Finding:
     from sa_hf.tools.bench.parity import Shape, parity
 
-    query = torch.zeros(1, 2, 8, 16, device=device)
-    try:
-        choose_engine(name, query, ScoreOptions(0.25))
-    except SparseAttentionError as error:
-        reason = str(error).split(": ", 1)[-1].split(";")[0]
+    name = engine.name
+    reason = engine.unsupported(torch.zeros(1, 2, 8, 16, device=device), ScoreOptions(0.25))
+    if reason is not None:
         return Finding(f"engine {name}", f"not used here: {reason}")
     config = SlidingWindowAttentionConfig(window=20)
     result = parity(config, torch.float32, device, causal=True, engine=name, shape=Shape(1, 2, 1, 70, 16))
@@ -78,11 +78,8 @@ def _engine(name: str, device: torch.device) -> Finding:
 
 
 def _cpu_kernels() -> Finding:
-    from sa_hf.ops.native import kernels
-    from sa_hf.ops.native.build import cache_folder, compiler
-
-    if kernels.library() is None:
-        advice = "torch's own operators serve instead, in up to 3 times the time"
-        return Finding("CPU kernels", f"not compiled: {kernels.why_not()}", advice=advice)
+    reason = CPP.unsupported(torch.zeros(1, 1, 1, 16), ScoreOptions(0.25))
+    if reason is not None:
+        return Finding("CPU kernels", f"not compiled: {reason}", advice="torch's own operators serve instead, slower")
     folder = cache_folder() or "a temporary folder, anew in each process (the log says why)"
     return Finding("CPU kernels", f"compiled by {shlex.join(compiler())}, in {folder}", True)

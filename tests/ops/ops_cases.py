@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sa_hf.ops.choice import choose_engine
+from sa_hf.ops.engine import Engine
 from sa_hf.ops.layout import build_layout
-from sa_hf.ops.native import NativeEngine
 from sa_hf.ops.parts import BAND, FULL, Band, BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.reference import dense_attention, part_multiplicity
 from sa_hf.ops.run import plan_backward, plan_forward
@@ -161,7 +162,7 @@ def rms_ratio(ours: Tensor, oracle: Tensor, smallest: float = 0.05) -> float:
 def compare(
     plan: list[Part], *, batch: int = 1, heads: int = 2, kv_heads: int = 2, query_length: int, key_length: int,
     head_dim: int = 16, dtype: torch.dtype = torch.float32, options: ScoreOptions | None = None, seed: int = 0,
-    engine: object | None = None,
+    engine: Engine | None = None,
 ) -> Compared:  # fmt: skip
     """Run a plan forward and backward, and the fp64 oracle on the same inputs; nothing may be NaN."""
     generator = torch.Generator().manual_seed(seed)
@@ -179,7 +180,7 @@ def compare(
     learned = {"bias": options.distance_bias, "spans": options.spans}
     inputs = {"query": q, "key": k, "value": v, **{name: x for name, x in learned.items() if x is not None}}
     wanted = torch.autograd.grad(out, list(inputs.values()), upstream, allow_unused=True)
-    runner = NativeEngine() if engine is None else engine
+    runner = engine or choose_engine("native", q, options)
     with torch.no_grad():
         ours, our_lse = plan_forward(plan, q, k, v, options, runner)
         grads = plan_backward(plan, q, k, v, ours, our_lse, upstream, options, runner)

@@ -10,13 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 from sa_hf import SlidingWindowAttentionConfig, sparse_attention
 from sa_hf.ops.attend import attend
+from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.engine import Gradients
-from sa_hf.ops.native import NativeEngine
 from sa_hf.ops.parts import Band, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.random import counter_words, dropout_keep, dropout_words, hash32
 from sa_hf.ops.run import plan_backward, plan_forward
 from sa_hf.ops.sequences import Sequences
 from sa_hf.ops.slots import merge_into, put, take
+from sa_hf.ops.tiles import TileEngine
 
 CONFIG = SlidingWindowAttentionConfig(window=9, num_sink_tokens=2)
 
@@ -103,7 +104,7 @@ def test_positions_of_queries_behind_a_cache(padded: bool) -> None:
             return (SegmentPart(query_length, key_length, query_length, key_length, band=band),)
 
         sequences = Sequences.from_mask(2, rows.shape[2], n, mask)
-        return attend(rows, k, v, sequences, plan_for, options, NativeEngine())
+        return attend(rows, k, v, sequences, plan_for, options, choose_engine("native", rows, options))
 
     assert rms_ratio(run(q[:, :, -queries:]), run(q)[:, :, -queries:]) < 1e-5
 
@@ -193,9 +194,9 @@ def test_bias_and_spans_of_padded_batches_get_their_gradients() -> None:
     def run(rows: slice, mask: Tensor | None, length: int) -> Tensor:
         where = slice(n - length, n)
         options = ScoreOptions(scale=0.25, distance_bias=table, spans=spans[rows, :, where], ramp=5.3)
-        tensors = (x[rows, :, where] for x in (q, k, v))
+        tensors = [x[rows, :, where] for x in (q, k, v)]
         sequences = Sequences.from_mask(rows.stop - rows.start, length, length, mask)
-        return attend(*tensors, sequences, plan_for, options, NativeEngine())
+        return attend(*tensors, sequences, plan_for, options, choose_engine("native", tensors[0], options))
 
     batch = run(slice(0, 3), mask, n)
     alone = [run(slice(row, row + 1), None, length) for row, length in enumerate(lengths)]
@@ -243,11 +244,8 @@ def test_merging_leaves_empty_rows_empty_and_takes_what_is_new() -> None:
 def test_a_lone_part_is_handed_on_as_it_came() -> None:
     """A copy in fp32 and back would take as long as a sparse kernel."""
 
-    class Kept(NativeEngine):
+    class Kept(TileEngine):
         made: list[Tensor]
-
-        def in_place(self, query: Tensor) -> bool:
-            return False
 
         def forward(self, *args: object) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # passed through
             result = super().forward(*args)  # type: ignore[arg-type]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sa_hf.ops.native import build, kernels
-from sa_hf.ops.native.build import BuildError, load
+from sa_hf.ops.cpp import build, kernels
+from sa_hf.ops.cpp.build import BuildError, load
 from sa_hf.tools.doctor import _cpu_kernels
 
 SOURCE = """
@@ -33,7 +33,7 @@ extern "C" int threads_of_loop(int wanted, int n, float* x) {
 """
 IN_A_FRESH_PROCESS = """
 import ctypes, sys, threading, torch
-from sa_hf.ops.native.build import load
+from sa_hf.ops.cpp.build import load
 library = load(sys.stdin.read(), "trial")
 torch.set_num_threads(2)
 x = torch.zeros(100)
@@ -349,4 +349,4 @@ def test_doctor_says_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -
     finding = _cpu_kernels()
     assert finding.ok is None
     assert "SA_HF_CPU_KERNELS=0" in finding.found
-    assert "in up to 3 times the time" in finding.advice
+    assert "torch's own operators serve instead" in finding.advice

@@ -10,16 +10,19 @@ import torch
 from ops_cases import compare, part_cases, shuffled, window_part
 from torch import Tensor
 
+from sa_hf.ops.choice import CPP, choose_engine
+from sa_hf.ops.cpp import kernels, sources
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.layout import build_layout
-from sa_hf.ops.native import NativeEngine, kernels
 from sa_hf.ops.parts import BAND, FULL, Band, BlockLayout, BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.run import plan_backward, plan_forward
 
 LIMIT = 1e-5
 PLAIN = ScoreOptions(scale=0.3)
 
-pytestmark = pytest.mark.skipif(kernels.library() is None, reason=str(kernels.why_not()))
+CANNOT = CPP.unsupported(torch.zeros(1, 1, 1, 16), PLAIN)
+
+pytestmark = pytest.mark.skipif(CANNOT is not None, reason=str(CANNOT))
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -102,7 +105,7 @@ def test_any_number_of_threads(heads: int, kv_heads: int, threads: int) -> None:
 
 
 def run(plan: list[Part], q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> tuple[Tensor, Tensor, Gradients]:
-    engine = NativeEngine()
+    engine = CPP
     out, lse = plan_forward(plan, q, k, v, options, engine)
     return out, lse, plan_backward(plan, q, k, v, out, lse, out + 1, options, engine)
 
@@ -133,7 +136,7 @@ def test_peaks_that_rise_and_scores_of_any_size() -> None:
     shuffled_growth = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     for growth in (torch.arange(n), torch.arange(n).flip(0), shuffled_growth):
         steep = k * (1 + growth[:, None] / 3)
-        out, lse = plan_forward([SegmentPart(n, n, n, n)], q, steep, v, PLAIN, NativeEngine())
+        out, lse = plan_forward([SegmentPart(n, n, n, n)], q, steep, v, PLAIN, CPP)
         scores = 0.3 * q.double() @ steep.double().transpose(2, 3)
         assert scores.abs().amax() > 300
         assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=1e-5)
@@ -146,7 +149,7 @@ def test_what_is_not_a_number_comes_out_where_it_is_read_and_nowhere_else(bits: 
     q, k, v = (draw(1, 1, n, 16, seed=s) for s in range(3))
     q.view(torch.int32)[0, 0, 70, 3] = bits
     assert not q.isfinite().all()
-    out, _ = plan_forward([SegmentPart(n, n, n, n, band=Band(None, 0))], q, k, v, PLAIN, NativeEngine())
+    out, _ = plan_forward([SegmentPart(n, n, n, n, band=Band(None, 0))], q, k, v, PLAIN, CPP)
     bad = ~out.isfinite().all(-1)[0, 0]
     assert bad.nonzero().flatten().tolist() == [70]
 
@@ -156,7 +159,7 @@ def test_the_softcaps_tangent_is_exact_near_0_and_far_from_it() -> None:
     q, k = (torch.logspace(-6, 2, n).view(1, 1, n, 1).expand(1, 1, n, 16).contiguous() * s for s in (1.0, -0.5))
     q, k = torch.cat([q, -q], 2), torch.cat([k, k], 2)
     part = SegmentPart(2 * n, 2 * n, 2 * n, 2 * n, band=Band(0, 0))  # one key each: its log-sum-exp is the score
-    _, lse = plan_forward([part], q, k, q, ScoreOptions(scale=1.0, softcap=cap), NativeEngine())
+    _, lse = plan_forward([part], q, k, q, ScoreOptions(scale=1.0, softcap=cap), CPP)
     expected = cap * torch.tanh((q.double() * k.double()).sum(-1) / cap)
     assert torch.allclose(lse.double(), expected, rtol=2e-6, atol=0)
 
@@ -181,7 +184,7 @@ def test_a_part_of_the_first_queries_leaves_the_others_empty() -> None:
     q, k, v = (draw(1, 1, n, 16, seed=s) for s in range(3))
     full = torch.full_like(q, torch.nan)  # for the allocator to hand out again
     del full
-    out, lse = plan_forward([SegmentPart(30, n, 30, n)], q, k, v, PLAIN, NativeEngine())
+    out, lse = plan_forward([SegmentPart(30, n, 30, n)], q, k, v, PLAIN, CPP)
     assert not out[:, :, 30:].any()
     assert torch.isneginf(lse[:, :, 30:]).all()
 
@@ -192,10 +195,10 @@ def test_shapes_and_dtypes_that_do_not_fit_raise() -> None:
     part = window_part(n, Band(9, 0))
     for bad in ((q, k, v[..., :8]), (q, k[:, :, :9], v), (q, k[..., :8], v[..., :8]), (q[:, :1], k, v)):
         with pytest.raises(ValueError, match="must have one shape"):
-            plan_forward([part], *bad, PLAIN, NativeEngine())
+            plan_forward([part], *bad, PLAIN, CPP)
     wrong = BlockPart(replace(part.layout, kind=part.layout.kind.long()))
     with pytest.raises(TypeError, match=r"kind is torch\.int64, and torch\.int32"):
-        plan_forward([wrong], q, k, v, PLAIN, NativeEngine())
+        plan_forward([wrong], q, k, v, PLAIN, CPP)
 
 
 @pytest.mark.parametrize(("block_q", "block_k"), [(1, 1), (3, 1), (1, 5), (70, 2), (130, 7)])
@@ -220,16 +223,17 @@ def test_the_switch_and_a_failing_compiler(monkeypatch: pytest.MonkeyPatch) -> N
     try:
         monkeypatch.setenv(kernels.SWITCH, "0")
         kernels._found.cache_clear()
-        assert not kernels.serves(query)
-        assert kernels.why_not() == "SA_HF_CPU_KERNELS=0"
+        assert CPP.unsupported(query, PLAIN) == "SA_HF_CPU_KERNELS=0"
         monkeypatch.delenv(kernels.SWITCH)
-        monkeypatch.setattr(kernels.cpp_passes, "SOURCE", "not C++")
+        monkeypatch.setitem(sources.FILES, "passes.h", "not C++")
         kernels._found.cache_clear()
-        assert not kernels.serves(query)
-        assert "error" in str(kernels.why_not())
-        assert NativeEngine().forward(SegmentPart(4, 4, 4, 4), query, query, query, PLAIN)[0].isfinite().all()
+        assert "error" in str(CPP.unsupported(query, PLAIN))
+        serving = choose_engine("native", query, PLAIN)
+        assert serving.name == "torch"
+        assert serving.forward(SegmentPart(4, 4, 4, 4), query, query, query, PLAIN)[0].isfinite().all()
     finally:
         monkeypatch.undo()
         kernels._found.cache_clear()
-    assert kernels.serves(query)
-    assert not kernels.serves(query.double())
+    assert CPP.unsupported(query, PLAIN) is None
+    assert "float64" in str(CPP.unsupported(query.double(), PLAIN))
+    assert "not on meta" in str(CPP.unsupported(query.to("meta"), PLAIN))

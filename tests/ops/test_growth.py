@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sa_hf.ops.native import NativeEngine
+from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.parts import Band, OffsetsPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.run import plan_backward, plan_forward
 
@@ -25,7 +25,7 @@ PLANS = {
     "global rows": lambda n: [SegmentPart(2, n, 2, n, query_index=slice(0, 2))],
 }
 OPTIONS = {
-    "flash": ScoreOptions(scale=0.25),
+    "plain": ScoreOptions(scale=0.25),
     "softcap": ScoreOptions(scale=0.25, softcap=2.0),
     "dropout": ScoreOptions(scale=0.25, dropout=0.1, seed=torch.tensor(3)),
 }
@@ -52,9 +52,10 @@ class Sizes(TorchDispatchMode):
 
 def sizes(plan: list[Part], n: int, options: ScoreOptions) -> Sizes:
     q, k, v, g = (torch.randn(1, 2, n, 16) for _ in range(4))
+    engine = choose_engine("native", q, options)
     with torch.no_grad(), Sizes() as counted:
-        out, lse = plan_forward(plan, q, k, v, options, NativeEngine())
-        plan_backward(plan, q, k, v, out, lse, g, options, NativeEngine())
+        out, lse = plan_forward(plan, q, k, v, options, engine)
+        plan_backward(plan, q, k, v, out, lse, g, options, engine)
     return counted
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops import pieces as cutting
+from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.members import means_backward, means_forward
-from sa_hf.ops.native import NativeEngine
 from sa_hf.ops.parts import Part, ScoreOptions, SegmentPart
 from sa_hf.ops.slots import add_slots
 
@@ -56,7 +56,8 @@ def test_means_are_the_plain_loops(
         SegmentPart(1, 2, 1, 2, query_index=last, key_index=torch.tensor([[[1, 4]]])),
     ]
     expected = loops(query, key, value, rows, columns, [1, 4])
-    options, engine = ScoreOptions(SCALE), NativeEngine()
+    options = ScoreOptions(SCALE)
+    engine = choose_engine("native", query, options)
     with torch.no_grad():
         means = means_forward(plan, query, key, value, options, engine)
         grads = means_backward(plan, query, key, value, means, grad, options, engine)

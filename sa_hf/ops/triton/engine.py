@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from sa_hf.ops.engine import Gradients
+from sa_hf.ops.engine import Engine, Gradients, Merging, Total
 from sa_hf.ops.graphs import hold
 from sa_hf.ops.parts import BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
+from sa_hf.ops.pieces import Piece
+from sa_hf.ops.triton.device import capability, interpreting, on_device
 from sa_hf.ops.triton.lists import TileLists, layout_lists, segment_lists
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -21,7 +20,7 @@ SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 16, 256
 LARGEST_GRID = 65535  # of CUDA, second and third axis
 
 
-class TritonEngine:
+class TritonEngine(Engine):
     """Contract of the launchers: see ``launch_block.py`` and ``launch_offsets.py``.
 
     Importing this module needs neither triton nor a GPU; kernels are made at the first call. With
@@ -29,10 +28,6 @@ class TritonEngine:
     """
 
     name = "triton"
-    own_rows = True
-
-    def in_place(self, query: Tensor) -> bool:
-        return False
 
     def unsupported(self, query: Tensor, options: ScoreOptions) -> str | None:
         return _machine_reason(query.device) or _input_reason(query, options)
@@ -62,6 +57,30 @@ class TritonEngine:
                 return launch_offsets.offsets_backward(part, query, key, value, out, lse, grad_out, scores)
             return launch_block.block_backward(_held_lists(part, query), query, key, value, out, lse, grad_out, scores)
 
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions) -> Tensor:
+        """As ``ops.decode.decode_attention``; no gradients."""
+        from sa_hf.ops.triton.launch_decode import decode
+
+        return decode(query, key, value, index, options)
+
+    def pieces(self, part: Part, query: Tensor, key: Tensor) -> Iterator[Piece]:
+        yield Piece.of_all(part)
+
+    def gather(self, piece: Piece, query: Tensor, key: Tensor, value: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        from sa_hf.ops.triton.launch_rows import gather
+
+        return gather(piece.part, query, key, value, *rows)
+
+    def merging(self, query: Tensor, start: tuple[Tensor, Tensor] | None) -> Merging:
+        from sa_hf.ops.triton.sums import KernelMerging
+
+        return KernelMerging(self, query, start)
+
+    def total(self, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> Total:
+        from sa_hf.ops.triton.sums import KernelTotal
+
+        return KernelTotal(self, query, key, value, options)
+
 
 def _lists(part: BlockPart | SegmentPart, device: torch.device) -> TileLists:
     return segment_lists(part, device) if isinstance(part, SegmentPart) else layout_lists(part.layout)
@@ -71,14 +90,6 @@ def _held_lists(part: BlockPart | SegmentPart, query: Tensor) -> TileLists:
     lists = _lists(part, query.device)
     hold(query, part, lists)
     return lists
-
-
-def interpreting() -> bool:
-    """Whether the kernels are (or would be) made by Triton's interpreter."""
-    made = sys.modules.get("sa_hf.ops.triton.common")
-    if made is None:
-        return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-    return type(made.load_item).__name__ == "InterpretedFunction"
 
 
 def _machine_reason(device: torch.device) -> str | None:
@@ -109,17 +120,3 @@ def _input_reason(query: Tensor, options: ScoreOptions) -> str | None:
     if options.ramp <= 0:
         return f"ramp={options.ramp} must be positive"
     return None
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels are launched on the current device: make it the tensor's."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
-@lru_cache(maxsize=16)
-def capability(index: int | None) -> int:
-    """Compute capability of a CUDA device times 10."""
-    major, minor = torch.cuda.get_device_capability(index)
-    return major * 10 + minor

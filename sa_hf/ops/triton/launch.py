@@ -11,7 +11,7 @@ from torch import Tensor
 import triton
 from sa_hf.ops.triton.common import STATS_TILE
 from sa_hf.ops.triton.configs import Launch, launch
-from sa_hf.ops.triton.engine import capability, interpreting
+from sa_hf.ops.triton.device import capability, interpreting
 from triton.compiler import CompiledKernel
 
 # Launches of a kernel that are kept prepared, one for each shape of a call, 5 kB each; the oldest go first.

@@ -11,7 +11,7 @@ import triton
 from sa_hf.ops.graphs import hold
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.triton.decode import decode_kernel, merge_kernel
-from sa_hf.ops.triton.engine import on_device
+from sa_hf.ops.triton.device import on_device
 from sa_hf.ops.triton.launch import (
     aligned,
     build_options,

@@ -18,7 +18,7 @@ import triton
 from sa_hf.ops.graphs import hold
 from sa_hf.ops.parts import Index, Part
 from sa_hf.ops.slots import made_of, take
-from sa_hf.ops.triton.engine import on_device
+from sa_hf.ops.triton.device import on_device
 from sa_hf.ops.triton.launch import PREPARED, Prepared, aligned, build_options, chunks, packed, stats_empty, strides
 from sa_hf.ops.triton.rows import MOST_PARTS, gather_kernel, invert_kernel, merge_parts_kernel, sum_parts_kernel
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.graphs import capturing, settled
 from sa_hf.ops.parts import BAND, FULL, BlockLayout, SegmentPart
+from sa_hf.ops.triton.device import interpreting
 
 UNBOUNDED = 1 << 30
 TILES = (16, 32, 64, 128)
@@ -206,8 +207,6 @@ class TileLists:
 
 def recording(x: Tensor) -> bool:
     """Whether launches are recorded without being run (``record``): what the kernels make is not there to be read."""
-    from sa_hf.ops.triton.engine import interpreting
-
     return not x.is_cuda and not interpreting()
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sa_hf.ops.engine import Engine, Merging, Total
 from sa_hf.ops.parts import Index, ScoreOptions
 from sa_hf.ops.pieces import Piece
-from sa_hf.ops.run import Merging, Total
 from sa_hf.ops.triton.launch_rows import Inverses, SlotRows, merge, sum_rows
 from sa_hf.ops.triton.rows import MOST_PARTS
 
@@ -15,8 +15,8 @@ from sa_hf.ops.triton.rows import MOST_PARTS
 class KernelMerging(Merging):
     """Results wait in their slots, in the query's dtype, until one kernel merges them all."""
 
-    def __init__(self, query: Tensor, start: tuple[Tensor, Tensor] | None) -> None:
-        super().__init__(query, None)
+    def __init__(self, engine: Engine, query: Tensor, start: tuple[Tensor, Tensor] | None) -> None:
+        super().__init__(engine, query, None)
         self.start = start
         self.waiting = [] if start is None else [SlotRows(start[0], None, start[1])]
 
@@ -42,8 +42,8 @@ class KernelTotal(Total):
     """Gradients wait in their slots until one kernel per tensor adds them up; where a position may stand in several
     slots of a part they are added at once, as elsewhere."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> None:
-        super().__init__(query, key, value, options)
+    def __init__(self, engine: Engine, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> None:
+        super().__init__(engine, query, key, value, options)
         self.waiting: tuple[list[SlotRows], ...] = ([], [], [])
         self.inverses: Inverses = {}
 

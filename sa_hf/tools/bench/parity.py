@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sa_hf.functional import sparse_attention
 from sa_hf.ops.attend import attend
-from sa_hf.ops.engine import choose_engine
+from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.reference import dense_attention
 from sa_hf.ops.sequences import Sequences

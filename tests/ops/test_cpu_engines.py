@@ -1,4 +1,4 @@
-"""The native engine against the fp64 oracle: every part, option, shape; outputs and all gradients."""
+"""The engines of the CPU against the fp64 oracle: every part, option, shape; outputs and all gradients."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from ops_cases import BLOCK, compare, loop_multiplicity, part_cases, random_layout_part, window_part
+from torch import Tensor
 
-from sa_hf.ops.native import NativeEngine, flash, kernels, segments
-from sa_hf.ops.native import blocks as native_blocks
-from sa_hf.ops.native import engine as native_engine
-from sa_hf.ops.native import offsets as native_offsets
+from sa_hf.ops.choice import TILES, choose_engine
+from sa_hf.ops.layout import build_layout
 from sa_hf.ops.parts import BAND, Band, BlockPart, OffsetsPart, ScoreOptions, SegmentPart
 from sa_hf.ops.reference import part_multiplicity
+from sa_hf.ops.tiles import batches
 
 pytestmark = pytest.mark.usefixtures("cpu_path")
 
@@ -50,11 +50,9 @@ def test_multiplicity_is_the_plain_loops(name: str) -> None:
         assert expected.any()
 
 
-@pytest.mark.parametrize("flash_from", [1, native_engine.TALL_ROWS])
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_part_at_every_length(name: str, n: int, flash_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_engine, "TALL_ROWS", flash_from)
+def test_every_part_at_every_length(name: str, n: int) -> None:
     result = compare(part_cases(n, 2, 2)[name], batch=2, query_length=n, key_length=n)
     assert result.worst() < LIMIT, result.errors
 
@@ -116,38 +114,34 @@ def test_half_precision_rounds_once(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_the_private_op(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch has no such op, the plain tiles serve; both give the same."""
+def test_both_engines_give_the_same(name: str) -> None:
     plan = part_cases(130, 2, 2)[name]
-    fast = compare(plan, batch=2, query_length=130, key_length=130)
-    monkeypatch.setattr(flash, "has_op", lambda: False)
-    plain = compare(plan, batch=2, query_length=130, key_length=130)
+    chosen = compare(plan, batch=2, query_length=130, key_length=130)
+    plain = compare(plan, batch=2, query_length=130, key_length=130, engine=TILES)
     assert plain.worst() < LIMIT, plain.errors
-    assert all(torch.allclose(fast.tensors[x], plain.tensors[x], atol=1e-5) for x in fast.tensors)
+    assert all(torch.allclose(chosen.tensors[x], plain.tensors[x], atol=1e-5) for x in plain.tensors)
 
 
-def test_this_torch_has_the_op() -> None:
-    """The fast path is what CI runs; a torch that changes the schema must not go unnoticed."""
-    assert flash.has_op()
-
-
-def test_a_large_causal_segment_takes_the_ops_own_causal_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_causal_segments_with_holes() -> None:
     n = 200
-    monkeypatch.setattr(kernels, "serves", lambda query: False)
-    monkeypatch.setattr(segments, "LARGEST_CUT_TRIANGLE", 100)
-    called: list[bool] = []
-    forward = flash.flash_forward
-    monkeypatch.setattr(
-        flash, "flash_forward", lambda *args, causal: called.append(causal) or forward(*args, causal=causal)
-    )
     holes = torch.arange(n)[None, None].clone()
     holes[..., 5] = -1
     for key_index in (None, holes):
         plan = [SegmentPart(n, n, n, n, band=Band(None, 0), key_index=key_index)]
         result = compare(plan, query_length=n, key_length=n)
         assert result.worst() < LIMIT, result.errors
-    assert called[0]
-    assert not any(called[1:])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_rows_of_very_different_lengths(kv_heads: int) -> None:
+    """Row ``i`` reads the first keys of the runs of 200 before its own, another number of them for each head."""
+
+    def staircase(head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j < i // 200 * (head + 2)) & (j < 1000)
+
+    part = BlockPart(build_layout(staircase, 1000, 1000, heads=2, block=BLOCK, band=Band(None, 0)))
+    result = compare([part, window_part(1000, Band(40, 0))], kv_heads=kv_heads, query_length=1000, key_length=1000)
+    assert result.worst() < LIMIT, result.errors
 
 
 @pytest.mark.parametrize("option", ["plain", "all"])
@@ -180,7 +174,7 @@ def test_small_batches_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results do not depend on how the tiles are batched."""
     plan = part_cases(200, 2, 3)["union"]
     large = compare(plan, batch=2, heads=3, kv_heads=3, query_length=200, key_length=200)
-    monkeypatch.setattr(native_engine, "FLASH_KEY_ELEMENTS", 16 * BLOCK * 3)
+    monkeypatch.setattr(batches, "SCORES", 3 * BLOCK * BLOCK)
     small = compare(plan, batch=2, heads=3, kv_heads=3, query_length=200, key_length=200)
     assert small.worst() < LIMIT
     assert all(torch.allclose(large.tensors[x], small.tensors[x], atol=1e-5) for x in large.tensors)
@@ -190,8 +184,8 @@ def test_small_batches_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_in_runs_and_offsets_in_chunks(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long rows are merged from runs of their keys, fixed offsets go over the rows in chunks."""
-    monkeypatch.setattr(native_blocks, "RUN_KEYS", 2 * BLOCK)
-    monkeypatch.setattr(native_offsets, "SLICE_ELEMENTS", 1)
+    monkeypatch.setattr(batches, "RUN_KEYS", 2 * BLOCK)
+    monkeypatch.setattr(batches, "ELEMENTS", 1)
     options = {"plain": ScoreOptions(scale=0.3), **option_cases(2, 4, 130)}[option]
     plan = part_cases(130, 2, 4)[name]
     result = compare(plan, batch=2, heads=4, kv_heads=2, query_length=130, key_length=130, options=options)
@@ -223,8 +217,11 @@ def test_layouts_are_not_kept_alive() -> None:
     assert reference() is None
 
 
-def test_unsupported_is_nothing() -> None:
-    assert NativeEngine().unsupported(torch.zeros(1, 1, 1, 8), ScoreOptions(scale=1.0, softcap=2.0)) is None
+def test_torchs_operators_serve_everything() -> None:
+    query, options = torch.zeros(1, 1, 1, 8), ScoreOptions(scale=1.0, softcap=2.0)
+    assert TILES.unsupported(query, options) is None
+    assert choose_engine("torch", query, options) is TILES
+    assert choose_engine("native", query.double(), options) is TILES
 
 
 def test_blocks_of_two_sizes() -> None:

@@ -1,9 +1,6 @@
-"""C++ of the CPU kernels: vectors, the product of small matrices, elementary functions.
+// Vectors, the product of small matrices, elementary functions.
+#pragma once
 
-The sources are strings, so that a saved model's own code (flat ``.py`` files) has them too.
-"""
-
-SOURCE = r"""
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -163,4 +160,3 @@ static void product(const float* A, int64_t a_row, int64_t a_column, const float
     if (NV > 2 && vectors == 2) product_columns<2, ADD>(A, a_row, a_column, B, b_row, rows, depth, C, c_row);
     if (vectors == 1) product_columns<1, ADD>(A, a_row, a_column, B, b_row, rows, depth, C, c_row);
 }
-"""

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -44,8 +45,10 @@ TAIL = 2000  # characters of the compiler's messages that an error shows
 _UNKNOWN_ARCHITECTURE = re.compile(r"march|mcpu|no such instruction|unrecognized instruction", re.IGNORECASE)
 _INSTALL = "install g++, or name a compiler in CXX"
 
-# (name, source) -> the library, or the reason why there is none.
-_outcomes: dict[tuple[str, str], ctypes.CDLL | str] = {}
+# Names and texts of the files that a source includes.
+Headers: TypeAlias = tuple[tuple[str, str], ...]
+# (name, source, headers) -> the library, or the reason why there is none.
+_outcomes: dict[tuple[str, str, Headers], ctypes.CDLL | str] = {}
 _lock = threading.Lock()
 
 
@@ -53,7 +56,7 @@ class BuildError(RuntimeError):
     """The kernels cannot be compiled or loaded; the message says why."""
 
 
-def load(source: str, name: str) -> ctypes.CDLL:
+def load(source: str, name: str, headers: Headers = ()) -> ctypes.CDLL:
     """The shared library of this C++ source, from the cache folder or compiled now.
 
     Both outcomes hold for the rest of the process: a source that failed is not compiled again.
@@ -61,18 +64,19 @@ def load(source: str, name: str) -> ctypes.CDLL:
     Args:
         source: C++17 with ``extern "C"`` functions; ``#pragma omp`` is honoured.
         name: the beginning of the file's name, an identifier.
+        headers: the files that the source includes by name, ``(file name, text)`` each.
 
     Raises:
         BuildError: no compiler, the compiler's own message, or why the library cannot be loaded.
     """
-    key = (name, source)
+    key = (name, source, headers)
     outcome = _outcomes.get(key)
     if outcome is None:
         _make_locks_survive_fork()
         with _lock:
             outcome = _outcomes.get(key)
             if outcome is None:
-                outcome = _outcomes[key] = _outcome(source, name)
+                outcome = _outcomes[key] = _outcome(source, name, headers)
     if isinstance(outcome, str):
         raise BuildError(outcome)
     return outcome
@@ -136,31 +140,31 @@ def _warn_of_no_cache(error: Exception) -> None:
     )
 
 
-def _outcome(source: str, name: str) -> ctypes.CDLL | str:
+def _outcome(source: str, name: str, headers: Headers) -> ctypes.CDLL | str:
     try:
-        return _cached_or_built(source, name)
+        return _cached_or_built(source, name, headers)
     except BuildError as error:
         return str(error)
     except OSError as error:
         return f"the files of the build cannot be written or read: {error}; set SA_HF_CACHE_DIR to another folder"
 
 
-def _cached_or_built(source: str, name: str) -> ctypes.CDLL:
+def _cached_or_built(source: str, name: str, headers: Headers) -> ctypes.CDLL:
     if sys.platform == "win32":
         raise BuildError("compiling the CPU kernels is not supported on Windows")
     command = compiler()
-    stem = f"{name}-{_fingerprint(source, command)}"
+    stem = f"{name}-{_fingerprint(source, command, headers)}"
     folder = cache_folder()
     if folder is None:
-        return _build(source, command, stem, None)
-    return _cached(folder, stem) or _build(source, command, stem, folder)
+        return _build(source, headers, command, stem, None)
+    return _cached(folder, stem) or _build(source, headers, command, stem, folder)
 
 
-def _fingerprint(source: str, command: list[str]) -> str:
+def _fingerprint(source: str, command: list[str], headers: Headers = ()) -> str:
     """Changes with all that decides the machine code: source, flags, compiler, processor, torch."""
     version = _run([*command, "--version"]).stdout
     flags = (FLAGS, ARCHITECTURES, _openmp_flags(), _link_flags())
-    told = (source, flags, command, version, _processor(), torch.__version__)
+    told = (source, headers, flags, command, version, _processor(), torch.__version__)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 
 
@@ -195,7 +199,7 @@ def _content_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
-def _build(source: str, command: list[str], stem: str, folder: Path | None) -> ctypes.CDLL:
+def _build(source: str, headers: Headers, command: list[str], stem: str, folder: Path | None) -> ctypes.CDLL:
     """Compiles, loads, and only then moves the library to ``folder``, in one step: several processes may do so at once.
 
     Without a folder it is loaded from a temporary one; a library that is loaded needs its file no more.
@@ -206,9 +210,9 @@ def _build(source: str, command: list[str], stem: str, folder: Path | None) -> c
         if folder is None:
             raise
         _warn_of_no_cache(error)
-        return _build(source, command, stem, None)
+        return _build(source, headers, command, stem, None)
     with work:
-        path = _compile(source, command, Path(work.name))
+        path = _compile(source, command, Path(work.name), headers)
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
@@ -227,9 +231,10 @@ def _load_advice(message: str) -> str:
     return ""
 
 
-def _compile(source: str, command: list[str], work: Path) -> Path:
+def _compile(source: str, command: list[str], work: Path, headers: Headers = ()) -> Path:
     code, compiled, library = work / "kernels.cpp", work / "kernels.o", work / "kernels.so"
-    code.write_text(source, encoding="utf-8")
+    for name, text in (("kernels.cpp", source), *headers):
+        (work / name).write_text(text, encoding="utf-8")
     for architecture in ARCHITECTURES:
         words = [*command, *FLAGS, *architecture, *_openmp_flags(), "-c", str(code), "-o", str(compiled)]
         done = _run(words)

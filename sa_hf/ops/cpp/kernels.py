@@ -15,15 +15,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from sa_hf.ops.cpp import call
+from sa_hf.ops.cpp.build import BuildError, load
+from sa_hf.ops.cpp.call import DTYPES, FAR, Call
+from sa_hf.ops.cpp.sources import FILES
 from sa_hf.ops.engine import Gradients
-from sa_hf.ops.native import call, cpp_offsets, cpp_passes, cpp_scores, cpp_vectors
-from sa_hf.ops.native.build import BuildError, load
-from sa_hf.ops.native.call import DTYPES, FAR, Call
-from sa_hf.ops.native.lanes import Lanes, Slots
-from sa_hf.ops.native.memory import keep_freed_memory
-from sa_hf.ops.native.scores import ScoreRules
+from sa_hf.ops.lanes import Lanes, Places, Slots
 from sa_hf.ops.parts import UNBOUNDED, Band, BlockLayout, BlockPart, Index, OffsetsPart, Part, ScoreOptions
-from sa_hf.ops.random import dropout_threshold, dropout_words
+from sa_hf.ops.random import dropout_threshold
 
 logger = logging.getLogger(__name__)
 
@@ -50,21 +49,14 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get(SWITCH, "1") == "0":
         return None, f"{SWITCH}=0"
     try:
-        found = load("".join(x.SOURCE for x in (cpp_vectors, call, cpp_scores, cpp_passes, cpp_offsets)), "kernels")
+        headers = tuple((name, text) for name, text in sorted(FILES.items()) if name.endswith(".h"))
+        found = load(FILES["kernels.cpp"], "kernels", headers)
     except BuildError as error:
         logger.info("attention on the CPU runs by torch's operators: %s", error)
         return None, str(error)
     for function in (found.sa_hf_forward, found.sa_hf_backward):
         function.argtypes, function.restype = [ctypes.POINTER(Call)], None
     return found, None
-
-
-def serves(query: Tensor) -> bool:
-    """Whether the kernels run this query's parts, under whatever options."""
-    if query.device.type != "cpu" or query.dtype == torch.float64 or library() is None:
-        return False
-    keep_freed_memory()
-    return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,21 +80,18 @@ class Rows:
         key_index: Index = None,
     ) -> Rows:  # fmt: skip
         """Args: query_index, key_index: the positions of the rows, where they stand in slots."""
-        rules = ScoreRules.of(options, Lanes.of(query, key), query_index, key_index)
-        lanes, fields, span_at = rules.lanes, {}, None
+        lanes = Lanes.of(query, key)
+        places, fields, span_at = Places.of(options, lanes, query_index, key_index), {}, None
         if options.distance_bias is not None:
             fields["bias"] = options.distance_bias.float() * LOG2E
         if options.spans is not None:
-            j = _positions(rules.key_at, lanes, key.shape[2])
-            span_at = rules.span_rows(lanes.ids) + j.clamp(0, options.spans.shape[2] - 1)
+            span_at = places.span_at(lanes.ids, _positions(places.key_at, lanes, key.shape[2]))
             fields["spans"] = options.spans.float().flatten()[span_at]
         if options.dropout > 0:
-            sequence, heads = rules.dropout_counters(lanes.ids)
             for name, at, x, stream in (
-                ("row_word", rules.query_at, query, 0), ("column_word", rules.key_at, key, 1)
+                ("row_word", places.query_at, query, 0), ("column_word", places.key_at, key, 1)
             ):  # fmt: skip
-                i = _positions(at, lanes, x.shape[2])
-                fields[name] = dropout_words(rules.seed, sequence[:, None], heads[:, None], i, stream=stream)
+                fields[name] = places.dropout_words(lanes.ids, _positions(at, lanes, x.shape[2]), stream)
         query, key, value = (plain(x) for x in (query, key, value))
         _check(query, key, value)
         return cls(query, key, value, options, {name: x.contiguous() for name, x in fields.items()}, span_at)

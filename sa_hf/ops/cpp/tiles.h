@@ -1,6 +1,9 @@
-"""C++ of the CPU kernels: which tiles of scores a part has, and what the masks and options do to a tile."""
+// Which tiles of scores a part has, and what the masks and options do to a tile.
+#pragma once
 
-SOURCE = r"""
+#include "call.h"
+#include "vectors.h"
+
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Up to TILE queries of one lane. ``unit`` is the number of their block or segment, ``sub`` theirs in it.
@@ -334,4 +337,3 @@ static const float* key_rows(const Call& c, const Tile& t, const Chunk& x, const
 static float* buffer(int64_t elements) {
     return (float*)aligned_alloc(64, (size_t)ceil_div(elements * 4, 64) * 64);
 }
-"""

@@ -1,6 +1,8 @@
-"""C++ of the CPU kernels: the forward and the backward pass."""
+// The forward and the backward pass over the tiles of block lists and segments.
+#pragma once
 
-SOURCE = r"""
+#include "tiles.h"
+
 // -- forward: online softmax, the scores key by key in rows, so that every reduction runs along vectors ------------
 
 struct Softmax {
@@ -260,4 +262,3 @@ static void backward_tile(const Call& c, Tile& t, int64_t piece, float* work) {
     std::fill(one, one + TILE, 1.0f);
     to_rows(t, w.query_sums, D, one, one, c.grad_query.of(t.batch, t.head), c.grad_query.step);
 }
-"""

@@ -1,0 +1,60 @@
+// What a call hands over to the kernels. Python reads the fields of Call from this file (call.py).
+#pragma once
+
+#include <cstdint>
+
+// Rows of floats by batch, head and number; a row's elements follow each other.
+struct Rows {
+    float* data;
+    int64_t batch_step, head_step, step;
+
+    float* of(int64_t batch, int64_t head) const { return data + batch * batch_step + head * head_step; }
+};
+
+// The positions of slots, -1 for an empty one; null: they follow each other. A step is 0 where lists are shared.
+struct Index {
+    const int64_t* data;
+    int64_t batch_step, head_step;
+
+    const int64_t* of(int64_t batch, int64_t head) const {
+        return data == nullptr ? nullptr : data + batch * batch_step + head * head_step;
+    }
+};
+
+// ``lanes`` is batch * heads. A slot's *row* in the tensors of its side is its position where the call is
+// ``in_place``, else the slot itself. A pointer may be null where its comment says so. One declaration a line.
+struct Call {
+    // Rows, [batch, heads | kv_heads, rows, head_dim].
+    Rows query, key, value, out;
+    Rows grad_out, grad_query;  // backward; out and lse are then the whole plan's; grad_query is added to
+    Index query_index, key_index;
+    float* lse;         // [lanes, query_rows]
+    float* grad_key;    // [pieces, batch, kv_heads, key_rows, padded_dim], added to
+    float* grad_value;  // the same
+    float* grad_bias;   // null, or [pieces, lanes, bias_columns], added to
+    float* grad_spans;  // null, or [pieces, lanes, key_rows], added to
+    // Block lists as in BlockLayout; row_start is null for segments.
+    const int64_t* row_start;
+    const int32_t* columns;
+    const int32_t* kind;
+    const uint64_t* masks;     // [P, block_k, ceil(block_q / TILE)]: bit i of a word is query i
+    const int32_t* key_range;  // null, or [range_batch, range_heads, query_slots, 2]
+    // Fixed offsets as in OffsetsPart: those of head h lie from offset_start[h] on; offset_start is null for others.
+    const int64_t* offset_start;
+    const int64_t* offsets;
+    int64_t offset_heads, most_offsets, begin, end;
+    // Options.
+    const int32_t* row_word;     // null, or [lanes, rows]: dropout
+    const int32_t* column_word;  // the same
+    const float* bias;           // null, or [heads, bias_columns], times log2(e)
+    const float* spans;          // null, or [lanes, key_rows]
+    int64_t in_place, merge;     // merge: forward joins what out and lse have
+    int64_t batch, heads, kv_heads, query_slots, key_slots, query_rows, key_rows, head_dim, padded_dim;
+    int64_t query_first, key_first;  // position of slot 0 where there is no index
+    int64_t query_offset;            // of the queries' positions among the keys', for bias and spans
+    int64_t list_batch, list_heads, block_q, block_k, range_batch, range_heads;
+    int64_t query_segment, key_segment, skip_diagonal;
+    int64_t left, right;  // of the band; FAR where unbounded
+    int64_t bias_columns, extra_tokens, dropout_threshold, pieces, threads;
+    double scale, softcap, ramp, keep;  // softcap 0: none; keep: 1 - dropout
+};

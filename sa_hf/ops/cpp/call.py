@@ -1,0 +1,37 @@
+"""The ctypes structure of a call, read from ``call.h``, where its fields are declared and explained."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import torch
+
+from sa_hf.ops.cpp.sources import FILES
+
+FAR = 2**40
+
+
+class Rows(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), *((x, ctypes.c_int64) for x in ("batch_step", "head_step", "step")))
+
+
+class Index(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), *((x, ctypes.c_int64) for x in ("batch_step", "head_step")))
+
+
+def _declared() -> list[tuple[str, str]]:
+    """The fields of ``struct Call``: name and type."""
+    body = FILES["call.h"].partition("struct Call {")[2].partition("\n};")[0]
+    declarations = re.findall(r"^\s*((?:const )?\w+\*?) ([\w, ]+);", body, re.MULTILINE)
+    return [(name, kind) for kind, names in declarations for name in names.split(", ")]
+
+
+_TYPES = {"Rows": Rows, "Index": Index, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
+_POINTED = {"float": torch.float32, "int32_t": torch.int32, "int64_t": torch.int64, "uint64_t": torch.int64}
+# Of the tensor behind each pointer.
+DTYPES = {name: _POINTED[kind.removeprefix("const ")[:-1]] for name, kind in _declared() if kind.endswith("*")}
+
+
+class Call(ctypes.Structure):
+    _fields_ = tuple((name, _TYPES.get(kind, ctypes.c_void_p)) for name, kind in _declared())
