@@ -9,6 +9,7 @@ import torch
 from parity import assert_exact, error, guarded
 from torch import Tensor
 
+from sa_hf.ops.choice import TRITON
 from sa_hf.ops.parts import Band, Index, OffsetsPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.pieces import Piece
 from sa_hf.ops.slots import add_slots, examine_slots, merge_into, take
@@ -98,7 +99,7 @@ def slots_in(index: Index, length: int) -> int:
 def test_merged_rows_are_one_softmax(case: str, d: int, dtype: torch.dtype) -> None:
     """Against ``merge_into`` in fp64, from results that never see the positions in no slot."""
     n, query = 37, draw(2, 4, 37, d, dtype=dtype)
-    merging = KernelMerging(query, None)
+    merging = KernelMerging(TRITON, query, None)
     out, lse = torch.zeros(2, 4, n, d, dtype=torch.float64), torch.full((2, 4, n), -torch.inf, dtype=torch.float64)
     for seed, part in enumerate(PLANS[case]):
         index = part.query_index
@@ -125,7 +126,7 @@ def test_merged_rows_are_one_softmax(case: str, d: int, dtype: torch.dtype) -> N
 def test_summed_rows_are_the_adjoint_of_gathering(case: str, d: int, dtype: torch.dtype, kv_heads: int) -> None:
     """Keys of ``kv_heads`` heads, whose gradients come per query head where an index is by head."""
     n, key = 37, draw(2, kv_heads, 37, d, dtype=dtype)
-    total, again = (KernelTotal(key, key, key, ScoreOptions(1.0)) for _ in range(2))
+    total, again = (KernelTotal(TRITON, key, key, key, ScoreOptions(1.0)) for _ in range(2))
     wanted = torch.zeros(key.shape, dtype=torch.float64)
     for seed, part in enumerate(PLANS[case]):
         index = part.query_index
