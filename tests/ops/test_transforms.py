@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sa_hf import BigBirdAttentionConfig, SparseAttentionError, sparse_attention
 from sa_hf.ops import decode
-from sa_hf.ops.native.kernels import SWITCH
+from sa_hf.ops.cpp.kernels import SWITCH
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.planned import planned_attention
 from sa_hf.patterns.expire_span import EXPIRING
