@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -281,20 +281,22 @@ def _no_memory(module: nn.Module, place: Place, new: int, keys: int) -> SparseAt
 
 def unknown_keywords(kwargs: dict[str, Any]) -> list[str]:
     """The keywords of a call that ask for something which the adapter does not know."""
-    known = HARMLESS | SERVED | loss_keywords()
     return [
         name
         for name, value in kwargs.items()
-        if name not in known and value is not None and value is not False and not is_cache(value)
+        if name not in KNOWN and value is not None and value is not False and not is_cache(value)
     ]
 
 
-@lru_cache(maxsize=1)
 def loss_keywords() -> frozenset[str]:
     """What Transformers' losses and torch's cross entropy take: models hand it down to the layers on its way."""
     losses = [*LOSS_MAPPING.values(), fixed_cross_entropy, nn.functional.cross_entropy]
     names = {name for loss in losses for name in inspect.signature(loss).parameters}
     return frozenset(names - SERVED)
+
+
+# Read once, here: torch.compile would trace the signatures.
+KNOWN = HARMLESS | SERVED | loss_keywords()
 
 
 def refuse_attentions() -> None:

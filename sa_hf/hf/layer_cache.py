@@ -89,13 +89,27 @@ def _remembering(base: Any) -> Any:
             super().reset()
             self.sa_hf_memory.clear()
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            # The class has no name of its own that a pickle could find.
+            return _restored, (base, dict(vars(self)))
+
     Remembering.__name__ = Remembering.__qualname__ = base.__name__
     return Remembering
 
 
+def _restored(base: type, state: dict[str, Any]) -> Any:
+    """A pickled or copied cache layer with what it remembers."""
+    kind = _remembering(base)
+    layer = kind.__new__(kind)
+    vars(layer).update(state)
+    return layer
+
+
 def is_cache(x: Any) -> bool:
     """Whether this is a cache: by its class, or by the methods that a model calls on one of another make."""
-    return isinstance(x, Cache) or all(callable(getattr(x, name, None)) for name in ("update", "get_seq_length"))
+    if x is None or isinstance(x, Tensor | tuple):
+        return False
+    return isinstance(x, Cache) or (hasattr(type(x), "update") and hasattr(type(x), "get_seq_length"))
 
 
 def cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -117,8 +131,10 @@ def memory_of(layer: Any) -> dict[str, Remembered]:
 
 def _not_remembered(name: str, seen: int) -> SparseAttentionError:
     return SparseAttentionError(
-        f"the cache holds {seen} tokens without {name!r}, which this layer's pattern needs for each; it was filled by "
-        "another model or before patching: start again from the prompt"
+        f"the cache holds {seen} tokens without {name!r}, which this layer's pattern needs for each: they are keys "
+        "and values alone, of another model, from before patching, or learned ones (PEFT's prefix tuning). Start again "
+        "from the prompt, or use prompt tuning or LoRA; prefix tuning goes with patterns without state of their own "
+        "per token, such as 'sliding_window' or 'bigbird'"
     )
 
 

@@ -11,7 +11,11 @@ from torch import Tensor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import transformers as tf
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from sa_hf.hf.families import calls_interface
 
 transformers_logging = tf.logging
 transformers_logging.set_verbosity_error()
@@ -99,8 +103,16 @@ class Case:
         return out.flatten(0, -2) if self.real is None else out[self.real]
 
 
+def is_served(family: str) -> bool:
+    """Whether the installed release asks the attention interface in this family (T5 does not in the oldest)."""
+    return family != "t5" or calls_interface(T5Attention)
+
+
 def tiny_model(family: str, seed: int = 0, **changed: Any) -> Any:
-    """A model with random weights large enough that attention matters."""
+    """A model with random weights large enough that attention matters; skips the test where the installed release
+    computes the family's attention itself, which ``test_families`` holds to be refused."""
+    if not is_served(family):
+        pytest.skip(f"transformers {tf.__version__}: {family} computes its attention itself")
     config = CONFIGS[family]()
     for name, value in changed.items():
         setattr(config, name, value)

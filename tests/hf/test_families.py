@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from hf_cases import BOTH, DECODERS, ENCODERS, FAMILIES, case, error, tiny_model, tokens
+from hf_cases import BOTH, CONFIGS, DECODERS, ENCODERS, FAMILIES, case, error, is_served, tiny_model, tokens
 
 import sa_hf
 from sa_hf import SparseAttentionError, UnsupportedModelError
@@ -239,3 +239,12 @@ def test_encoders_are_bidirectional_and_decoders_causal(family: str) -> None:
     for stack, sites in stacks.items():
         assert all(site.spec.causal == (stack == "decoder") for site in sites)
         assert [site.spec.layer_idx for site in sites] == list(range(len(sites)))
+
+
+def test_a_family_that_the_installed_release_does_not_serve_is_refused() -> None:
+    if is_served("t5"):
+        model = tiny_model("t5")
+        assert sa_hf.patch_model(model, NARROW) is model
+        return
+    with pytest.raises(UnsupportedModelError, match="computes its attention itself"):
+        sa_hf.patch_model(tf.T5ForConditionalGeneration(CONFIGS["t5"]()), NARROW)

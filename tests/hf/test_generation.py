@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -96,7 +99,7 @@ def test_a_cache_filled_before_patching_is_refused() -> None:
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
         sa_hf.patch_model(model, EXPIRING)
-        with pytest.raises(SparseAttentionError, match="filled by another model or before patching"):
+        with pytest.raises(SparseAttentionError, match="of another model, from before patching"):
             model(ids[:, :1], past_key_values=cache)
 
 
@@ -149,3 +152,61 @@ def test_padding_between_tokens_where_the_models_own_cache_slides(family: str) -
         torch.testing.assert_close(last(sa_hf.sparse_cache(model)), whole, rtol=0, atol=TOLERANCE)
         with pytest.raises(SparseAttentionError, match="row 1: the model's window reaches back to slot"):
             last(tf.DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("pattern", ["window", "expire_span", "convolution", "routing", "three"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "sparse"])
+@pytest.mark.parametrize("way", ["pickle", "deepcopy", "torch.save"])
+def test_a_cache_can_be_copied_and_saved(way: str, kind: str, pattern: str) -> None:
+    model = patched("llama", pattern)
+    ids = tokens(2, 20)
+    cache = tf.DynamicCache() if kind == "dynamic" else tf.StaticCache(config=model.config, max_cache_len=32)
+    cache = sa_hf.sparse_cache(model) if kind == "sparse" else cache
+    with torch.no_grad():
+        model(ids[:, :12], past_key_values=cache)
+        if way == "torch.save":
+            torch.save(cache, buffer := io.BytesIO())
+            buffer.seek(0)
+            copied = torch.load(buffer, weights_only=False)
+        else:
+            copied = copy.deepcopy(cache) if way == "deepcopy" else pickle.loads(pickle.dumps(cache))
+        model(ids[:, 12:13], past_key_values=cache)  # leaves the copy alone
+        steps = [model(ids[:, 12:15], past_key_values=copied).logits, model(ids[:, 15:], past_key_values=copied).logits]
+        whole = model(ids, use_cache=False).logits
+    assert (torch.cat(steps, 1) - whole[:, 12:]).abs().max() < TOLERANCE
+
+
+def with_prefix(model: object, prefix: int = 4) -> object:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix)
+    return peft.get_peft_model(model, config).eval()
+
+
+@pytest.mark.parametrize("pattern", ["expire_span", "convolution", "routing", "three"])
+def test_prefix_tuning_with_a_state_per_token_raises_by_name(pattern: str) -> None:
+    model = with_prefix(patched("llama", pattern))
+    with (
+        torch.no_grad(),
+        pytest.raises(SparseAttentionError, match=r"4 tokens without .*prefix tuning.*sliding_window"),
+    ):
+        model(input_ids=tokens(2, 8), attention_mask=torch.ones(2, 8, dtype=torch.long))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_prefix_tuning_under_static_patterns(masked: bool) -> None:
+    """The prefix counts as the first tokens; a window that covers it and the prompt is the dense model."""
+    model = with_prefix(tiny_model("llama"))
+    inputs = {"input_ids": tokens(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    if masked:
+        inputs["attention_mask"][1, :5] = 0
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        sa_hf.patch_model(model, "sliding_window", window=16)
+        assert (model(**inputs).logits - dense)[real].abs().max() < TOLERANCE
+        sa_hf.patch_model(model, "sliding_window", window=3)
+        narrow = model(**inputs).logits
+        assert (narrow - dense)[real].abs().max() > 0.1
+        sa_hf.patch_model(model, "sliding_window", window=3, num_sink_tokens=4)  # the prefix is what all read
+        assert (model(**inputs).logits - narrow)[real].abs().max() > 0.1
