@@ -50,6 +50,8 @@ def test_queries_and_keys_are_a_convolution_of_the_input(family: str) -> None:
     conv = attention.sparse.conv
     fused = {"gpt2": "c_attn", "gpt_neox": "query_key_value", "modernbert": "Wqkv"}.get(family)
     pairs = {"bert": ("query", "key"), "distilbert": ("q_lin", "k_lin")}.get(family, ("q_proj", "k_proj"))
+    if family == "vit" and not hasattr(attention, "q_proj"):  # the oldest release
+        pairs = ("query", "key")
     seen: dict[str, Any] = {}
     for name in [fused] if fused else pairs:
         attention.get_submodule(name).register_forward_hook(

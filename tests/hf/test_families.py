@@ -174,14 +174,17 @@ def test_what_an_attention_would_lose_is_refused_at_once() -> None:
     with pytest.raises(UnsupportedModelError, match="'s_aux'"):
         sa_hf.patch_model(sinks, "bigbird")
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
-    with pytest.raises(UnsupportedModelError, match="position bias"):
+    # The oldest release has the T5 family compute its attention itself.
+    reason = "position bias" if is_served("t5") else "computes its attention itself"
+    with pytest.raises(UnsupportedModelError, match=reason):
         sa_hf.patch_model(tf.UMT5Model(tf.UMT5Config(**sizes)), "bigbird")
 
 
 def test_half_an_encoder_decoder_is_refused() -> None:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
     model = tf.LongT5Model(tf.LongT5Config(**sizes))
-    with pytest.raises(UnsupportedModelError, match="the encoder of LongT5Model"):
+    reason = "the encoder of LongT5Model" if is_served("t5") else "computes its attention itself"
+    with pytest.raises(UnsupportedModelError, match=reason):
         sa_hf.patch_model(model, "sliding_window", window=3)
 
 

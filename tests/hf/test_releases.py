@@ -168,3 +168,8 @@ def test_a_saved_model_is_proven_again_where_the_release_is_newer_than_those_tes
     release(monkeypatch, hidden)
     with pytest.raises(UnsupportedModelError, match="but no cache reaches it"):
         AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+
+
+def test_the_newest_tested_release_is_the_one_that_ci_pins() -> None:
+    pins = (Path(__file__).parents[2] / ".ci" / "constraints.txt").read_text().split()
+    assert f"transformers=={versions.NEWEST_TESTED}" in pins

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 import sa_hf
 from sa_hf.errors import SparseAttentionError
@@ -212,14 +212,17 @@ def test_expire_span_refuses_encoders_before_anything_changes() -> None:
 
 def test_each_stack_of_an_encoder_decoder_model_has_its_own_shared_mask() -> None:
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
-    )
+    model = BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=64, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=64, decoder_start_token_id=0,
+        )
+    )  # fmt: skip
     sa_hf.patch_model(model, "sparsebert", mask_length=64)
     model.train()
     model(tokens(12), labels=tokens(12)).loss.backward()
     masks = {name: p for name, p in model.named_parameters() if name.endswith("logits")}
-    assert sorted(name.split(".")[0] for name in masks) == ["decoder", "encoder"]
+    assert sorted(name.split(".")[1] for name in masks) == ["decoder", "encoder"]
     assert all(p.grad is not None for p in masks.values())
     assert float(sa_hf.auxiliary_losses(model)["sparsebert_density"]) > 1.8
 
