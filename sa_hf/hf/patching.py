@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.adapters import drop_mark, guard_adapters
 from sa_hf.hf.assignment import (
     HEADS,
     Assignment,
@@ -71,6 +72,7 @@ class Patch:
         """Go on in a copy, perhaps in another process: with sparse attention, as a copy is in no ``dense`` block."""
         register()
         guard_saving()
+        guard_adapters()
         if self.activity.on:
             for config, _ in self.configs:
                 config._attn_implementation_internal = IMPLEMENTATION
@@ -307,6 +309,7 @@ def _keep_state(
 def _attach(root: PreTrainedModel, patch: Patch, children: dict[str, SparseAttention], extra: dict[str, int]) -> None:
     register()
     guard_saving()
+    guard_adapters()
     switch_over(root)
     if not patch.configs:
         _rebind_configs(root, patch)
@@ -326,6 +329,7 @@ def _attach(root: PreTrainedModel, patch: Patch, children: dict[str, SparseAtten
         if count:
             _attach_extra_tokens(root, patch, stack, count)
     patch.handles += OuterForward(root, patch.activity, patch.names, patch.configs).register(root)
+    patch.handles.append(root.register_load_state_dict_pre_hook(drop_mark))
     root.config.sa_hf = assignment_to_dict(patch.assignment)
     setattr(root, STATE, patch)
     enable_saving(root)

@@ -33,18 +33,22 @@ def save_whole(
     directory: Any,
     arguments: tuple[Any, ...],
     keywords: Mapping[str, Any],
-) -> None:
+) -> bool:
     """Run ``save`` (the model's own ``save_pretrained``) so that its files appear in ``directory`` all at once.
 
     Args:
         code: gives the code files that go with the weights, ``{name: text}``; called on the process that writes.
         directory, arguments, keywords: what the caller gave to ``save_pretrained``.
+
+    Returns:
+        Whether ``directory`` now holds a checkpoint that loads by its name alone, written by this process.
     """
     call = inspect.signature(save).bind(directory, *arguments, **keywords)
     call.apply_defaults()
     options = dict(call.arguments)
     options.update(options.pop("kwargs", {}))
     target = Path(options.pop("save_directory"))
+    whole = False
     adapter_alone = bool(getattr(model, "_hf_peft_config_loaded", False))
     if adapter_alone or target.is_file() or not _writes(model, options["is_main_process"]):
         save(target, **options)
@@ -57,11 +61,13 @@ def save_whole(
         push = bool(options.pop("push_to_hub"))
         hub = _hub_options(options) if push else {}
         names = _staged(save, code, target, options)
+        whole = options.get("variant") is None
         if push:
             _upload(target, names, options.get("token"), hub)
     # Where the ranks have gathered the weights together, none may read them before they are in place.
     if hasattr(model, "barrier_after_gathered_checkpoint_save"):
         model.barrier_after_gathered_checkpoint_save(getattr(model.config, "distributed_config", None))
+    return whole
 
 
 def _writes(model: PreTrainedModel, is_main_process: bool) -> bool:

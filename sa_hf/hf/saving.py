@@ -18,8 +18,9 @@ What remains, beyond our reach:
 - A class of your own is not in the Auto mappings: load it by ``sparse_class(MyModel).from_pretrained(folder)``.
 - ``variant=`` saves leave the files of other variants in the folder; ``distributed_checkpoint=True`` (rank-local
   shards for resuming) is written in place, not all at once.
-- A PEFT adapter loads by ``PeftModel.from_pretrained(base, folder)``. Given the adapter's folder, older versions of
-  Transformers do not find what it saved of ``sparse.*``: 5.17 raises, 5.5 says nothing.
+- An adapter of a patched model (see ``adapters.py``) names the place of its base, an absolute path: where that is
+  moved, ``base_model_name_or_path`` in its config says the new one. ``dense_model.load_adapter(folder)`` with the
+  oldest versions of Transformers (5.5), which look at no shapes, loads it onto a dense model; all others raise.
 - Overwriting a checkpoint needs room for both until the new one is complete.
 - From the hub, the first load of a checkpoint fetches dozens of small code files, and Transformers announces them; pin
   a ``revision`` to be sure of what runs.
@@ -41,6 +42,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
+from sa_hf.hf.adapters import is_mark, load_by_peft, load_sparse_state, read_adapter, remember_base, save_adapter
 from sa_hf.hf.assignment import Assignment, assignment_from_dict
 from sa_hf.hf.publish import REMOTE_FILE, code_files, save_whole
 
@@ -80,9 +82,14 @@ def remedy(entries: Mapping[str, str], name: str) -> str:
 
     A class's own ``from_pretrained`` runs no code of a checkpoint, whatever it is told.
     """
+    return f"{REMEDY}{auto_class_name(entries, name) or 'AutoModel*'}.from_pretrained(..., trust_remote_code=True)"
+
+
+def auto_class_name(entries: Mapping[str, str], name: str) -> str | None:
+    """The best known Auto class that gives the model's class, ``name``; None where none does."""
     found = [auto for auto, remote in entries.items() if remote.rpartition(".")[2] == name]
     found.sort(key=lambda auto: (auto in _LEAST_KNOWN, auto not in _BEST_KNOWN))
-    return f"{REMEDY}{(*found, 'AutoModel*')[0]}.from_pretrained(..., trust_remote_code=True)"
+    return found[0] if found else None
 
 
 def disable_saving(model: PreTrainedModel) -> None:
@@ -133,12 +140,28 @@ class SparseModelMixin:
                 "state may be missing; save without distributed_checkpoint=True, or use a tested transformers"
             )
         delattr(model, _CHECKED)
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if name is not None and not kwargs.get("subfolder") and not getattr(model, "_hf_peft_config_loaded", False):
+            remember_base(model, name, kwargs.get("revision"))
         return loaded
 
-    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        info = super().load_adapter(*args, **kwargs)  # type: ignore[misc]  # as above
+    def load_adapter(self, peft_model_id: Any = None, adapter_name: Any = None, *args: Any, **kwargs: Any) -> Any:
+        model = cast(PreTrainedModel, self)
+        tensors = kwargs.get("adapter_state_dict")
+        if tensors is None and peft_model_id is not None and len(args) < 2:
+            tensors = read_adapter(peft_model_id, kwargs)
+        if tensors is not None and len(args) < 2:
+            kwargs["adapter_state_dict"] = {key: tensor for key, tensor in tensors.items() if not is_mark(tensor)}
+        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]  # as above
+        name, tensors = adapter_name or "default", tensors or {}
+        if info is None and tensors:
+            load_by_peft(model, name, tensors)
+        # Of what modules_to_save holds some versions of Transformers find nothing.
+        filled = load_sparse_state(model, name, tensors)
         if info is not None:
-            _check_sparse_state(cast(PreTrainedModel, self), info.to_dict())
+            report = info.to_dict()
+            left = [key for key in _names(report.get("missing_keys", ())) if key not in filled]
+            _check_sparse_state(model, {**report, "missing_keys": left})
         return info
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
@@ -150,8 +173,19 @@ class SparseModelMixin:
     @functools.wraps(PreTrainedModel.save_pretrained)
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         save = super().save_pretrained  # type: ignore[misc]  # as above
-        _say_how_to_load(cast(PreTrainedModel, self))
-        save_whole(self, save, functools.partial(code_files, __name__, __file__), save_directory, args, kwargs)
+        model = cast(PreTrainedModel, self)
+        _say_how_to_load(model)
+        if getattr(self, "_hf_peft_config_loaded", False):
+            configs: Any = model.peft_config
+            save_adapter(model, configs, "base_model.model.", save, save_directory, args, kwargs)
+        elif save_whole(model, save, functools.partial(code_files, __name__, __file__), save_directory, args, kwargs):
+            remember_base(model, save_directory)
+
+    def push_to_hub(self, repo_id: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]  # as above
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            remember_base(cast(PreTrainedModel, self), repo_id)
+        return result
 
     def unpatch_model(self) -> Any:
         """``sa_hf.unpatch_model`` of this model, for where sa_hf is not installed."""

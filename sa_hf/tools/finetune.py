@@ -177,16 +177,20 @@ def training_arguments(args: argparse.Namespace) -> Any:
 
 def with_lora(model: Any, rank: int, base_folder: Path, is_main: bool) -> Any:
     """The model with LoRA on all linear layers; its patched base is saved where the adapter will point to."""
-    import peft
-
     import sa_hf
 
+    try:
+        import peft
+    except ImportError as error:
+        raise sa_hf.SparseAttentionError(
+            "--lora_rank needs PEFT: pip install 'sa_hf[peft]', or pip install 'peft>=0.18'"
+        ) from error
     if is_main:
         model.save_pretrained(base_folder)
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    wrapped = peft.get_peft_model(model, sa_hf.prepare_peft(config, model))
-    wrapped.peft_config["default"].base_model_name_or_path = str(base_folder)
-    return wrapped
+    # With a task PEFT trains and saves the new head, too, and AutoPeftModelForSequenceClassification finds it.
+    task = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else None
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
+    return peft.get_peft_model(model, sa_hf.prepare_peft(config, model))
 
 
 def train(args: argparse.Namespace, model: Any, tokenizer: Any, source: Source) -> dict[str, Any]:

@@ -215,3 +215,17 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
     named = pattern.values() if isinstance(pattern, dict) else [pattern]
     assert path.stem in {"mixture", *(getattr(config, "name", config) for config in named)}
     assert args.output_dir == f"runs/{path.stem}"
+
+
+def test_a_lora_classifier_loads_through_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    flags = ["--model", "tiny-bert", "--task", "sequence-classification", "--dataset", "stdlib-short"]
+    flags += ["--max_length", "48", "--pattern", "sliding_window", "--max_steps", "1", "--lora_rank", "2"]
+    monkeypatch.chdir(tmp_path)
+    metrics = run(Path("run"), *flags)
+    assert metrics["reload_verified"]
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "run" / "base")
+    monkeypatch.chdir("/")
+    loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run", trust_remote_code=True)
+    assert loaded.get_base_model().sa_hf_patch
