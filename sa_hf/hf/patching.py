@@ -31,7 +31,7 @@ from sa_hf.hf.forward import OuterForward
 from sa_hf.hf.layers import active_child, sparse_children, tie_layers
 from sa_hf.hf.nested import STATE, check_not_nested, guard_saving, not_patched
 from sa_hf.hf.position_bias import has_bias_table
-from sa_hf.hf.positions import Extension, check_tokenizer, own_configs, plan_extension
+from sa_hf.hf.positions import LIMIT, Extension, check_tokenizer, own_configs, plan_extension
 from sa_hf.hf.probe import probe as run_probe
 from sa_hf.hf.rotary import rotary_function
 from sa_hf.hf.saving import CONFIG_FIELDS, disable_saving, enable_saving
@@ -392,8 +392,12 @@ def keep_extension(patch: Patch, extension: Extension) -> None:
     for place, (name, attribute, original) in enumerate(patch.originals):
         kept = copy.deepcopy(original, memo)
         for key, value in extension.changed.items():
-            if getattr(kept, key, None) is not None:
+            if key != LIMIT and getattr(kept, key, None) is not None:
                 setattr(kept, key, value)
+        limit = getattr(kept, LIMIT, None)
+        before = patch.extension.limits if patch.extension is not None else {}
+        if isinstance(limit, int) and before.get(limit, limit) in extension.limits:
+            setattr(kept, LIMIT, extension.limits[before.get(limit, limit)])
         patch.originals[place] = name, attribute, kept
 
 

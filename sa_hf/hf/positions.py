@@ -1,17 +1,20 @@
 """How long an input a model takes, and how to lengthen that.
 
 Learned tables of absolute positions are lengthened by tiling: row ``p`` beyond the end starts as row ``p mod n`` (as
-Longformer and BigBird do with RoBERTa's). RoPE computes its angles and needs none; ``rope_parameters`` sets the
-scaling.
+Longformer and BigBird do with RoBERTa's). Sinusoidal tables go on by the model's own formula (Marian's, Pegasus's,
+DistilBERT's option): Transformers computes many of them anew at each load. RoPE computes its angles and needs no
+table; ``rope_parameters`` sets the scaling. Of several towers (``EncoderDecoderModel``) each has a limit of its own.
 """
 
 from __future__ import annotations
 
 import copy
+import re
+import sys
 import warnings
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +66,70 @@ def position_limit(model: PreTrainedModel) -> int | None:
     if tables:
         return min(table.positions for table in tables)
     limit = getattr(model.config, LIMIT, None)
-    return limit if isinstance(limit, int) else None
+    if isinstance(limit, int):
+        return limit
+    return min((limit for _, limit in config_limits(model, [])), default=None)
+
+
+def config_limits(root: PreTrainedModel, tables: list[Table]) -> list[tuple[PreTrainedConfig, int]]:
+    """The configs of a model that say how long its input is, each with the tokens that what it describes takes."""
+    found = {id(c): (c, limit) for c in configs_of(root) if isinstance(limit := getattr(c, LIMIT, None), int)}
+    own: dict[int, int] = {}
+    for table in tables:
+        for config in _configs_of_table(root, table):
+            own[id(config)] = min(own.get(id(config), table.positions), table.positions)
+    # A config that is no table's own (of a model whose tables stand under a copy of it) goes with the equal ones.
+    alike = {getattr(found[key][0], LIMIT): limit for key, limit in own.items()}
+    return [(config, own.get(key, alike.get(limit, limit))) for key, (config, limit) in found.items()]
+
+
+def _configs_of_table(root: PreTrainedModel, table: Table) -> list[PreTrainedConfig]:
+    """The config with a limit that stands nearest above a table."""
+    name = table.name
+    while True:
+        config = getattr(root.get_submodule(name), "config", None)
+        if isinstance(getattr(config, LIMIT, None), int):
+            return [config]
+        if not name:
+            return []
+        name = name.rpartition(".")[0]
+
+
+def grows_by_itself(root: PreTrainedModel) -> bool:
+    """Whether a model computes its table of sinusoids anew where an input is longer (M2M100, XGLM)."""
+    return any(hasattr(m, "make_weights") for name, m in root.named_modules() if name.rpartition(".")[2] in TABLES)
+
+
+def computed_rows(root: PreTrainedModel, table: Table, rows: int) -> Tensor | None:
+    """A table of ``rows`` rows ``[rows, dim]`` by the formula that the model fills its own with; None where it learns.
+
+    Raises:
+        UnsupportedModelError: Transformers computes the table anew at each load, by a formula that is not known here.
+    """
+    module: Any = root.get_submodule(table.name)
+    dim = int(module.weight.shape[1])
+    if hasattr(module, "create_weight"):  # Marian, Pegasus, Informer and their kin
+        longer = copy.copy(module)
+        longer._parameters = {"weight": nn.Parameter(torch.empty(rows, dim), requires_grad=False)}
+        result: Tensor = longer.create_weight()
+        return result
+    if hasattr(module, "get_embedding"):  # FSMT
+        return cast(Tensor, module.get_embedding(rows, dim, module.padding_idx))
+    config: Any = root.config
+    if getattr(config, "sinusoidal_pos_embds", False) or getattr(config, "sinusoidal_embeddings", False):
+        fill = getattr(sys.modules[type(root).__mro__[0].__module__], "create_sinusoidal_embeddings", None)
+        if fill is not None:  # DistilBERT, XLM, FlauBERT
+            weight = torch.empty(rows, dim)
+            fill(n_pos=rows, dim=dim, out=weight)
+            return weight
+    else:
+        patterns = getattr(root, "_keys_to_ignore_on_load_missing", None) or ()
+        if not any(re.search(pattern, f"{table.name}.weight") for pattern in patterns):
+            return None
+    raise UnsupportedModelError(
+        f"Transformers computes the table {table.name!r} of {type(root).__name__} anew at each load, by a formula that "
+        "sa_hf does not know; its positions cannot be lengthened"
+    )
 
 
 def lengthening(model: PreTrainedModel, length: int | None) -> int | None:
@@ -133,7 +199,7 @@ def configs_of(root: PreTrainedModel) -> list[PreTrainedConfig]:
 class Extension:
     """What lengthening changed, to be undone: table rows, buffers, rotary modules, the tokenizer's limit.
 
-    ``changed`` holds the new values of config fields.
+    ``changed`` holds the new values of config fields; ``limits`` maps each old limit of a config to its new one.
     """
 
     tables: list[Table] = field(default_factory=list)
@@ -141,6 +207,7 @@ class Extension:
     rotary: dict[str, nn.Module] = field(default_factory=dict)
     tokenizers: list[tuple[Any, int]] = field(default_factory=list)
     changed: dict[str, Any] = field(default_factory=dict)
+    limits: dict[int, int] = field(default_factory=dict)
 
     def undo(self, root: PreTrainedModel) -> None:
         """Cut the tables back (trained rows stay) and put back the rest; the configs are restored by the caller."""
@@ -165,6 +232,8 @@ class Extension:
         before.rotary = {**self.rotary, **before.rotary}
         before.tokenizers = [*self.tokenizers, *before.tokenizers]
         before.changed = {**before.changed, **self.changed}
+        through = {old: self.limits.get(new, new) for old, new in before.limits.items()}
+        before.limits = {**self.limits, **through}
         return before
 
 
@@ -191,20 +260,28 @@ class ExtensionPlan:
 
     def _lengthen(self, root: PreTrainedModel, done: Extension) -> None:
         assert self.max_length is not None
+        limits = config_limits(root, self.tables)
         for table in self.tables:
             module = root.get_submodule(table.name)
+            if table.positions >= self.max_length:  # of another tower, longer already
+                continue
             weight: Tensor = module.weight
-            index = torch.arange(self.max_length, device=weight.device) % table.positions + table.first
-            _set_table(module, torch.cat([weight[: table.first], weight[index]]))
+            formula = computed_rows(root, table, table.first + self.max_length)
+            if formula is None:
+                index = torch.arange(self.max_length, device=weight.device) % table.positions + table.first
+                rows = torch.cat([weight[: table.first], weight[index]])
+            else:
+                rows = torch.cat([weight, formula[table.rows :].to(weight)])
+            _set_table(module, rows)
             done.tables.append(table)
-        old = getattr(root.config, LIMIT, None)
-        if isinstance(old, int):
-            # RoBERTa counts the rows before its first position into the limit of its config, BERT has none.
-            new = self.max_length + old - (self.limit or old)
+        for config, limit in limits:
+            old = getattr(config, LIMIT)
+            if limit < self.max_length:
+                # RoBERTa counts the rows before its first position into the limit of its config, BERT has none.
+                done.limits[old] = self.max_length + old - limit
+                setattr(config, LIMIT, done.limits[old])
+        for old, new in done.limits.items():
             done.changed[LIMIT] = new
-            for config in configs_of(root):
-                if getattr(config, LIMIT, None) == old:
-                    setattr(config, LIMIT, new)
             self._lengthen_buffers(root, old, new, done)
 
     def _lengthen_buffers(self, root: PreTrainedModel, old: int, new: int, done: Extension) -> None:
@@ -285,13 +362,20 @@ def plan_extension(
             "interpolate_pos_encoding=True instead of max_length"
         )
     if limit is not None and max_length > limit:
-        if not tables and not rotary:
+        if not tables and not rotary and not grows_by_itself(root):
             raise UnsupportedModelError(
                 f"{type(root).__name__} takes {limit} tokens, and neither a table of absolute positions nor a rotary "
                 "embedding that could be lengthened was found"
             )
         if any(root.get_submodule(table.name).weight.is_meta for table in tables):
             raise SparseAttentionError("the position table is offloaded; lengthen the model before it is dispatched")
+        for table in tables:
+            computed_rows(root, table, 1)
+            if table.positions < max_length and not _configs_of_table(root, table):
+                raise UnsupportedModelError(
+                    f"no config of {type(root).__name__} has a {LIMIT} that sizes its table {table.name!r}, so a "
+                    "longer one could not be loaded again; its positions cannot be lengthened"
+                )
         if rotary and not tables and rope_parameters is None:
             warnings.warn(
                 f"max_length={max_length} is above the {limit} tokens that the rotary embedding was trained on; "

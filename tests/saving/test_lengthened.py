@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import AUTO, FAMILIES, output
 from transformers import AutoTokenizer
 
 import sa_hf
+from sa_hf import SparseAttentionError
 from sa_hf.hf.patching import patch_model, unpatch_model
 
 CASES = {"bert": {}, "bart": {}, "llama": {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}}
@@ -55,3 +57,84 @@ def test_the_tokenizer_keeps_the_limit(tmp_path):
     patch_model(FAMILIES["bert"](), "bigbird", max_length=2048, tokenizer=tokenizer)
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).model_max_length == 2048
+
+
+# -- tables that Transformers computes, and several towers -----------------------------------------------------------
+
+
+def marian(**options):
+    sizes = {"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 2, "decoder_layers": 2}
+    return {"vocab_size": 60, "max_position_embeddings": 64, "encoder_attention_heads": 4, "pad_token_id": 0} | {
+        "decoder_attention_heads": 4, "decoder_start_token_id": 0, "eos_token_id": 1, **sizes, **options,
+    }  # fmt: skip
+
+
+def sinusoidal(kind):
+    torch.manual_seed(0)
+    if kind == "marian":
+        return transformers.MarianMTModel(transformers.MarianConfig(**marian())).eval()
+    if kind == "pegasus":
+        return transformers.PegasusForConditionalGeneration(transformers.PegasusConfig(**marian())).eval()
+    if kind == "m2m_100":
+        return transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**marian())).eval()
+    sizes = {"dim": 32, "hidden_dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 60}
+    config = transformers.DistilBertConfig(max_position_embeddings=64, sinusoidal_pos_embds=True, **sizes)
+    return transformers.DistilBertForMaskedLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["marian", "pegasus", "distilbert", "m2m_100"])
+def test_sinusoids_go_on_by_their_formula(tmp_path, kind):
+    """A model of the longer size, with the same weights, has the same table; a reload, the same bits."""
+    model = sinusoidal(kind)
+    patch_model(model, "sliding_window", window=9, max_length=256)
+    ids = torch.randint(3, 60, (1, 256), generator=torch.Generator().manual_seed(5))
+    given = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+    expected = output(model, given)
+    model.save_pretrained(tmp_path)
+    auto = transformers.AutoModelForMaskedLM if kind == "distilbert" else transformers.AutoModelForSeq2SeqLM
+    loaded = auto.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert torch.equal(output(loaded, given), expected)
+    tables = {name: p for name, p in model.state_dict().items() if "position" in name and p.is_floating_point()}
+    fresh = type(loaded)(loaded.config.__class__.from_pretrained(tmp_path)).state_dict()
+    assert all(torch.equal(fresh[name], table) for name, table in tables.items())
+    assert bool(tables) == (kind != "m2m_100")
+    unpatch_model(model)
+    assert model.config.max_position_embeddings == 64
+    short = {name: x[:, :64] for name, x in given.items()}
+    assert torch.equal(output(model, short), output(sinusoidal(kind), short))
+
+
+def test_a_composite_model_has_a_limit_for_each_tower(tmp_path):
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    encoder = transformers.RobertaConfig(**sizes, intermediate_size=32, max_position_embeddings=66, pad_token_id=1)
+    decoder = transformers.BertConfig(**sizes, intermediate_size=32, max_position_embeddings=128)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 0, 1
+    torch.manual_seed(0)
+    model = transformers.EncoderDecoderModel(config).eval()
+    patch_model(model, "sliding_window", window=9)
+    sa_hf.extend_positions(model, 100)  # longer than the encoder takes, shorter than the decoder
+    limits = model.config.encoder.max_position_embeddings, model.config.decoder.max_position_embeddings
+    assert limits == (102, 128)
+    patch_model(model, "sliding_window", window=9, max_length=200)
+    ids = torch.randint(3, 60, (1, 200), generator=torch.Generator().manual_seed(5))
+    given = {"input_ids": ids, "decoder_input_ids": ids}
+    expected = output(model, given)
+    model.save_pretrained(tmp_path / "m")
+    saved = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert (saved["encoder"]["max_position_embeddings"], saved["decoder"]["max_position_embeddings"]) == (202, 200)
+    loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "m", trust_remote_code=True).eval()
+    assert torch.equal(output(loaded, given), expected)
+    unpatch_model(model)
+    limits = model.config.encoder.max_position_embeddings, model.config.decoder.max_position_embeddings
+    assert limits == (102, 128)
+
+
+def test_a_table_that_no_config_sizes_is_refused():
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
+    config = transformers.WhisperConfig(vocab_size=60, decoder_attention_heads=4, pad_token_id=0, **sizes)
+    model = transformers.WhisperForConditionalGeneration(config)
+    before = model.model.decoder.embed_positions.weight.shape
+    with pytest.raises(SparseAttentionError, match="max_position_embeddings that sizes its table"):
+        sa_hf.extend_positions(model, 2000)
+    assert model.model.decoder.embed_positions.weight.shape == before
