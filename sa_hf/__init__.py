@@ -24,6 +24,7 @@ _LAZY = {
     "dense": "sa_hf.hf.patching",
     "summary": "sa_hf.hf.summary",
     "extend_positions": "sa_hf.hf.positions",
+    "figures": "sa_hf.hf.figures",
     "auxiliary_losses": "sa_hf.hf.losses",
     "freeze_masks": "sa_hf.hf.freeze",
     "parameter_groups": "sa_hf.hf.training",

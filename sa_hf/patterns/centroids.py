@@ -132,6 +132,11 @@ class CentroidState(LearnedAttention):
         """Move the centroids by what was gathered since the last call; see :func:`update_centroids`."""
         update_centroids([self])
 
+    def cluster_sizes(self) -> list[list[int]] | None:
+        """Tokens (queries and keys) of each cluster in the forward of :meth:`cluster_figures`, a list for each key
+        head; None where there is none."""
+        return None if self._sizes is None else self._sizes.long().tolist()
+
     def cluster_figures(self) -> dict[str, float]:
         """Sizes and entropy (nats, mean over heads) of the clusters of the last forward, bidirectional ones in training
         mode alone (in eval mode those need no clusters)."""

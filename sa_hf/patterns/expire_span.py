@@ -104,6 +104,7 @@ class ExpireSpanAttention(LearnedAttention):
 
     remembers: ClassVar[bool] = True
     config: ExpireSpanAttentionConfig
+    figure_names = ("mean_span", "max_span", "tokens_kept")
 
     def __init__(self, config: ExpireSpanAttentionConfig, spec: LayerSpec) -> None:
         config.check_layer(spec)

@@ -122,6 +122,7 @@ class RoutingAttention(CentroidState):
 
     remembers: ClassVar[bool] = True
     config: RoutingAttentionConfig
+    figure_names = ("cluster_entropy", "cluster_max", "cluster_min")
 
     def __init__(self, config: RoutingAttentionConfig, spec: LayerSpec) -> None:
         config.check_layer(spec)

@@ -270,13 +270,13 @@ class SparseBertAttention(LearnedAttention):
         if not self.config.structured:
             total = torch.zeros(length, length, dtype=torch.float32, device=device)
             at = torch.arange(length, device=device)
-            for sequences, n_q, n_k in self._seen:
+            for sequences, n_q, n_k in self._last_lengths():
                 rows = slice(n_k - n_q, n_k)
                 total[rows, :n_k] += sequences * band.contains(at[rows, None], at[None, :n_k]).float()
             return total.fill_diagonal_(0) if self.config.drop_diagonal else total
         distance = torch.arange(length, device=device)
         total = torch.zeros(length, dtype=torch.float32, device=device)
-        for sequences, n_q, n_k in self._seen:
+        for sequences, n_q, n_k in self._last_lengths():
             behind = (n_k - distance.clamp(min=n_k - n_q)).clamp(min=0) * band.contains(distance, distance * 0)
             ahead = (n_q - distance).clamp(min=0) * band.contains(distance * 0, distance) * (distance > 0)
             total += sequences * (behind + ahead)
@@ -285,9 +285,18 @@ class SparseBertAttention(LearnedAttention):
         return total
 
     def figures(self) -> dict[str, float]:
-        if not self._seen:
-            return {}
-        return {"mask_density": float(self._density(self.keep_table().float(), self._band))}
+        """``mask_density`` over the pairs of the last forward, before any over those of ``mask_length`` tokens."""
+        with torch.no_grad():
+            return {"mask_density": float(self._density(self.keep_table().float(), self._last_band()))}
+
+    def _last_band(self) -> Band:
+        if self._seen:
+            return self._band
+        return self.spec.band.intersect(Band(None, 0)) if self.spec.causal else self.spec.band
+
+    def _last_lengths(self) -> list[tuple[int, int, int]]:
+        """(sequences, query length, key length) of the last forward; before any, one of ``mask_length`` tokens."""
+        return self._seen or [(1, self.config.mask_length, self.config.mask_length)]
 
     def density(self, length: int) -> float:
         """Pairs that evaluation keeps at a length, over the pairs of dense attention."""

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig, available_patterns, pattern_class
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tools.load import load_model, make_config, parse_options, resolve
-from sa_hf.tools.suggest import Suggestion, left_out, stacks_of, tokens_to_measure
+from sa_hf.tools.load import load_model, make_config, parse_options, resolve, text_ids
+from sa_hf.tools.suggest import left_out, stacks_of, tokens_to_measure
 from sa_hf.tools.suggest import suggest as rank_patterns
-from sa_hf.tools.tables import Cell, console, pattern_name, say, shown_fields, table
+from sa_hf.tools.tables import (
+    Cell,
+    console,
+    grouped_summary,
+    pattern_name,
+    say,
+    shown_fields,
+    shown_figure,
+    suggestion_rows,
+    table,
+)  # fmt: skip
 
 app = typer.Typer(
     help="Sparse attention for Hugging Face Transformers.",
@@ -138,21 +147,6 @@ def summary(
         say(reason)
 
 
-def grouped_summary(layers: list[Any]) -> tuple[list[list[Cell]], list[str]]:
-    """Rows of a summary, equal layers in one; and why each engine serves, once each."""
-    from sa_hf.hf.assignment import format_indices
-
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for layer in layers:
-        density = "by data" if layer.density is None else f"{layer.density:.2%}"
-        key = (layer.stack, layer.pattern, density, layer.engine, f"{layer.memory / 2**20:.1f} MB")
-        groups.setdefault(key, []).append(layer.index)
-    rows: list[list[Cell]] = [
-        [stack, format_indices(indices), pattern_name(name), *rest] for (stack, name, *rest), indices in groups.items()
-    ]
-    return rows, list(dict.fromkeys(f"{layer.engine}: {layer.reason}" for layer in layers))
-
-
 @app.command()
 def preview(
     pattern: Pattern,
@@ -189,6 +183,43 @@ def shown_length(config: SparseAttentionConfig, causal: bool, heads: int) -> int
         if config.density(length, heads, causal=causal) < SHOWN_DENSITY:
             return length
     return PREVIEW_LENGTHS[0]
+
+
+@app.command()
+def plot(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the picture to write")] = Path("attention.png"),
+    text: Annotated[Path | None, typer.Option(help="a text file: what layers that follow the text read of it")] = None,
+    tokens: Annotated[int, typer.Option(callback=at_least_one, help="tokens of the text to draw, at most")] = 256,
+    length: Annotated[
+        int | None, typer.Option(callback=at_least_one, help="tokens of the layers that need no text; default: 256")
+    ] = None,
+    heads: Annotated[int, typer.Option(callback=at_least_one, help="heads to draw of each layer")] = 1,
+    trust: Trust = False,
+) -> None:
+    """Draw what each layer of a checkpoint reads, learned masks, spans and clusters too, and print their figures."""
+    from sa_hf import figures
+    from sa_hf.hf.positions import position_limit
+    from sa_hf.tools.inspect import inspect_checkpoint
+    from sa_hf.tools.plot import plot_model
+
+    if str(folder) in available_patterns():
+        raise SparseAttentionError(f"{folder} is a pattern, not a folder: sa-hf preview {folder} --plot {out}")
+    found = inspect_checkpoint(folder)
+    if not found.layers:
+        raise SparseAttentionError(f"{folder}: {'; '.join(found.problems) or 'no sparse layers'}")
+    loaded = load_model(str(folder), trust_remote_code=trust).eval()
+    input_ids = None
+    if text is not None:
+        input_ids = text_ids(str(folder), text, min(tokens, position_limit(loaded) or tokens))
+    for row in plot_model(loaded, out, input_ids=input_ids, length=length, heads=heads):
+        say(f"not drawn: {row}: what it reads depends on the text; add --text FILE")
+    say(f"wrote {out}")
+    rows = [
+        [str(layer), name, shown_figure(value)] for layer, of in figures(loaded).items() for name, value in of.items()
+    ]
+    if rows:
+        table("learned", ["layer", "figure", "value"], rows)
 
 
 @app.command("inspect")
@@ -253,48 +284,6 @@ def suggest(
             measured = input_ids.shape[1]
             more = "the model takes no more" if measured == limit else "measure on more, by a longer text and --tokens"
             say(f"{', '.join(trivial)}: nearly all pairs of {measured} tokens are kept, so no gain; {more}")
-
-
-def text_ids(model: str, text: Path, tokens: int) -> Tensor:
-    """The first tokens of a text file by a model's tokenizer, int64 ``[1, n]``.
-
-    Raises:
-        SparseAttentionError: the file is no UTF-8 text or too short, or there is no tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        content = text.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise SparseAttentionError(f"{text} is no UTF-8 text ({error.reason} at byte {error.start})") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
-    except (OSError, ValueError) as error:
-        raise SparseAttentionError(
-            f"{model!r} has no tokenizer to read {text} with; tokenizer.save_pretrained({model!r}) puts one there"
-        ) from error
-    ids: Tensor = tokenizer(content, return_tensors="pt", truncation=True, max_length=tokens).input_ids
-    if ids.shape[1] < 2:
-        raise SparseAttentionError(f"{text} holds {ids.shape[1]} tokens; there must be at least 2 to measure on")
-    return ids
-
-
-def suggestion_rows(found: list[Suggestion], length: int) -> tuple[list[str], list[list[Cell]]]:
-    """Columns and rows of the table of suggestions; each share says at which length it was taken."""
-    defaults = {name: cls().to_dict() for name, cls in available_patterns().items()}
-    rows: list[list[Cell]] = []
-    at = None
-    for s in found:
-        changed = {k: v for k, v in s.config.to_dict().items() if v != defaults[s.config.name].get(k)}
-        row: list[Cell] = [pattern_name(s.config.name), shown_fields(changed), f"{s.density:.3f}"]
-        if s.measured is None:
-            rows.append([*row, s.purpose])
-            continue
-        at, gain = s.measured.length, s.measured.gain
-        figures = [f"{s.measured.density:.3f}", f"{s.measured.mass:.3f}", "-" if gain is None else f"{gain:.3f}"]
-        rows.append([*row, *figures])
-    columns = ["pattern", "set", f"pairs of dense at {length}"]
-    return columns + (["made for"] if at is None else [f"at {at}: pairs", "mass", "gain"]), rows
 
 
 @app.command()

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sa_hf.config import SparseAttentionConfig, check_fields, did_you_mean, pattern_class
 from sa_hf.errors import SparseAttentionError
 
@@ -100,6 +102,32 @@ def load_model(model: str, *, trust_remote_code: bool = False) -> Any:
     config = read_config(model, trust_remote_code=trust_remote_code)
     check_trust(config, model, trust_remote_code, "--trust-remote-code")
     return auto_class(config).from_pretrained(resolve(model), trust_remote_code=trust_remote_code)
+
+
+def text_ids(model: str, text: Path, tokens: int) -> Tensor:
+    """The first tokens of a text file by a model's tokenizer, int64 ``[1, n]``.
+
+    Raises:
+        SparseAttentionError: the file is no UTF-8 text or too short, or there is no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        content = text.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise SparseAttentionError(f"{text} is no UTF-8 text ({error.reason} at byte {error.start})") from error
+    missing = f"{model!r} has no tokenizer to read {text} with; tokenizer.save_pretrained({model!r}) puts one there"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+    except (OSError, ValueError) as error:
+        raise SparseAttentionError(missing) from error
+    # Of a folder without tokenizer files Transformers makes one that knows its special tokens alone.
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
+        raise SparseAttentionError(missing)
+    ids: Tensor = tokenizer(content, return_tensors="pt", truncation=True, max_length=tokens).input_ids
+    if ids.shape[1] < 2:
+        raise SparseAttentionError(f"{text} holds {ids.shape[1]} tokens; there must be at least 2 to measure on")
+    return ids
 
 
 def parse_value(text: str) -> Any:

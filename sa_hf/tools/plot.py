@@ -1,0 +1,192 @@
+"""A patched model's attention, layer by layer, as one picture: static patterns, and what has been learned or routed.
+
+What a layer reads that follows its data (Expire-Span, Routing) is seen, not derived: its module runs again on the same
+inputs with scores of 0 and the values of one key after the other, so the output is the weight of each pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.assignment import format_indices
+from sa_hf.hf.families import Site, root_model
+from sa_hf.hf.layers import active_child, leaves
+from sa_hf.hf.patching import required_patch
+from sa_hf.ops.host import with_host_defaults
+from sa_hf.patterns.base import AttentionInputs, SparseAttention, StaticPatternConfig
+from sa_hf.patterns.drawing import KEPT, PLOT_CELLS, Panel, draw_panels, mask_cells, part_cells, part_colours
+from sa_hf.patterns.sparsebert import SparseBertAttention
+
+DEFAULT_LENGTH = 256  # tokens of the layers that need no text
+NEEDS_TEXT = "what this layer reads\ndepends on the text:\ngive one (--text FILE)"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Layers that look the same: one row of panels."""
+
+    stack: str
+    layers: list[int]
+    site: Site
+    child: SparseAttention
+
+
+@with_host_defaults
+def plot_model(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    input_ids: Tensor | None = None,
+    length: int | None = None,
+    heads: int = 1,
+) -> list[str]:
+    """Draw the sparse layers of a patched model, a row for each, layers that look the same in one.
+
+    Args:
+        input_ids: int64 ``[1, n]``, what layers are drawn on whose pairs follow their data. Without it those are left
+            blank, with a note.
+        length: tokens of the layers that need no text; None is 256, or less where the model or a mask has less.
+        heads: panels of a row.
+
+    Returns:
+        The rows left blank, by name.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        SparseAttentionError: the model is not patched, all its layers are dense, or all need a text.
+    """
+    root = root_model(model)
+    sites = required_patch(root, "plot").sites.all_sites
+    rows = _grouped(root, sites)
+    if not rows:
+        raise SparseAttentionError(f"all attention layers of {type(root).__name__} are dense: nothing to draw")
+    limits = [r.site.spec.max_length for r in rows] + [_mask_limit(p) for r in rows for p in leaves(r.child)]
+    shown = min(length or DEFAULT_LENGTH, *(limit for limit in limits if limit is not None), length or DEFAULT_LENGTH)
+    if length is not None and shown < length:
+        raise SparseAttentionError(f"length={length} is above what the model's layers take; nearest: {shown}")
+    seen = {} if input_ids is None else _inputs_of_layers(root, rows, input_ids)
+    drawn = [_panels(row, shown, heads, seen.get(id(row.child))) for row in rows]
+    blank = [_name(row) for row, panels in zip(rows, drawn, strict=True) if all(not p.cells for p in panels)]
+    if len(blank) == len(rows):
+        raise SparseAttentionError("what every layer of this model reads depends on the text; add --text FILE")
+    draw_panels(drawn, path, type(root).__name__)
+    return blank
+
+
+def _grouped(root: nn.Module, sites: list[Site]) -> list[_Row]:
+    rows: dict[Any, _Row] = {}
+    for site in sites:
+        child = active_child(root.get_submodule(site.name))
+        if not isinstance(child, SparseAttention):
+            continue
+        key = (site.stack, *(_looks(part, site) for part in leaves(child)))
+        row = rows.setdefault(key, _Row(site.stack, [], site, child))
+        row.layers.append(site.spec.layer_idx)
+    return list(rows.values())
+
+
+def _looks(part: SparseAttention, site: Site) -> Any:
+    """Equal for parts of two layers that read the same pairs."""
+    if isinstance(part.config, StaticPatternConfig):
+        return part.config, part.heads, part.config.layer_of_plan(site.spec.layer_idx)
+    return id(part.owner) if isinstance(part, SparseBertAttention) else id(part)
+
+
+def _mask_limit(part: SparseAttention) -> int | None:
+    """The longest sequence that a learned mask has a place for."""
+    return part.config.mask_length if isinstance(part, SparseBertAttention) and not part.config.structured else None
+
+
+def _name(row: _Row) -> str:
+    patterns = " + ".join(dict.fromkeys(part.config.name for part in leaves(row.child)))
+    return f"{patterns}, {row.stack} {'layer' if len(row.layers) == 1 else 'layers'} {format_indices(row.layers)}"
+
+
+def _panels(row: _Row, length: int, heads: int, inputs: AttentionInputs | None) -> list[Panel]:
+    causal, panels = row.site.spec.causal, []
+    weights: Tensor | None = None
+    for head in range(min(heads, row.site.spec.num_heads)):
+        part = next(p for p in leaves(row.child) if head in p.heads)
+        pattern, title = part.config.name, f"{_name(row)}\n{'causal' if causal else 'bidirectional'}, head {head}"
+        if isinstance(part.config, StaticPatternConfig):
+            drawn = _static_cells(part.config, row.site, length, head)
+            # One legend serves all rows: its labels name the pattern.
+            cells = {pattern if k == KEPT else f"{pattern}: {k}": v for k, v in drawn.items()}
+            panels.append(Panel(title, length, causal, cells, part_colours(pattern, cells)))
+        elif isinstance(part, SparseBertAttention):
+            panels.append(_panel(part.mask(length)[part.heads.index(head)], pattern, title, causal))
+        elif inputs is None:
+            panels.append(Panel(title, length, causal, {}, {}, NEEDS_TEXT))
+        else:
+            weights = attended(row.child, inputs) if weights is None else weights
+            panels.append(_panel(weights[head], pattern, title, causal))
+    return panels
+
+
+def _static_cells(config: StaticPatternConfig, site: Site, length: int, head: int) -> dict[str, Tensor]:
+    spec, cells = site.spec, (PLOT_CELLS, PLOT_CELLS)
+    every = part_cells(config, length, cells, spec.causal, spec.num_heads, spec.layer_idx)
+    return next(drawn for at, drawn in enumerate(every) if at == head)
+
+
+def _panel(mask: Tensor, pattern: str, title: str, causal: bool) -> Panel:
+    cells = min(len(mask), PLOT_CELLS)
+    drawn = {pattern: mask_cells(mask.cpu(), cells, cells)}
+    return Panel(title, len(mask), causal, drawn, part_colours(pattern, drawn))
+
+
+# -- what follows the data -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def attended(child: SparseAttention, inputs: AttentionInputs) -> Tensor:
+    """Which pairs a layer reads on some inputs, and how open the gate of each is: fp32 ``[H, n, n]`` in [0, 1].
+
+    Of the first sequence; the weight of a pair over the largest of its row, all scores 0.
+    """
+    keys, width = inputs.key.shape[2], inputs.value.shape[3]
+    plain = replace(inputs, scale=0.0, softcap=None, distance_bias=None, dropout=0.0, remember=None)
+    pieces = []
+    for begin in range(0, keys, width):
+        at = torch.arange(begin, min(begin + width, keys), device=inputs.value.device)
+        value = torch.zeros_like(inputs.value)
+        value[:, :, at, at - begin] = 1
+        pieces.append(child(replace(plain, value=value))[0, ..., : len(at)].float())
+    weights = torch.cat(pieces, -1)
+    return weights / weights.amax(-1, keepdim=True).clamp(min=1e-30)
+
+
+@torch.no_grad()
+def _inputs_of_layers(root: Any, rows: list[_Row], input_ids: Tensor) -> dict[int, AttentionInputs]:
+    """What the layers of the rows are given in one forward on a text, by the identity of their module."""
+    seen: dict[int, AttentionInputs] = {}
+    both = {"decoder_input_ids": input_ids} if root.config.is_encoder_decoder else {}
+    training = root.training
+    root.eval()
+    try:
+        with _watched(rows, seen):
+            root(input_ids=input_ids, **both)
+    finally:
+        root.train(training)
+    return seen
+
+
+@contextmanager
+def _watched(rows: list[_Row], seen: dict[int, AttentionInputs]) -> Iterator[None]:
+    def note(module: nn.Module, given: tuple[Any, ...]) -> None:
+        seen[id(module)] = given[0]
+
+    handles = [row.child.register_forward_pre_hook(note) for row in rows]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
