@@ -26,6 +26,7 @@ import typer
 
 RESULTS = Path(__file__).resolve().parent.parent / "model_cards" / "results"
 SECTIONS = ("speed", "training", "memory", "growth")
+PARITY = "parity"  # alone: into a known result file, whose other figures, commit and date stay
 SPEED_LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
 GROWTH_LENGTHS = [2048, 4096, 8192, 16384, 32768, 65536]
 # Dense attention with dropout is n x n in memory here: it reaches the first only.
@@ -44,7 +45,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     section: Annotated[
-        list[str] | None, typer.Option(help=f"one or more of {', '.join(SECTIONS)}; default all")
+        list[str] | None,
+        typer.Option(help=f"one or more of {', '.join(SECTIONS)}; default all; or {PARITY} alone, measured anew"),
     ] = None,
     length: Annotated[
         list[int] | None, typer.Option(help="lengths in tokens; default 1k to 32k, growth 2k to 64k")
@@ -72,11 +74,17 @@ def main(
     from sa_hf.tools.bench.cpu import cpu_cases
 
     labels = list(cpu_cases(1024, toy=quick))
-    check_choices("section", section, SECTIONS)
+    check_choices("section", section, (*SECTIONS, PARITY))
     check_choices("pattern", pattern, labels)
     shared = {"threads": threads, "toy": quick, "seconds": 0.0 if quick else seconds, "huge_pages": huge_pages}
-    bench = Bench(output, shared, [x for x in labels if not pattern or x in pattern], resume, processes)
+    chosen = [x for x in labels if not pattern or x in pattern]
+    bench = Bench(output, shared, chosen, resume, processes, parity_alone=PARITY in (section or ()))
     wanted = section or SECTIONS
+    if PARITY in wanted:
+        if len(wanted) > 1:
+            raise typer.BadParameter(f"{PARITY} is measured by every section; alone it measures nothing else")
+        bench.parity_anew()
+        return
     speed, growth = (
         length or (QUICK_SPEED if quick else SPEED_LENGTHS),
         length or (QUICK_GROWTH if quick else GROWTH_LENGTHS),
@@ -127,8 +135,9 @@ class Bench:
     """Starts the measuring processes and keeps the result files up to date."""
 
     def __init__(
-        self, output: Path, shared: dict[str, Any], labels: list[str], resume: bool = False, processes: int = 1
-    ) -> None:
+        self, output: Path, shared: dict[str, Any], labels: list[str], resume: bool = False, processes: int = 1,
+        parity_alone: bool = False,
+    ) -> None:  # fmt: skip
         import torch
 
         from sa_hf.tools.bench.cases import describe
@@ -150,6 +159,7 @@ class Bench:
             "configs": {label: describe(case.config) for label, case in self.cases.items()},
             "speed": [], "memory": [], "growth": [],
         }  # fmt: skip
+        self.labels = labels
         if resume and self.path("json").exists():
             known = json.loads(self.path("json").read_text())
             commits = [found["machine"].pop("commit") for found in (known, self.result)]
@@ -158,9 +168,25 @@ class Bench:
             self.result["machine"]["commit"] = " and ".join(dict.fromkeys(" and ".join(commits).split(" and ")))
             self.result["command"] = f"{known['command']}; {self.result['command']}"
             self.result |= {section: known[section] for section in ("speed", "memory", "growth")}
-        # Outputs and gradients against fp64; a pattern that fails shows no speed-up.
-        self.result["parity"] = self.run(kind="parity", labels=labels, length=96 if shared["toy"] else 1000)
-        self.sound = [label for label, error in self.result["parity"].items() if error < 1e-5]
+        if not parity_alone:
+            self.result["parity"] = self.parity()
+            self.sound = [label for label, error in self.result["parity"].items() if error is not None and error < 1e-5]
+
+    def parity(self) -> dict[str, float | None]:
+        """Outputs and gradients against fp64; a pattern that fails, or was not measured, shows no speed-up."""
+        return self.run(kind="parity", labels=self.labels, length=96 if self.shared["toy"] else 1000)
+
+    def parity_anew(self) -> None:
+        """Parity alone into the known result file: the other figures keep their command, commit and date, and parity
+        says its own."""
+        if not self.path("json").exists():
+            raise typer.BadParameter(f"{self.path('json')} is not there; run without --section {PARITY} first")
+        known: dict[str, Any] = json.loads(self.path("json").read_text())
+        found = {key: self.result["machine"][key] for key in ("device", "torch", "date", "commit")}
+        known["parity"] = {**known.get("parity", {}), **self.parity()}
+        known["parity_by"] = {"command": self.result["command"], **found}
+        self.result = known
+        self.save(PARITY)
 
     def path(self, suffix: str) -> Path:
         kind = ("_huge_pages" if self.shared["huge_pages"] else "") + ("_torch" if without_kernels() else "")

@@ -143,3 +143,54 @@ def test_peak_memory_sees_a_large_tensor() -> None:
     # New memory, whatever earlier tests have left in the heap.
     torch.frombuffer(mmap(-1, 2**26), dtype=torch.float32).fill_(1)
     assert cpu._peak() - before > 50 * 2**20
+
+
+@pytest.mark.parametrize("label", cpu.cpu_cases(96, toy=True))
+def test_parity_is_measured_for_every_case(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near the rounding of fp32, never an exact 0; and another result than the pattern's is seen."""
+    error = cpu.parity_error(label, 96, toy=True)
+    assert error is not None
+    assert 1e-9 < error < 1e-5
+    run = cpu.module_run
+
+    def one_key_less(*args: object, **options: object) -> cpu.Run:
+        inner = run(*args, **options)  # type: ignore[arg-type]
+        return lambda q, k, v: inner(q, k, torch.cat([v[:, :, :1] * 0, v[:, :, 1:]], 2))
+
+    monkeypatch.setattr(cpu, "module_run", one_key_less)
+    assert (cpu.parity_error(label, 96, toy=True) or 0) > 1e-3
+
+
+def test_what_has_no_oracle_is_not_measured_and_not_timed(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "data_oracle", lambda *_: None)
+    options = ["--quick", "--output", str(tmp_path), "--length", "64", "--section", "speed", "--threads", "1"]
+    monkeypatch.setattr(benchmark.Bench, "run", lambda self, **task: benchmark.measure({**self.shared, **task}))
+    done = CliRunner().invoke(benchmark.app, [*options, "--pattern", "routing", "--pattern", "star"])
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "benchmark_cpu_quick.json").read_text())
+    assert result["parity"]["routing"] is None
+    assert all("routing" not in row["rows"] for row in result["speed"])
+    assert "routing, bidirectional not measured" in (tmp_path / "benchmark_cpu_quick.md").read_text()
+
+
+def test_parity_alone_leaves_the_other_figures(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark.Bench, "run", lambda self, **task: benchmark.measure({**self.shared, **task}))
+    options = ["--quick", "--output", str(tmp_path), "--threads", "1", "--pattern", "star", "--pattern", "routing"]
+    CliRunner().invoke(benchmark.app, [*options, "--length", "64", "--section", "speed"])
+    path = tmp_path / "benchmark_cpu_quick.json"
+    known = json.loads(path.read_text())
+    known["machine"]["commit"], known["parity"] = "a day before", {"star": 0.0, "routing": 0.0, "another": 1e-7}
+    path.write_text(json.dumps(known))
+    done = CliRunner().invoke(benchmark.app, [*options, "--section", "parity"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(path.read_text())
+    assert {k: found[k] for k in found if not k.startswith("parity")} == {k: known[k] for k in known if k != "parity"}
+    assert min(found["parity"].values()) > 1e-9
+    assert found["parity"]["another"] == 1e-7
+    assert found["parity_by"]["commit"] != "a day before"
+    refused = CliRunner().invoke(benchmark.app, [*options, "--section", "parity", "--section", "speed"])
+    assert refused.exit_code != 0

@@ -32,6 +32,8 @@ from sa_hf.patterns.base import (
     finished_plan,
 )
 from sa_hf.patterns.sparsebert import SparseBertAttention
+from sa_hf.tools.bench.data_oracle import data_oracle
+from sa_hf.tools.bench.parity import relative_rms
 
 HEADS, HEAD_DIM = 8, 64
 WARM_LENGTH = 48
@@ -123,14 +125,25 @@ def cpu_cases(length: int, toy: bool = False) -> dict[str, CpuCase]:
 # -- what is run ---------------------------------------------------------------------------------------------------
 
 
-def pattern_run(case: CpuCase, length: int, dropout: float = 0.0, heads: int = HEADS) -> Run:
+def pattern_module(case: CpuCase, heads: int = HEADS) -> SparseAttention:
     """The pattern's own module in evaluation mode, its plan not yet built."""
     spec = LayerSpec(0, 1, heads, heads, HEAD_DIM, heads * HEAD_DIM, case.causal)
     module = case.config.build(spec).eval()
     if case.prepare is not None:
         case.prepare(module)
-    sequences = Sequences.full(1, length, length)
-    hidden = torch.randn(1, length, heads * HEAD_DIM, generator=torch.Generator().manual_seed(1))
+    return module
+
+
+def layer_input(length: int, heads: int = HEADS) -> Tensor:
+    return torch.randn(1, length, heads * HEAD_DIM, generator=torch.Generator().manual_seed(1))
+
+
+def pattern_run(case: CpuCase, length: int, dropout: float = 0.0, heads: int = HEADS) -> Run:
+    return module_run(pattern_module(case, heads), case, length, dropout, heads)
+
+
+def module_run(module: SparseAttention, case: CpuCase, length: int, dropout: float = 0.0, heads: int = HEADS) -> Run:
+    sequences, hidden = Sequences.full(1, length, length), layer_input(length, heads)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         inputs = AttentionInputs(q, k, v, sequences, case.causal, HEAD_DIM**-0.5, dropout=dropout, hidden_states=hidden)
@@ -271,20 +284,25 @@ def pair_counts(case: CpuCase, length: int, heads: int = HEADS) -> dict[str, flo
     return {"pairs": kept_pairs(plan, length, heads) / heads, "dense_pairs": dense, "formula": case.formula(length)}
 
 
-def parity_error(label: str, length: int, *, toy: bool) -> float:
-    """The worst RMS ratio to the fp64 oracle over output and gradients of a static pattern; 0 where data decides the
-    pattern (its own tests hold its oracle)."""
+def parity_error(label: str, length: int, *, toy: bool) -> float | None:
+    """The worst RMS ratio to a dense fp64 oracle over output and gradients of query, key and value; None where a
+    pattern has no oracle, so that nothing is measured."""
     case = cpu_cases(length, toy)[label]
-    if not isinstance(case.config, StaticPatternConfig):
-        return 0.0
-    qkv, upstream = inputs(length), torch.randn(1, HEADS, length, HEAD_DIM)
-    geometry = Geometry(length, length, tuple(range(HEADS)), HEADS, 0, case.causal)
-    ours = pattern_run(case, length)(*qkv)
+    module, qkv = pattern_module(case), inputs(length)
     q, k, v = qkv
-    oracle, _ = dense_attention(q, k, v, dense_multiplicity(case.config, geometry), ScoreOptions(scale=HEAD_DIM**-0.5))
-    pairs = [(ours, oracle)]
-    pairs += zip(torch.autograd.grad(ours, qkv, upstream), torch.autograd.grad(oracle, qkv, upstream), strict=True)
-    return max(float((a - b).double().pow(2).mean().sqrt() / b.double().pow(2).mean().sqrt()) for a, b in pairs)
+    upstream = torch.randn(1, HEADS, length, HEAD_DIM, generator=torch.Generator().manual_seed(2))
+    if isinstance(case.config, StaticPatternConfig):
+        geometry = Geometry(length, length, tuple(range(HEADS)), HEADS, 0, case.causal)
+        counts = dense_multiplicity(case.config, geometry)
+        oracle: Tensor | None = dense_attention(q, k, v, counts, ScoreOptions(scale=HEAD_DIM**-0.5))[0]
+    else:
+        oracle = data_oracle(module, q, k, v, layer_input(length), case.causal)
+    if oracle is None:
+        return None
+    ours = module_run(module, case, length)(*qkv)
+    exact = torch.autograd.grad(oracle, qkv, upstream.to(oracle.dtype))
+    pairs = [(ours, oracle), *zip(torch.autograd.grad(ours, qkv, upstream), exact, strict=True)]
+    return max(relative_rms(a.detach(), b.detach()) for a, b in pairs)
 
 
 def peak_memory(label: str, length: int, *, causal: bool, toy: bool) -> dict[str, float]:

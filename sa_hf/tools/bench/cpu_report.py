@@ -20,9 +20,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`; {result['shape']}; {machine}.",
         "",
-        "Parity with the fp64 oracle (outputs and gradients, RMS ratio): "
-        + "; ".join(f"{row_title(label)} {error:.0e}" for label, error in result.get("parity", {}).items())
-        + ".",
+        _parity(result),
         "",
         "Configurations at 16,384 tokens: "
         + "; ".join(f"*{row_title(label)}*: {fields}" for label, fields in result.get("configs", {}).items())
@@ -35,6 +33,21 @@ def markdown(result: dict[str, Any]) -> str:
     lines += _speed("Speed", plain) + _speed("Training mode: dropout 0.1", trained)
     lines += _memory(result["memory"]) + _growth(result["growth"])
     return "\n".join(lines) + "\n"
+
+
+def _parity(result: dict[str, Any]) -> str:
+    """Each pattern's figure, or that it was not measured; where it was measured apart from the tables, when and how."""
+    by = result.get("parity_by")
+    apart = (
+        f"; by `{by['command']}`, {by['device']}, torch {by['torch']}, {by['date']}, commit {by['commit']}"
+        if by
+        else ""
+    )
+    figures = (
+        f"{row_title(label)} {'not measured' if error is None else f'{error:.0e}'}"
+        for label, error in result.get("parity", {}).items()
+    )
+    return f"Parity with a dense fp64 oracle (outputs and gradients, RMS ratio{apart}): {'; '.join(figures)}."
 
 
 def _speed(title: str, rows: list[dict[str, Any]]) -> list[str]:

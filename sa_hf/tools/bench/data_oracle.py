@@ -1,0 +1,99 @@
+"""Dense oracles in fp64 of the patterns whose pairs depend on data: the mask from the data, then an exact softmax.
+
+Written from the papers' definitions, of the benchmark's own cases: one sequence, all heads with keys of their own, no
+option beside the pattern's. The clusters are found anew in fp64; no code of an engine, a plan or a layout takes part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, normalize
+
+from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.reference import dense_attention
+from sa_hf.patterns.base import SparseAttention
+from sa_hf.patterns.expire_span import ExpireSpanAttention
+from sa_hf.patterns.routing import RoutingAttention
+from sa_hf.patterns.sparsebert import SparseBertAttention
+
+
+def data_oracle(
+    module: SparseAttention, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, causal: bool
+) -> Tensor | None:
+    """Attention ``[1, H, n, d]`` of a module in evaluation over one sequence, fp64, differentiable in the vectors.
+
+    Args: query, key, value ``[1, H, n, d]``; hidden ``[1, n, hidden]``, the layer's input.
+
+    Returns:
+        None where this module has no oracle here: what is not measured has no figure.
+    """
+    q, k, v = query.double(), key.double(), value.double()
+    if isinstance(module, SparseBertAttention) and module.kept is not None and module.config.structured:
+        return _masked(q, k, v, _kept_distances(module.kept, q.shape[2], causal))
+    if isinstance(module, ExpireSpanAttention):
+        return _expiring(module, q, k, v, hidden)
+    if isinstance(module, RoutingAttention) and not (module.local or module.config.shared_qk):
+        route = _routed_causal if causal else _routed
+        return route(module, q, k, v)
+    return None
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    return dense_attention(q, k, v, kept, ScoreOptions(q.shape[-1] ** -0.5))[0]
+
+
+def _distances(n: int) -> Tensor:
+    return torch.arange(n)[:, None] - torch.arange(n)
+
+
+def _kept_distances(kept: Tensor, n: int, causal: bool) -> Tensor:
+    """SparseBERT: the distances that a head keeps, bool ``[H, mask_length]``, as pairs ``[H, n, n]``."""
+    distance = _distances(n)
+    pairs = kept[:, distance.abs().clamp(max=kept.shape[1] - 1)] & (distance.abs() < kept.shape[1])
+    pairs = pairs & (distance >= 0) if causal else pairs
+    return pairs | ((distance == 0) & ~pairs.any(-1, keepdim=True))
+
+
+def _expiring(module: ExpireSpanAttention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """Expire-Span: weight ``clamp(1 + (e_j - (i - j)) / ramp, 0, 1)`` of an earlier key, 1 of the own."""
+    logits = hidden.double() @ module.weight.double().t() + module.bias.double()
+    spans = module.config.max_span * torch.sigmoid(logits).transpose(1, 2)  # [1, 1 | H, n]
+    distance = _distances(q.shape[2])
+    gate = (1 + (spans[:, :, None] - distance) / module.config.ramp).clamp(0, 1)
+    gate = torch.where(distance == 0, 1.0, gate).masked_fill(distance < 0, 0.0)
+    return _masked(q, k, v, gate.detach())
+
+
+def _cosines(module: RoutingAttention, x: Tensor) -> Tensor:
+    """Of normalised vectors and centroids, ``[H, n, clusters]``."""
+    return layer_norm(x[0].detach(), x.shape[-1:]) @ normalize(module.centroids.double(), dim=-1).transpose(-1, -2)
+
+
+def _routed_causal(module: RoutingAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Routing, causal: the last ``window - 1`` earlier keys of the query's cluster, and the own key."""
+    n = q.shape[2]
+    window = module.config.cluster_window(n, causal=True)
+    of_query, of_key = (_cosines(module, x).argmax(-1) for x in (q, k))
+    mine = (of_query[:, :, None] == of_key[:, None, :]) & (_distances(n) > 0)
+    from_end = mine.flip(-1).cumsum(-1).flip(-1)
+    return _masked(q, k, v, (mine & (from_end < window)) | torch.eye(n, dtype=torch.bool))
+
+
+def _routed(module: RoutingAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Routing, bidirectional: inside each cluster its ``window`` nearest queries and keys; a token in several clusters
+    takes the mean, one in none its local window."""
+    heads, n, dim = q.shape[1:]
+    window = min(n, module.config.cluster_window(n, causal=False))
+    rows, columns = (_cosines(module, x).topk(window, dim=1).indices.transpose(1, 2) for x in (q, k))  # [H, k, w]
+    head = torch.arange(heads)[:, None, None]
+    scores = q[0][head, rows] @ k[0][head, columns].transpose(-1, -2) * dim**-0.5
+    each = torch.softmax(scores, dim=-1) @ v[0][head, columns]
+    at = (head.expand_as(rows), rows)
+    total = torch.zeros_like(q[0]).index_put(at, each, accumulate=True)
+    count = torch.zeros(heads, n, dtype=torch.float64).index_put(at, torch.ones_like(each[..., 0]), accumulate=True)
+    mean = total / count.clamp(min=1)[..., None]
+    if not module.config.fallback_local:
+        return mean[None]
+    near = _masked(q, k, v, _distances(n).abs() < module.config.local_window)
+    return torch.where((count > 0)[..., None], mean, near[0])[None]
