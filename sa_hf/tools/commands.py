@@ -335,3 +335,23 @@ def card(
     from sa_hf.tools.card import write_card
 
     say(f"wrote {write_card(folder, base_model=base_model, force=force)}")
+
+
+# Their flags are read by the modules that the scripts of a clone run, too.
+PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command(context_settings=PASSED_ON, add_help_option=False)
+def finetune(context: typer.Context) -> None:
+    """Fine-tune a model with sparse attention on long inputs, save and verify it; --help lists the flags."""
+    from sa_hf.tools import finetune as module
+
+    module.main(context.args, prog="sa-hf finetune")
+
+
+@app.command(context_settings=PASSED_ON, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """Evaluate a saved model on a task's held-out rows, with the same data flags as finetune; --help lists them."""
+    from sa_hf.tools import evaluate as module
+
+    module.main(context.args, prog="sa-hf evaluate")

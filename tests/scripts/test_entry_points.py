@@ -8,7 +8,7 @@ import sys
 import pytest
 from finetune_cases import SCRIPTS
 
-from sa_hf.tools import evaluate, finetune
+from sa_hf.tools import cli, evaluate, finetune
 
 
 @pytest.mark.parametrize("name", ["finetune", "evaluate"])
@@ -25,3 +25,25 @@ def test_the_help_names_the_command_that_was_typed(module: object, capsys: pytes
     with pytest.raises(SystemExit, match="0"):
         module.main(["--help"], prog="sa-hf something")
     assert capsys.readouterr().out.startswith("usage: sa-hf something")
+
+
+@pytest.mark.parametrize("name", ["finetune", "evaluate"])
+def test_the_command_reads_the_same_flags(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def typed(*words: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sa-hf", name, *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (ended.value.code, *capsys.readouterr())
+
+    code, told, _ = typed("--help")
+    assert code == 0
+    assert told.startswith(f"usage: sa-hf {name}")
+    assert "--max_length" in told
+    if name == "evaluate":
+        return
+    code, _, error = typed("--dataset", "nofile.csv", "--max_length", "64")
+    assert code == 2
+    assert error.startswith("sa-hf: dataset 'nofile.csv' does not exist")
+    assert error.count("\n") == 1
