@@ -108,3 +108,6 @@ def run_script(main: Callable[[], object]) -> None:
         main()
     except (SparseAttentionError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)

@@ -195,13 +195,13 @@ def with_lora(model: Any, rank: int, base_folder: Path, is_main: bool) -> Any:
 
 def train(args: argparse.Namespace, model: Any, tokenizer: Any, source: Source) -> dict[str, Any]:
     """Train, evaluate, save and verify; returns the metrics."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     from sa_hf.hf.trainer import SparseTrainer
     from sa_hf.tasks.measure import StepClock, peak_memory_mb
+    from sa_hf.tools.stopping import StopAndSave, checkpoint_to_resume, end_if_stopped, writing
 
     arguments = training_arguments(args)
     output = Path(args.output_dir)
+    resume = checkpoint_to_resume(args.resume, output)
     if args.lora_rank:
         model = with_lora(model, args.lora_rank, output / "base", arguments.process_index == 0)
     rows, evaluation = tokenize(source, args.task, tokenizer, args.max_length, args.train_rows, args.eval_rows)
@@ -223,15 +223,17 @@ def train(args: argparse.Namespace, model: Any, tokenizer: Any, source: Source) 
         trainer.model_accepts_loss_kwargs = False
     clock = StepClock()
     trainer.add_callback(clock)
-    resume = args.resume
-    if resume == "auto":
-        resume = get_last_checkpoint(args.output_dir) if output.is_dir() else None
-    result = trainer.train(resume_from_checkpoint=resume)
+    stop = StopAndSave()
+    trainer.add_callback(stop)
+    with writing(output), stop.listening(arguments.world_size):
+        result = trainer.train(resume_from_checkpoint=resume)
+    end_if_stopped(stop, output, trainer.state.global_step)
     metrics = {**result.metrics, **clock.figures(), "global_step": trainer.state.global_step}
     metrics |= {"train_peak_memory_mb": peak_memory_mb(), **trainer.evaluate()}
     if args.task == "forecasting":
         metrics |= forecast_figures(trainer.accelerator.unwrap_model(trainer.model), evaluation)
-    trainer.save_model()
+    with writing(output):
+        trainer.save_model()
     if arguments.process_index == 0:
         if args.verify != "none":
             trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -254,6 +256,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
     Raises:
         SparseAttentionError: a flag, the data or the model does not fit.
         OSError: a file or folder cannot be read or written.
+        SystemExit: 130, Ctrl-C ended the training; a checkpoint holds where it was.
     """
     from transformers import set_seed
 

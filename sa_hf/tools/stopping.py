@@ -1,0 +1,127 @@
+"""Training that is cut short: by Ctrl-C, by a disk that is full, or in the middle of a save."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from sa_hf.errors import SparseAttentionError
+
+STOPPED = 130  # the exit code of a program that Ctrl-C ended
+STATE = "trainer_state.json"  # the last file that Trainer writes of a checkpoint
+# torch.save says it in a plain RuntimeError.
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "unexpected pos")
+
+
+class StopAndSave(TrainerCallback):
+    """The first Ctrl-C ends training after the step at hand, with a checkpoint; a second one ends it where it stands.
+
+    In one process alone: ranks would hear of it at different steps and wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self, world_size: int) -> Iterator[StopAndSave]:
+        """While inside, Ctrl-C asks for the end."""
+        if world_size > 1 or threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self.asked = True
+            signal.signal(signal.SIGINT, before)
+            print("stopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
+
+        signal.signal(signal.SIGINT, ask)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+def end_if_stopped(stop: StopAndSave, output: Path, step: int) -> None:
+    """Raise ``SystemExit`` where Ctrl-C was pressed, and say how to go on."""
+    if stop.asked:
+        kept = output / f"checkpoint-{step}"
+        print(f"stopped at step {step}, kept in {kept}; the same command with --resume auto goes on", file=sys.stderr)
+        raise SystemExit(STOPPED)
+
+
+def checkpoint_to_resume(wanted: str | None, output: Path) -> str | None:
+    """The checkpoint that ``--resume`` names: a folder, or with "auto" the newest whole one in ``output``.
+
+    Raises:
+        SparseAttentionError: the folder holds a checkpoint whose saving was cut short, or none.
+    """
+    if wanted is None:
+        return None
+    if wanted != "auto":
+        reason = _cut_short(Path(wanted))
+        if reason:
+            known = [str(folder) for folder in _checkpoints(Path(wanted).parent) if not _cut_short(folder)]
+            raise SparseAttentionError(
+                f"--resume {wanted}: {reason}; nearest: {known[0] if known else 'none, leave --resume out'}"
+            )
+        return wanted
+    for folder in _checkpoints(output):
+        reason = _cut_short(folder)
+        if not reason:
+            return str(folder)
+        print(f"{folder} is passed over: {reason}", file=sys.stderr)
+    return None
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [p for p in output.glob("checkpoint-*") if p.is_dir() and p.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+
+
+def _cut_short(folder: Path) -> str | None:
+    if not folder.is_dir():
+        return "there is no such folder"
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return "it holds no model (its saving was cut short, or it is no checkpoint)"
+    try:
+        json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"it has no {STATE}, which is written last: its saving was cut short, or it is a model and no checkpoint"
+    except ValueError:
+        return f"its {STATE} is cut short"
+    return None
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """What goes wrong as files are written ends as one ``OSError`` that says where, how much is free, what remains."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        plain = isinstance(error, RuntimeError) and not isinstance(error, OSError)
+        if plain and not any(words in str(error) for words in TORCH_CANNOT_WRITE):
+            raise
+        whole = [str(folder) for folder in _checkpoints(output) if not _cut_short(folder)]
+        kept = f"whole, and to go on from with --resume auto: {whole[0]}" if whole else "no checkpoint was kept"
+        there = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+        free = shutil.disk_usage(there).free / 2**30
+        first = str(error).partition("\n")[0]
+        raise OSError(f"{output} cannot be written ({first}; {free:.1f} GB free); {kept}") from error
