@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG_FILE = "config.json"
+# A folder that holds this is one of sentence-transformers, with a model in it or in folders below (``Router``).
+SENTENCES_FILE = "config_sentence_transformers.json"
 REMOTE_FILE = "modeling_sa_hf.py"
 # The first line of every code file in a checkpoint: what does not begin so is the user's, and is never removed.
 HEADER = "# Written by sa_hf into this checkpoint; see modeling_sa_hf.py.\n"
@@ -84,8 +86,12 @@ def _staged(
     stage = target / f"{STAGE}{socket.gethostname()}-{os.getpid()}"
     try:
         stage.mkdir()
-        _write_code(stage, code())  # before the weights: under FSDP2 the copying by Transformers itself breaks
+        files = code()
+        _write_code(stage, files)  # before the weights: under FSDP2 the copying by Transformers itself breaks
         save(stage, **options)
+        if (target.parent / SENTENCES_FILE).is_file():
+            # Transformers looks for the code of a ``subfolder=`` in the folder above.
+            _write_code(target.parent, files)
         return publish(stage, target, options.get("variant"))
     finally:
         shutil.rmtree(stage, ignore_errors=True)

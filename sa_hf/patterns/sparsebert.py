@@ -147,14 +147,27 @@ class SparseBertAttention(LearnedAttention):
         """The module that holds the mask."""
         return self._owner[0] if self._owner else self
 
+    def _held(self) -> tuple[Any, Tensor | None]:
+        """The owner's ``logits`` and ``kept``; where Accelerate keeps them on the CPU or on disk while the owner does
+        not run, brought in for this call."""
+        owner = self.owner
+        logits, kept = owner.logits, owner.kept
+        away = (logits is not None and logits.is_meta) or (kept is not None and kept.is_meta)
+        hook: Any = getattr(owner, "_hf_hook", None)
+        if away and hook is not None:
+            hook.pre_forward(owner)
+            logits, kept = owner.logits, owner.kept
+            hook.post_forward(owner, None)
+        return logits, kept
+
     # -- the gate --------------------------------------------------------------------------------------------------
 
     def gate(self) -> Tensor:
         """The gate of every logit, fp32 in its shape: a sample in training, 0 or 1 in evaluation."""
-        owner = self.owner
-        if owner.kept is not None:
-            return owner.kept.float()
-        logits = _whole(owner.logits).float()
+        owner, (held, kept) = self.owner, self._held()
+        if kept is not None:
+            return kept.float()
+        logits = _whole(held).float()
         if not self.training:
             return (logits.detach() > 0).float()
         # Parts of a mixture by heads that run the same config in a layer draw apart.
@@ -168,8 +181,8 @@ class SparseBertAttention(LearnedAttention):
 
     def keep_table(self) -> Tensor:
         """Which logits are kept in evaluation, bool ``[H, mask_length(, mask_length)]``."""
-        owner = self.owner
-        return owner.kept if owner.kept is not None else _whole(owner.logits).detach() > 0
+        logits, kept = self._held()
+        return kept if kept is not None else _whole(logits).detach() > 0
 
     def mask(self, length: int) -> Tensor:
         """The pairs that evaluation keeps for one sequence, bool ``[H, length, length]``."""
@@ -209,8 +222,9 @@ class SparseBertAttention(LearnedAttention):
         self._sequences = inputs.sequences
         self._seen, self._band = [(len(rows), *shape) for shape, rows in inputs.sequences.groups], band
         options = score_options(inputs, self.heads)
-        kept = self.owner.kept
-        gate = self.gate() if kept is None else kept
+        _, kept = self._held()
+        kept = None if kept is None else kept.to(inputs.query.device)  # the owner's may be another one's
+        gate = self.gate().to(inputs.query.device) if kept is None else kept
 
         def attend_group(group: Group) -> Tensor:
             if kept is not None:
