@@ -154,7 +154,8 @@ class MaskRequest:
         positions = given.position_ids
         if self.query_offset or positions.dim() != 2 or positions.shape[-1] != total:
             return None
-        return (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1).expand(batch, -1)
+        # With a cache, where transformers cuts nothing, a restart begins a sequence and a gap does not.
+        return (positions.diff(prepend=positions[:, :1] - 1) < 1).cumsum(-1).expand(batch, -1)
 
     def dense(self, implementation: str, extra_tokens: int = 0, given: ForwardInputs | None = None) -> Any:
         """The mask that the original attention would have got, within the packed sequences that sparse layers see;

@@ -105,7 +105,8 @@ def patch_model(
     Sequences: ``attention_mask [batch, length]`` with padding on either side or inside. Packed rows are told apart by
     ``sequence_ids [batch, length]`` given to the model's forward, by ``cu_seq_lens_q``, or, in decoders without an
     attention mask, by ``position_ids`` that restart; layers left dense see the same sequences, also with ``use_cache``
-    on (where Transformers' own mask would not). 4-D masks are refused.
+    on (where Transformers' own mask would not). A gap in them cuts as in Transformers: without a cache only. 4-D masks
+    are refused.
 
     Patch the whole model, not a part of it (``model.bert``): of a part that is patched alone the model around it knows
     nothing. Its ``save_pretrained`` raises, auxiliary losses do not join its loss (they warn), ``max_length`` is not in

@@ -251,3 +251,12 @@ def test_a_family_that_the_installed_release_does_not_serve_is_refused() -> None
         return
     with pytest.raises(UnsupportedModelError, match="computes its attention itself"):
         sa_hf.patch_model(tf.T5ForConditionalGeneration(CONFIGS["t5"]()), NARROW)
+    with pytest.raises(UnsupportedModelError, match="gets a ready-made mask"):
+        sa_hf.patch_model(
+            tf.BigBirdModel(
+                tf.BigBirdConfig(
+                    hidden_size=32, num_hidden_layers=1, num_attention_heads=4, attention_type="original_full"
+                )
+            ),
+            NARROW,
+        )

@@ -209,6 +209,18 @@ def test_masks_that_cannot_be_kept_raise(family: str) -> None:
     c.output()
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("layers", ["0-", "1"], ids=["sparse", "a dense layer"])
+def test_a_gap_in_the_positions_cuts_where_transformers_cuts_it(use_cache: bool, layers: str) -> None:
+    model = tiny_model("llama")
+    positions = torch.cat([torch.arange(7), torch.arange(13) + 20])[None]
+    inputs = {"input_ids": tokens(1, 20), "position_ids": positions, "use_cache": use_cache}
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        sa_hf.patch_model(model, {layers: sa_hf.SlidingWindowAttentionConfig(window=1000)})
+        assert error(model(**inputs).logits, dense) < 1e-5
+
+
 def test_unions_of_masks_raise() -> None:
     from transformers.masking_utils import create_causal_mask
 

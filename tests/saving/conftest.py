@@ -1,5 +1,7 @@
 """Tiny models of several families, and a cache of remote code that the test processes do not share."""
 
+import inspect
+
 import pytest
 import torch
 import transformers.dynamic_module_utils
@@ -16,6 +18,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.t5.modeling_t5 import T5Attention
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -70,7 +73,13 @@ def bart():
     return made(BartForConditionalGeneration, config)
 
 
+# The oldest release has T5 compute its attention itself, which is refused (tests/hf/test_families.py).
+T5_IS_SERVED = "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(T5Attention.forward).__code__.co_names
+
+
 def t5():
+    if not T5_IS_SERVED:
+        pytest.skip("this transformers has T5 compute its attention itself")
     config = T5Config(
         vocab_size=60, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
     )
