@@ -79,10 +79,10 @@ struct Span {
 
 // Up to TILE keys that a tile of queries reads.
 struct Chunk {
-    int64_t key, shift;     // the band holds query slot - key slot - shift
+    int64_t key, shift;  // the band holds query slot - key slot - shift
     int count;
     bool banded, ranged, diagonal, holes;  // diagonal: left out, and crosses the chunk; holes: empty slots
-    const uint64_t* words;  // element mask, or null
+    const uint64_t* words;                 // element mask, or null
     int64_t word_step;
     int spans;
     Span span[TILE / 16];
@@ -327,13 +327,13 @@ static const float* key_rows(const Call& c, const Tile& t, const Chunk& x, const
     for (int j = 0; j < x.count; ++j) {
         const int64_t at = t.key_at[x.key + j];
         float* to = buffer + j * c.head_dim;
-        if (at < 0) std::fill(to, to + c.head_dim, 0.0f);
-        else std::copy(first + at * rows.step, first + at * rows.step + c.head_dim, to);
+        if (at < 0)
+            std::fill(to, to + c.head_dim, 0.0f);
+        else
+            std::copy(first + at * rows.step, first + at * rows.step + c.head_dim, to);
     }
     *step = c.head_dim;
     return buffer;
 }
 
-static float* buffer(int64_t elements) {
-    return (float*)aligned_alloc(64, (size_t)ceil_div(elements * 4, 64) * 64);
-}
+static float* buffer(int64_t elements) { return (float*)aligned_alloc(64, (size_t)ceil_div(elements * 4, 64) * 64); }
