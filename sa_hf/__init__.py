@@ -14,6 +14,7 @@ from sa_hf.errors import ConfigVersionError, NotStaticError, SparseAttentionErro
 from sa_hf.functional import sparse_attention
 from sa_hf.patterns import *  # noqa: F403
 from sa_hf.patterns import __all__ as _patterns
+from sa_hf.patterns import drawing as _drawing  # noqa: F401  (its import makes patterns draw)
 
 __version__ = "0.1.0"
 

@@ -10,16 +10,15 @@ import dataclasses
 import difflib
 import json
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
 
 from sa_hf.errors import ConfigVersionError, NotStaticError, SparseAttentionError
-
-if TYPE_CHECKING:
-    import torch
-
-    from sa_hf.patterns.base import LayerSpec, SparseAttention
+from sa_hf.layer import AttentionInputs, Geometry, LayerSpec
 
 CONFIG_VERSION = 1
 MAX_SEED = 2**63 - 1
@@ -164,9 +163,7 @@ class SparseAttentionConfig:
 
     def preview(self, length: int, causal: bool = False, *, num_heads: int = 1, layer_idx: int = 0) -> str:
         """The mask of head 0 drawn for the terminal, at most 64 characters wide: one line per row of cells."""
-        from sa_hf.patterns.drawing import preview_pattern
-
-        return preview_pattern(self, length, causal, num_heads, layer_idx)
+        return _drawing().preview(self, length, causal, num_heads, layer_idx)
 
     def density(self, length: int, num_heads: int = 1, layer_idx: int = 0, causal: bool = False) -> float:
         """Kept pairs divided by the pairs of dense attention (``length**2``, causal: ``length*(length+1)/2``)."""
@@ -176,12 +173,92 @@ class SparseAttentionConfig:
 
     def plot(self, path: Any, length: int, causal: bool = False, *, num_heads: int = 1, layer_idx: int = 0) -> None:
         """Draw the mask to an image file (format by its suffix); needs matplotlib (extra ``tools``)."""
-        from sa_hf.patterns.drawing import plot
-
-        plot(self, path, length, causal=causal, num_heads=num_heads, layer_idx=layer_idx)
+        _drawing().plot(self, path, length, causal=causal, num_heads=num_heads, layer_idx=layer_idx)
 
 
-# -- registry ------------------------------------------------------------------------------------------------------
+class SparseAttention(nn.Module):
+    """The ``sparse`` child of a patched attention module: runs one layer's pattern and holds its learned state.
+
+    Learned state is bare Parameters and buffers, never ``nn.Linear`` (LoRA's "all-linear" would wrap it).
+    """
+
+    # Whether a causal layer keeps tensors of its own for every token so far (``AttentionInputs.remember``).
+    remembers: ClassVar[bool] = False
+    # What ``figures`` gives after a forward, and cannot give before one.
+    figure_names: ClassVar[tuple[str, ...]] = ()
+    # How many training forwards ago the running call began: above 0 where a checkpointed layer is recomputed after a
+    # later forward, and has to draw the noise of its own.
+    steps_back: int = 0
+
+    def __init__(self, config: SparseAttentionConfig, spec: LayerSpec, heads: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.spec = spec
+        served = spec.heads if heads is None else heads
+        self.heads = tuple(range(spec.num_heads)) if served is None else tuple(served)
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        """Attend; returns ``[B, H, Nq, D]``, rows of padding 0."""
+        raise NotImplementedError
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """The live auxiliary losses of the last forward, scaled as they join the model's loss (fp32 scalars)."""
+        return {}
+
+    def unscaled_losses(self) -> dict[str, Tensor]:
+        """The same without their coefficients, detached: figures to report."""
+        return {}
+
+    def figures(self) -> dict[str, float]:
+        """Figures of the last forward to report: spans, cluster sizes, mask density."""
+        return {}
+
+    def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
+        """Whether this call can take the keys that a cache kept, by their slots, without those that it dropped."""
+        return False
+
+    def expired_keys(self) -> Tensor | None:
+        """Key slots of the last forward that no later query can read, bool ``[B, Nk]`` (padding too), or None."""
+        return None
+
+    def tie(self, layers: Sequence[SparseAttention]) -> None:
+        """Called once all layers are built (again is harmless), on each module of a stack that runs this config, with
+        all of them in layer order: what layers share is set up here."""
+
+    def advance_step(self) -> None:
+        """Called once per outer training forward, before it, and never in a recomputation."""
+
+    def drop_graph(self) -> None:
+        """Forget graph tensors of the last forward: a kept one breaks deepcopy and holds memory."""
+
+    def geometry(self, inputs: AttentionInputs, query_length: int, key_length: int) -> Geometry:
+        return Geometry(
+            key_length, query_length, self.heads, self.spec.num_heads, self.spec.layer_idx, inputs.causal, inputs.band
+        )  # fmt: skip
+
+
+# -- what stands above and is handed down: the patterns by name, and what draws them -------------------------------
+
+
+class Drawing(NamedTuple):
+    """``patterns.drawing``, as :meth:`SparseAttentionConfig.preview` and :meth:`SparseAttentionConfig.plot` call it."""
+
+    preview: Callable[..., str]
+    plot: Callable[..., None]
+
+
+_DRAWINGS: list[Drawing] = []
+
+
+def draw_by(drawing: Drawing) -> None:
+    """Called once by what draws patterns."""
+    _DRAWINGS.append(drawing)
+
+
+def _drawing() -> Drawing:
+    if not _DRAWINGS:
+        raise ImportError("a checkpoint does not carry sa_hf.patterns.drawing: install sa_hf")
+    return _DRAWINGS[-1]
 
 
 def register_pattern(cls: type[_Config]) -> type[_Config]:
@@ -193,9 +270,7 @@ def register_pattern(cls: type[_Config]) -> type[_Config]:
 
 
 def available_patterns() -> dict[str, type[SparseAttentionConfig]]:
-    """Every registered pattern: ``{name: config class}``."""
-    import sa_hf.patterns  # noqa: F401  (its import registers the built-in patterns)
-
+    """Every registered pattern, ``{name: config class}``: importing ``sa_hf.patterns`` registers the built-in ones."""
     return dict(_REGISTRY)
 
 

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import NotStaticError, SparseAttentionError
+from sa_hf.layer import AttentionInputs, Geometry
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.parts import Band
 from sa_hf.ops.reference import dense_attention
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import AttentionInputs, Geometry, StaticPatternConfig, default_scale, dense_multiplicity
+from sa_hf.patterns.base import StaticPatternConfig, default_scale, dense_multiplicity
 from sa_hf.patterns.custom_op import layer_key, static_attention
 from sa_hf.patterns.static import static_options
 

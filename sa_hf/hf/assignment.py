@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import sa_hf.patterns  # noqa: F401  (registers the patterns that a config names)
 from sa_hf.config import CONFIG_VERSION, SparseAttentionConfig, check_fields, pattern_class
 from sa_hf.errors import ConfigVersionError, SparseAttentionError
 from sa_hf.patterns.dense import DenseAttentionConfig

@@ -20,6 +20,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, fixed_cross_entropy
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.conv import ConvTaps
 from sa_hf.hf.families import window_band
@@ -38,9 +39,10 @@ from sa_hf.hf.masks import (
 from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
 from sa_hf.hf.rotary import before_rotary
 from sa_hf.hf.versions import tested_range
+from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention, default_scale
+from sa_hf.patterns.base import default_scale
 
 IMPLEMENTATION = "sparse_sa_hf"
 # What a model runs inside dense(model) for a call that names its sequences.

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
+from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.families import root_model
 from sa_hf.hf.layer_cache import memory_of
 from sa_hf.hf.layers import active_child, leaves
-from sa_hf.patterns.base import AttentionInputs, Geometry, SparseAttention, StaticPatternConfig
+from sa_hf.layer import AttentionInputs, Geometry
+from sa_hf.patterns.base import StaticPatternConfig
 
 # Dropping copies what stays, and asks the device what may go. Decode steps do neither until they have added a sixteenth
 # of what is held, nor copy until a sixteenth may go: at most 16 keys are copied per token then.

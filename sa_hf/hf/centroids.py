@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sa_hf.config import SparseAttention
 from sa_hf.hf.families import root_model
 from sa_hf.hf.layers import leaves
 from sa_hf.patterns import centroids
-from sa_hf.patterns.base import SparseAttention
 from sa_hf.patterns.centroids import CentroidState
 
 # Models in the order of their first forwards, so that all ranks reduce in the same one.

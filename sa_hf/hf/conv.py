@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.layer_cache import LayerMemory
 from sa_hf.hf.layers import active_child
+from sa_hf.layer import LayerSpec
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import LayerSpec
 
 SEPARATE = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"), ("q", "k"))
 # Projections that make queries, keys and values at once: as three thirds, or as thirds of each head.

@@ -19,7 +19,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.attention import Activity
 from sa_hf.hf.layers import active_child
 from sa_hf.hf.masks import MaskRequest
-from sa_hf.patterns.base import LayerSpec
+from sa_hf.layer import LayerSpec
 
 ATTRIBUTE = "sa_hf_extra_tokens"
 # Marks a layer's input with its extra tokens: Transformers records the first layer's as a hidden state.

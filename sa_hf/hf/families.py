@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from sa_hf.errors import UnsupportedModelError
 from sa_hf.hf.positions import position_limit
+from sa_hf.layer import LayerSpec
 from sa_hf.ops.parts import Band
-from sa_hf.patterns.base import LayerSpec
 
 # The attribute names under which decoders keep attention over the encoder's output.
 CROSS_NAMES = {"encoder_attn", "crossattention", "EncDecAttention", "cross_attn", "cross_attention"}

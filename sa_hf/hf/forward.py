@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.attention import PACKED, Activity, refuse_attentions
 from sa_hf.hf.centroids import follow_optimizers
@@ -18,7 +19,6 @@ from sa_hf.hf.checkpointing import CarryHandle, carry_inputs, checkpointed
 from sa_hf.hf.layers import sparse_children, tie_layers
 from sa_hf.hf.losses import LABELS, add_to_loss, check_live, loss_of, total_losses
 from sa_hf.hf.masks import ForwardInputs, hand_over
-from sa_hf.patterns.base import SparseAttention
 
 
 class OuterForward:

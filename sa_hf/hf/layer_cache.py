@@ -18,10 +18,11 @@ from transformers.cache_utils import Cache
 from sa_hf.errors import SparseAttentionError
 
 if TYPE_CHECKING:
+    from sa_hf.config import SparseAttention
     from sa_hf.hf.masks import MaskRequest
+    from sa_hf.layer import AttentionInputs
     from sa_hf.ops.parts import Band
     from sa_hf.ops.sequences import Sequences
-    from sa_hf.patterns.base import AttentionInputs, SparseAttention
 
 # Tokens that a limited memory keeps beyond its need, so that assisted generation can take back its rejected guesses
 # (Transformers proposes at most a few dozen at once).

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sa_hf.patterns.base import SparseAttention
+from sa_hf.config import SparseAttention
 
 
 def active_child(module: nn.Module) -> Any:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.attention import Activity
 from sa_hf.hf.families import root_model
 from sa_hf.hf.layers import leaves
-from sa_hf.patterns.base import SparseAttention
 from sa_hf.patterns.learned import LearnedAttention
 from sa_hf.patterns.mixture import added
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sa_hf.config import SparseAttentionConfig
+from sa_hf.config import SparseAttention, SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.adapters import drop_mark, guard_adapters
 from sa_hf.hf.assignment import (
@@ -37,8 +37,8 @@ from sa_hf.hf.rotary import rotary_function
 from sa_hf.hf.saving import CONFIG_FIELDS, disable_saving, enable_saving
 from sa_hf.hf.training import warn_of_adapter_without_state
 from sa_hf.hf.versions import check_transformers
+from sa_hf.layer import LayerSpec
 from sa_hf.ops.choice import ENGINES
-from sa_hf.patterns.base import LayerSpec, SparseAttention
 from sa_hf.patterns.mixture import MixedSparseAttention, part_spec
 
 Model = TypeVar("Model", bound=nn.Module)

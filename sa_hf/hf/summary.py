@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.attention import place_of
 from sa_hf.hf.families import Site, computes_in, root_model
 from sa_hf.hf.layers import active_child, leaves
+from sa_hf.layer import DEFAULT_BLOCK, LayerSpec
 from sa_hf.ops.choice import TRITON, choose_engine
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.parts import ScoreOptions
-from sa_hf.patterns.base import DEFAULT_BLOCK, LayerSpec, SparseAttention, StaticPatternConfig, whole_geometry
+from sa_hf.patterns.base import StaticPatternConfig, whole_geometry
 from sa_hf.patterns.dense import DenseAttentionConfig
 
 # Bytes of a listed tile (column and kind, int32 each) and of a row statistic (fp32).

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sa_hf.config import SparseAttention
 from sa_hf.hf.centroids import update_centroids
 from sa_hf.hf.families import root_model
 from sa_hf.hf.losses import collected_losses, share_of_step, total_losses
 from sa_hf.hf.patching import patch_of
 from sa_hf.hf.training import parameter_groups
-from sa_hf.patterns.base import SparseAttention
 
 DEFAULT_SPARSE_LR = 1e-2
 

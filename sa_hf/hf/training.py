@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.families import root_model
 from sa_hf.hf.layers import active_child
-from sa_hf.patterns.base import SparseAttention
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, sparse_lr: float = 1e-2) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import sa_hf.patterns  # noqa: F401  (registers the patterns that a config names)
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
 from sa_hf.functional import sparse_attention

@@ -17,7 +17,7 @@ from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.engine import Engine
 from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager, tracing
 from sa_hf.ops.host import own_rules
-from sa_hf.ops.members import Means, means_backward, means_forward
+from sa_hf.ops.means import Means, means_backward, means_forward
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.run import plan_backward, plan_forward
 from sa_hf.ops.transforms import differentiable, refuse_second_derivative, refuse_traced_transforms
@@ -189,7 +189,7 @@ def planned_attention(
         rule: a name given to :func:`plan_rule`; ``tensors`` (two at most, without gradient) and ``numbers``
             are its own.
         mean_slots: the rule's first part lists so many slots, in which a position may stand several times: its result
-            is the mean over them, or that of the other parts where there is none (``ops.members``).
+            is the mean over them, or that of the other parts where there is none (``ops.means``).
 
     Returns:
         ``[G, H, nq, D]``, differentiable in query, key, value, and the distance bias and spans of ``options``.

@@ -3,116 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sa_hf.config import SparseAttentionConfig
+from sa_hf.config import SparseAttention, SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
+from sa_hf.layer import Geometry, LayerSpec
 from sa_hf.ops.counts import row_counts
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.layout import Predicate, build_layout
-from sa_hf.ops.parts import Band, BlockPart, Part, SegmentPart, shift
-from sa_hf.ops.sequences import Sequences
-
-DEFAULT_BLOCK = 64
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The shape that a plan is made for: one sequence of ``key_length`` positions, its last ``query_length`` queries.
-
-    Args:
-        heads: the model's own query-head indices that this plan serves, in order.
-        num_heads: query heads of the whole layer.
-        layer_idx: the layer's place in its stack.
-        band: the model's own window, intersected with the pattern; ``right=0`` where causal.
-        block: tile size of the block lists.
-    """
-
-    key_length: int
-    query_length: int
-    heads: tuple[int, ...] = (0,)
-    num_heads: int = 1
-    layer_idx: int = 0
-    causal: bool = False
-    band: Band = Band()
-    block: int = DEFAULT_BLOCK
-
-    @property
-    def query_offset(self) -> int:
-        return self.key_length - self.query_length
-
-    @property
-    def full_band(self) -> Band:
-        """The model's window and causality together."""
-        return self.band.intersect(Band(None, 0)) if self.causal else self.band
-
-    def readable(self, position: int) -> Tensor:
-        """Which positions ``j < position`` the model's own window still lets a query at ``position`` read, bool."""
-        j = torch.arange(position)
-        return torch.ones_like(j, dtype=torch.bool) if self.band.left is None else position - j <= self.band.left
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """One attention layer of a model, as far as a pattern needs to know it.
-
-    ``max_length`` is the longest input the model takes, None where unbounded; ``band`` its own sliding window.
-    ``heads`` are the query heads that a part of a mixture serves, None is all; ``num_heads`` is the whole layer's, and
-    ``num_key_value_heads`` counts the key heads that the part is given.
-    """
-
-    layer_idx: int
-    num_layers: int
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_size: int
-    causal: bool
-    max_length: int | None = None
-    band: Band = Band()
-    device: torch.device = torch.device("cpu")
-    dtype: torch.dtype = torch.float32
-    heads: tuple[int, ...] | None = None
-
-
-@dataclass(eq=False)
-class AttentionInputs:
-    """One call of an attention layer.
-
-    Shapes: query ``[B, H, Nq, D]``, key and value ``[B, Hkv, Nk, D]`` (after rotary embedding, cache included),
-    ``hidden_states [B, Nq, hidden]`` the layer's input, ``distance_bias [H, 2 * N - 1]`` as in ``ScoreOptions``,
-    ``before_rotary(query, key)`` gives queries and keys of the new tokens as they were before the rotary embedding,
-    None where there is none. ``remember(name, tensor, dim)`` joins a per-token tensor of the new positions to the
-    cached ones along ``dim`` and returns that of all key positions; it is None without a cache (then ``Nq == Nk``).
-    ``key_slots [Nk]`` are the slots of the keys, ascending, where a cache has dropped others and the pattern
-    ``reads_listed_keys``; None: key ``j`` stands at slot ``j``.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    sequences: Sequences
-    causal: bool
-    scale: float
-    band: Band = Band()
-    softcap: float | None = None
-    distance_bias: Tensor | None = None
-    dropout: float = 0.0
-    engine: str = "auto"
-    hidden_states: Tensor | None = None
-    before_rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    remember: Callable[..., Tensor] | None = None
-    key_slots: Tensor | None = None
+from sa_hf.ops.parts import BlockPart, Part, SegmentPart, shift
 
 
 class StaticPatternConfig(SparseAttentionConfig):
     """A pattern that is a pure predicate of (head, query position, key position)."""
+
+    runs_in: ClassVar[type[SparseAttention]]  # set by ``patterns.static``, which stands above this file
 
     def allowed(self, head: Tensor, i: Tensor, j: Tensor, geometry: Geometry) -> Tensor:
         """Whether head ``head``'s query at position ``i`` may read position ``j``: bool, broadcast.
@@ -234,9 +143,7 @@ class StaticPatternConfig(SparseAttentionConfig):
         return int(self.row_sizes(geometry).sum()) / (dense * num_heads)
 
     def build(self, spec: LayerSpec) -> SparseAttention:
-        from sa_hf.patterns.static import StaticSparseAttention
-
-        return StaticSparseAttention(self, spec)
+        return self.runs_in(self, spec)
 
 
 def whole_geometry(length: int, num_heads: int, layer_idx: int, causal: bool) -> Geometry:
@@ -324,67 +231,6 @@ def with_extra_tokens(parts: list[Part], extra: int, geometry: Geometry) -> list
         SegmentPart(extra, extra + n, extra, extra + n, query_index=tokens, key_index=everything),
         SegmentPart(n, extra, n, extra, query_index=sequence, key_index=tokens),
     ]
-
-
-class SparseAttention(nn.Module):
-    """The ``sparse`` child of a patched attention module: runs one layer's pattern and holds its learned state.
-
-    Learned state is bare Parameters and buffers, never ``nn.Linear`` (LoRA's "all-linear" would wrap it).
-    """
-
-    # Whether a causal layer keeps tensors of its own for every token so far (``AttentionInputs.remember``).
-    remembers: ClassVar[bool] = False
-    # What ``figures`` gives after a forward, and cannot give before one.
-    figure_names: ClassVar[tuple[str, ...]] = ()
-    # How many training forwards ago the running call began: above 0 where a checkpointed layer is recomputed after a
-    # later forward, and has to draw the noise of its own.
-    steps_back: int = 0
-
-    def __init__(self, config: SparseAttentionConfig, spec: LayerSpec, heads: Sequence[int] | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.spec = spec
-        served = spec.heads if heads is None else heads
-        self.heads = tuple(range(spec.num_heads)) if served is None else tuple(served)
-
-    def forward(self, inputs: AttentionInputs) -> Tensor:
-        """Attend; returns ``[B, H, Nq, D]``, rows of padding 0."""
-        raise NotImplementedError
-
-    def aux_losses(self) -> dict[str, Tensor]:
-        """The live auxiliary losses of the last forward, scaled as they join the model's loss (fp32 scalars)."""
-        return {}
-
-    def unscaled_losses(self) -> dict[str, Tensor]:
-        """The same without their coefficients, detached: figures to report."""
-        return {}
-
-    def figures(self) -> dict[str, float]:
-        """Figures of the last forward to report: spans, cluster sizes, mask density."""
-        return {}
-
-    def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
-        """Whether this call can take the keys that a cache kept, by their slots, without those that it dropped."""
-        return False
-
-    def expired_keys(self) -> Tensor | None:
-        """Key slots of the last forward that no later query can read, bool ``[B, Nk]`` (padding too), or None."""
-        return None
-
-    def tie(self, layers: Sequence[SparseAttention]) -> None:
-        """Called once all layers are built (again is harmless), on each module of a stack that runs this config, with
-        all of them in layer order: what layers share is set up here."""
-
-    def advance_step(self) -> None:
-        """Called once per outer training forward, before it, and never in a recomputation."""
-
-    def drop_graph(self) -> None:
-        """Forget graph tensors of the last forward: a kept one breaks deepcopy and holds memory."""
-
-    def geometry(self, inputs: AttentionInputs, query_length: int, key_length: int) -> Geometry:
-        return Geometry(
-            key_length, query_length, self.heads, self.spec.num_heads, self.spec.layer_idx, inputs.causal, inputs.band
-        )  # fmt: skip
 
 
 def default_scale(head_dim: int) -> float:

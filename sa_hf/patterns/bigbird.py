@@ -17,10 +17,11 @@ from torch import Tensor
 
 from sa_hf.config import check_choice, check_integer, register_pattern
 from sa_hf.errors import SparseAttentionError
+from sa_hf.layer import Geometry, LayerSpec
 from sa_hf.ops.layout import Predicate, build_layout
 from sa_hf.ops.parts import Band, BlockPart, Part
 from sa_hf.ops.random import splitmix64, splitmix64_tensor
-from sa_hf.patterns.base import Geometry, LayerSpec, StaticPatternConfig
+from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.tiles import band_tiles, on_lists, tiles_of
 
 # The smallest tile of the GPUs' matrix units, whatever the block size; a power of two, as that, so that they nest.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from sa_hf.config import SparseAttentionConfig
-from sa_hf.patterns.base import LayerSpec
+from sa_hf.layer import LayerSpec
 from sa_hf.patterns.kmeans import cluster_counts, cluster_sums, kmeans
 from sa_hf.patterns.learned import LearnedAttention, seeded_uniform
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import NotStaticError
+from sa_hf.layer import Geometry
 from sa_hf.ops.attend import PlanFor, attend, sequences_backward, sequences_forward
 from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager, tracing
@@ -25,7 +26,7 @@ from sa_hf.ops.parts import Band, Part, ScoreOptions
 from sa_hf.ops.sequences import PendingSequences, Sequences, Span
 from sa_hf.ops.slots import examine_slots
 from sa_hf.ops.transforms import differentiable, refuse_second_derivative, refuse_traced_transforms
-from sa_hf.patterns.base import Geometry, StaticPatternConfig, finished_plan
+from sa_hf.patterns.base import StaticPatternConfig, finished_plan
 
 # Plans of one model: at most (distinct layers) x (distinct lengths) of a run; the oldest go first.
 PLANS_CACHED = 256

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sa_hf.config import register_pattern
+from sa_hf.layer import Geometry
 from sa_hf.ops.parts import Part
-from sa_hf.patterns.base import Geometry, StaticPatternConfig
+from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.sliding_window import window_part
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sa_hf.config import SparseAttentionConfig
+from sa_hf.config import Drawing, SparseAttentionConfig, draw_by
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.layout import Predicate
@@ -307,3 +307,6 @@ def _legend(figure: Any, panels: Sequence[Panel]) -> None:
     ]
     columns = min(len(handles), 5 * max(1, round(figure.get_figwidth() / 3.8)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=7.5, frameon=False)
+
+
+draw_by(Drawing(preview_pattern, plot))

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from sa_hf.config import SparseAttentionConfig, check_bool, check_integer, check_number, register_pattern
 from sa_hf.errors import SparseAttentionError
+from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.data_layout import EXPIRING
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import AttentionInputs, LayerSpec
 from sa_hf.patterns.learned import LearnedAttention, refuse_drop_diagonal
 from sa_hf.patterns.static import score_options
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sa_hf.layer import DEFAULT_BLOCK
 from sa_hf.ops.counts import row_counts
 from sa_hf.ops.layout import build_layout
 from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, Part, SegmentPart
 from sa_hf.ops.planned import PlanData, plan_rule
-from sa_hf.patterns.base import DEFAULT_BLOCK, own_key_parts
+from sa_hf.patterns.base import own_key_parts
 
 # On the CPU 15 offsets took 0.046 s where a causal window of 512 in tiles took 0.16 s (n = 16384, 8 heads, d = 64):
 # one offset costs about as much as 10 keys of a tile.

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sa_hf.config import SparseAttentionConfig
+from sa_hf.config import SparseAttention, SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
+from sa_hf.layer import LayerSpec
 from sa_hf.ops.random import splitmix64, splitmix64_tensor
-from sa_hf.patterns.base import LayerSpec, SparseAttention
 
 
 def refuse_drop_diagonal(config: SparseAttentionConfig, reason: str) -> None:

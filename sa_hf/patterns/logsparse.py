@@ -19,8 +19,9 @@ from torch import Tensor
 
 from sa_hf.config import check_choice, check_integer, register_pattern
 from sa_hf.errors import SparseAttentionError
+from sa_hf.layer import Geometry
 from sa_hf.ops.parts import OffsetsPart, Part
-from sa_hf.patterns.base import Geometry, StaticPatternConfig
+from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.sliding_window import window_part
 from sa_hf.patterns.tiles import query_tiles, tiles_of
 

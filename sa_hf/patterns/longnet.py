@@ -19,10 +19,11 @@ from torch import Tensor
 
 from sa_hf.config import MAX_INTEGER, check_choice, register_pattern, shown
 from sa_hf.errors import SparseAttentionError
+from sa_hf.layer import Geometry
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.layout import Predicate
 from sa_hf.ops.parts import Band, Part, SegmentPart
-from sa_hf.patterns.base import Geometry, StaticPatternConfig
+from sa_hf.patterns.base import StaticPatternConfig
 
 # Each branch is a part of the plan: 31 double from 1 to the longest segment there can be.
 MAX_BRANCHES = 64

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sa_hf.config import SparseAttentionConfig
+from sa_hf.config import SparseAttention, SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
-from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention
+from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.patterns.dense import DenseAttentionConfig
 
 Parts = Sequence[tuple[tuple[int, ...], SparseAttentionConfig]]

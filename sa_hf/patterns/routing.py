@@ -20,12 +20,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from sa_hf.config import SparseAttentionConfig, check_bool, check_integer, check_number, register_pattern
+from sa_hf.config import (
+    SparseAttention,
+    SparseAttentionConfig,
+    check_bool,
+    check_integer,
+    check_number,
+    register_pattern,
+)
 from sa_hf.errors import SparseAttentionError
+from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention
 from sa_hf.patterns.centroids import CentroidState
 from sa_hf.patterns.clusters import CLUSTERS, MEMBERS, expired
 from sa_hf.patterns.learned import refuse_drop_diagonal

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sa_hf.config import check_integer, register_pattern
+from sa_hf.layer import Geometry
 from sa_hf.ops.layout import Predicate, build_layout
 from sa_hf.ops.parts import Band, BlockPart, Part, SegmentPart
-from sa_hf.patterns.base import Geometry, StaticPatternConfig
+from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.tiles import band_tiles, query_tiles, tiles_of, within_band
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from sa_hf.config import check_choice, check_integer, register_pattern
 from sa_hf.errors import SparseAttentionError
+from sa_hf.layer import Geometry, LayerSpec
 from sa_hf.ops.layout import Predicate, build_layout, on_heads
 from sa_hf.ops.parts import Band, BlockLayout, BlockPart, OffsetsPart, Part, SegmentPart
-from sa_hf.patterns.base import Geometry, LayerSpec, StaticPatternConfig
+from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.sliding_window import window_part
 from sa_hf.patterns.tiles import band_tiles, on_lists, query_tiles, tiles_of
 

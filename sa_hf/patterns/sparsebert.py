@@ -16,14 +16,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sa_hf.config import SparseAttentionConfig, check_bool, check_choice, check_integer, check_number, register_pattern
+from sa_hf.config import (
+    SparseAttention,
+    SparseAttentionConfig,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_number,
+    register_pattern,
+)
 from sa_hf.errors import NotStaticError, SparseAttentionError
+from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.gated import gated_attention, rows_by_distance
 from sa_hf.ops.grouped import Group, key_places, map_groups
 from sa_hf.ops.parts import Band
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention
 from sa_hf.patterns.frozen_mask import FROZEN_MASK
 from sa_hf.patterns.learned import LearnedAttention
 from sa_hf.patterns.static import score_options

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from sa_hf.config import check_bool, check_choice, register_pattern
 from sa_hf.errors import SparseAttentionError
+from sa_hf.layer import Geometry, LayerSpec
 from sa_hf.ops.layout import Predicate
 from sa_hf.ops.parts import Band, OffsetsPart, Part, SegmentPart
-from sa_hf.patterns.base import Geometry, LayerSpec, StaticPatternConfig
+from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.tiles import band_tiles, tiles_of
 
 

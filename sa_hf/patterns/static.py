@@ -8,11 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
+from sa_hf.layer import AttentionInputs, Geometry
 from sa_hf.ops.decode import decode_attention
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import AttentionInputs, Geometry, SparseAttention, StaticPatternConfig
+from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.custom_op import cached_plan, layer_key, static_attention
 
 # Up to this many new queries read their keys by lists of positions; above it (prefill in chunks) a plan is cheaper.
@@ -67,6 +69,9 @@ class StaticSparseAttention(SparseAttention):
 
     def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
         return self._decodes(inputs)
+
+
+StaticPatternConfig.runs_in = StaticSparseAttention
 
 
 def _places(index: Tensor, key_slots: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sa_hf.layer import Geometry
 from sa_hf.ops.parts import Band
-from sa_hf.patterns.base import Geometry
 
 
 def tiles_of(

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig, available_patterns
 from sa_hf.errors import SparseAttentionError
+from sa_hf.layer import Geometry
 from sa_hf.ops.counts import kept_pairs
-from sa_hf.patterns.base import Geometry, StaticPatternConfig, dense_multiplicity, finished_plan, whole_geometry
+from sa_hf.patterns.base import StaticPatternConfig, dense_multiplicity, finished_plan, whole_geometry
 from sa_hf.patterns.dense import DenseAttentionConfig
 from sa_hf.patterns.expire_span import ExpireSpanAttentionConfig
 from sa_hf.patterns.routing import RoutingAttentionConfig

@@ -12,8 +12,8 @@ from hf_cases import CONFIGS, FAMILIES, case, error, tiny_model, tokens
 import sa_hf
 from sa_hf import SparseAttentionError
 from sa_hf.hf.conv import check_projections, earlier_slots
+from sa_hf.layer import AttentionInputs
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import AttentionInputs
 
 FULL = 1000
 

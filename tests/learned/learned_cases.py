@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import AttentionInputs, LayerSpec
 from sa_hf.patterns.routing import RoutingAttention, RoutingAttentionConfig
 
 

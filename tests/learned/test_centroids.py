@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sa_hf
+from sa_hf.layer import AttentionInputs
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import AttentionInputs
 from sa_hf.patterns.centroids import update_centroids
 from sa_hf.patterns.routing import RoutingAttention, RoutingAttentionConfig
 

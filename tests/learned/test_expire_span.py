@@ -11,10 +11,10 @@ from learned_cases import Memory, attention_inputs, draw, layer_spec, rms_ratio
 from torch import Tensor
 
 from sa_hf.errors import NotStaticError, SparseAttentionError
+from sa_hf.layer import AttentionInputs
 from sa_hf.ops.data_layout import expiring_layout
 from sa_hf.ops.parts import Band
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import AttentionInputs
 from sa_hf.patterns.expire_span import ExpireSpanAttention, ExpireSpanAttentionConfig
 
 

@@ -13,7 +13,7 @@ import sa_hf
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.patching import patch_of
 from sa_hf.hf.rotary import before_rotary
-from sa_hf.patterns.base import AttentionInputs
+from sa_hf.layer import AttentionInputs
 from sa_hf.patterns.routing import RoutingAttention
 
 TINY: dict[str, Any] = {

@@ -7,10 +7,11 @@ import weakref
 import pytest
 import torch
 
+from sa_hf.layer import Geometry
 from sa_hf.ops import graphs, slots
 from sa_hf.ops.parts import SegmentPart
 from sa_hf.ops.triton import engine as triton_engine
-from sa_hf.patterns.base import Geometry, finished_plan
+from sa_hf.patterns.base import finished_plan
 from sa_hf.patterns.bigbird import BigBirdAttentionConfig
 
 

@@ -23,10 +23,11 @@ from sa_hf import (
     StarAttentionConfig,
     sparse_attention,
 )
+from sa_hf.layer import AttentionInputs, Geometry, LayerSpec
 from sa_hf.ops.parts import Band
 from sa_hf.ops.reference import part_multiplicity
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import AttentionInputs, Geometry, LayerSpec, StaticPatternConfig, pattern_parts
+from sa_hf.patterns.base import StaticPatternConfig, pattern_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:longnet")
 

@@ -27,7 +27,8 @@ from sa_hf import (
     available_patterns,
     sparse_attention,
 )
-from sa_hf.patterns.base import LayerSpec, StaticPatternConfig, whole_geometry
+from sa_hf.layer import LayerSpec
+from sa_hf.patterns.base import StaticPatternConfig, whole_geometry
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "dense": {},

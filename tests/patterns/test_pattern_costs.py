@@ -19,10 +19,11 @@ from sa_hf import (
     SparseTransformerAttentionConfig,
     StarAttentionConfig,
 )
+from sa_hf.layer import Geometry
 from sa_hf.ops.counts import kept_pairs
 from sa_hf.ops.parts import BlockPart, OffsetsPart, SegmentPart
 from sa_hf.ops.random import splitmix64, splitmix64_tensor
-from sa_hf.patterns.base import Geometry, StaticPatternConfig, pattern_parts
+from sa_hf.patterns.base import StaticPatternConfig, pattern_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:longnet")
 

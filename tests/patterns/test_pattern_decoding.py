@@ -10,8 +10,9 @@ from pattern_cases import every_case, label
 from pattern_definitions import Layer, expected
 
 from sa_hf import BigBirdAttentionConfig, LogSparseAttentionConfig, LongNetAttentionConfig, SlidingWindowAttentionConfig
+from sa_hf.layer import Geometry
 from sa_hf.ops.parts import Band
-from sa_hf.patterns.base import Geometry, StaticPatternConfig
+from sa_hf.patterns.base import StaticPatternConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:longnet")
 

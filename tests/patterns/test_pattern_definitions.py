@@ -9,10 +9,11 @@ import torch
 from pattern_cases import CASES, every_case, label, static_patterns
 from pattern_definitions import DEFINITIONS, Layer, expected
 
+from sa_hf.layer import Geometry
 from sa_hf.ops.counts import row_counts
 from sa_hf.ops.parts import Band, BlockPart
 from sa_hf.ops.reference import part_multiplicity
-from sa_hf.patterns.base import Geometry, StaticPatternConfig, finished_plan, pattern_parts
+from sa_hf.patterns.base import StaticPatternConfig, finished_plan, pattern_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:longnet")
 

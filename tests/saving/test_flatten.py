@@ -101,17 +101,17 @@ def test_lives_beside_the_package(folder):
     copy = exec_in_copy(folder, "sa_hf_patterns")
     attention = exec_in_copy(folder, "sa_hf_hf_attention")
     from sa_hf.hf.attention import IMPLEMENTATION
+    from sa_hf.layer import AttentionInputs, LayerSpec
     from sa_hf.ops.sequences import Sequences
-    from sa_hf.patterns.base import AttentionInputs, LayerSpec
 
     assert attention.IMPLEMENTATION != IMPLEMENTATION
     assert attention.IMPLEMENTATION.startswith(IMPLEMENTATION)
     q = torch.randn(1, 2, 70, 8, generator=torch.Generator().manual_seed(0))
     outputs = []
-    base, sequences = exec_in_copy(folder, "sa_hf_patterns_base"), exec_in_copy(folder, "sa_hf_ops_sequences")
+    layer, sequences = exec_in_copy(folder, "sa_hf_layer"), exec_in_copy(folder, "sa_hf_ops_sequences")
     for cls, spec, given, seqs in (
         (sa_hf.SlidingWindowAttentionConfig, LayerSpec, AttentionInputs, Sequences),
-        (copy.SlidingWindowAttentionConfig, base.LayerSpec, base.AttentionInputs, sequences.Sequences),
+        (copy.SlidingWindowAttentionConfig, layer.LayerSpec, layer.AttentionInputs, sequences.Sequences),
     ):
         layer = cls(window=5).build(spec(0, 1, 2, 2, 8, 16, True))
         outputs.append(layer(given(q, q, q, seqs.full(1, 70, 70), True, 0.3)))

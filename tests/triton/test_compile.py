@@ -90,7 +90,7 @@ from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.run import plan_backward, plan_forward
 from sa_hf.ops.triton import TritonEngine
 from sa_hf.ops.triton.record import record_launches
-from sa_hf.patterns.base import Geometry
+from sa_hf.layer import Geometry
 from sa_hf.patterns.custom_op import cached_plan
 
 WITHOUT_LAUNCH = {"empty", "promote_types", "slice", "view"}

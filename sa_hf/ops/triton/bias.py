@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from sa_hf.ops.triton.backward import BACKWARD_RUNTIME, score_gradient, tile_probabilities
 from sa_hf.ops.triton.common import (
     dot_rows,

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 import triton
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
 from sa_hf.ops.triton.common import STATS_TILE
 from sa_hf.ops.triton.configs import Launch, launch
 from sa_hf.ops.triton.device import capability, interpreting
-from triton.compiler import CompiledKernel
 
 # Launches of a kernel that are kept prepared, one for each shape of a call, 5 kB each; the oldest go first.
 PREPARED = 256

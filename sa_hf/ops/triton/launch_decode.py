@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+import triton
 from torch import Tensor
 
-import triton
 from sa_hf.ops.graphs import hold
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.triton.decode import decode_kernel, merge_kernel

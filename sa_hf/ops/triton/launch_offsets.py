@@ -10,9 +10,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
-import triton
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.graphs import hold, settled
 from sa_hf.ops.parts import OffsetsPart

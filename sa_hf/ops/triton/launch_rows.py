@@ -12,9 +12,9 @@ from functools import lru_cache
 from typing import TypeAlias
 
 import torch
+import triton
 from torch import Tensor
 
-import triton
 from sa_hf.ops.graphs import hold
 from sa_hf.ops.parts import Index, Part
 from sa_hf.ops.slots import made_of, take

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from sa_hf.ops.triton.common import settle_keys
 
 BY_QUERY, BY_KEY, BY_DIAGONAL = 0, 1, 2

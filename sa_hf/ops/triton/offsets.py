@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from sa_hf.ops.triton.backward import score_gradient, tile_probabilities
 from sa_hf.ops.triton.common import (
     LN2,

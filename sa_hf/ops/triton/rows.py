@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from sa_hf.ops.triton.common import gather_rows, head_base, in_run, settle_keys, store_rows
 
 

@@ -33,7 +33,7 @@ class KernelMerging(Merging):
             case [SlotRows(out, None, lse)] if lse is not None:
                 return out.to(self.query.dtype), lse
         out, lse = merge(self.waiting, self.query, self.query.dtype)
-        if self.start is not None:  # what has no mass of its own (the means of ``ops.members``) stays where none comes
+        if self.start is not None:  # what has no mass of its own (the means of ``ops.means``) stays where none comes
             out = torch.where(torch.isneginf(lse).unsqueeze(-1), self.start[0].to(out.dtype), out)
         return out, lse
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sa_hf.patterns.base import Geometry, StaticPatternConfig
+from sa_hf.layer import Geometry
+from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.logsparse import LogSparseAttentionConfig
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig, pattern_class
-from sa_hf.patterns.base import Geometry, StaticPatternConfig
+from sa_hf.layer import Geometry
+from sa_hf.patterns.base import StaticPatternConfig
 
 
 @dataclass(frozen=True)

@@ -17,20 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sa_hf.config import SparseAttentionConfig, pattern_class
+from sa_hf.config import SparseAttention, SparseAttentionConfig, pattern_class
+from sa_hf.layer import AttentionInputs, Geometry, LayerSpec
 from sa_hf.ops.counts import kept_pairs
 from sa_hf.ops.parts import BlockPart, ScoreOptions
 from sa_hf.ops.reference import dense_attention
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import (
-    AttentionInputs,
-    Geometry,
-    LayerSpec,
-    SparseAttention,
-    StaticPatternConfig,
-    dense_multiplicity,
-    finished_plan,
-)
+from sa_hf.patterns.base import StaticPatternConfig, dense_multiplicity, finished_plan
 from sa_hf.patterns.sparsebert import SparseBertAttention
 from sa_hf.tools.bench.data_oracle import data_oracle
 from sa_hf.tools.bench.parity import relative_rms

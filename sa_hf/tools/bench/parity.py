@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from sa_hf.functional import sparse_attention
+from sa_hf.layer import Geometry
 from sa_hf.ops.attend import attend
 from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.reference import dense_attention
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import Geometry, StaticPatternConfig, dense_multiplicity
+from sa_hf.patterns.base import StaticPatternConfig, dense_multiplicity
 from sa_hf.patterns.custom_op import cached_plan
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
 

@@ -21,11 +21,12 @@ from unittest.mock import patch
 
 import torch
 
+from sa_hf.layer import Geometry
 from sa_hf.ops import planned, slots
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.run import plan_backward, plan_forward
 from sa_hf.ops.triton import TritonEngine
-from sa_hf.patterns.base import Geometry, StaticPatternConfig
+from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.custom_op import cached_plan
 from sa_hf.tools.bench import learned
 from sa_hf.tools.bench.cases import parity_configs, timing_cases

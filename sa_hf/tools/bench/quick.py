@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sa_hf.config import SparseAttentionConfig
+from sa_hf.config import SparseAttention, SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
 from sa_hf.functional import sparse_attention
+from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import AttentionInputs, LayerSpec, SparseAttention, StaticPatternConfig, default_scale
+from sa_hf.patterns.base import StaticPatternConfig, default_scale
 from sa_hf.patterns.expire_span import ExpireSpanAttentionConfig
 from sa_hf.patterns.sparsebert import SparseBertAttentionConfig
 from sa_hf.tools.bench.baselines import dense_runs

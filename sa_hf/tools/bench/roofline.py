@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from sa_hf.layer import Geometry
 from sa_hf.ops.counts import kept_pairs
 from sa_hf.ops.parts import OffsetsPart, Part, SegmentPart
 from sa_hf.ops.triton.lists import segment_lists
-from sa_hf.patterns.base import Geometry, StaticPatternConfig, finished_plan
+from sa_hf.patterns.base import StaticPatternConfig, finished_plan
 
 FORWARD_FLOPS_PER_PAIR = 4
 BACKWARD_FLOPS_PER_PAIR = 10

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sa_hf.functional import sparse_attention
+from sa_hf.layer import Geometry
 from sa_hf.ops.attend import attend
 from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.base import Geometry
 from sa_hf.patterns.custom_op import cached_plan
 from sa_hf.tools.bench.baselines import Dense, dense_runs
 from sa_hf.tools.bench.cases import Case, decode_cases, decode_lists, timing_cases

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sa_hf.ops import pieces as cutting
 from sa_hf.ops.choice import choose_engine
-from sa_hf.ops.members import means_backward, means_forward
+from sa_hf.ops.means import means_backward, means_forward
 from sa_hf.ops.parts import Part, ScoreOptions, SegmentPart
 from sa_hf.ops.slots import add_slots
 

@@ -31,12 +31,12 @@ def means_forward(
 ) -> Means:
     """Args: plan: the part with the slots, and parts that only attend queries which stand in no slot of it that reads a
     key. Shapes as in ``Engine.forward``, in positions."""
-    members, index, others = _split(plan)
+    slotted, index, others = _split(plan)
     stats = torch.promote_types(query.dtype, torch.float32)
     slots = (*query.shape[:2], index.shape[2])
     slot_out, slot_lse = query.new_empty(*slots, query.shape[3]), query.new_empty(slots, dtype=stats)
     total = query.new_zeros(query.shape, dtype=stats)
-    for piece in engine.pieces(members, query, key):
+    for piece in engine.pieces(slotted, query, key):
         q, k, v = engine.gather(piece, query, key, value)
         out, lse = engine.forward(piece.part, q, k, v, piece.options(options, *query.shape[:2]))
         piece.queries(slot_out).copy_(out)
@@ -53,10 +53,10 @@ def means_backward(
     options: ScoreOptions, engine: Engine,
 ) -> Gradients:  # fmt: skip
     """Gradients of :func:`means_forward`."""
-    members, index, others = _split(plan)
+    slotted, index, others = _split(plan)
     share = 1 / _counts(means.slot_lse, index, query.shape[2])
     total = engine.total(query, key, value, options)
-    for piece in engine.pieces(members, query, key):
+    for piece in engine.pieces(slotted, query, key):
         grad, part_of_mean = (take(piece.queries(x), piece.part.query_index) for x in (grad_out, share))
         out, lse = piece.queries(means.slot_out), piece.queries(means.slot_lse)
         grad = grad * part_of_mean.to(grad.dtype)
@@ -69,10 +69,10 @@ def means_backward(
 
 
 def _split(plan: Sequence[Part]) -> tuple[Part, Tensor, list[Part]]:
-    members, *others = plan
-    if not isinstance(members.query_index, Tensor):
+    slotted, *others = plan
+    if not isinstance(slotted.query_index, Tensor):
         raise TypeError("the slots of means are listed by an index")
-    return members, members.query_index, others
+    return slotted, slotted.query_index, others
 
 
 def _counts(slot_lse: Tensor, index: Tensor, length: int) -> Tensor:

@@ -1,0 +1,103 @@
+"""What a pattern is told of: the shape that a plan is made for, the layer that it serves, one call of that layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sa_hf.ops.parts import Band
+from sa_hf.ops.sequences import Sequences
+
+DEFAULT_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape that a plan is made for: one sequence of ``key_length`` positions, its last ``query_length`` queries.
+
+    Args:
+        heads: the model's own query-head indices that this plan serves, in order.
+        num_heads: query heads of the whole layer.
+        layer_idx: the layer's place in its stack.
+        band: the model's own window, intersected with the pattern; ``right=0`` where causal.
+        block: tile size of the block lists.
+    """
+
+    key_length: int
+    query_length: int
+    heads: tuple[int, ...] = (0,)
+    num_heads: int = 1
+    layer_idx: int = 0
+    causal: bool = False
+    band: Band = Band()
+    block: int = DEFAULT_BLOCK
+
+    @property
+    def query_offset(self) -> int:
+        return self.key_length - self.query_length
+
+    @property
+    def full_band(self) -> Band:
+        """The model's window and causality together."""
+        return self.band.intersect(Band(None, 0)) if self.causal else self.band
+
+    def readable(self, position: int) -> Tensor:
+        """Which positions ``j < position`` the model's own window still lets a query at ``position`` read, bool."""
+        j = torch.arange(position)
+        return torch.ones_like(j, dtype=torch.bool) if self.band.left is None else position - j <= self.band.left
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One attention layer of a model, as far as a pattern needs to know it.
+
+    ``max_length`` is the longest input the model takes, None where unbounded; ``band`` its own sliding window.
+    ``heads`` are the query heads that a part of a mixture serves, None is all; ``num_heads`` is the whole layer's, and
+    ``num_key_value_heads`` counts the key heads that the part is given.
+    """
+
+    layer_idx: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+    causal: bool
+    max_length: int | None = None
+    band: Band = Band()
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    heads: tuple[int, ...] | None = None
+
+
+@dataclass(eq=False)
+class AttentionInputs:
+    """One call of an attention layer.
+
+    Shapes: query ``[B, H, Nq, D]``, key and value ``[B, Hkv, Nk, D]`` (after rotary embedding, cache included),
+    ``hidden_states [B, Nq, hidden]`` the layer's input, ``distance_bias [H, 2 * N - 1]`` as in ``ScoreOptions``,
+    ``before_rotary(query, key)`` gives queries and keys of the new tokens as they were before the rotary embedding,
+    None where there is none. ``remember(name, tensor, dim)`` joins a per-token tensor of the new positions to the
+    cached ones along ``dim`` and returns that of all key positions; it is None without a cache (then ``Nq == Nk``).
+    ``key_slots [Nk]`` are the slots of the keys, ascending, where a cache has dropped others and the pattern
+    ``reads_listed_keys``; None: key ``j`` stands at slot ``j``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sequences: Sequences
+    causal: bool
+    scale: float
+    band: Band = Band()
+    softcap: float | None = None
+    distance_bias: Tensor | None = None
+    dropout: float = 0.0
+    engine: str = "auto"
+    hidden_states: Tensor | None = None
+    before_rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    remember: Callable[..., Tensor] | None = None
+    key_slots: Tensor | None = None

@@ -1,0 +1,39 @@
+"""Tensors in, tensors out: sparse attention by plans of parts. Nothing here knows a pattern's config or Transformers.
+
+The way down: ``attend`` (static plans) or ``planned`` (plans made from data) take the sequences of a batch;
+``choice`` picks the engine; ``run`` takes it through the parts of a plan; ``engine`` says what an engine is, and merges
+what the parts give. Engines: ``triton`` (GPU), ``cpp`` (CPU, compiled at first use), ``tiles`` (torch's operators).
+``reference`` is the dense fp64 oracle, ``decode`` serves a few new queries.
+
+Words:
+
+============  ======================================================================================================
+position      a token's place in its own sequence, from 0; causality, distances, dropout and spans are about positions
+plan          the parts whose multiset union is a pattern at one shape (``parts``)
+part          a rectangle of query slots x key slots that an engine runs at once: blocks, segments or offsets
+slot          a row of a part: a position in natural or gathered order, or empty (-1); ``slots`` brings them together
+              and puts them back
+tile          ``block_q x block_k`` pairs of slots; a block list (``layout``) names the tiles of each row of tiles
+lane          one head of one sequence of the batch, ``batch * heads + head``; query heads of a group share a key lane
+group         sequences of equal shape, stacked (``attend.Group``, ``grouped.Group``)
+piece         some heads of some rows of a part: what a CPU holds at a time where slots are gathered (``pieces``), and in
+              the C++ kernels one of the sums that a key lane's gradients are added up in
+means         a position that stands in several slots, each a softmax of its own, gets their mean (Routing)
+gate          a factor of a probability before it is normalised: spans in the kernels, a learned mask in ``gated``
+rule          makes a plan from data, by a name that an operator's arguments can carry (``planned``)
+============  ======================================================================================================
+
+What repeats to the bit, strongest first (same machine, same versions, same inputs):
+
+==========================================  ==========  ==========  ==========  =================================
+guarantee                                   cpp         triton      tiles       shown by
+==========================================  ==========  ==========  ==========  =================================
+the dropout mask, everywhere                yes         yes         yes         ``tests/ops/test_dropout_bits.py``
+output and gradients, twice                 yes         yes         yes         ``test_cpu_engines.py``,
+                                                                                ``triton/kernels/test_block.py``
+the output, whatever the number of threads  yes         no threads  no          the tiles' queries are one thread's
+gradients, whatever the number of threads   no          no threads  no          key lanes are cut into pieces by it
+==========================================  ==========  ==========  ==========  =================================
+
+Between engines, results agree to rounding; what a later token holds changes no bit of an earlier row in ``cpp``.
+"""
