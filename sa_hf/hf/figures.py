@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from sa_hf.config import SparseAttention
 from sa_hf.hf.families import root_model
 from sa_hf.hf.layers import active_child, leaves
-from sa_hf.patterns.base import SparseAttention
 from sa_hf.patterns.centroids import CentroidState
 
 Figures: TypeAlias = dict[str, Any]

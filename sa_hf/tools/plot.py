@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.assignment import format_indices
 from sa_hf.hf.families import Site, root_model
 from sa_hf.hf.layers import active_child, leaves
 from sa_hf.hf.patching import required_patch
+from sa_hf.layer import AttentionInputs
 from sa_hf.ops.host import with_host_defaults
-from sa_hf.patterns.base import AttentionInputs, SparseAttention, StaticPatternConfig
+from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.drawing import KEPT, PLOT_CELLS, Panel, draw_panels, mask_cells, part_cells, part_colours
 from sa_hf.patterns.sparsebert import SparseBertAttention
 
