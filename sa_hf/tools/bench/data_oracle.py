@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
+from sa_hf.config import SparseAttention
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.reference import dense_attention
-from sa_hf.patterns.base import SparseAttention
 from sa_hf.patterns.expire_span import ExpireSpanAttention
 from sa_hf.patterns.routing import RoutingAttention
 from sa_hf.patterns.sparsebert import SparseBertAttention
