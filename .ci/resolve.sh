@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Shows that the README's install has a solution from the plain index, for every Python that we support: metadata alone,
-# no wheel of torch is loaded. Settings and wheels of this machine are left out; a failure of the network is tried again.
+# Shows that the README's install has a solution from the plain index, for every Python that we support,
+# by dry runs. Settings and wheels of this machine are left out; a failure of the network is tried again.
 # Usage: bash .ci/resolve.sh [PYTHON]        (PYTHON: an environment with pip, .venv/bin/python unless given)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,7 +18,7 @@ field() { # name, file of requirements: its version
   sed -n "s/^$1==\\([^ ;]*\\).*/\\1/p" "$2"
 }
 
-# uv takes seconds for a Python where pip takes more than a minute; a pip of before 2024 loads the wheels for a dry run.
+# uv takes seconds for a Python where pip takes more than a minute, and the pip that a Python brings may be slower yet.
 twice "$python" -m pip --isolated install --quiet --disable-pip-version-check --target "$work/tools" 'pip>=25' uv
 for release in 3.11 3.12 3.13; do
   twice "$work/tools/bin/uv" pip compile --no-config --quiet --only-binary :all: \
