@@ -8,6 +8,7 @@ steps the old checkpoint is untouched; after the last the new one is whole.
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shutil
@@ -62,7 +63,7 @@ def save_whole(
     else:
         push = bool(options.pop("push_to_hub"))
         hub = _hub_options(options) if push else {}
-        names = _staged(save, code, target, options)
+        names = _staged(save, code, target, options, str(getattr(model.config, "_name_or_path", "") or ""))
         whole = options.get("variant") is None
         if push:
             _upload(target, names, options.get("token"), hub)
@@ -79,7 +80,7 @@ def _writes(model: PreTrainedModel, is_main_process: bool) -> bool:
 
 
 def _staged(
-    save: Callable[..., Any], code: Callable[[], Mapping[str, str]], target: Path, options: dict[str, Any]
+    save: Callable[..., Any], code: Callable[[], Mapping[str, str]], target: Path, options: dict[str, Any], origin: str
 ) -> list[str]:
     target.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
@@ -89,12 +90,26 @@ def _staged(
         files = code()
         _write_code(stage, files)  # before the weights: under FSDP2 the copying by Transformers itself breaks
         save(stage, **options)
+        _write_card(stage, target, origin)
         if (target.parent / SENTENCES_FILE).is_file():
             # Transformers looks for the code of a ``subfolder=`` in the folder above.
             _write_code(target.parent, files)
         return publish(stage, target, options.get("variant"))
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _write_card(stage: Path, target: Path, origin: str) -> None:
+    """A model card beside the weights, unless the target has one that is not ours.
+
+    Args: origin: the name or folder that the model was loaded from, "" where it was not.
+    """
+    from sa_hf.hf.card import CARD_FILE, card_text, is_ours, known_of
+
+    there = target / CARD_FILE
+    sparse = "sa_hf" in json.loads((stage / CONFIG_FILE).read_text("utf-8"))
+    if sparse and not (stage / CARD_FILE).exists() and (is_ours(there) or not there.exists()):
+        (stage / CARD_FILE).write_text(card_text(stage, known_of(origin, there)), encoding="utf-8")
 
 
 def publish(stage: Path, target: Path, variant: str | None = None) -> list[str]:

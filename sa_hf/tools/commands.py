@@ -329,12 +329,15 @@ def convert(
 def card(
     folder: Annotated[Path, typer.Argument(help="a checkpoint folder; its README.md is written")],
     base_model: Annotated[str | None, typer.Option(help="the model that it was made from")] = None,
-    force: Annotated[bool, typer.Option(help="replace a README.md that is there")] = False,
+    license: Annotated[str | None, typer.Option(help="its licence, by the hub's name, e.g. apache-2.0")] = None,
+    dataset: Annotated[str | None, typer.Option(help="the data set that it was trained on")] = None,
+    force: Annotated[bool, typer.Option(help="replace a README.md that sa_hf has not written")] = False,
 ) -> None:
     """Write a model card for a sparse checkpoint: what it is, how to load it, patterns per layer."""
     from sa_hf.tools.card import write_card
 
-    say(f"wrote {write_card(folder, base_model=base_model, force=force)}")
+    written = write_card(folder, base_model=base_model, license=license, dataset=dataset, force=force)
+    say(f"wrote {written}")
 
 
 # Their flags are read by the modules that the scripts of a clone run, too.

@@ -115,8 +115,10 @@ def test_card_holds_the_loading_line_and_is_not_overwritten(checkpoint: Path) ->
     assert "trust_remote_code=True" in text
     assert "pypi" not in text
     assert "base_model: tiny" in text
+    (checkpoint / "README.md").write_text("my own")
     result = runner.invoke(app, ["card", str(checkpoint)])
     assert isinstance(result.exception, SparseAttentionError)
+    assert (checkpoint / "README.md").read_text() == "my own"
     run("card", str(checkpoint), "--force")
 
 
