@@ -125,11 +125,17 @@ def publish(stage: Path, target: Path, variant: str | None = None) -> list[str]:
 
 
 def _replaced(target: Path, variant: str | None) -> list[Path]:
-    """Files of an earlier checkpoint that would be read beside the new one: its weights and its code."""
+    """Files of an earlier checkpoint that would be read beside the new one: its weights, code, and our card."""
+    from sa_hf.hf.card import CARD_FILE, is_ours
+
     part = rf"\.{re.escape(variant)}" if variant else ""
     weights = re.compile(rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json")
     files = [path for path in target.iterdir() if path.is_file()]
-    return [path for path in files if weights.fullmatch(path.name) or _is_carried_code(path)]
+    return [
+        path
+        for path in files
+        if weights.fullmatch(path.name) or _is_carried_code(path) or (path.name == CARD_FILE and is_ours(path))
+    ]
 
 
 def code_files(module: str, file: str) -> dict[str, str]:
