@@ -12,7 +12,7 @@ from torch import Tensor
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.labels import numbers_of
 from sa_hf.tasks.language import longest_chunk, stdlib_texts, token_chunks
-from sa_hf.tasks.metrics import accuracy
+from sa_hf.tasks.masking import MaskingCollator
 from sa_hf.tasks.ranks import say
 from sa_hf.tasks.synthetic import CorridorTask, MaskedSummationTask, SeriesTask
 from sa_hf.tasks.tables import HELD_OUT_SHARE, Choice, Texts, cut_texts, labelled_rows, load, parts_of, texts_of
@@ -24,7 +24,6 @@ CORRIDOR, SUMMATION, SERIES = "corridor", "summation", "series"
 CLASSIFICATION, FORECASTING = "sequence-classification", "forecasting"
 # Where the source of rows has no end of its own.
 DEFAULT_TRAIN_ROWS, DEFAULT_EVALUATION_ROWS = 256, 64
-MASKED_SHARE = 0.15
 # Added to --seed for rows that are made for evaluation: no seed of training draws them.
 EVALUATION_SEEDS = 2**40
 
@@ -224,21 +223,10 @@ def collator(task: str, tokenizer: Any, seed: int = 0) -> Callable[[list[dict[st
 
     batch: Callable[[list[dict[str, Any]]], Any] = _stacked
     if task == "masked-lm":
-        batch = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED_SHARE, seed=seed)
+        batch = MaskingCollator(tokenizer, seed)
     elif task == CLASSIFICATION:
         batch = transformers.DataCollatorWithPadding(tokenizer)
     return batch
-
-
-def metrics_of(task: str) -> tuple[Callable[[Any], dict[str, float]] | None, Callable[[Any, Any], Tensor] | None]:
-    """The Trainer's ``compute_metrics`` and ``preprocess_logits_for_metrics``: accuracy, from the classes predicted."""
-    if task in ("causal-lm", FORECASTING):
-        return None, None
-
-    def compute(prediction: Any) -> dict[str, float]:
-        return {"accuracy": accuracy(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))}
-
-    return compute, lambda logits, labels: (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
 def _stacked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -60,6 +60,15 @@ def source_of(
     )
 
 
+def devices(cpu: bool) -> dict[str, bool]:
+    """The fields of ``TrainingArguments`` that say where to run."""
+    import torch
+
+    on_cpu = cpu or not torch.accelerator.is_available()
+    # Said aloud: left to find out, ranks that a launcher starts on CPUs would each train alone.
+    return {"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu}
+
+
 def parse_flags(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, pairs: Sequence[str] = ()
 ) -> argparse.Namespace:

@@ -12,20 +12,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import time
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tasks.data import CLASSIFICATION, collator, tokenize
-from sa_hf.tasks.flags import add_data_flags, parse_flags, source_of
+from sa_hf.tasks.data import CLASSIFICATION, Rows, tokenize
+from sa_hf.tasks.flags import add_data_flags, devices, parse_flags, source_of
 from sa_hf.tasks.forecast import forecast_figures
-from sa_hf.tasks.metrics import accuracy, perplexity
-from sa_hf.tasks.synthetic import IGNORED
+from sa_hf.tasks.metrics import perplexity
 from sa_hf.tasks.verify import load_saved
 
 
@@ -38,35 +36,34 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--attention", default="sparse", choices=("sparse", "dense"), help="dense: the original attention"
     )
+    parser.add_argument("--bf16", action="store_true", help="as fine-tuning with --bf16 evaluates")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
     parser.add_argument("--output", help="write the figures to this JSON file, too")
     return parser
 
 
-def evaluate(model: Any, rows: Any, collate: Any, task: str, batch_size: int) -> dict[str, float]:
+def evaluate(model: Any, tokenizer: Any, rows: Rows, args: argparse.Namespace) -> dict[str, float]:
     """Mean loss over the labelled positions, its perplexity, accuracy, and seconds per row."""
-    device = next(model.parameters()).device
-    losses, counts, classes, labels = [], [], [], []
-    model.eval()
-    started = time.perf_counter()
-    for start in tqdm(range(0, len(rows), batch_size), unit="batch"):
-        batch = {k: v.to(device) for k, v in collate(list(rows[start : start + batch_size])).items()}
-        with torch.no_grad():
-            output = model(**batch)
-        wanted, predicted = batch["labels"], output.logits.argmax(-1)
-        if task == "causal-lm":
-            wanted, predicted = wanted[:, 1:], predicted[:, :-1]
-        losses.append(float(output.loss))
-        counts.append(int((wanted != IGNORED).sum()))
-        classes.append(predicted.flatten().cpu())
-        labels.append(wanted.flatten().cpu())
-    seconds = time.perf_counter() - started
-    loss = sum(x * n for x, n in zip(losses, counts, strict=True)) / max(1, sum(counts))
+    from transformers import TrainingArguments
+
+    from sa_hf.tasks.trainer import task_trainer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            per_device_eval_batch_size=args.batch_size,
+            remove_unused_columns=False,
+            report_to="none",
+            bf16=args.bf16,
+            **devices(args.cpu),
+        )
+        found = task_trainer(args.task, model, arguments, tokenizer, None, rows).evaluate()
     return {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "accuracy": accuracy(torch.cat(classes), torch.cat(labels)),
+        "loss": found["eval_loss"],
+        "perplexity": perplexity(found["eval_loss"]),
+        "accuracy": found["eval_accuracy"],
         "rows": len(rows),
-        "seconds_per_row": seconds / max(1, len(rows)),
+        "seconds_per_row": found["eval_runtime"] / max(1, len(rows)),
     }
 
 
@@ -104,14 +101,20 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
     import sa_hf
 
     args = parse_flags(build_parser(prog), argv)
-    # Masks of the masked language model come from the collator's seed, so two models see the same ones.
-    model = load_saved(args.model, args.task)
+    try:
+        model = load_saved(args.model, args.task)
+    except OSError as error:
+        if Path(args.model).exists():
+            raise
+        raise SparseAttentionError(
+            f"--model {args.model!r} is no folder here, and the hub did not give it: {' '.join(str(error).split())}"
+        ) from error
     source = source_of(args, evaluate_only=True, label2id=known_classes(model, args.task))
     if args.task == "forecasting":
+        model.to("cpu" if args.cpu else torch.accelerator.current_accelerator() or "cpu")
         return show(forecast_figures(model, source.evaluation), args)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     _, rows = tokenize(source, args.task, tokenizer, args.max_length, 1, args.eval_rows)
-    collate = collator(args.task, tokenizer, args.seed)
     with sa_hf.dense(model) if args.attention == "dense" else contextlib.nullcontext():
-        figures = evaluate(model, rows, collate, args.task, args.batch_size)
+        figures = evaluate(model, tokenizer, rows, args)
     return show(figures, args)

@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sa_hf.config import SparseAttentionConfig, available_patterns
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tasks.data import Source, collator, metrics_of, tokenize
-from sa_hf.tasks.flags import add_data_flags, parse_flags, source_of
+from sa_hf.tasks.data import Source, tokenize
+from sa_hf.tasks.flags import add_data_flags, devices, parse_flags, source_of
 from sa_hf.tasks.forecast import forecast_figures
 from sa_hf.tasks.models import CONV_TRANS, TOYS, load_for_task, trained_classes
 from sa_hf.tasks.verify import verify_reload
@@ -142,7 +140,6 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, Source]:
 def training_arguments(args: argparse.Namespace) -> Any:
     from transformers import TrainingArguments
 
-    on_cpu = args.cpu or not torch.accelerator.is_available()
     # Transformers 5.23 calls it activation_checkpointing and warns; the older name serves the whole supported range.
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
@@ -165,11 +162,9 @@ def training_arguments(args: argparse.Namespace) -> Any:
         save_strategy="steps" if args.save_steps else "no",
         save_steps=args.save_steps or 500,
         report_to=args.report_to,
-        # Said aloud: left to find out, ranks that a launcher starts on CPUs would each train alone.
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
+        **devices(args.cpu),
         remove_unused_columns=False,
-        prediction_loss_only=args.task in ("causal-lm", "forecasting"),
+        prediction_loss_only=args.task == "forecasting",
         # Buffers of learned patterns are equal on all ranks already, or gathered by their own reduction.
         ddp_broadcast_buffers=False,
     )
@@ -195,8 +190,8 @@ def with_lora(model: Any, rank: int, base_folder: Path, is_main: bool) -> Any:
 
 def train(args: argparse.Namespace, model: Any, tokenizer: Any, source: Source) -> dict[str, Any]:
     """Train, evaluate, save and verify; returns the metrics."""
-    from sa_hf.hf.trainer import SparseTrainer
     from sa_hf.tasks.measure import StepClock, peak_memory_mb
+    from sa_hf.tasks.trainer import task_trainer
     from sa_hf.tools.stopping import StopAndSave, checkpoint_to_resume, end_if_stopped, writing
 
     arguments = training_arguments(args)
@@ -205,22 +200,7 @@ def train(args: argparse.Namespace, model: Any, tokenizer: Any, source: Source) 
     if args.lora_rank:
         model = with_lora(model, args.lora_rank, output / "base", arguments.process_index == 0)
     rows, evaluation = tokenize(source, args.task, tokenizer, args.max_length, args.train_rows, args.eval_rows)
-    compute, preprocess = metrics_of(args.task)
-    collate = collator(args.task, tokenizer, args.seed)
-    trainer = SparseTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=evaluation,
-        data_collator=collate,
-        processing_class=tokenizer,
-        compute_metrics=compute,
-        preprocess_logits_for_metrics=preprocess,
-        sparse_lr=args.sparse_lr,
-    )
-    if args.task != "causal-lm":
-        # Most such heads take num_items_in_batch and ignore it: the loss of accumulated batches would be their sum.
-        trainer.model_accepts_loss_kwargs = False
+    trainer = task_trainer(args.task, model, arguments, tokenizer, rows, evaluation, sparse_lr=args.sparse_lr)
     clock = StepClock()
     trainer.add_callback(clock)
     stop = StopAndSave()
@@ -237,7 +217,7 @@ def train(args: argparse.Namespace, model: Any, tokenizer: Any, source: Source) 
     if arguments.process_index == 0:
         if args.verify != "none":
             trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-            batch = {k: v for k, v in collate(list(evaluation[:VERIFIED_ROWS])).items() if k != "labels"}
+            batch = {k: v for k, v in trainer.data_collator(list(evaluation[:VERIFIED_ROWS])).items() if k != "labels"}
             verify_reload(trained, output, args.task, batch, fresh=args.verify == "fresh")
             metrics["reload_verified"] = True
         metrics["log"] = trainer.state.log_history

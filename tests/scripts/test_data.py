@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import ByT5Tokenizer
 
 from sa_hf import SparseAttentionError
-from sa_hf.tasks.data import Source, collator, load_source, metrics_of, tokenize
+from sa_hf.tasks.data import Source, collator, load_source, tokenize
+from sa_hf.tasks.trainer import _classes_and_losses, _Figures
 
 TOKENIZER = ByT5Tokenizer(mask_token="<extra_id_0>")
 
@@ -120,11 +123,12 @@ def test_masks_are_labelled_and_accuracy_counts_them_alone() -> None:
     labelled = batch["labels"] != -100
     assert 10 < int(labelled.sum()) < 60
     assert torch.equal(batch["labels"][labelled], torch.arange(3, 203)[None][labelled])
-    compute, preprocess = metrics_of("masked-lm")
     logits = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), 384).float()
-    classes = preprocess(logits, batch["labels"])
-    prediction = type("P", (), {"predictions": classes.numpy(), "label_ids": batch["labels"].numpy()})
-    assert compute(prediction) == {"accuracy": 1.0}
+    classes, losses = _classes_and_losses(logits, batch["labels"])
+    given = (classes.numpy(), losses.numpy())
+    figures = _Figures(shifted=False)(SimpleNamespace(predictions=given, label_ids=batch["labels"].numpy()))
+    # One logit of 1 among 384 that are 0.
+    assert figures == {"accuracy": 1.0, "token_loss": pytest.approx(math.log(383 + math.e) - 1)}
 
 
 def test_synthetic_tasks_carry_their_vocabulary() -> None:

@@ -11,12 +11,18 @@ from finetune_cases import SCRIPTS
 from sa_hf.tools import cli, evaluate, finetune
 
 
-@pytest.mark.parametrize("name", ["finetune", "evaluate"])
-def test_a_mistake_ends_a_script_with_one_line(name: str) -> None:
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--dataset", "nofile.csv"]
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("finetune", ["--dataset", "nofile.csv"], "dataset 'nofile.csv' does not exist"),
+        ("evaluate", ["--model", "./nowhere"], "--model './nowhere' is no folder here"),
+    ],
+)
+def test_a_mistake_ends_a_script_with_one_line(name: str, flags: list[str], message: str) -> None:
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *flags]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 1
-    assert result.stderr.startswith("error: dataset 'nofile.csv' does not exist")
+    assert result.stderr.startswith(f"error: {message}")
     assert result.stderr.count("\n") == 1
 
 
