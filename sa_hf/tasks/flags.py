@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from sa_hf.config import did_you_mean
+from sa_hf.config import did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.data import DEFAULT_EVALUATION_ROWS, DEFAULT_TRAIN_ROWS, Source, load_source
 from sa_hf.tasks.models import AUTO_CLASSES
+from sa_hf.tasks.ranks import is_main
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,22 +23,29 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--task", default="masked-lm", choices=sorted(AUTO_CLASSES))
     data.add_argument(
         "--dataset",
+        "--dataset_name",
         default="stdlib",
         help="stdlib, stdlib-short, stdlib-docstrings, corridor, summation, series, a file or folder, or a hub name",
     )
-    data.add_argument("--dataset_config", help="configuration of a hub data set")
-    data.add_argument("--text_column", help="default: text, content, ...")
-    data.add_argument("--label_column", help="default: label, labels, ...")
+    data.add_argument("--dataset_config", "--dataset_config_name", help="configuration of a hub data set")
+    data.add_argument("--text_column", "--text_column_name", help="default: text, content, ...")
+    data.add_argument("--label_column", "--label_column_name", help="default: label, labels, ...")
     data.add_argument("--encoding", help="of local text, json and csv files (default: UTF-8)")
     data.add_argument(
         "--eval_split", choices=("validation", "test", "all"),
         help="what to evaluate on (default: validation, else test, else a tenth held out; all: for a single file)",
     )  # fmt: skip
     rows = "at most so many rows or chunks for {}, >= 1 (default: all; {} of the embedded corpus)"
-    data.add_argument("--train_rows", type=int, help=rows.format("training", DEFAULT_TRAIN_ROWS))
-    data.add_argument("--eval_rows", type=int, help=rows.format("evaluation", DEFAULT_EVALUATION_ROWS))
-    data.add_argument("--seed", type=int, default=0)
-    data.add_argument("--max_length", type=int, default=512, help="tokens per row")
+    data.add_argument(
+        "--train_rows", "--max_train_samples", type=whole(1), help=rows.format("training", DEFAULT_TRAIN_ROWS)
+    )
+    data.add_argument(
+        "--eval_rows", "--max_eval_samples", type=whole(1), help=rows.format("evaluation", DEFAULT_EVALUATION_ROWS)
+    )
+    data.add_argument("--seed", type=whole(0), default=0)
+    data.add_argument(
+        "--max_length", "--max_seq_length", "--max_seq_len", type=whole(2), default=512, help="tokens per row"
+    )
 
 
 def source_of(
@@ -69,17 +78,70 @@ def devices(cpu: bool) -> dict[str, bool]:
     return {"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu}
 
 
+class FlagParser(argparse.ArgumentParser):
+    """A parser whose errors are ``SparseAttentionError``; flags may be written with "-" for "_"."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SparseAttentionError(f"{message}; --help lists all flags")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
+        found, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            raise SparseAttentionError(
+                f"unknown flag {name}{did_you_mean(name, self._option_string_actions)}; --help lists all flags"
+            )
+        return found
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, separator, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{separator}{value}"
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes integers of at least ``least``."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} must be at least {least}; nearest: {least}")
+        return value
+
+    return integer
+
+
+def real(least: float, above: bool = False) -> Callable[[str], float]:
+    """The type of a flag that takes finite numbers of at least ``least``, or ``above`` it."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value) or value < least or (above and value == least):
+            raise argparse.ArgumentTypeError(f"{value} must be finite and {'above' if above else 'at least'} {least}")
+        return value
+
+    return number
+
+
 def parse_flags(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, pairs: Sequence[str] = ()
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    pairs: Sequence[str] = (),
+    mappings: Sequence[str] = (),
 ) -> argparse.Namespace:
     """Flags over the values of the YAML file ``--config`` over the defaults.
 
     Args:
-        pairs: names of repeated ``FIELD=VALUE`` flags; in the file they may be mappings. Those of the command line
-            come behind the file's, and so win.
+        pairs: names of repeated ``FIELD=VALUE`` flags; in the file they may be mappings. A field on the command
+            line takes the place of the file's.
+        mappings: names of flags that may be mappings in the file, kept as they are.
 
     Raises:
-        SparseAttentionError: the file cannot be read, is no mapping, or has a key that is no flag.
+        SparseAttentionError: a flag or its value is wrong; the file cannot be read, is no mapping, or has a key that is
+            no flag, a value that the flag would not take, or one flag under two names.
     """
     import yaml
 
@@ -88,27 +150,74 @@ def parse_flags(
     if given.config is None:
         return given
     try:
-        values = yaml.safe_load(Path(given.config).read_text()) or {}
+        values = yaml.safe_load(Path(given.config).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SparseAttentionError(f"--config {given.config} must be a readable YAML file of flags: {error}") from error
-    known = {action.dest for action in parser._actions} - {"help", "config"}
+        raise SparseAttentionError(
+            f"--config {given.config} must be a readable YAML file of flags: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(values, dict):
-        raise SparseAttentionError(f"{given.config} must hold a mapping of flags to values, not {values!r}")
-    for name in values:
-        if name not in known:
+        raise SparseAttentionError(f"{given.config} must hold a mapping of flags to values, not {shown(values)}")
+    actions = {
+        option.lstrip("-"): action
+        for action in parser._actions
+        for option in action.option_strings
+        if action.dest not in ("help", "config")
+    }
+    defaults: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for name, value in values.items():
+        action = actions.get(str(name).replace("-", "_"))
+        if action is None:
             raise SparseAttentionError(
-                f"{given.config}: unknown flag {name!r}{did_you_mean(name, known)}; flags: {sorted(known)}"
+                f"{given.config}: unknown flag {shown(name)}{did_you_mean(name, actions)}; flags: "
+                f"{sorted({a.dest for a in actions.values()})}"
             )
-    from_file = {name: _as_pairs(values.pop(name, [])) for name in pairs}
-    parser.set_defaults(**values)
-    args = parser.parse_args(argv)
+        if action.dest in spelled:
+            raise SparseAttentionError(f"{given.config}: {spelled[action.dest]} and {name} are one flag; give one")
+        spelled[action.dest] = str(name)
+        if value is None:
+            continue  # the flag's default
+        if action.dest in pairs:
+            defaults[action.dest] = _as_pairs(value, f"{given.config}: {name}")
+        elif action.dest in mappings and isinstance(value, dict):
+            defaults[action.dest] = value
+        else:
+            defaults[action.dest] = _as_flag(parser, action, value, f"{given.config}: {name}={shown(value)}")
+    from_file = {name: defaults.pop(name, []) for name in pairs}
+    parser.set_defaults(**defaults)
+    args: argparse.Namespace = parser.parse_args(argv)
     for name, before in from_file.items():
-        setattr(args, name, [*before, *getattr(args, name)])
+        given_fields = {pair.partition("=")[0] for pair in getattr(args, name)}
+        kept = [pair for pair in before if pair.partition("=")[0] not in given_fields]
+        setattr(args, name, [*kept, *getattr(args, name)])
     return args
 
 
-def _as_pairs(value: Any) -> list[str]:
-    return [f"{field}={json.dumps(v)}" for field, v in value.items()] if isinstance(value, dict) else list(value)
+def _as_flag(parser: argparse.ArgumentParser, action: argparse.Action, value: Any, where: str) -> Any:
+    """A value of the file, checked as the same flag's on the command line is."""
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise SparseAttentionError(f"{where} must be true or false")
+        return value
+    if isinstance(value, bool | list | dict):
+        if action.type is not json.loads or isinstance(value, bool):
+            raise SparseAttentionError(f"{where} must be one text or number")
+        return value
+    try:
+        converted = parser._get_value(action, str(value))
+        parser._check_value(action, converted)
+    except argparse.ArgumentError as error:
+        near = did_you_mean(str(value), action.choices or ())
+        raise SparseAttentionError(f"{where}: {error.message}{near}") from error
+    return converted
+
+
+def _as_pairs(value: Any, where: str) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{field}={json.dumps(v)}" for field, v in value.items()]
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    raise SparseAttentionError(f"{where} must be a mapping of fields to values, or a list of field=value texts")
 
 
 def run_script(main: Callable[[], object]) -> None:
@@ -116,7 +225,8 @@ def run_script(main: Callable[[], object]) -> None:
     try:
         main()
     except (SparseAttentionError, OSError) as error:
-        sys.exit(f"error: {error}")
+        # All processes of a launch find the same mistake; the system's errors may be of one alone.
+        sys.exit(f"error: {error}" if is_main() or isinstance(error, OSError) else 1)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

@@ -21,23 +21,25 @@ import torch
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.data import CLASSIFICATION, Rows, tokenize
-from sa_hf.tasks.flags import add_data_flags, devices, parse_flags, source_of
+from sa_hf.tasks.flags import FlagParser, add_data_flags, devices, parse_flags, source_of, whole
 from sa_hf.tasks.forecast import forecast_figures
 from sa_hf.tasks.metrics import perplexity
 from sa_hf.tasks.verify import load_saved
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file of flags")
-    parser.add_argument("--model", default="runs/finetune", help="a folder or hub name of a trained model")
+    parser.add_argument(
+        "--model", "--model_name_or_path", default="runs/finetune", help="a folder or hub name of a trained model"
+    )
     add_data_flags(parser)
-    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--batch_size", "--per_device_eval_batch_size", "--eval_batch_size", type=whole(1), default=1)
     parser.add_argument(
         "--attention", default="sparse", choices=("sparse", "dense"), help="dense: the original attention"
     )
     parser.add_argument("--bf16", action="store_true", help="as fine-tuning with --bf16 evaluates")
-    parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
+    parser.add_argument("--cpu", "--use_cpu", action="store_true", help="stay on the CPU")
     parser.add_argument("--output", help="write the figures to this JSON file, too")
     return parser
 

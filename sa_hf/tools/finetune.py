@@ -17,21 +17,26 @@ from typing import Any
 from sa_hf.config import SparseAttentionConfig, available_patterns
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.data import Source, tokenize
-from sa_hf.tasks.flags import add_data_flags, devices, parse_flags, source_of
+from sa_hf.tasks.flags import FlagParser, add_data_flags, devices, parse_flags, real, source_of, whole
 from sa_hf.tasks.forecast import forecast_figures
 from sa_hf.tasks.models import CONV_TRANS, TOYS, load_for_task, trained_classes
+from sa_hf.tasks.ranks import is_main, quiet_others, say
+from sa_hf.tasks.resume import check_checkpoint, checkpoint_of
 from sa_hf.tasks.verify import verify_reload
 from sa_hf.tools.load import make_config, parse_options
 
 VERIFIED_ROWS = 2
+# Words in the names of the schedulers that fail without options.
+NEEDS_OPTIONS = frozenset({"plateau", "decay", "min"})
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file of flags")
     what = parser.add_argument_group("model and pattern")
     what.add_argument(
         "--model",
+        "--model_name_or_path",
         default="minilm",
         help=f"hub name, folder, 'minilm' (embedded), a toy: {', '.join(TOYS)}, or {CONV_TRANS}",
     )
@@ -47,40 +52,53 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     what.add_argument("--preset", help="a named preset of the pattern")
     what.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="an option of the pattern")
     what.add_argument("--layers", help='layers that get the pattern, e.g. "0-3,6" (default: all)')
-    what.add_argument("--engine", default="auto", help="auto, triton, native or reference")
+    what.add_argument("--engine", default="auto", help="auto, or the engine that must run")
     what.add_argument("--rope_parameters", type=json.loads, help="JSON of RoPE scaling for a lengthened model")
     what.add_argument(
-        "--lora_rank", type=int, default=0, help="train LoRA adapters of this rank on all linear layers (0: off)"
+        "--lora_rank", type=whole(0), default=0, help="train LoRA adapters of this rank on all linear layers (0: off)"
     )
     add_data_flags(parser)
     run = parser.add_argument_group("training")
     run.add_argument("--output_dir", default="runs/finetune")
-    run.add_argument("--epochs", type=float, default=1.0)
+    run.add_argument("--epochs", "--num_train_epochs", type=real(0, above=True), default=1.0)
     run.add_argument("--max_steps", type=int, default=-1)
-    run.add_argument("--batch_size", type=int, default=1)
-    run.add_argument("--eval_batch_size", type=int, default=1)
-    run.add_argument("--gradient_accumulation", type=int, default=1)
-    run.add_argument("--lr", type=float, default=5e-5)
-    run.add_argument("--sparse_lr", type=float, default=1e-2, help="learning rate of masks and spans")
-    run.add_argument("--weight_decay", type=float, default=0.01)
-    run.add_argument("--warmup_steps", type=float, default=0.1, help="steps, or below 1 a share of all steps")
-    run.add_argument("--scheduler", default="linear")
+    run.add_argument("--batch_size", "--per_device_train_batch_size", type=whole(1), default=1)
+    run.add_argument("--eval_batch_size", "--per_device_eval_batch_size", type=whole(1), default=1)
+    run.add_argument("--gradient_accumulation", "--gradient_accumulation_steps", type=whole(1), default=1)
+    run.add_argument("--lr", "--learning_rate", type=real(0), default=5e-5)
+    run.add_argument("--sparse_lr", type=real(0), default=1e-2, help="learning rate of masks and spans")
+    run.add_argument("--weight_decay", type=real(0), default=0.01)
+    run.add_argument(
+        "--warmup_steps", "--warmup_ratio", type=real(0), default=0.1, help="steps, or below 1 a share of all steps"
+    )
+    run.add_argument("--scheduler", "--lr_scheduler_type", default="linear", choices=schedulers())
     run.add_argument("--bf16", action="store_true")
-    run.add_argument("--gradient_checkpointing", action="store_true")
-    run.add_argument("--logging_steps", type=int, default=10)
-    run.add_argument("--eval_steps", type=int, help="evaluate every so many steps (default: at the end)")
-    run.add_argument("--save_steps", type=int, help="keep a checkpoint every so many steps (default: the end alone)")
-    run.add_argument("--resume", help='a checkpoint folder, or "auto" for the newest in --output_dir')
+    run.add_argument("--gradient_checkpointing", "--activation_checkpointing", action="store_true")
+    run.add_argument("--logging_steps", type=whole(1), default=10)
+    run.add_argument("--eval_steps", type=whole(1), help="evaluate every so many steps (default: at the end)")
+    run.add_argument(
+        "--save_steps", type=whole(1), help="keep a checkpoint every so many steps (default: the end alone)"
+    )
+    run.add_argument(
+        "--resume", "--resume_from_checkpoint", help='a checkpoint folder, or "auto" for the newest in --output_dir'
+    )
     run.add_argument("--report_to", default="none", help="tensorboard, wandb, ...")
-    run.add_argument("--cpu", action="store_true", help="stay on the CPU")
+    run.add_argument("--cpu", "--use_cpu", action="store_true", help="stay on the CPU")
     run.add_argument(
         "--verify", default="fresh", choices=("fresh", "same", "none"), help="reload in a fresh or in this process"
     )
     return parser
 
 
+def schedulers() -> list[str]:
+    """What --scheduler takes: those of Transformers that need no options of their own."""
+    from transformers.trainer_utils import SchedulerType
+
+    return [kind.value for kind in SchedulerType if not NEEDS_OPTIONS.intersection(kind.value.split("_"))]
+
+
 def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    return parse_flags(build_parser(prog), argv, pairs=("set", "model_set"))
+    return parse_flags(build_parser(prog), argv, pairs=("set", "model_set"), mappings=("pattern",))
 
 
 def chosen_pattern(args: argparse.Namespace) -> Any:
@@ -132,7 +150,7 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, Source]:
         rope_parameters=args.rope_parameters,
         engine=args.engine,
     )
-    if not isinstance(args.pattern, dict):
+    if not isinstance(args.pattern, dict) and is_main():
         print(sa_hf.summary(model, args.max_length))
     return model, tokenizer, source
 
@@ -188,15 +206,16 @@ def with_lora(model: Any, rank: int, base_folder: Path, is_main: bool) -> Any:
     return peft.get_peft_model(model, sa_hf.prepare_peft(config, model))
 
 
-def train(args: argparse.Namespace, model: Any, tokenizer: Any, source: Source) -> dict[str, Any]:
+def train(
+    args: argparse.Namespace, model: Any, tokenizer: Any, source: Source, checkpoint: Path | None = None
+) -> dict[str, Any]:
     """Train, evaluate, save and verify; returns the metrics."""
     from sa_hf.tasks.measure import StepClock, peak_memory_mb
     from sa_hf.tasks.trainer import task_trainer
-    from sa_hf.tools.stopping import StopAndSave, checkpoint_to_resume, end_if_stopped, writing
+    from sa_hf.tools.stopping import StopAndSave, end_if_stopped, writing
 
     arguments = training_arguments(args)
     output = Path(args.output_dir)
-    resume = checkpoint_to_resume(args.resume, output)
     if args.lora_rank:
         model = with_lora(model, args.lora_rank, output / "base", arguments.process_index == 0)
     rows, evaluation = tokenize(source, args.task, tokenizer, args.max_length, args.train_rows, args.eval_rows)
@@ -206,7 +225,7 @@ def train(args: argparse.Namespace, model: Any, tokenizer: Any, source: Source) 
     stop = StopAndSave()
     trainer.add_callback(stop)
     with writing(output), stop.listening(arguments.world_size):
-        result = trainer.train(resume_from_checkpoint=resume)
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     end_if_stopped(stop, output, trainer.state.global_step)
     metrics = {**result.metrics, **clock.figures(), "global_step": trainer.state.global_step}
     metrics |= {"train_peak_memory_mb": peak_memory_mb(), **trainer.evaluate()}
@@ -240,9 +259,21 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
     """
     from transformers import set_seed
 
+    from sa_hf.tools.stopping import checkpoint_to_resume
+
     args = parse_arguments(argv, prog)
+    quiet_others()
     set_seed(args.seed)
-    metrics = train(args, *prepare(args))
-    shown = {k: v for k, v in metrics.items() if k != "log"}
-    print(json.dumps(shown, indent=2))
+    checkpoint_of(args.resume, args.output_dir)
+    whole_one = checkpoint_to_resume(args.resume, Path(args.output_dir))
+    checkpoint = None if whole_one is None else Path(whole_one)
+    model, tokenizer, source = prepare(args)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, model, args.lora_rank)
+        say(f"going on from {checkpoint}")
+    elif args.resume is not None:
+        say(f"no checkpoint in {args.output_dir}: beginning anew")
+    metrics = train(args, model, tokenizer, source, checkpoint)
+    if is_main():
+        print(json.dumps({k: v for k, v in metrics.items() if k != "log"}, indent=2))
     return metrics

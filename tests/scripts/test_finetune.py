@@ -191,7 +191,7 @@ def test_a_flag_that_is_none_is_named(tmp_path: Path) -> None:
         (["--model_set", "no_such_field=1"], "no_such_field"),
         (["--task", "causal-lm"], "bidirectional.*nearest: --task masked-lm"),
         (["--task", "masked-lm", "--model", "tiny-gpt2"], "nearest: --task causal-lm"),
-        (["--train_rows", "0"], "train_rows=0"),
+        (["--train_rows", "0"], "train_rows.*0 must be at least 1"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
 )

@@ -44,7 +44,10 @@ def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
     ]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launch += ["--config_file", str(SCRIPTS / "accelerate" / "ddp_cpu.yaml"), str(SCRIPTS / "finetune.py")]
-    call(*launch, *flags, "--batch_size", "1", "--output_dir", str(tmp_path / "two"))
+    shown = call(*launch, *flags, "--batch_size", "1", "--output_dir", str(tmp_path / "two"))
+    # Two ranks print what one prints: the summary, and the metrics.
+    assert shown.count('"global_step": 2') == 1
+    assert shown.count("LlamaForCausalLM at 64 tokens") == 1
     finetune.main([*flags, "--batch_size", "2", "--output_dir", str(tmp_path / "one"), "--verify", "same"])
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
     assert all(m["reload_verified"] and m["global_step"] == 2 for m in metrics)
