@@ -1,4 +1,9 @@
 // Which tiles of scores a part has, and what the masks and options do to a tile.
+//
+// Shapes: a tile has up to TILE queries (``rows``; ``width`` in whole vectors of W) and meets chunks of up to TILE
+// keys. Scores [keys, width], key by key, so that every reduction over queries' rows runs along vectors; queries,
+// gradients and sums as columns [head_dim, width]; keys and values as rows [keys, head_dim], in gradients [keys,
+// padded_dim].
 #pragma once
 
 #include "call.h"

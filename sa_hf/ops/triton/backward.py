@@ -1,4 +1,8 @@
-"""Block-sparse flash attention, backward: dQ over query rows, dK and dV over key columns; no atomics."""
+"""Block-sparse flash attention, backward: dQ over query rows, dK and dV over key columns; no atomics.
+
+Shapes as in ``forward``; ``grad_ptr`` is the output's gradient ``[B, H, Nq, D]``, ``delta_ptr [B * H, Nq]`` its product
+with the output. dQ works on scores ``[M, K]`` (M queries, K keys of a step), dK and dV on the transposed ``[K, M]``.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 The tiles of one tile diagonal share their element diagonals, so a work item adds them up before it skews the sum once.
 What items add to one another is a 64-bit integer (fixed point): integer sums do not depend on their order.
+
+Shapes as in ``backward``; a table is ``[H, 2 * N - 1]``, by key minus query position.
 """
 
 from __future__ import annotations

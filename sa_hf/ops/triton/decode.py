@@ -1,6 +1,10 @@
 """Decoding kernels: new queries against listed positions of the cache, split over the list, GQA-packed.
 
 Bound by memory: a program gathers each listed K and V row once for all the query heads that share the list.
+
+Shapes: ``q_ptr, out_ptr [B, H, Nq, D]``, ``k_ptr, v_ptr [B, Hkv, Nk, D]``, ``index_ptr [B | 1, 1 | Hkv | H, Nq, m]``. A
+step has the query heads that share a list and K of its keys: scores ``[heads, K]``, sums ``[heads, D0]`` and ``[heads,
+D1]`` (head_dim as two chunks).
 """
 
 from __future__ import annotations

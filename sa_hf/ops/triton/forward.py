@@ -1,4 +1,10 @@
-"""Block-sparse flash attention, forward: one program per work item, online softmax in base 2, fp32 accumulation."""
+"""Block-sparse flash attention, forward: one program per work item, online softmax in base 2, fp32 accumulation.
+
+Shapes: ``q_ptr, out_ptr [B, H, Nq, D]``, ``k_ptr, v_ptr [B, Hkv, Nk, D]``, ``lse_ptr [B * H, Nq]``. A step has M =
+BLOCK_Q queries and K = BLOCK_K keys: ``q0, acc0 [M, D0]`` and ``q1, acc1 [M, D1]`` (head_dim in two chunks), scores
+``[M, K]``, ``peak, total, low, high [M]``. ``part_ptr [slots, TILE_Q, D]`` holds the results of cut lists until
+``combine_kernel`` merges them.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 """Attention over fixed offsets: each offset reads K and V rows shifted by it, contiguous loads and no gather.
 
 Bound by memory, so the products are plain sums of fp32 products, without matrix units.
+
+Shapes as in ``forward``: a program has M rows, ``[M, D0]`` and ``[M, D1]`` of queries, keys and sums, and the scores of
+one offset at a time, ``[M]``.
 """
 
 from __future__ import annotations

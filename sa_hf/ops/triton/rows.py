@@ -2,6 +2,8 @@
 
 A result in positions is written once, by programs that own its rows and look up the slot of each in every part: no
 running copy, no zeros first, no atomics, and one order of adding up.
+
+Shapes: rows in positions ``[B, H | Hkv, N, D]``, in slots ``[B, H, slots, D]``; log-sum-exp ``[B * H, N | slots]``.
 """
 
 from __future__ import annotations
