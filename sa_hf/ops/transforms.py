@@ -32,6 +32,11 @@ COMPILED_TRANSFORM = (
     "nearest: the same transform uncompiled"
 )
 
+JIT_TRACE = (
+    "torch.jit.trace (and torch.onnx.export by it) records sparse attention for one length alone; trace the dense "
+    "model inside `with sa_hf.dense(model)`"
+)
+
 
 class Call(Protocol):
     """One call of an operator: what is no tensor of it, and how it is run and differentiated.
@@ -75,7 +80,9 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 
 
 def refuse_traced_transforms(*tensors: Tensor | None) -> None:
-    """Raise where a graph is traced inside a function transform, or with tangents."""
+    """Raise where a graph is traced by torch.jit, inside a function transform, or with tangents."""
+    if torch._C._is_tracing():
+        raise SparseAttentionError(JIT_TRACE)
     if torch._C._are_functorch_transforms_active():
         raise SparseAttentionError(COMPILED_TRANSFORM)
     if has_tangent(*tensors):

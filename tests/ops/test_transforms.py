@@ -244,3 +244,9 @@ def test_decoding_has_its_tangents(monkeypatch: pytest.MonkeyPatch) -> None:
         reason = decode._triton_reason(dual, key, value, ScoreOptions(0.25))
     assert reason is not None
     assert "forward-mode" in reason
+
+
+@pytest.mark.parametrize("run", [ours, spanned], ids=["static", "by data"])
+def test_a_trace_by_jit_is_refused(run: Run) -> None:
+    with torch.no_grad(), pytest.raises(SparseAttentionError, match=r"torch\.jit\.trace.*sa_hf\.dense"):
+        torch.jit.trace(run, qkv(), check_trace=False)
