@@ -228,6 +228,9 @@ class SparseAttention(nn.Module):
     def advance_step(self) -> None:
         """Called once per outer training forward, before it, and never in a recomputation."""
 
+    def repeat_step(self) -> None:
+        """Called in place of :meth:`advance_step` before an outer forward that is a recomputation."""
+
     def drop_graph(self) -> None:
         """Forget graph tensors of the last forward: a kept one breaks deepcopy and holds memory."""
 

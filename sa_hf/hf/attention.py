@@ -7,16 +7,14 @@ cannot run dense in silence.
 
 from __future__ import annotations
 
-import inspect
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, fixed_cross_entropy
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -24,7 +22,8 @@ from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.conv import ConvTaps
 from sa_hf.hf.families import window_band
-from sa_hf.hf.layer_cache import LayerMemory, absolute_keys, cache_in, check_reach, is_cache
+from sa_hf.hf.keywords import unknown_keywords
+from sa_hf.hf.layer_cache import LayerMemory, absolute_keys, cache_in, check_reach
 from sa_hf.hf.layers import active_child, leaves, remembers
 from sa_hf.hf.masks import (
     ForwardInputs,
@@ -37,12 +36,14 @@ from sa_hf.hf.masks import (
     traced_sequences,
 )
 from sa_hf.hf.position_bias import bias_table, expanded_bias, has_bias_table
+from sa_hf.hf.recomputation import Forwards, in_backward
 from sa_hf.hf.rotary import before_rotary
 from sa_hf.hf.versions import tested_range
 from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import default_scale
+from sa_hf.patterns.learned import LearnedAttention
 
 IMPLEMENTATION = "sparse_sa_hf"
 # What a model runs inside dense(model) for a call that names its sequences.
@@ -50,37 +51,27 @@ PACKED = "packed_sa_hf"
 # On an attention module, beside its child: PEFT may wrap and copy the child itself.
 PLACE = "sa_hf_place"
 
-# Keywords that the adapter reads.
-SERVED = {
-    "cu_seq_lens_q", "dropout", "is_causal", "output_attentions", "position_bias", "scaling", "sequence_ids",
-    "sliding_window", "softcap", "sparse_call",
-}  # fmt: skip
-# Keywords that models hand down to their attention and that change nothing here. Those of ``TransformersKwargs`` are
-# named and not read from it: what a newer release adds may change attention. (``seq_idx`` is read by layers of linear
-# attention alone; packed rows come with ``cu_seq_lens_q`` or restarting positions, too.)
-HARMLESS = {
-    "attention_mask", "cache_position", "cu_seq_lens_k", "deterministic", "is_causal", "labels", "logits_to_keep",
-    "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits",
-    "position_ids", "return_dict", "seq_idx", "token_type_ids", "use_cache", "interpolate_pos_encoding",
-}  # fmt: skip
-
 
 @dataclass(eq=False)
 class Activity:
     """Whether a patched model's hooks act; off inside ``dense(model)``. ``traced`` is what the outer call was given,
-    under torch.compile, which traces an attribute and no context variable. ``forwards`` counts those in training;
-    ``owner`` is the class of the model that is patched; ``collected`` takes the auxiliary losses where a caller adds
-    them by itself (``collected_losses``)."""
+    under torch.compile, which traces an attribute and no context variable. ``forwards`` are those in training;
+    ``within`` is the outermost model's ``ModelForward`` while it runs; ``owner`` is the class of the model that is
+    patched; ``collected`` takes the auxiliary losses where a caller adds them by itself (``collected_losses``);
+    ``warned`` says that losses of unknown scale were warned about."""
 
     owner: str = "model"
     on: bool = True
-    forwards: int = 0
+    forwards: Forwards = field(default_factory=Forwards)
+    within: Any = None
+    warned: bool = False
     traced: ForwardInputs | None = None
     collected: list[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside dense(model) is no part of that block, and nothing would ever switch it on again.
-        return {**vars(self), "on": True, "traced": None, "collected": None}
+        left = {"traced": None, "collected": None, "within": None, "forwards": Forwards()}
+        return {**vars(self), "on": True, **left}
 
 
 @dataclass(eq=False)
@@ -146,7 +137,9 @@ def place_of(module: nn.Module) -> Place:
     if not isinstance(place, Place) or getattr(module, "sparse", None) is None:
         raise SparseAttentionError(
             f"{type(module).__name__} is set to sparse attention but carries no pattern: the model was built from the "
-            "config of a patched one. Load it with `trust_remote_code=True`, or call `sa_hf.patch_model(model, ...)`"
+            "config of a patched one. Load it by its Auto class with `trust_remote_code=True`, or call "
+            "`sa_hf.patch_model(model, ...)`. As a reference that a trainer makes of the model (trl), give it "
+            "`ref_model=copy.deepcopy(model)`, or train LoRA, which needs none"
         )
     return place
 
@@ -220,7 +213,7 @@ def _attend(
     )
     started = handed_over() if request is None else None if torch.compiler.is_compiling() else request.given
     for leaf in leaves(child):
-        leaf.steps_back = 0 if started is None else place.activity.forwards - started.number
+        leaf.steps_back = _steps_back(module, leaf, started)
     if call.memory is not None:
         call.memory.settle()
         inputs.key_slots = call.memory.kept_slots(sequences.key_length)
@@ -238,6 +231,23 @@ def _attend(
     if isinstance(conv, ConvTaps):
         conv.forget()
     return out.transpose(1, 2).contiguous()
+
+
+def _steps_back(module: nn.Module, leaf: SparseAttention, started: ForwardInputs | None) -> int:
+    """How many forwards in training ago the running one began."""
+    if not (leaf.training and isinstance(leaf, LearnedAttention)) or torch.compiler.is_compiling():
+        return 0
+    number = None if started is None else started.numbers.get(id(leaf))
+    if number is not None:
+        return leaf.forwards - number
+    if not leaf.draws_by_forward and in_backward():
+        return 0
+    raise SparseAttentionError(
+        f"{type(module).__name__} with {leaf.config.name!r} trains, but was reached outside of any forward of a "
+        "Transformers model, or in a recomputation that does not say of which: steps would not be counted, auxiliary "
+        "losses would be lost. Call the model (model(...), model.forward(...) or a model inside it), not its layers; "
+        "checkpoint layers by model.gradient_checkpointing_enable()"
+    )
 
 
 def _run(child: SparseAttention, inputs: AttentionInputs) -> Tensor:
@@ -279,26 +289,6 @@ def _no_memory(module: nn.Module, place: Place, new: int, keys: int) -> SparseAt
         "StaticCache, sa_hf.sparse_cache(model)) or use_cache=False. If you did, transformers "
         f"{transformers.__version__} hands it over in a way that sa_hf does not know ({tested_range()})"
     )
-
-
-def unknown_keywords(kwargs: dict[str, Any]) -> list[str]:
-    """The keywords of a call that ask for something which the adapter does not know."""
-    return [
-        name
-        for name, value in kwargs.items()
-        if name not in KNOWN and value is not None and value is not False and not is_cache(value)
-    ]
-
-
-def loss_keywords() -> frozenset[str]:
-    """What Transformers' losses and torch's cross entropy take: models hand it down to the layers on its way."""
-    losses = [*LOSS_MAPPING.values(), fixed_cross_entropy, nn.functional.cross_entropy]
-    names = {name for loss in losses for name in inspect.signature(loss).parameters}
-    return frozenset(names - SERVED)
-
-
-# Read once, here: torch.compile would trace the signatures.
-KNOWN = HARMLESS | SERVED | loss_keywords()
 
 
 def refuse_attentions() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from sa_hf.config import SparseAttentionConfig
@@ -71,9 +70,9 @@ class ExtraTokenHooks:
         self.first = first
         self.activity = activity
 
-    def register(self, blocks: list[nn.Module], models: list[PreTrainedModel]) -> list[Any]:
-        """Hook the layers of the stack, and the models that may return what was recorded in them."""
-        handles: list[Any] = [model.register_forward_hook(self.trim) for model in models]
+    def register(self, blocks: list[nn.Module]) -> list[Any]:
+        """Hook the layers of the stack. (What was recorded in them is :func:`trimmed` by the models around them.)"""
+        handles: list[Any] = []
         for block in blocks:
             handles.append(block.register_forward_pre_hook(self.before, with_kwargs=True))
             # First, so that a layer's output is recorded without them.
@@ -112,18 +111,6 @@ class ExtraTokenHooks:
         setattr(rest, ATTRIBUTE, hidden[:, : self.count])
         return (rest, *output[1:]) if isinstance(output, tuple) else rest
 
-    def trim(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Take the extra tokens off recorded inputs of a layer."""
-        if isinstance(output, Tensor):
-            return output[:, getattr(output, JOINED) :] if hasattr(output, JOINED) else output
-        if isinstance(output, tuple):
-            return tuple(self.trim(model, args, item) for item in output)
-        if isinstance(output, ModelOutput):
-            for key in ("hidden_states", "encoder_hidden_states"):
-                if output.get(key) is not None:
-                    output[key] = self.trim(model, args, output[key])
-        return output
-
     def _initial(self, hidden: Tensor, given: list[Any]) -> Tensor:
         child = active_child(self.owner)
         if not starts_as_mean(child.config):
@@ -138,3 +125,16 @@ class ExtraTokenHooks:
     def _at_angle_zero(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         pad = 0, 0, self.count, 0
         return nn.functional.pad(cos, pad, value=1.0), nn.functional.pad(sin, pad)
+
+
+def trimmed(output: Any) -> Any:
+    """A model's output without the extra tokens of recorded inputs of a layer."""
+    if isinstance(output, Tensor):
+        return output[:, getattr(output, JOINED) :] if hasattr(output, JOINED) else output
+    if type(output) is tuple:
+        return tuple(trimmed(item) for item in output)
+    if isinstance(output, ModelOutput):
+        for key in ("hidden_states", "encoder_hidden_states"):
+            if output.get(key) is not None:
+                output[key] = trimmed(output[key])
+    return output

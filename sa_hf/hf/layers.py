@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from sa_hf.config import SparseAttention
+from sa_hf.patterns.learned import LearnedAttention
 
 
 def active_child(module: nn.Module) -> Any:
@@ -42,6 +43,11 @@ def remembers(child: SparseAttention) -> bool:
     """Whether a pattern keeps values of its own for each token, beside keys and values: with a cache it needs them of
     the earlier tokens, too (spans, clusters, inputs of a convolution)."""
     return getattr(child, "conv", None) is not None or any(leaf.remembers for leaf in leaves(child))
+
+
+def learned_leaves(children: list[SparseAttention]) -> list[LearnedAttention]:
+    """The pattern modules with learned state, also as parts of a mixture by heads."""
+    return [leaf for child in children for leaf in leaves(child) if isinstance(leaf, LearnedAttention)]
 
 
 def tie_layers(children: list[SparseAttention]) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.attention import Activity
 from sa_hf.hf.families import root_model
 from sa_hf.hf.layers import leaves
+from sa_hf.hf.step import Carrier, Delivery, Joined
 from sa_hf.patterns.learned import LearnedAttention
 from sa_hf.patterns.mixture import added
 
@@ -43,27 +44,76 @@ def total_losses(children: list[SparseAttention]) -> dict[str, Tensor]:
     return added(child.aux_losses() for child in children)
 
 
-def add_to_loss(model: nn.Module, children: list[SparseAttention], given: Mapping[str, Any], output: Any) -> Any:
-    """The model's output with the live auxiliary losses added to its loss; unchanged where it has none."""
+def add_to_loss(
+    model: nn.Module, children: list[SparseAttention], given: Mapping[str, Any], output: Any, delivery: Delivery | None
+) -> Any:
+    """The model's output with the live auxiliary losses added to its loss; unchanged where it has none.
+
+    Args: delivery: learns where ``backward()`` comes by that loss; None under torch.compile.
+    """
     loss = loss_of(output, given)
     extra = total_losses(children)
     if loss is None or not extra:
         return output
     check_live(children)
     factor = share_of_step(model, given)
-    joined = loss
-    for value in extra.values():
-        joined = joined + (value * factor).to(device=loss.device, dtype=loss.dtype)
+    total = _sum(value * factor for value in extra.values()).to(device=loss.device, dtype=loss.dtype)
+    joined = loss + total if delivery is None else Joined.apply(loss, total, delivery)
     if isinstance(output, tuple):
         return joined, *output[1:]
     output["loss"] = joined
     return output
 
 
+def carrying(children: list[SparseAttention], delivery: Delivery, output: Any) -> Any:
+    """A model's output whose tensors carry the auxiliary losses of its layers to a loss that the caller makes of them;
+    their values stay. ``backward()`` that comes by ``output.loss`` has them from there, and not twice."""
+    check_live(children)
+    live = {name: loss for name, loss in total_losses(children).items() if loss.requires_grad}
+    if not live:
+        return output
+    delivery.names = tuple(sorted({*delivery.names, *live}))
+    kind = next(iter(live.values())).device.type
+    delivery.half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return _plus(output, Carrier.apply(_sum(live.values()), delivery), {})
+
+
+def _plus(output: Any, zero: Tensor, done: dict[int, tuple[Any, Any]]) -> Any:
+    """An output with ``zero`` added to its tensors, which stay equal where they were; keys and values of a cache are
+    none of them. ``done``: the tensors that were met, by id, beside what stands for them."""
+    if isinstance(output, Tensor):
+        if not (output.requires_grad and output.is_floating_point()):
+            return output
+        if id(output) not in done:
+            done[id(output)] = output, output + zero.to(device=output.device, dtype=output.dtype)
+        return done[id(output)][1]
+    if isinstance(output, ModelOutput):
+        for key in [key for key in output if key not in ("loss", "past_key_values", "cache")]:
+            output[key] = _plus(output[key], zero, done)
+        return output
+    if type(output) in (tuple, list):
+        return type(output)(_plus(item, zero, done) for item in output)
+    return output
+
+
+def _sum(losses: Iterable[Tensor]) -> Tensor:
+    first, *others = losses
+    for loss in others:
+        first = first + loss.to(first.device)
+    return first
+
+
 @contextmanager
-def collected_losses(activity: Activity) -> Iterator[list[Tensor]]:
-    """Inside the block the live losses of each training forward gather in the list, and join no output: for a caller
-    that computes the loss itself and adds them."""
+def collected_losses(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside the block the live losses of each training forward gather in the list, times their coefficients, and join
+    no output: for a caller that computes the loss itself and adds them.
+
+    Raises:
+        SparseAttentionError: the model is not patched.
+    """
+    from sa_hf.hf.patching import required_patch
+
+    activity = required_patch(root_model(model), "collected_losses").activity
     before, activity.collected = activity.collected, []
     try:
         yield activity.collected

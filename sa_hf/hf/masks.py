@@ -31,14 +31,15 @@ OFFSETS = ("q_offset", "kv_offset")
 
 @dataclass(eq=False)
 class ForwardInputs:
-    """What the model's outer call was given about its sequences, for masks that are built inside it; ``number`` counts
-    the training forwards of the model, this one included. ``originals``: inside ``dense(model)``, the implementation
-    of each of its configs, by id."""
+    """What the model's outer call was given about its sequences, for masks that are built inside it; ``numbers`` counts
+    the forwards in training of each learned layer (by id), this one included; ``delivery`` takes their losses.
+    ``originals``: inside ``dense(model)``, the implementation of each of its configs, by id."""
 
     sequence_ids: Tensor | None = None
     position_ids: Tensor | None = None
     cu_seq_lens: Tensor | None = None
-    number: int = 0
+    numbers: Mapping[int, int] = field(default_factory=dict)
+    delivery: Any = None  # a step.Delivery, which is made above this module
     originals: Mapping[int, str] = field(default_factory=dict)
 
 

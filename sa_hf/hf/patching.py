@@ -27,14 +27,15 @@ from sa_hf.hf.attention import IMPLEMENTATION, PLACE, Activity, DenseMarker, Pla
 from sa_hf.hf.conv import ConvHook, ConvTaps, check_projections
 from sa_hf.hf.extra_tokens import ExtraTokenHooks, ExtraTokens, extra_tokens_of_stack, starts_as_mean
 from sa_hf.hf.families import Site, Sites, find_sites, root_model, switch_back, switch_over
-from sa_hf.hf.forward import OuterForward
-from sa_hf.hf.layers import active_child, sparse_children, tie_layers
+from sa_hf.hf.forward import register_forwards
+from sa_hf.hf.layers import active_child, learned_leaves, sparse_children, tie_layers
 from sa_hf.hf.nested import STATE, check_not_nested, guard_saving, not_patched
 from sa_hf.hf.position_bias import has_bias_table
 from sa_hf.hf.positions import LIMIT, Extension, check_tokenizer, own_configs, plan_extension
 from sa_hf.hf.probe import probe as run_probe
 from sa_hf.hf.rotary import rotary_function
 from sa_hf.hf.saving import CONFIG_FIELDS, disable_saving, enable_saving
+from sa_hf.hf.step import follow_trainers
 from sa_hf.hf.training import warn_of_adapter_without_state
 from sa_hf.hf.versions import check_transformers
 from sa_hf.layer import LayerSpec
@@ -109,8 +110,9 @@ def patch_model(
     are refused.
 
     Patch the whole model, not a part of it (``model.bert``): of a part that is patched alone the model around it knows
-    nothing. Its ``save_pretrained`` raises, auxiliary losses do not join its loss (they warn), ``max_length`` is not in
-    its config, and every function here takes the part. A base model that is used by itself is a whole.
+    nothing. Its ``save_pretrained`` raises, auxiliary losses are not in the figure of its ``loss`` (they reach the
+    parameters through it, with a warning), ``max_length`` is not in its config, and every function here takes the part.
+    A base model that is used by itself is a whole.
 
     Args:
         pattern: a name, a config, ``{"0-3": "dense", "4-": config}`` by layers, ``{"heads": {"0-5": config, ...}}`` by
@@ -329,7 +331,9 @@ def _attach(root: PreTrainedModel, patch: Patch, children: dict[str, SparseAtten
     for stack, count in extra.items():
         if count:
             _attach_extra_tokens(root, patch, stack, count)
-    patch.handles += OuterForward(root, patch.activity, patch.names, patch.configs).register(root)
+    patch.handles += register_forwards(root, patch.activity, patch.names, patch.configs)
+    if learned_leaves(list(children.values())):
+        follow_trainers()
     patch.handles.append(root.register_load_state_dict_pre_hook(drop_mark))
     root.config.sa_hf = assignment_to_dict(patch.assignment)
     setattr(root, STATE, patch)
@@ -351,8 +355,7 @@ def _attach_extra_tokens(root: PreTrainedModel, patch: Patch, stack: str, count:
     if not starts_as_mean(config) and not hasattr(child, "extra"):
         child.add_module("extra", ExtraTokens(config, sites[layer].spec))
     blocks = [root.get_submodule(name) for name in dict.fromkeys(site.block for site in sites)]
-    models = [module for module in root.modules() if isinstance(module, PreTrainedModel)]
-    patch.handles += ExtraTokenHooks(count, owner, blocks[0], patch.activity).register(blocks, models)
+    patch.handles += ExtraTokenHooks(count, owner, blocks[0], patch.activity).register(blocks)
 
 
 def _rebind_configs(root: PreTrainedModel, patch: Patch) -> None:

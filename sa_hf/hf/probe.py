@@ -24,8 +24,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
-from sa_hf.hf.attention import Carried, unknown_keywords
+from sa_hf.hf.attention import Carried
 from sa_hf.hf.families import Site, Sites, switch_over
+from sa_hf.hf.keywords import unknown_keywords
 from sa_hf.hf.layer_cache import cache_in
 from sa_hf.hf.masks import MaskRequest, sparse_mask
 from sa_hf.hf.rotary import FUNCTION

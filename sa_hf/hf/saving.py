@@ -226,11 +226,14 @@ def sparse_class(cls: Any) -> Any:
 
     Its ``from_pretrained`` loads a saved sparse model; its constructor takes a config with an ``sa_hf`` key.
     """
+    from sa_hf.hf.forward import counted_forward
+
     if issubclass(cls, SparseModelMixin):
         return cls
     # Named as a direct base where the class generates: Transformers looks for it there.
     generation = (GenerationMixin,) if issubclass(cls, GenerationMixin) else ()
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    body["forward"] = counted_forward(cls)
     return type(cls.__name__, (SparseModelMixin, cls, *generation), body)
 
 

@@ -12,8 +12,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from sa_hf.config import SparseAttention
 from sa_hf.hf.centroids import update_centroids
 from sa_hf.hf.families import root_model
-from sa_hf.hf.losses import collected_losses, share_of_step, total_losses
+from sa_hf.hf.losses import collected_losses, total_losses
 from sa_hf.hf.patching import patch_of
+from sa_hf.hf.step import share_of_loss
 from sa_hf.hf.training import parameter_groups
 
 DEFAULT_SPARSE_LR = 1e-2
@@ -68,8 +69,8 @@ class SparseAttentionCallback(TrainerCallback):
 class SparseTrainer(Trainer):
     """A ``Trainer`` whose optimizer gives masks and spans a learning rate of their own, without weight decay.
 
-    The auxiliary losses are trained on under ``label_smoothing_factor`` and ``compute_loss_func``, too, where a stock
-    Trainer keeps the labels, and so the loss that they would join, from the model. A data set's column
+    The auxiliary losses are in the figure of the loss under ``label_smoothing_factor`` and ``compute_loss_func``, too,
+    where a stock Trainer keeps the labels, and so the loss that they would join, from the model. A data set's column
     ``sequence_ids`` (packed rows) reaches the model, where a stock one drops it unless ``remove_unused_columns=False``.
 
     Args:
@@ -109,27 +110,13 @@ class SparseTrainer(Trainer):
         patch = patch_of(root_model(self.model))
         if patch is None or (self.label_smoother is None and self.compute_loss_func is None):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        given = {**inputs, "num_items_in_batch": num_items_in_batch}  # the Trainer takes labels out of `inputs`
-        with collected_losses(patch.activity) as extra:
+        given = dict(inputs)  # the Trainer takes labels out of `inputs`
+        with collected_losses(self.model) as extra:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if extra:
-            share = self._share_of_step(given)
+            share, _ = share_of_loss(self, root_model(self.model), given, num_items_in_batch)
             loss = loss + sum((value * share).to(device=loss.device, dtype=loss.dtype) for value in extra)
         return (loss, outputs) if return_outputs else loss
-
-    def _share_of_step(self, given: dict[str, Any]) -> Any:
-        """This micro-batch's part of the step's auxiliary loss, before what the Trainer does to a loss afterwards."""
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            by_items = self.model_accepts_loss_kwargs and given["num_items_in_batch"] is not None
-            scaled = by_items or self.compute_loss_func is not None
-        if not scaled:  # then the Trainer divides by the number of micro-batches
-            return 1.0
-        if given["num_items_in_batch"] is None or not isinstance(given.get("labels"), torch.Tensor):
-            return 1.0 / getattr(self, "current_gradient_accumulation_steps", 1)
-        # The items are those of all processes, whose gradients are averaged.
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return share_of_step(root_model(self.model), given) * processes
 
 
 def _layers(model: nn.Module) -> list[SparseAttention]:

@@ -117,6 +117,10 @@ class ExpireSpanAttention(LearnedAttention):
         self.bias = nn.Parameter(torch.full((rows,), bias, dtype=torch.float32, device=spec.device))
         self._seen: _Seen | None = None
 
+    @property
+    def draws_by_forward(self) -> bool:
+        return self.config.random_shortening
+
     def spans(self, hidden_states: Tensor) -> Tensor:
         """``e_j`` of the tokens, fp32 ``[B, S, N]``, from the layer's input ``[B, N, hidden]``."""
         with torch.autocast(hidden_states.device.type, enabled=False):

@@ -32,6 +32,8 @@ class LearnedAttention(SparseAttention):
     step: Tensor
     # A loss of the last forward was made without a graph although the layer trains: a region run under no_grad.
     lost_graph: bool = False
+    # Forwards in training that this process has counted; of ``step`` the difference alone is meant.
+    forwards: int = 0
 
     def __init__(self, config: SparseAttentionConfig, spec: LayerSpec) -> None:
         super().__init__(config, spec)
@@ -49,9 +51,19 @@ class LearnedAttention(SparseAttention):
         super()._apply(moved, recurse)
         return self
 
+    @property
+    def draws_by_forward(self) -> bool:
+        """Whether what this layer does depends on which forward it is in: noise, or what it gathers."""
+        return True
+
     def advance_step(self) -> None:
         """Count one micro-batch: once per outer training forward, before it."""
         self.step += 1
+        if not torch.compiler.is_compiling():  # a number that changes would have it compile anew
+            self.forwards += 1
+        self.repeat_step()
+
+    def repeat_step(self) -> None:
         self._may_keep_graph = True
         self.lost_graph = False
 
@@ -74,7 +86,7 @@ class LearnedAttention(SparseAttention):
     def _keep_loss(self, name: str, loss: Tensor, coefficient: float) -> None:
         """Keep a loss, to join the model's own times its coefficient."""
         if self._may_keep_graph or not self.training:
-            scaled = coefficient * loss
+            scaled = coefficient * (loss if coefficient else loss.detach())
             if coefficient and self.training and not torch.is_grad_enabled():
                 self.lost_graph = True
             self._live[name] = scaled if self._may_keep_graph else scaled.detach()

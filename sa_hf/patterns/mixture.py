@@ -99,6 +99,10 @@ class MixedSparseAttention(SparseAttention):
         for part in self._parts():
             part.advance_step()
 
+    def repeat_step(self) -> None:
+        for part in self._parts():
+            part.repeat_step()
+
     def drop_graph(self) -> None:
         for part in self._parts():
             part.drop_graph()

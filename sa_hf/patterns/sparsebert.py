@@ -155,6 +155,10 @@ class SparseBertAttention(LearnedAttention):
         """The module that holds the mask."""
         return self._owner[0] if self._owner else self
 
+    @property
+    def draws_by_forward(self) -> bool:
+        return not self.config.frozen
+
     def _held(self) -> tuple[Any, Tensor | None]:
         """The owner's ``logits`` and ``kept``; where Accelerate keeps them on the CPU or on disk while the owner does
         not run, brought in for this call."""
@@ -278,7 +282,8 @@ class SparseBertAttention(LearnedAttention):
         # A shared logit counts with the pairs that any layer reads through it: in a model that slides in its first
         # layer, others read further than the owner does.
         bands = [layer._band for layer in (self, *self._tied) if layer._seen]
-        density = self._density(self.gate(), _any_of(bands))
+        gate = self.gate()
+        density = self._density(gate if coefficient else gate.detach(), _any_of(bands))
         return {"sparsebert_density": coefficient * density / self._layers_averaged}
 
     def _density(self, gate: Tensor, band: Band) -> Tensor:

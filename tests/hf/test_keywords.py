@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs
 
 import sa_hf
 from sa_hf import SparseAttentionError
-from sa_hf.hf.attention import HARMLESS, SERVED, loss_keywords
+from sa_hf.hf.keywords import HARMLESS, LOSS_KEYWORDS, SERVED
 
 EXPIRING = sa_hf.ExpireSpanAttentionConfig(max_span=12, ramp=4, initial_span=6, span_loss_coef=0.1)
 
@@ -21,8 +21,8 @@ def test_every_keyword_of_the_installed_contract_is_known() -> None:
     """A release that adds one fails here, and somebody looks at whether it changes attention."""
     named = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
     assert named <= HARMLESS | SERVED
-    assert {"shift_labels", "ignore_index", "weight", "label_smoothing", "num_items_in_batch"} <= loss_keywords()
-    assert not loss_keywords() & SERVED
+    assert {"shift_labels", "ignore_index", "weight", "label_smoothing", "num_items_in_batch"} <= LOSS_KEYWORDS
+    assert not LOSS_KEYWORDS & SERVED
 
 
 LABELLED: list[dict[str, Any]] = [

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from accelerate.state import AcceleratorState
 from hf_cases import CONFIGS, tiny_model, tokens
 
 import sa_hf
@@ -95,20 +96,27 @@ def test_wholes_and_modules_that_only_ask_for_weights_save_as_ever(tmp_path: Pat
         sa_hf.patch_model(tiny_model("t5"), WINDOW).save_pretrained(tmp_path / "t5")
 
 
-def test_losses_that_join_no_loss_warn_once() -> None:
+def test_the_losses_of_a_part_reach_it_through_the_loss_around_it() -> None:
+    """With a warning: by what the model around it divides or multiplies is not known."""
+    labels = torch.tensor([0])
+    whole = sa_hf.patch_model(classifier().train(), MASKS)
     model = classifier().train()
     sa_hf.patch_model(model.bert, MASKS)
-    labels = torch.tensor([0])
-    with pytest.warns(UserWarning, match=r"BertModel computes no loss.*sparsebert_density"):
-        model(tokens(1, 9), labels=labels)
-    quiet = sa_hf.patch_model(classifier().train(), MASKS)
+    torch.manual_seed(0)  # dropout is on
+    whole(tokens(1, 9), labels=labels).loss.backward()
+    AcceleratorState._reset_state(True)  # an earlier test may have had an Accelerator, which says the scale
+    torch.manual_seed(0)
+    loss = model(tokens(1, 9), labels=labels).loss
+    with pytest.warns(UserWarning, match="sparsebert_density.*not output.loss"):
+        loss.backward()
+    name = "bert.encoder.layer.0.attention.self.sparse.logits"
+    assert torch.allclose(model.get_parameter(name).grad, whole.get_parameter(name).grad, atol=1e-5)
     static = classifier().train()
     sa_hf.patch_model(static.bert, WINDOW)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model(tokens(1, 9), labels=labels)
-        quiet(tokens(1, 9), labels=labels)
-        static(tokens(1, 9), labels=labels)
+        model(tokens(1, 9), labels=labels).loss.backward()
+        static(tokens(1, 9), labels=labels).loss.backward()
 
 
 def test_functions_given_the_other_one_say_which_is_patched() -> None:

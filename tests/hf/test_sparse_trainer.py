@@ -57,11 +57,14 @@ def test_the_sparse_trainer_trains_on_losses_where_the_model_gets_no_labels(
         assert change.item() == pytest.approx(moved, rel=1e-3)
 
 
-def test_a_stock_trainer_that_keeps_the_labels_back_warns(tmp_path: Any) -> None:
+def test_a_stock_trainer_that_keeps_the_labels_back_trains_on_them(tmp_path: Any) -> None:
     model = sa_hf.patch_model(tiny_model("llama"), EXPIRING)
     data = [{"input_ids": row, "labels": row} for row in tokens(2, 6)]
-    with pytest.warns(UserWarning, match="not trained on"):
-        trainer_of(tf.Trainer, model, data, tmp_path, label_smoothing_factor=0.1).train()
+    before = [layer.self_attn.sparse.bias.clone() for layer in model.model.layers]
+    trainer_of(tf.Trainer, model, data, tmp_path, label_smoothing_factor=0.1).train()
+    # All spans outlast the sequence: their loss alone moves them.
+    for layer, bias in zip(model.model.layers, before, strict=True):
+        assert layer.self_attn.sparse.bias < bias
 
 
 def test_the_sparse_trainer_keeps_the_sequence_ids_of_a_data_set(tmp_path: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -278,24 +277,6 @@ def test_reentrant_checkpointing_raises_instead_of_losing_the_loss(pattern: Any)
         model(ids, labels=ids)  # nothing is trained here
     model.gradient_checkpointing_disable()
     model(ids, labels=ids)
-
-
-def test_losses_that_join_none_warn_once() -> None:
-    model = sa_hf.patch_model(tiny_model("llama"), EXPIRING)
-    ids = tokens(1, 6)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(ids)
-        model.train()
-        with torch.no_grad():
-            model(ids)
-        model(ids, labels=ids)
-        sa_hf.patch_model(tiny_model("llama"), replace(EXPIRING, span_loss_coef=0.0)).train()(ids)
-    with pytest.warns(UserWarning, match=r"no labels reached LlamaForCausalLM.*\['expire_span'\].*SparseTrainer"):
-        model(ids)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(ids)
 
 
 def test_steps_count_outer_training_forwards() -> None:
