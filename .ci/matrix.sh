@@ -5,6 +5,7 @@
 # Usage: bash .ci/matrix.sh        (after scripts/setup.sh test)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. .ci/overlay.sh
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PIP_DISABLE_PIP_VERSION_CHECK=1
 tests=(
   tests/hf/test_releases.py tests/hf/test_sparse_cache.py tests/hf/test_generation.py tests/hf/test_families.py
@@ -19,15 +20,7 @@ newest="$(.venv/bin/python -m pip install --quiet --dry-run --ignore-installed -
 run_on() { # version
   local home=".venv/transformers-$1" log
   local python="$home/bin/python"
-  if [ ! -f "$home/installed" ]; then
-    rm -rf "$home"
-    .venv/bin/python -m venv --without-pip "$home"
-    # Behind the environment's own packages: what it has not comes from .venv.
-    .venv/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-      > "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
-    "$python" -m pip install --quiet "transformers==$1"
-    touch "$home/installed"
-  fi
+  overlay "$home" "transformers==$1"
   found="$("$python" -c 'import transformers; print(transformers.__version__)')"
   case "$found" in "$1" | "$1".0) ;; *) echo "matrix: transformers $found instead of $1" >&2; return 1 ;; esac
   log="$home/log"

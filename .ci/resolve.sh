@@ -22,7 +22,7 @@ field() { # name, file of requirements: its version
 twice "$python" -m pip --isolated install --quiet --disable-pip-version-check --target "$work/tools" 'pip>=25' uv
 for release in 3.11 3.12 3.13; do
   twice "$work/tools/bin/uv" pip compile --no-config --quiet --only-binary :all: \
-    --python-version "$release" --python-platform x86_64-manylinux_2_28 --extra test -c .ci/constraints.txt \
+    --python-version "$release" --python-platform x86_64-manylinux_2_28 --extra test --extra stacks -c .ci/constraints.txt \
     --output-file "$work/$release" pyproject.toml > /dev/null
   torch="$(field torch "$work/$release")" triton="$(field triton "$work/$release")"
   echo "resolve: Python $release: torch $torch, triton $triton, transformers $(field transformers "$work/$release")"

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from used_inside import checks
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 from hf_cases import tiny_model  # noqa: E402
+from words import word_tokenizer  # noqa: E402
 
 import sa_hf  # noqa: E402
 
@@ -22,13 +22,7 @@ PAIRS = [{"anchor": "w3 w4 w5 w6", "positive": "w7 w8 w9"}, {"anchor": "w13 w14"
 
 @pytest.fixture
 def encoder(tmp_path: Any) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 99)}}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>")
-    tokenizer.save_pretrained(tmp_path / "bert")
+    word_tokenizer().save_pretrained(tmp_path / "bert")
     tiny_model("bert").save_pretrained(tmp_path / "bert")
     return sentence_transformers.SentenceTransformer(str(tmp_path / "bert"), device="cpu")
 

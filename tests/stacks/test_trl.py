@@ -17,6 +17,7 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parent.parent / "hf"))
 from hf_cases import tiny_model, tokens  # noqa: E402
+from words import word_tokenizer  # noqa: E402
 
 import sa_hf  # noqa: E402
 
@@ -27,15 +28,8 @@ STATIC = sa_hf.BigBirdAttentionConfig(block_size=4, num_random_blocks=1)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: Any) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 99)}}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return tf.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
-    )
+def tokenizer() -> Any:
+    return word_tokenizer(eos_token="</s>", model_max_length=64)
 
 
 def rows(lengths: tuple[int, ...]) -> Any:
