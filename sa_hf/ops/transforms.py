@@ -81,7 +81,7 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 
 def refuse_traced_transforms(*tensors: Tensor | None) -> None:
     """Raise where a graph is traced by torch.jit, inside a function transform, or with tangents."""
-    if torch._C._is_tracing():
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():  # which torch.compile could not trace
         raise SparseAttentionError(JIT_TRACE)
     if torch._C._are_functorch_transforms_active():
         raise SparseAttentionError(COMPILED_TRANSFORM)
