@@ -12,7 +12,7 @@ tests=(
   tests/learned/test_learned_in_models.py tests/saving/test_round_trip.py
 )
 
-oldest="$(.venv/bin/python -c 'from sa_hf.hf.versions import FLOOR; print(FLOOR)')"
+oldest="$(.venv/bin/python -c 'from sa_hf.hf.state.versions import FLOOR; print(FLOOR)')"
 pinned="$(sed -n 's/^transformers==//p' .ci/constraints.txt)"
 newest="$(.venv/bin/python -m pip install --quiet --dry-run --ignore-installed --no-deps --report - transformers \
   | .venv/bin/python -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])')"

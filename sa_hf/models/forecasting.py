@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.publish import code_files, save_whole
+from sa_hf.hf.checkpoints.publish import code_files, save_whole
 from sa_hf.models.conv_trans import ConvTransConfig, ConvTransLayer, LayerCache
 from sa_hf.models.distributions import DISTRIBUTIONS
 

@@ -2,7 +2,7 @@
 
 A forward only gathers statistics. They are keyed by the micro-batch and overwritten, so a recomputation under gradient
 checkpointing counts nothing twice; the centroids move in :func:`update_centroids`, once per optimizer step after it
-(``sa_hf.hf.centroids`` sees to that).
+(``sa_hf.hf.forward.centroids`` sees to that).
 """
 
 from __future__ import annotations

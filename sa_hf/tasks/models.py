@@ -137,7 +137,7 @@ def check_head(config: Any, task: str) -> None:
 
 def check_causality(model: Any, task: str) -> None:
     """Raise ``SparseAttentionError`` for a causal language model whose attention sees the tokens that it predicts."""
-    from sa_hf.hf.families import find_sites
+    from sa_hf.hf.patching.families import find_sites
 
     if task != "causal-lm":
         return

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sa_hf.hf.trainer import SparseTrainer
+from sa_hf.hf.training.trainer import SparseTrainer
 from sa_hf.tasks.data import FORECASTING, Rows, collator
 from sa_hf.tasks.masking import masked_once
 from sa_hf.tasks.metrics import accuracy

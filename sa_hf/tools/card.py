@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.card import CARD_FILE, card_text, is_ours, known_of
+from sa_hf.hf.checkpoints.card import CARD_FILE, card_text, is_ours, known_of
 from sa_hf.tools.inspect import inspect_checkpoint
 
 

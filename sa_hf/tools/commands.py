@@ -123,8 +123,8 @@ def summary(
     """What runs where in a patched model: pattern, density, engine, memory, per layer."""
     from sa_hf import patch_model
     from sa_hf import summary as summarise
-    from sa_hf.hf.patching import patch_of
-    from sa_hf.hf.positions import lengthening
+    from sa_hf.hf.patching.patch import patch_of
+    from sa_hf.hf.state.positions import lengthening
 
     # Before a model is loaded, which may take long.
     config = None if pattern is None else make_config(pattern, options or [], preset)
@@ -199,7 +199,7 @@ def plot(
 ) -> None:
     """Draw what each layer of a checkpoint reads, learned masks, spans and clusters too, and print their figures."""
     from sa_hf import figures
-    from sa_hf.hf.positions import position_limit
+    from sa_hf.hf.state.positions import position_limit
     from sa_hf.tools.inspect import inspect_checkpoint
     from sa_hf.tools.plot import plot_model
 
@@ -262,8 +262,8 @@ def suggest(
     for all of it), at the length that was measured. Patterns that learn are listed with the pairs that they can cost.
     """
     from sa_hf import unpatch_model
-    from sa_hf.hf.patching import patch_of
-    from sa_hf.hf.positions import position_limit
+    from sa_hf.hf.patching.patch import patch_of
+    from sa_hf.hf.state.positions import position_limit
 
     if tokens is not None and text is None:
         raise SparseAttentionError(f"--tokens {tokens} is how much of a text to measure on; add --text FILE")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, BigBirdConfig, PreTrainedMod
 
 from sa_hf.config import SparseAttentionConfig, check_fields
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.patching import patch_model
+from sa_hf.hf.patching.patch import patch_model
 from sa_hf.patterns.bigbird import BigBirdAttentionConfig
 from sa_hf.patterns.dense import DenseAttentionConfig
 

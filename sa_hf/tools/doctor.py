@@ -55,7 +55,7 @@ def _package(name: str) -> Finding:
 
 
 def _transformers_range() -> Finding:
-    from sa_hf.hf.versions import check_transformers
+    from sa_hf.hf.state.versions import check_transformers
 
     try:
         check_transformers()

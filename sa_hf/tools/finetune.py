@@ -139,7 +139,7 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, Source]:
     )
     if args.pattern == "none" or args.model == CONV_TRANS:
         return model, tokenizer, source
-    from sa_hf.hf.positions import lengthening
+    from sa_hf.hf.state.positions import lengthening
 
     sa_hf.patch_model(
         model,

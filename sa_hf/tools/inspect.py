@@ -55,7 +55,7 @@ class Inspection:
 
 def _numbers(indices: list[str]) -> list[str]:
     """Numbers as one entry "0-3,6"; what is no number as it is."""
-    from sa_hf.hf.assignment import format_indices
+    from sa_hf.hf.state.assignment import format_indices
 
     numbers = sorted(int(index) for index in indices if index.isdecimal())
     others = [index for index in indices if not index.isdecimal()]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.families import root_model
-from sa_hf.hf.layers import leaves, sparse_children
-from sa_hf.hf.patching import patch_model, patch_of, unpatch_model
+from sa_hf.hf.patching.families import root_model
+from sa_hf.hf.patching.patch import patch_model, patch_of, unpatch_model
+from sa_hf.hf.state.layers import leaves, sparse_children
 from sa_hf.patterns.sparsebert import SparseBertAttention, SparseBertAttentionConfig
 
 BAR = 40  # characters of the longest bar of a printed study

@@ -199,7 +199,7 @@ def stacks_of(model: Any, input_ids: Tensor | None = None) -> list[Stack]:
     Raises:
         UnsupportedModelError: the model's attention cannot be made sparse.
     """
-    from sa_hf.hf.families import find_sites
+    from sa_hf.hf.patching.families import find_sites
 
     found = find_sites(model).stacks
     attention = {} if input_ids is None else dense_attention_of(model, input_ids)

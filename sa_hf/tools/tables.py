@@ -54,7 +54,7 @@ def _value(value: Any) -> str:
 
 def grouped_summary(layers: list[Any]) -> tuple[list[list[Cell]], list[str]]:
     """Rows of a summary, equal layers in one; and why each engine serves, once each."""
-    from sa_hf.hf.assignment import format_indices
+    from sa_hf.hf.state.assignment import format_indices
 
     groups: dict[tuple[str, ...], list[int]] = {}
     for layer in layers:

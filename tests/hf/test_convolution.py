@@ -11,7 +11,7 @@ from hf_cases import CONFIGS, FAMILIES, case, error, tiny_model, tokens
 
 import sa_hf
 from sa_hf import SparseAttentionError
-from sa_hf.hf.conv import check_projections, earlier_slots
+from sa_hf.hf.forward.convolution import check_projections, earlier_slots
 from sa_hf.layer import AttentionInputs
 from sa_hf.ops.sequences import Sequences
 

@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs
 
 import sa_hf
 from sa_hf import SparseAttentionError
-from sa_hf.hf.keywords import HARMLESS, LOSS_KEYWORDS, SERVED
+from sa_hf.hf.forward.keywords import HARMLESS, LOSS_KEYWORDS, SERVED
 
 EXPIRING = sa_hf.ExpireSpanAttentionConfig(max_span=12, ramp=4, initial_span=6, span_loss_coef=0.1)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sa_hf
 from sa_hf import SparseAttentionError
-from sa_hf.hf.losses import collected_losses
+from sa_hf.hf.forward.losses import collected_losses
 
 EXPIRING = sa_hf.ExpireSpanAttentionConfig(max_span=12, ramp=4, initial_span=6, span_loss_coef=0.1)
 MASKS = sa_hf.SparseBertAttentionConfig(mask_length=32, density_coef=2.0)
@@ -176,7 +176,7 @@ def test_forwards_of_one_micro_batch_share_its_weight(tmp_path: Any) -> None:
 
 def test_label_smoothing_of_the_stock_trainer_trains_on_them(tmp_path: Any) -> None:
     """It keeps the labels back from the model; SparseTrainer adds the losses itself, with the same result."""
-    from sa_hf.hf.trainer import SparseTrainer
+    from sa_hf.hf.training.trainer import SparseTrainer
 
     found = [
         step_gradients(cls, tmp_path, EXPIRING, 2, label_smoothing_factor=0.1) for cls in (tf.Trainer, SparseTrainer)

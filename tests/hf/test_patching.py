@@ -14,7 +14,7 @@ from hf_cases import CONFIGS, case, error, tiny_model, tokens
 
 import sa_hf
 from sa_hf import ConfigVersionError, SparseAttentionError
-from sa_hf.hf.assignment import assignment_from_dict, assignment_to_dict, parse_assignment
+from sa_hf.hf.state.assignment import assignment_from_dict, assignment_to_dict, parse_assignment
 
 WINDOW = sa_hf.SlidingWindowAttentionConfig(window=3)
 STAR = sa_hf.StarAttentionConfig()
@@ -158,7 +158,7 @@ def test_functions_of_a_patched_model_say_so(name: str) -> None:
 
 
 def test_the_floor_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sa_hf.hf import versions
+    from sa_hf.hf.state import versions
 
     monkeypatch.setattr(versions.transformers, "__version__", "5.4.1")
     with pytest.raises(SparseAttentionError, match=r"pip install 'transformers>=5\.5,<6'"):

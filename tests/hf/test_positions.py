@@ -13,7 +13,7 @@ from hf_cases import BOTH, CONFIGS, case, tiny_model, tokens
 
 import sa_hf
 from sa_hf import SparseAttentionError, UnsupportedModelError
-from sa_hf.hf.positions import lengthening
+from sa_hf.hf.state.positions import lengthening
 
 LONG = 150
 # family: (table, rows before its first position)

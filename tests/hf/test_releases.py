@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 import sa_hf
 from sa_hf import SparseAttentionError, UnsupportedModelError
-from sa_hf.hf import versions
+from sa_hf.hf.state import versions
 
 KEEPING = ["expire_span", "routing", "convolution"]
 Hand = Callable[[Any, Any, Any], dict[str, Any]]

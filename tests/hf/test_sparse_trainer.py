@@ -13,7 +13,7 @@ from hf_cases import tiny_model, tokens
 from torch import Tensor
 
 import sa_hf
-from sa_hf.hf.trainer import SparseTrainer
+from sa_hf.hf.training.trainer import SparseTrainer
 
 EXPIRING = sa_hf.ExpireSpanAttentionConfig(max_span=12, ramp=4, initial_span=6, span_loss_coef=0.1)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import sa_hf
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.patching import patch_of
-from sa_hf.hf.rotary import before_rotary
+from sa_hf.hf.forward.rotary import before_rotary
+from sa_hf.hf.patching.patch import patch_of
 from sa_hf.layer import AttentionInputs
 from sa_hf.patterns.routing import RoutingAttention
 

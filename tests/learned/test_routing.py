@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from sa_hf.errors import NotStaticError, SparseAttentionError
-from sa_hf.hf.rotary import before_rotary
+from sa_hf.hf.forward.rotary import before_rotary
 from sa_hf.ops.counts import row_counts
 from sa_hf.ops.data_layout import range_layout
 from sa_hf.ops.parts import Band, BlockPart

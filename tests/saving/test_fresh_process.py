@@ -10,7 +10,7 @@ import torch
 from conftest import AUTO, FAMILIES, LEARNED, T5_IS_SERVED, inputs, one_step, output
 
 from sa_hf import SlidingWindowAttentionConfig, available_patterns
-from sa_hf.hf.patching import patch_model, unpatch_model
+from sa_hf.hf.patching.patch import patch_model, unpatch_model
 
 # Every pattern, and one model with two stacks.
 CASES = {name: (*LEARNED.get(name, ("llama", {})), name) for name in available_patterns()}
@@ -66,7 +66,7 @@ def test_another_version_uses_the_carried_code(tmp_path):
     model.save_pretrained(tmp_path / "m")
     script = f"""
 import torch, sa_hf
-from sa_hf.hf.patching import patch_model
+from sa_hf.hf.patching.patch import patch_model
 from transformers import AutoModelForCausalLM
 sa_hf.__version__ = "999"
 given, expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)

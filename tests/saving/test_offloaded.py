@@ -7,7 +7,7 @@ from conftest import bert, inputs, output
 from transformers import AutoModelForSequenceClassification
 
 import sa_hf
-from sa_hf.hf.patching import patch_model
+from sa_hf.hf.patching.patch import patch_model
 
 
 def masked():

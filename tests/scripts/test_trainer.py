@@ -11,7 +11,7 @@ from finetune_cases import DECODER, FEW_STEPS
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import sa_hf
-from sa_hf.hf.trainer import SparseAttentionCallback, training_figures, update_centroids
+from sa_hf.hf.training.trainer import SparseAttentionCallback, training_figures, update_centroids
 from sa_hf.tools import finetune
 
 ROWS = [{"input_ids": list(range(i, i + 24)), "labels": list(range(i, i + 24))} for i in range(8)]
@@ -57,7 +57,7 @@ def test_centroids_move_with_each_optimizer_step(tmp_path: Path, monkeypatch: py
         update_centroids(moved)
         moves.append([b.clone() for n, b in model.named_buffers() if n.endswith("centroids")])
 
-    monkeypatch.setattr("sa_hf.hf.trainer.update_centroids", watched)
+    monkeypatch.setattr("sa_hf.hf.training.trainer.update_centroids", watched)
     trained(model, tmp_path, gradient_accumulation_steps=2)
     assert len(moves) == 3
     assert all(len(buffers) == 2 for buffers in moves)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import sa_hf
 from sa_hf import patch_model
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.layers import sparse_children
+from sa_hf.hf.state.layers import sparse_children
 from sa_hf.tools.commands import app
 from sa_hf.tools.plot import attended, plot_model
 

@@ -1,0 +1,1 @@
+"""What layers keep from token to token."""

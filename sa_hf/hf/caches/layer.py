@@ -1,0 +1,298 @@
+"""What one attention layer keeps beside its keys and values, and where the received keys stand.
+
+Per-token state of a pattern (spans, clusters, inputs of a convolution) lives on the Transformers cache layer, whose
+class is swapped for a subclass that lets it follow reorder, repeat, select, crop and reset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from sa_hf.errors import SparseAttentionError
+
+if TYPE_CHECKING:
+    from sa_hf.config import SparseAttention
+    from sa_hf.hf.forward.masks import MaskRequest
+    from sa_hf.layer import AttentionInputs
+    from sa_hf.ops.parts import Band
+    from sa_hf.ops.sequences import Sequences
+
+# Tokens that a limited memory keeps beyond its need, so that assisted generation can take back its rejected guesses
+# (Transformers proposes at most a few dozen at once).
+SLACK = 64
+
+
+@dataclass(eq=False)
+class Remembered:
+    """One per-token tensor of a layer: its values from slot ``start`` on, along ``dim``; ``need`` limits how many
+    of the last slots are kept (and a crop may leave no fewer), None keeps all."""
+
+    tensor: Tensor
+    dim: int
+    start: int = 0
+    need: int | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tensor.shape[self.dim]
+
+    def cut(self, end: int) -> None:
+        """Forget the slots from ``end`` on."""
+        if self.end <= end:
+            return
+        left = max(0, end - self.start)
+        if self.need is not None and left < min(self.need, end):
+            raise SparseAttentionError(
+                f"the cache was cropped to {end} tokens, which needs inputs from before slot {self.start}"
+                f"; crop by at most {SLACK} tokens, or start again from the prompt"
+            )
+        self.tensor = self.tensor.narrow(self.dim, 0, left)
+
+
+@lru_cache(maxsize=64)
+def _remembering(base: Any) -> Any:
+    """A cache layer's class whose remembered tensors follow what happens to its keys."""
+
+    class Remembering(base):
+        # Transformers would enter a class with a layer type into its tables.
+        _layer_type = None
+        sa_hf_memory: dict[str, Remembered]
+
+        def _each(self, change: Any) -> None:
+            for entry in self.sa_hf_memory.values():
+                entry.tensor = change(entry.tensor)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._each(lambda x: x[indices, ...])
+
+        def crop(self, *args: Any, **kwargs: Any) -> None:
+            super().crop(*args, **kwargs)
+            for entry in self.sa_hf_memory.values():
+                entry.cut(int(self.get_seq_length()))
+
+        def reset(self) -> None:
+            super().reset()
+            self.sa_hf_memory.clear()
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            # The class has no name of its own that a pickle could find.
+            return _restored, (base, dict(vars(self)))
+
+    Remembering.__name__ = Remembering.__qualname__ = base.__name__
+    return Remembering
+
+
+def _restored(base: type, state: dict[str, Any]) -> Any:
+    """A pickled or copied cache layer with what it remembers."""
+    kind = _remembering(base)
+    layer = kind.__new__(kind)
+    vars(layer).update(state)
+    return layer
+
+
+def is_cache(x: Any) -> bool:
+    """Whether this is a cache: by its class, or by the methods that a model calls on one of another make."""
+    if x is None or isinstance(x, Tensor | tuple):
+        return False
+    return isinstance(x, Cache) or (hasattr(type(x), "update") and hasattr(type(x), "get_seq_length"))
+
+
+def cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The cache that a call carries, or None; found by what it is, since releases of transformers name it differently
+    (``layer_past``, ``past_key_values``, from 5.24 on ``cache``)."""
+    return next((x for x in (*kwargs.values(), *args) if is_cache(x)), None)
+
+
+def memory_of(layer: Any) -> dict[str, Remembered]:
+    """The remembered tensors of a cache layer; its class is swapped at the first call."""
+    if "sa_hf_memory" not in vars(layer):
+        kind: Any = type(layer)
+        # A plain subclass: with a mixin in front, the layouts would differ and the class could not be swapped.
+        layer.__class__ = _remembering(kind)
+        layer.sa_hf_memory = {}
+    memory: dict[str, Remembered] = layer.sa_hf_memory
+    return memory
+
+
+def _not_remembered(name: str, seen: int) -> SparseAttentionError:
+    return SparseAttentionError(
+        f"the cache holds {seen} tokens without {name!r}, which this layer's pattern needs for each: they are keys "
+        "and values alone, of another model, from before patching, or learned ones (PEFT's prefix tuning). Start again "
+        "from the prompt, or use prompt tuning or LoRA; prefix tuning goes with patterns without state of their own "
+        "per token, such as 'sliding_window' or 'bigbird'"
+    )
+
+
+@dataclass(eq=False)
+class LayerMemory:
+    """The cache of one attention layer in one call."""
+
+    cache: Cache
+    layer_idx: int
+    pending: dict[str, Remembered] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cache: Any, module: nn.Module) -> LayerMemory | None:
+        """What a layer keeps in this cache; None without one, or where the cache has no layers to keep it on."""
+        cache = getattr(cache, "self_attention_cache", cache)
+        layer_idx = getattr(module, "layer_idx", None)
+        if not isinstance(layer_idx, int):
+            return None
+        return cls(cache, layer_idx) if is_cache(cache) and hasattr(cache, "layers") else None
+
+    @property
+    def layer(self) -> Any:
+        """The cache's own of this layer; None where it has none (yet)."""
+        return self.cache.layers[self.layer_idx] if self.layer_idx < len(self.cache.layers) else None
+
+    def _check_holds_keys(self, name: str) -> None:
+        """That the keys of this call are in the cache's layer of this one, and not in another's whose keys it reads."""
+        length = getattr(self.layer, "get_seq_length", None)
+        if length is None or not self.layer.is_initialized or int(length()) == 0:
+            raise SparseAttentionError(
+                f"layer {self.layer_idx} reads the keys of another layer (they are shared), so the cache has no place "
+                f"for the {name!r} that its pattern needs of each token; use a static pattern there, or use_cache=False"
+            )
+
+    def remember(self, name: str, tensor: Tensor, dim: int) -> Tensor:
+        """``AttentionInputs.remember``: called after the keys joined the cache; batch is dimension 0 of the tensor."""
+        self._check_holds_keys(name)
+        memory = memory_of(self.layer)
+        total = int(self.layer.get_seq_length())
+        seen = total - tensor.shape[dim]
+        old = memory.get(name)
+        if old is None or seen == 0:
+            if seen:
+                raise _not_remembered(name, seen)
+            memory[name] = Remembered(tensor, dim)
+            return tensor
+        old.cut(seen)
+        joined = torch.cat([old.tensor, tensor], dim=dim)
+        memory[name] = Remembered(joined, dim)
+        slots = getattr(self.layer, "slots", None)
+        return joined if slots is None else placed(joined, slots, total, dim)
+
+    def recent(self, name: str, tensor: Tensor, need: int) -> tuple[Tensor, int]:
+        """The last inputs of the layer and the new ones, ``[batch, tokens, ...]``, and the slot of the first.
+
+        Called before the keys join the cache; ``need`` older tokens belong to it (and ``SLACK`` more stay, for crops).
+        """
+        started = self.layer is not None and self.layer.is_initialized
+        seen = int(self.cache.get_seq_length(self.layer_idx)) if started else 0
+        if not started:
+            # The layer comes to be when its keys do; until then the new inputs wait here.
+            self.pending[name] = Remembered(tensor[:, -need - SLACK :], 1, max(0, tensor.shape[1] - need - SLACK), need)
+            return tensor, 0
+        memory = memory_of(self.layer)
+        old = memory.get(name)
+        if seen == 0 or old is None:
+            if seen:
+                raise _not_remembered(name, seen)
+            old = Remembered(tensor[:, :0], 1, 0, need)
+        old.cut(seen)
+        joined = torch.cat([old.tensor, tensor], dim=1)
+        kept = joined[:, -need - SLACK :]
+        memory[name] = Remembered(kept, 1, old.start + joined.shape[1] - kept.shape[1], need)
+        return joined, old.start
+
+    def announce(self, child: SparseAttention) -> None:
+        """Tell a ``sparse_cache`` which pattern reads the keys that it hands out next; it may refuse that one."""
+        announce = getattr(self.layer, "announce", None)
+        if announce is not None:
+            announce(child)
+
+    def settle(self) -> None:
+        """Put inputs that waited for the layer onto it; called once its keys have joined."""
+        if self.pending:
+            self._check_holds_keys(next(iter(self.pending)))
+            memory_of(self.layer).update(self.pending)
+            self.pending.clear()
+
+    def kept_slots(self, length: int) -> Tensor | None:
+        """The slots of the keys that a sparse cache handed out; None where it dropped none, or is no sparse cache."""
+        slots: Tensor | None = getattr(self.layer, "slots", None)
+        if slots is not None and self.layer.announced:
+            raise SparseAttentionError(
+                f"layer {self.layer_idx} reads keys that did not pass through its place in the sparse_cache: layers of "
+                "this model share keys in a way that sa_hf does not know; use a DynamicCache"
+            )
+        return None if slots is None or len(slots) == length else slots
+
+    def evict(self, child: SparseAttention, inputs: AttentionInputs) -> None:
+        """Let a ``sparse_cache`` drop what the layer's pattern can no longer read."""
+        evict = getattr(self.layer, "evict", None)
+        if evict is not None:
+            evict(child, inputs)
+
+
+def absolute_keys(
+    key: Tensor, value: Tensor, length: int, request: MaskRequest | None, slots: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[batch, key heads, length, head_dim]`` with key ``j`` at slot ``j``, whatever the cache hands
+    out (the keys at ``slots``, where a sparse cache dropped others).
+
+    A static cache hands out its whole capacity, a sliding one only the last keys: the keys that it dropped, which the
+    model's own window excludes (:func:`check_reach`), come back as zeros and are never read.
+    """
+    held = key.shape[2]
+    if slots is not None:
+        return placed(key, slots, length, dim=2), placed(value, slots, length, dim=2)
+    first = 0 if request is None else request.key_offset
+    if first:
+        key, value = (nn.functional.pad(x, (0, 0, first, 0)) for x in (key, value))
+        held += first
+    if held < length:
+        raise SparseAttentionError(
+            f"the cache handed out {held} keys for {length} positions; this cache is not supported"
+        )
+    return key[:, :, :length], value[:, :, :length]
+
+
+def check_reach(request: MaskRequest, sequences: Sequences, band: Band) -> None:
+    """That the model's own window ends before the keys that its sliding cache has dropped.
+
+    The cache drops by slot, the window counts tokens: with zeros inside a mask the window reaches further back.
+
+    Raises:
+        SparseAttentionError: a query may read a key that is gone.
+    """
+    if sequences.key_gather is None:
+        return
+    slots = sequences.key_gather.cpu()
+    for span in sequences.spans:
+        position = span.key_length - span.query_length
+        lowest = 0 if band.left is None else max(0, position - band.left)
+        first = int(slots[span.row, span.key_start + lowest]) if span.query_length else request.key_offset
+        if first < request.key_offset:
+            raise SparseAttentionError(
+                f"row {span.row}: the model's window reaches back to slot {first}, but its sliding cache holds keys "
+                f"from slot {request.key_offset} on: zeros inside attention_mask set tokens apart. Pad on the left, or "
+                "generate with a sa_hf.sparse_cache(model)"
+            )
+
+
+def placed(x: Tensor, slots: Tensor, length: int, dim: int) -> Tensor:
+    """``x`` with its entries along ``dim`` at their slots; tokens that a sparse cache dropped are 0, or -1 where the
+    tensor counts something (no cluster)."""
+    if x.shape[dim] == length:
+        return x
+    shape = list(x.shape)
+    shape[dim] = length
+    empty = x.new_full(shape, 0 if x.is_floating_point() else -1)
+    return empty.index_copy(dim, slots.to(x.device), x)

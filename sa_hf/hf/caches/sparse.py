@@ -1,0 +1,226 @@
+"""``sparse_cache``: a Transformers cache that keeps only what each layer's pattern can still read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+
+from sa_hf.config import SparseAttention
+from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.caches.layer import memory_of
+from sa_hf.hf.patching.families import root_model
+from sa_hf.hf.state.layers import active_child, leaves
+from sa_hf.layer import AttentionInputs, Geometry
+from sa_hf.patterns.base import StaticPatternConfig
+
+# Dropping copies what stays, and asks the device what may go. Decode steps do neither until they have added a sixteenth
+# of what is held, nor copy until a sixteenth may go: at most 16 keys are copied per token then.
+EVICTED_PART = 16
+
+
+def sparse_cache(model: nn.Module) -> Cache:
+    """An empty cache for ``generate(..., past_key_values=cache)`` or plain forwards of a patched decoder.
+
+    Lossless: the logits are those of a full cache. ``.report()``: ``{layer: {"pattern", "seen", "kept", "bytes"}}``.
+    A pattern that may read any past key (LogSparse without a window of the model's own, random blocks) keeps all. It
+    cannot be cropped, so it serves greedy search, sampling and beams, and not assisted generation. Layers whose keys
+    other layers read, too (Gemma 3n, Gemma 4), keep all of them. It serves the
+    patterns that it was filled under, and raises under others, inside ``dense(model)`` and after ``unpatch_model``.
+
+    Raises:
+        SparseAttentionError: the model is not patched, or has no decoder.
+    """
+    from sa_hf.hf.patching.patch import required_patch
+
+    root = root_model(model)
+    patch = required_patch(root, "sparse_cache")
+    sites = patch.sites.stacks.get("decoder")
+    if sites is None:
+        raise SparseAttentionError(f"{type(root).__name__} has no causal layers, so nothing to cache")
+    layers: dict[int, KeptLayer | DynamicLayer] = {}
+    names: dict[int, str] = {}
+    for site in sites:
+        module = root.get_submodule(site.name)
+        child = active_child(module)
+        at = getattr(module, "layer_idx", site.spec.layer_idx)
+        sparse = isinstance(child, SparseAttention)
+        if getattr(module, "is_kv_shared_layer", False):
+            layers[at] = SharedLayer()
+        else:  # what is read by other layers, too, stays whole
+            whole = not sparse or getattr(module, "store_full_length_kv", False)
+            layers[at] = DynamicLayer() if whole else KeptLayer()
+        names[at] = "+".join(leaf.config.name for leaf in leaves(child)) if sparse else "dense"
+    kept = SparseCache([layers.get(at) or DynamicLayer() for at in range(max(layers) + 1)], names)
+    return SparseEncoderDecoderCache(kept, DynamicCache()) if root.config.is_encoder_decoder else kept
+
+
+class SparseCache(Cache):
+    """One :class:`KeptLayer` per sparse layer, a plain growing layer per dense one."""
+
+    def __init__(self, layers: list[Any], names: dict[int, str]) -> None:
+        super().__init__(layers=layers)
+        self.names = names
+
+    def report(self) -> dict[int, dict[str, Any]]:
+        """Per layer: its pattern, the tokens seen, the tokens kept, and the bytes that they take."""
+        return {
+            at: {
+                "pattern": name,
+                "seen": int(self.layers[at].get_seq_length()),
+                "kept": _held(self.layers[at]),
+                "bytes": _bytes(self.layers[at]),
+            }
+            for at, name in sorted(self.names.items())
+        }
+
+
+class SparseEncoderDecoderCache(EncoderDecoderCache):
+    """A sparse cache of the decoder's self-attention beside a plain one of its cross-attention."""
+
+    def report(self) -> dict[int, dict[str, Any]]:
+        """As :meth:`SparseCache.report`."""
+        found: dict[int, dict[str, Any]] = self.self_attention_cache.report()
+        return found
+
+
+def _held(layer: Any) -> int:
+    return int(layer.keys.shape[2]) if layer.is_initialized and layer.keys.numel() else 0
+
+
+def _bytes(layer: Any) -> int:
+    tensors = [x for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
+    tensors += [entry.tensor for entry in getattr(layer, "sa_hf_memory", {}).values()]
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+class SharedLayer(DynamicLayer):
+    """In the place of a layer that reads another one's keys and has none of its own; stays empty."""
+
+
+class KeptLayer(DynamicLayer):
+    """Holds the keys at ``slots`` (int64, ascending) of the ``seen`` tokens so far; the rows of a batch share them.
+
+    What it dropped, only the pattern that it ``kept_for`` can do without: a layer's pattern announces itself before its
+    keys join, and attention that does not (dense, unpatched) reads all keys.
+    """
+
+    is_croppable = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keys: Any
+        self.values: Any
+        self.slots = torch.zeros(0, dtype=torch.int64)
+        self.seen = self.asked_at = 0
+        self.kept_for: tuple[Any, ...] | None = None  # None as long as nothing was dropped
+        self.announced = False
+
+    def announce(self, child: SparseAttention) -> None:
+        """Called before ``update`` by the layer whose pattern reads what that returns.
+
+        Raises:
+            SparseAttentionError: another pattern said which keys could go.
+        """
+        if self.kept_for is not None and self.kept_for != _pattern_of(child):
+            raise self._other_reader(f"this layer's pattern is now {_name_of(_pattern_of(child))}")
+        self.announced = True
+
+    def _other_reader(self, now: str) -> SparseAttentionError:
+        return SparseAttentionError(
+            f"this sparse_cache holds {len(self.slots)} of {self.seen} keys, those that {_name_of(self.kept_for)} "
+            f"reads, but {now}: start again from the prompt, with a new cache"
+        )
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.kept_for is not None and not self.announced:
+            raise self._other_reader("this layer now reads all of them (inside dense(model), or without its pattern)")
+        self.announced = False
+        new = key_states.shape[-2]
+        fresh = torch.arange(self.seen, self.seen + new, device=key_states.device)
+        self.slots = torch.cat([self.slots.to(key_states.device), fresh])
+        self.seen += new
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + int(query_length), 0
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise SparseAttentionError(
+            "a sparse_cache cannot be cropped: keys that an earlier token reads may be gone; use a DynamicCache"
+        )
+
+    def reset(self) -> None:
+        super().reset()
+        # Older Transformers fill a layer with zeros instead of emptying it.
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.slots, self.seen, self.asked_at = torch.zeros(0, dtype=torch.int64), 0, 0
+        self.kept_for, self.announced = None, False
+
+    def evict(self, child: SparseAttention, inputs: AttentionInputs) -> None:
+        """Drop the keys that no row's next queries can read."""
+        decoding = inputs.query.shape[2] == 1
+        if decoding and (self.seen - self.asked_at) * EVICTED_PART < len(self.slots):
+            return
+        self.asked_at = self.seen
+        keep = readable_slots(child, inputs)
+        if keep is None:
+            return
+        chosen = torch.nonzero(keep.to(self.slots.device)[self.slots]).flatten()
+        dropped = len(self.slots) - len(chosen)
+        if dropped == 0 or (decoding and dropped * EVICTED_PART < len(chosen)):
+            return
+        self.kept_for = _pattern_of(child)
+        self.slots = self.slots[chosen]
+        self.keys, self.values = (x.index_select(2, chosen.to(x.device)) for x in (self.keys, self.values))
+        for entry in memory_of(self).values():
+            if entry.need is None:
+                entry.tensor = entry.tensor.index_select(entry.dim, chosen.to(entry.tensor.device))
+
+
+def _pattern_of(child: SparseAttention) -> tuple[Any, ...]:
+    return tuple((leaf.config, leaf.heads) for leaf in leaves(child))
+
+
+def _name_of(pattern: tuple[Any, ...] | None) -> str:
+    return " + ".join(repr(config) for config in dict.fromkeys(config for config, _ in pattern or ()))
+
+
+def readable_slots(child: SparseAttention, inputs: AttentionInputs) -> Tensor | None:
+    """Which of the slots so far some later query of some row can read, bool ``[slots]``; None is all."""
+    total: Tensor | None = None
+    for leaf in leaves(child):
+        kept = _readable(leaf, inputs)
+        if kept is None:
+            return None
+        total = kept if total is None else total | kept
+    return total
+
+
+def _readable(leaf: SparseAttention, inputs: AttentionInputs) -> Tensor | None:
+    if not isinstance(leaf.config, StaticPatternConfig):
+        expired = leaf.expired_keys()
+        return None if expired is None else ~expired.all(0).cpu()
+    at = Geometry(1, 1, leaf.heads, leaf.spec.num_heads, leaf.spec.layer_idx, True, inputs.band)
+    sequences = inputs.sequences
+    kept = torch.zeros(sequences.key_length, dtype=torch.bool)
+    for span in sequences.spans:
+        slots = torch.arange(span.key_start, span.key_start + span.key_length)
+        if sequences.key_gather is not None:
+            slots = sequences.key_gather[span.row].cpu()[slots]
+        kept[slots] |= _kept(leaf.config, at, span.key_length)
+    return kept
+
+
+@lru_cache(maxsize=256)
+def _kept(config: StaticPatternConfig, at: Geometry, position: int) -> Tensor:
+    return config.keep(position, replace(at, key_length=position + 1))

@@ -1,0 +1,201 @@
+"""Saving a model so that an interrupted save never leaves a folder that loads as something else.
+
+Everything is written to a folder inside the target first. Then the target loses its ``config.json`` (without it no
+load succeeds), takes the new files by renaming, and receives the new ``config.json`` last. Until the first of these
+steps the old checkpoint is untouched; after the last the new one is whole.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG_FILE = "config.json"
+# A folder that holds this is one of sentence-transformers, with a model in it or in folders below (``Router``).
+SENTENCES_FILE = "config_sentence_transformers.json"
+REMOTE_FILE = "modeling_sa_hf.py"
+# The first line of every code file in a checkpoint: what does not begin so is the user's, and is never removed.
+HEADER = "# Written by sa_hf into this checkpoint; see modeling_sa_hf.py.\n"
+STAGE = ".sa_hf_saving-"
+
+
+def save_whole(
+    model: PreTrainedModel,
+    save: Callable[..., Any],
+    code: Callable[[], Mapping[str, str]],
+    directory: Any,
+    arguments: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+) -> bool:
+    """Run ``save`` (the model's own ``save_pretrained``) so that its files appear in ``directory`` all at once.
+
+    Args:
+        code: gives the code files that go with the weights, ``{name: text}``; called on the process that writes.
+        directory, arguments, keywords: what the caller gave to ``save_pretrained``.
+
+    Returns:
+        Whether ``directory`` now holds a checkpoint that loads by its name alone, written by this process.
+    """
+    call = inspect.signature(save).bind(directory, *arguments, **keywords)
+    call.apply_defaults()
+    options = dict(call.arguments)
+    options.update(options.pop("kwargs", {}))
+    target = Path(options.pop("save_directory"))
+    whole = False
+    adapter_alone = bool(getattr(model, "_hf_peft_config_loaded", False))
+    if adapter_alone or target.is_file() or not _writes(model, options["is_main_process"]):
+        save(target, **options)
+    elif options.get("distributed_checkpoint", False):
+        # Rank-local shards: every process writes its own into this folder, which serves resuming alone.
+        target.mkdir(parents=True, exist_ok=True)
+        _write_code(target, code())
+        save(target, **options)
+    else:
+        push = bool(options.pop("push_to_hub"))
+        hub = _hub_options(options) if push else {}
+        names = _staged(save, code, target, options, str(getattr(model.config, "_name_or_path", "") or ""))
+        whole = options.get("variant") is None
+        if push:
+            _upload(target, names, options.get("token"), hub)
+    # Where the ranks have gathered the weights together, none may read them before they are in place.
+    if hasattr(model, "barrier_after_gathered_checkpoint_save"):
+        model.barrier_after_gathered_checkpoint_save(getattr(model.config, "distributed_config", None))
+    return whole
+
+
+def _writes(model: PreTrainedModel, is_main_process: bool) -> bool:
+    """Whether this process writes, as Transformers decides it; the oldest versions go by the caller's word."""
+    decide = getattr(model, "should_save_on_this_rank", bool)
+    return bool(decide(is_main_process))
+
+
+def _staged(
+    save: Callable[..., Any], code: Callable[[], Mapping[str, str]], target: Path, options: dict[str, Any], origin: str
+) -> list[str]:
+    target.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    stage = target / f"{STAGE}{socket.gethostname()}-{os.getpid()}"
+    try:
+        stage.mkdir()
+        files = code()
+        _write_code(stage, files)  # before the weights: under FSDP2 the copying by Transformers itself breaks
+        save(stage, **options)
+        _write_card(stage, target, origin)
+        if (target.parent / SENTENCES_FILE).is_file():
+            # Transformers looks for the code of a ``subfolder=`` in the folder above.
+            _write_code(target.parent, files)
+        return publish(stage, target, options.get("variant"))
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _write_card(stage: Path, target: Path, origin: str) -> None:
+    """A model card beside the weights, unless the target has one that is not ours.
+
+    Args: origin: the name or folder that the model was loaded from, "" where it was not.
+    """
+    from sa_hf.hf.checkpoints.card import CARD_FILE, card_text, is_ours, known_of
+
+    there = target / CARD_FILE
+    sparse = "sa_hf" in json.loads((stage / CONFIG_FILE).read_text("utf-8"))
+    if sparse and not (stage / CARD_FILE).exists() and (is_ours(there) or not there.exists()):
+        (stage / CARD_FILE).write_text(card_text(stage, known_of(origin, there)), encoding="utf-8")
+
+
+def publish(stage: Path, target: Path, variant: str | None = None) -> list[str]:
+    """Move a whole checkpoint over whatever ``target`` holds; returns the names of its files."""
+    names = sorted(path.name for path in stage.iterdir())
+    (target / CONFIG_FILE).unlink(missing_ok=True)
+    for path in _replaced(target, variant):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: name == CONFIG_FILE):
+        os.replace(stage / name, target / name)
+    return names
+
+
+def _replaced(target: Path, variant: str | None) -> list[Path]:
+    """Files of an earlier checkpoint that would be read beside the new one: its weights, code, and our card."""
+    from sa_hf.hf.checkpoints.card import CARD_FILE, is_ours
+
+    part = rf"\.{re.escape(variant)}" if variant else ""
+    weights = re.compile(rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json")
+    files = [path for path in target.iterdir() if path.is_file()]
+    return [
+        path
+        for path in files
+        if weights.fullmatch(path.name) or _is_carried_code(path) or (path.name == CARD_FILE and is_ours(path))
+    ]
+
+
+def code_files(module: str, file: str) -> dict[str, str]:
+    """The files that go with the weights of a model whose classes a module gives, ``{name: text}``; in a carried copy
+    of this package the copy's own.
+
+    Args: module, file: the ``__name__`` and ``__file__`` of that module.
+    """
+    if module.startswith("sa_hf."):
+        from sa_hf.hf.checkpoints.flatten import carried_files
+
+        return carried_files(module)
+    folder = Path(file).parent
+    remote = (folder / REMOTE_FILE).read_text("utf-8")
+    names = [f"{name}.py" for name in sorted(set(re.findall(r"from \.(sa_hf_\w+) import", remote)))]
+    return {REMOTE_FILE: remote, **{name: (folder / name).read_text("utf-8") for name in names}}
+
+
+def _is_carried_code(path: Path) -> bool:
+    if path.name != REMOTE_FILE and not re.fullmatch(r"sa_hf_\w+\.py", path.name):
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline() == HEADER
+
+
+def _write_code(folder: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Delete what a killed save on this machine has left."""
+    for stage in target.glob(f"{STAGE}*"):
+        host, _, process = stage.name.removeprefix(STAGE).rpartition("-")
+        if host == socket.gethostname() and process.isdecimal() and not _is_alive(int(process)):
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    names = ("repo_id", "commit_message", "create_pr", "private")
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def _upload(target: Path, names: list[str], token: Any, hub: dict[str, Any]) -> None:
+    """What ``save_pretrained(push_to_hub=True)`` does, after the files are safe here."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(hub.pop("repo_id", target.name), exist_ok=True, private=hub.pop("private", None)).repo_id
+    hub.setdefault("commit_message", "Upload model")
+    api.upload_folder(repo_id=repo_id, folder_path=target, allow_patterns=names, **hub)

@@ -1,0 +1,279 @@
+"""Where a model's attention is: its stacks of self-attention, its cross-attention, and the shape of each layer.
+
+Nothing here names a model but BigBird (``switch_over``). An attention module can be replaced when its ``forward`` asks
+transformers' ``AttentionInterface`` for the function to call; what it is called with is then checked by the probe.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sa_hf.errors import UnsupportedModelError
+from sa_hf.hf.state.positions import position_limit
+from sa_hf.layer import LayerSpec
+from sa_hf.ops.parts import Band
+
+# The attribute names under which decoders keep attention over the encoder's output.
+CROSS_NAMES = {"encoder_attn", "crossattention", "EncDecAttention", "cross_attn", "cross_attention"}
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+_HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One self-attention layer: its module's name in the model, the name of the block around it, and its shape."""
+
+    name: str
+    block: str
+    stack: str
+    spec: LayerSpec
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All attention of a model: ``{stack: [site, ...]}`` in order, and the names of its cross-attention modules."""
+
+    stacks: dict[str, list[Site]]
+    cross: list[str] = field(default_factory=list)
+
+    @property
+    def num_heads(self) -> dict[str, list[int]]:
+        return {stack: [site.spec.num_heads for site in sites] for stack, sites in self.stacks.items()}
+
+    @property
+    def all_sites(self) -> list[Site]:
+        return [site for sites in self.stacks.values() for site in sites]
+
+
+def root_model(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model in ``model`` (which may be wrapped by PEFT, DDP, ``torch.compile`` or a module of yours).
+
+    Raises:
+        UnsupportedModelError: there is none, or there are several beside each other.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    found = list(_outermost_models(model, "")) if isinstance(model, nn.Module) else []
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no Transformers model; patch a model from `AutoModel....from_pretrained(...)`"
+        )
+    if len({id(module) for _, module in found}) > 1:
+        names = [name for name, _ in found]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds several Transformers models, {names}; give them one by one, e.g. "
+            f"patch_model(model.get_submodule({names[0]!r}), ...)"
+        )
+    return found[0][1]
+
+
+def _outermost_models(module: nn.Module, name: str) -> Iterator[tuple[str, PreTrainedModel]]:
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}".removeprefix(".")
+        if isinstance(child, PreTrainedModel):
+            yield path, child
+        else:
+            yield from _outermost_models(child, path)
+
+
+def calls_interface(module: nn.Module) -> bool:
+    """Whether the module's ``forward`` looks its attention function up in transformers' interface."""
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def find_sites(model: PreTrainedModel, max_length: int | None = None) -> Sites:
+    """The attention layers of a model, described for inputs up to ``max_length`` (None: the model's limit).
+
+    Leaves the model as it is.
+
+    Raises:
+        UnsupportedModelError: no attention goes through the interface, or there are two stacks of one kind.
+    """
+    switched = switch_over(model)
+    try:
+        return _sites(model, max_length)
+    finally:
+        if switched:
+            switch_back(model)
+
+
+def _sites(model: PreTrainedModel, max_length: int | None) -> Sites:
+    found: dict[str, list[tuple[str, nn.Module]]] = {}
+    cross: list[str] = []
+    for name, module in model.named_modules():
+        if not calls_interface(module):
+            continue
+        if _is_cross(name, module):
+            cross.append(name)
+        else:
+            found.setdefault(_stack_path(name), []).append((name, module))
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type {model.config.model_type!r}) computes its attention itself instead of "
+            "asking transformers' AttentionInterface for it, so no layer can be replaced; models that ask: Llama, "
+            "Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, BERT, RoBERTa, DistilBERT, ModernBERT, ALBERT, ELECTRA, "
+            "BART, T5, ViT"
+        )
+    limit = position_limit(model) if max_length is None else max_length
+    recorded = _recorded_layers(model)
+    stacks: dict[str, list[Site]] = {}
+    for path, modules in found.items():
+        stack = "decoder" if _is_causal(modules[0][1]) else "encoder"
+        if stack in stacks:
+            other = _stack_path(stacks[stack][0].name)
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has two {stack} stacks, {other!r} and {path!r}; patch one of its parts, e.g. "
+                f"patch_model(model.get_submodule({path.rpartition('.')[0]!r}), ...)"
+            )
+        stacks[stack] = [
+            Site(name, _block(model, name, recorded), stack, _layer_spec(module, index, len(modules), limit))
+            for index, (name, module) in enumerate(modules)
+        ]
+    body = model.base_model
+    lacking = [stack for stack in ("encoder", "decoder") if stack not in stacks]
+    if lacking and all(isinstance(getattr(body, stack, None), nn.Module) for stack in ("encoder", "decoder")):
+        raise UnsupportedModelError(
+            f"the {lacking[0]} of {type(model).__name__} computes its attention itself instead of asking transformers' "
+            "AttentionInterface for it, so the pattern would reach the other half alone"
+        )
+    return Sites(dict(sorted(stacks.items(), reverse=True)), cross)
+
+
+def switch_over(model: nn.Module) -> bool:
+    """Let attention that computes the same as the interface's ask the interface (BigBird's own architecture); returns
+    whether any had to be changed for it."""
+    if not _has_bigbird(model):
+        return False
+    from sa_hf.hf.patching.big_bird import ask_interface
+
+    return ask_interface(model)
+
+
+def switch_back(model: nn.Module) -> None:
+    """Undo :func:`switch_over`."""
+    if _has_bigbird(model):
+        from sa_hf.hf.patching.big_bird import ask_no_more
+
+        ask_no_more(model)
+
+
+def _has_bigbird(model: nn.Module) -> bool:
+    return any(type(module).__name__ == "BigBirdAttention" for module in model.modules())
+
+
+def _stack_path(name: str) -> str:
+    """The name up to the list of layers: ``model.layers`` of ``model.layers.3.self_attn``."""
+    return re.split(r"\.\d+(?:\.|$)", name, maxsplit=1)[0]
+
+
+def _block(model: nn.Module, name: str, recorded: tuple[type, ...]) -> str:
+    """The name of the layer around an attention module: what the model records hidden states of, else its place in
+    the first list (``encoder.block.3`` of ``encoder.block.3.layer.0.SelfAttention``)."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        outer = ".".join(parts[:end])
+        if isinstance(model.get_submodule(outer), recorded):
+            return outer
+    match = re.match(r".*?\.\d+(?=\.|$)", name)
+    return match[0] if match else name
+
+
+def _recorded_layers(model: PreTrainedModel) -> tuple[type, ...]:
+    """The classes whose outputs Transformers records as hidden states."""
+    found: list[type] = []
+    for module in model.modules():
+        specs = getattr(type(module), "_can_record_outputs", None) or {}
+        listed = specs.get("hidden_states", ())
+        for spec in listed if isinstance(listed, list | tuple) else [listed]:
+            target = getattr(spec, "target_class", spec)
+            if isinstance(target, type):
+                found.append(target)
+    return tuple(found)
+
+
+def _is_cross(name: str, module: nn.Module) -> bool:
+    named = not CROSS_NAMES.isdisjoint(name.split(".")) or "Cross" in type(module).__name__
+    return named or bool(getattr(module, "is_cross_attention", False))
+
+
+def _is_causal(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_causal", False)) and bool(getattr(_config(module), "is_causal", True))
+
+
+def _config(module: nn.Module) -> Any:
+    return getattr(module, "config", None)
+
+
+def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    for source in (module, _config(module)):
+        for name in names:
+            value = getattr(source, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | None) -> LayerSpec:
+    heads = _first(module, _HEADS)
+    hidden = getattr(_config(module), "hidden_size", None)
+    if heads is None or hidden is None:
+        raise UnsupportedModelError(
+            f"the number of heads or the hidden size of {type(module).__name__} is in none of the attributes {_HEADS} "
+            "or config.hidden_size, so its layer cannot be described"
+        )
+    head_dim = _first(module, _HEAD_DIM) or hidden // heads
+    groups = getattr(module, "num_key_value_groups", None)
+    key_heads = heads // groups if isinstance(groups, int) else getattr(module, "num_key_value_heads", heads)
+    causal = _is_causal(module)
+    device, dtype = computes_in(module)
+    return LayerSpec(
+        layer_idx=index,
+        num_layers=num_layers,
+        num_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=head_dim,
+        hidden_size=hidden,
+        causal=causal,
+        max_length=limit,
+        band=own_window(module, index, causal),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def computes_in(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a layer computes, and in which dtype: weights that Accelerate has offloaded are on "meta" between calls."""
+    parameter = next(module.parameters(), torch.empty(0))
+    dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.float32
+    if parameter.is_meta:
+        for part in module.modules():
+            device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device), dtype
+    return parameter.device, dtype
+
+
+def own_window(module: nn.Module, index: int, causal: bool) -> Band:
+    """The model's own sliding window in this layer, as its mask function builds it."""
+    config = _config(module)
+    types = getattr(config, "layer_types", None)
+    sliding = types is None or types[index] == "sliding_attention"
+    window: Any = getattr(config, "sliding_window", None) if sliding else None
+    if hasattr(module, "sliding_window"):
+        window = module.sliding_window
+    return window_band(None if isinstance(window, bool) or not isinstance(window, int) else window, causal)
+
+
+def window_band(window: int | None, causal: bool) -> Band:
+    """A window as models count it, the own position included; None is no window."""
+    return Band() if window is None else Band(window - 1, None if causal else window - 1)

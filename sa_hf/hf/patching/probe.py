@@ -1,0 +1,251 @@
+"""Proof, before anything is changed, that every targeted layer is reached: forwards on a meta-device skeleton.
+
+The skeleton is built from a copy of the model's config and holds no data: no cost, no random numbers, and the user's
+weights may be sharded or offloaded. It runs the installed transformers: what a release hands to a layer under another
+name, or no longer, is refused here and not left out in silence. A decoder runs twice, the second time with the cache
+that the first one filled.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from sa_hf.errors import SparseAttentionError, UnsupportedModelError
+from sa_hf.hf.caches.layer import cache_in
+from sa_hf.hf.forward.adapter import Carried
+from sa_hf.hf.forward.keywords import unknown_keywords
+from sa_hf.hf.forward.masks import MaskRequest, sparse_mask
+from sa_hf.hf.forward.rotary import FUNCTION
+from sa_hf.hf.patching.families import Site, Sites, switch_over
+from sa_hf.hf.patching.sparse_model import dense_class
+from sa_hf.hf.state.versions import tested_range
+
+PROBE = "sparse_sa_hf_probe"
+# The other implementations of a mixture of experts need 16-bit weights, or values, which "meta" has not.
+EXPERTS = "batched_mm"
+# Different lengths tell self-attention from attention to the encoder, and new tokens from cached ones.
+LENGTH, DECODER_LENGTH, NEW = 24, 17, 5
+# Transformers' registries are one per process, and so is the probe's entry in them.
+_LOCK = threading.Lock()
+
+
+@dataclass(eq=False)
+class _Seen:
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    value: tuple[int, ...]
+    mask: Any
+    keywords: dict[str, Any]
+    carried: Carried | None
+
+
+@dataclass(eq=False)
+class _Runs:
+    """What each layer was called with, by its name: without a cache, and on new tokens with one (None: the model takes
+    none)."""
+
+    plain: dict[str, _Seen]
+    cached: dict[str, _Seen] | None = None
+
+
+def probe(model: PreTrainedModel, sites: Sites, targets: Container[str]) -> None:
+    """Run the skeleton and compare what each layer's attention was called with to what its site says.
+
+    Args: targets: the names of the attention modules that get a pattern.
+
+    Raises:
+        UnsupportedModelError: the skeleton cannot run, or a layer is not reached as described.
+    """
+    name = type(model).__name__
+    try:
+        with _LOCK:
+            runs = _run(model, sites)
+    except SparseAttentionError as error:
+        raise UnsupportedModelError(f"{name} cannot be patched: {error}") from error
+    except Exception as error:  # whatever a model's own code raises on shapes alone
+        raise UnsupportedModelError(
+            f"{name} cannot be patched: a forward on its meta-device skeleton failed: {type(error).__name__}: {error}"
+        ) from error
+    for site in sites.all_sites:
+        call = runs.plain.get(site.name)
+        attention = model.get_submodule(site.name)
+        reason = _wrong(site, attention, call)
+        if reason is None and call is not None and site.name in targets:
+            reason = _not_served(attention, call.keywords) or _lost(model, site, call, runs.cached)
+        if reason is not None:
+            raise UnsupportedModelError(f"{name} cannot be patched: {site.stack} layer {site.spec.layer_idx} {reason}")
+
+
+def _run(model: PreTrainedModel, sites: Sites) -> _Runs:
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("sa_hf", None)
+    with torch.device("meta"):
+        skeleton = dense_class(type(model))(config)
+    skeleton.eval()
+    switch_over(skeleton)
+    for module in skeleton.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = PROBE
+            module.config._experts_implementation = EXPERTS
+    body = skeleton.base_model
+    caching = any(site.spec.causal for site in sites.all_sites) and "use_cache" in _parameters(body)
+    runs: list[dict[str, _Seen]] = []
+    with _recorder(skeleton, sites, runs) as call, torch.no_grad():
+        output = call(**_inputs(body), **({"use_cache": caching} if "use_cache" in _parameters(body) else {}))
+        cache = cache_in((), dict(output)) if caching else None
+        if cache is not None:
+            call(**_next_inputs(body, cache))
+    return _Runs(*runs)
+
+
+@contextmanager
+def _recorder(skeleton: PreTrainedModel, sites: Sites, runs: list[dict[str, _Seen]]) -> Iterator[Any]:
+    """Calls of the skeleton's body that append to ``runs`` what each layer's attention is called with."""
+    names = {module: module_name for module_name, module in skeleton.named_modules()}
+
+    def stub(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+        runs[-1][names[module]] = _Seen(*shapes, attention_mask, kwargs, kwargs.get("sparse_call"))
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    def call(**inputs: Any) -> Any:
+        runs.append({})
+        return skeleton.base_model(**inputs)
+
+    for site in sites.all_sites:
+        skeleton.get_submodule(site.name).register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {**kwargs, "sparse_call": Carried.by(args, kwargs)}), with_kwargs=True
+        )
+    AttentionInterface.register(PROBE, stub)
+    AttentionMaskInterface.register(PROBE, sparse_mask)
+    try:
+        yield call
+    finally:
+        # The registries are process-wide: leave nothing of the probe in them.
+        AttentionInterface._global_mapping.pop(PROBE, None)
+        AttentionMaskInterface._global_mapping.pop(PROBE, None)
+
+
+def _parameters(body: PreTrainedModel) -> Any:
+    return inspect.signature(body.forward).parameters
+
+
+def _inputs(body: PreTrainedModel) -> dict[str, Any]:
+    """Meta inputs of the kind that the model takes."""
+    main, config, parameters = body.main_input_name, body.config, _parameters(body)
+    given: dict[str, Any] = {}
+    if main == "input_ids":
+        given["input_ids"] = torch.zeros(1, LENGTH, dtype=torch.long, device="meta")
+        if "attention_mask" in parameters:
+            given["attention_mask"] = torch.ones(1, LENGTH, dtype=torch.long, device="meta")
+        if "decoder_input_ids" in parameters:
+            given["decoder_input_ids"] = torch.zeros(1, DECODER_LENGTH, dtype=torch.long, device="meta")
+    elif main == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        given["pixel_values"] = torch.zeros(1, config.num_channels, height, width, device="meta")
+    else:
+        raise UnsupportedModelError(f"its input is {main!r}; sparse attention serves models of tokens and of images")
+    return given
+
+
+def _next_inputs(body: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """Inputs of a second call, on new tokens after those in the cache."""
+    given, parameters = _inputs(body), _parameters(body)
+    name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
+    if name is None:
+        raise UnsupportedModelError(
+            f"{type(body).__name__} returns a cache, but takes none as 'cache' or 'past_key_values' ({_installed()})"
+        )
+    new = torch.zeros(1, NEW, dtype=torch.long, device="meta")
+    given["decoder_input_ids" if "decoder_input_ids" in given else "input_ids"] = new
+    if "attention_mask" in given and "decoder_input_ids" not in given:
+        given["attention_mask"] = torch.ones(1, LENGTH + NEW, dtype=torch.long, device="meta")
+    return {**given, "use_cache": True, name: cache}
+
+
+def _installed() -> str:
+    return f"transformers {transformers.__version__}; {tested_range()}"
+
+
+def _wrong(site: Site, attention: nn.Module, seen: _Seen | None) -> str | None:
+    """Why the adapter cannot serve a layer, or None."""
+    spec = site.spec
+    if seen is None:
+        return f"({site.name}) does not call transformers' AttentionInterface"
+    expected = spec.num_heads, spec.num_key_value_heads, spec.head_dim, spec.head_dim
+    found = seen.query[1], seen.key[1], seen.key[3], seen.value[3]
+    if found != expected:
+        return f"has (heads, key heads, key dim, value dim) = {found}, but its config says {expected}"
+    if seen.query[2] != seen.key[2]:
+        return f"({site.name}) attends another sequence than its own"
+    if seen.carried is None:
+        return f"({site.name}) does not hand keywords down to its attention function"
+    if seen.mask is not None and not isinstance(seen.mask, MaskRequest):
+        return f"({site.name}) gets a ready-made mask instead of asking transformers' mask functions for it"
+    if seen.mask is not None and seen.mask.causal != spec.causal:
+        return f"is {'' if spec.causal else 'not '}causal by its module, but its mask says otherwise"
+    causal = seen.keywords.get("is_causal")
+    if causal is None and seen.mask is None:
+        causal = bool(getattr(attention, "is_causal", False))
+    if causal is not None and causal != spec.causal:
+        return f"is {'' if spec.causal else 'not '}causal by its module, but its attention gets is_causal={causal}"
+    if seen.mask is not None and seen.mask.band.left != spec.band.left:
+        return f"has a window of its own, {seen.mask.band}, that its module does not show ({spec.band})"
+    return None
+
+
+def _not_served(attention: nn.Module, keywords: dict[str, Any]) -> str | None:
+    """Why the adapter cannot give what a targeted layer asks of its attention function, or None."""
+    unknown = unknown_keywords(keywords)
+    if unknown:
+        return f"hands {unknown[0]!r} to its attention, which sparse attention would have to drop"
+    taken = inspect.signature(type(attention).forward).parameters
+    if keywords.get("position_bias") is not None and "position_bias" not in taken:
+        return "builds a position bias of all pairs inside the layer"
+    return None
+
+
+def _lost(model: PreTrainedModel, site: Site, call: _Seen, cached: dict[str, _Seen] | None) -> str | None:
+    """What a pattern relies on and does not find in a call of a targeted layer, or None."""
+    carried, attention = call.carried, model.get_submodule(site.name)
+    if carried is None or not isinstance(carried.hidden, Tensor):
+        return f"({site.name}) does not get its input as 'hidden_states' or first ({_installed()})"
+    turns = FUNCTION in inspect.unwrap(type(attention).forward).__code__.co_names
+    if turns and carried.rotary is None:
+        return f"({site.name}) turns queries and keys, but gets no 'position_embeddings' ({_installed()})"
+    body = _parameters(model.base_model)
+    masked = body.keys() & {"attention_mask"} and model.base_model.main_input_name == "input_ids"
+    if masked and call.key[2] == LENGTH and (call.mask is None or call.mask.padding is None):
+        return f"({site.name}) does not get the padding mask that the model was given ({_installed()})"
+    if turns and site.spec.causal and not any(name.endswith("position_ids") for name in body):
+        return f"({site.name}) turns by positions, but its model takes no 'position_ids' ({_installed()})"
+    later = None if cached is None or not site.spec.causal else cached.get(site.name)
+    if later is None or later.carried is None or later.key[2] <= later.query[2]:
+        return None
+    if later.carried.cache is None:
+        return (
+            f"({site.name}) attends {later.key[2] - later.query[2]} cached keys, but no cache reaches it in a form "
+            f"that sa_hf knows, so a pattern could not keep what it needs of them ({_installed()})"
+        )
+    if isinstance(later.mask, MaskRequest) and later.mask.query_offset != call.query[2]:
+        return (
+            f"({site.name}) has {call.query[2]} tokens in its cache, but its mask counts {later.mask.query_offset} "
+            f"({_installed()})"
+        )
+    return None

@@ -1,0 +1,125 @@
+"""A part of a model and the model around it, of which one is patched.
+
+A patch belongs to one model. A part that is patched alone (``patch_model(model.bert, ...)``) runs sparse inside the
+model around it, but that one knows nothing of it: it would save a dense checkpoint. A part cannot see what is around
+it, so the check stands where such a model saves.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.forward.adapter import PLACE, Activity
+
+STATE = "sa_hf_patch"
+_GUARD = "sa_hf_guard"
+
+
+def patched_parts(model: nn.Module) -> list[str]:
+    """The names of the models inside a model that are patched by themselves."""
+    # By name, not by class: of a checkpoint's carried code and the installed package each has its own.
+    return [name for name, module in model.named_modules() if name and STATE in vars(module)]
+
+
+def check_not_nested(root: PreTrainedModel, names: Iterable[str], own: Activity | None) -> None:
+    """That a patch of ``root`` (which ``own`` belongs to, where it has one) meets no other.
+
+    Args: names: its attention modules.
+
+    Raises:
+        SparseAttentionError: a part of it is patched by itself, or it is itself a part of a patched model.
+    """
+    name = type(root).__name__
+    parts = patched_parts(root)
+    if parts:
+        raise SparseAttentionError(
+            f"the part {parts[0]!r} of this {name} is patched by itself; "
+            f"unpatch_model(model.get_submodule({parts[0]!r})) comes first"
+        )
+    other = _other_patch(root, names, own)
+    if other is not None:
+        raise SparseAttentionError(
+            f"this {name} is a part of a {other.owner} that is patched already; patch that one again, which replaces "
+            "all of its patterns (a mapping says what each layer gets), or unpatch it first"
+        )
+
+
+def _other_patch(root: nn.Module, names: Iterable[str], own: Activity | None) -> Activity | None:
+    for name in names:
+        place = getattr(root.get_submodule(name), PLACE, None)
+        if place is not None and place.activity is not own:
+            activity: Activity = place.activity
+            return activity
+    return None
+
+
+def not_patched(root: PreTrainedModel, function: str) -> SparseAttentionError:
+    """The error of a function that needs a patched model."""
+    parts = patched_parts(root)
+    other = _other_patch(root, (name for name, _ in root.named_modules()), None)
+    if parts:
+        remedy = f"its part {parts[0]!r} is: give {function}(model.get_submodule({parts[0]!r}))"
+    elif other is not None:
+        remedy = f"the {other.owner} that it is a part of is: give that one"
+    else:
+        remedy = "patch_model(model, ...) comes first"
+    return SparseAttentionError(f"{function}: this {type(root).__name__} is not patched; {remedy}")
+
+
+def guard_saving() -> None:
+    """Have every model that saves look for parts that are patched alone; done at the first patch, never at import.
+
+    Where the part is patched, the model around it may not exist yet, and ``save_pretrained`` writes the config before
+    it asks any part for its weights: so the check is at the one place that all models share.
+    """
+    save = PreTrainedModel.save_pretrained
+    if hasattr(save, _GUARD):
+        return
+
+    @functools.wraps(save)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        check_saves_whole(self)
+        return save(self, *args, **kwargs)
+
+    setattr(save_pretrained, _GUARD, True)
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
+def check_saves_whole(model: PreTrainedModel) -> None:
+    """That a model which saves holds no part that is patched alone.
+
+    Raises:
+        SparseAttentionError: it does, and its class is Transformers' own, which loads dense. A class of somebody
+            else's may patch its part as it is built: it is warned about.
+    """
+    # An adapter alone holds nothing of its base.
+    if STATE in vars(model) or getattr(model, "_hf_peft_config_loaded", False):
+        return
+    parts = patched_parts(model)
+    if not parts:
+        return
+    problem = (
+        f"the part {parts[0]!r} of this {type(model).__name__} is patched by itself, so save_pretrained of the whole "
+        "would write a dense checkpoint"
+    )
+    if _is_somebodys_own(type(model)):
+        warnings.warn(f"{problem}; that is right only where the class patches it as it is built", stacklevel=3)
+        return
+    part = f"model.get_submodule({parts[0]!r})"
+    raise SparseAttentionError(
+        f"{problem}. Save the part, {part}.save_pretrained(...); or unpatch_model({part}), then patch the whole: "
+        "patch_model(model, ...)"
+    )
+
+
+def _is_somebodys_own(cls: type) -> bool:
+    """Whether a model's class is no class of Transformers (FSDP2 puts one of torch's in front)."""
+    models = [base for base in cls.__mro__ if issubclass(base, PreTrainedModel)]
+    return any(not base.__module__.startswith(("transformers.", "torch.")) for base in models)

@@ -1,0 +1,199 @@
+"""How auxiliary losses reach the parameters where the caller trains on another loss than ``output.loss``.
+
+What a model returns then carries a zero whose backward adds their gradient: log-probabilities, embeddings, logits.
+What scales the caller's loss must scale them, too, and is no part of the graph: it is read from the ``Trainer`` whose
+step is running (accumulation, the labels of the step, processes, the scaler of fp16), else from Accelerate's state. In
+a loop without either each forward's losses count once, with a warning; under fp16 autocast, whose scaler is unknown, it
+raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sa_hf.errors import SparseAttentionError
+
+_GUARD = "sa_hf_step"
+ADVICE = (
+    "compute output.loss by giving labels, or add them yourself: `with sa_hf.hf.losses.collected_losses(model) as "
+    "extra: out = model(...)`, then `loss = loss + sum(extra)`"
+)
+
+
+@dataclass(eq=False)
+class TrainerStep:
+    """One micro-batch of a ``Trainer``. ``forwards`` counts those of the model in it, with a graph and without one."""
+
+    trainer: Any
+    inputs: Any
+    items: Any
+    forwards: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+
+    def factor(self, model: Any) -> Tensor | float:
+        """What one forward's auxiliary losses weigh in the gradients of the optimizer step, before loss scaling."""
+        share, divided = share_of_loss(self.trainer, model, self.inputs, self.items)
+        if divided:
+            share = share / _accumulation(self.trainer)
+        return share / max(1, self.forwards[True] or self.forwards[False])
+
+
+_STEP: ContextVar[TrainerStep | None] = ContextVar("sa_hf_step", default=None)
+
+
+def share_of_loss(trainer: Any, model: Any, inputs: Any, items: Any) -> tuple[Tensor | float, bool]:
+    """A micro-batch's part of the step's auxiliary loss, before what the ``Trainer`` does to a loss afterwards, and
+    whether it then divides by the number of micro-batches."""
+    from sa_hf.hf.forward.losses import share_of_step
+
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        by_items = trainer.model_accepts_loss_kwargs and items is not None
+        scaled = by_items or trainer.compute_loss_func is not None
+    if not scaled:
+        return 1.0, True
+    given = {**inputs, "num_items_in_batch": items} if isinstance(inputs, Mapping) else {}
+    labelled = any(isinstance(given.get(name), Tensor) for name in ("labels", "shift_labels"))
+    if items is None or not labelled:
+        return 1.0 / _accumulation(trainer), False
+    # The items are those of all processes, whose gradients are averaged.
+    processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+    return share_of_step(model, given) * processes, False
+
+
+def _accumulation(trainer: Any) -> int:
+    return int(getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps))
+
+
+def follow_trainers() -> None:
+    """Have every ``Trainer`` say which micro-batch it is in; done at the first patch with learned state, never at
+    import. Trainers of other libraries call this ``training_step``, too, whatever loss they make of the outputs."""
+    from transformers import Trainer
+
+    run = Trainer.training_step
+    if hasattr(run, _GUARD):
+        return
+
+    @functools.wraps(run)
+    def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None, **more: Any) -> Any:
+        with _during(TrainerStep(self, inputs, num_items_in_batch)):
+            return run(self, model, inputs, num_items_in_batch, **more)
+
+    setattr(training_step, _GUARD, True)
+    Trainer.training_step = training_step
+
+
+@contextmanager
+def _during(step: TrainerStep) -> Iterator[None]:
+    token = _STEP.set(step)
+    try:
+        yield
+    finally:
+        _STEP.reset(token)
+
+
+@dataclass(eq=False)
+class Delivery:
+    """How the auxiliary losses of one forward reach the parameters: through ``output.loss`` where ``backward()`` comes
+    by it, else through what else the model returned."""
+
+    model: Any
+    activity: Any
+    names: tuple[str, ...] = ()
+    step: TrainerStep | None = field(default_factory=_STEP.get)
+    half: bool = False
+    task: int | None = None  # the backward() that came by output.loss
+
+    def count(self) -> None:
+        if self.step is not None:
+            self.step.forwards[torch.is_grad_enabled()] += 1
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """What ``backward()`` adds to the summed auxiliary losses."""
+        if self.task == torch._C._current_graph_task_id():
+            return torch.zeros_like(grad)
+        one = torch.ones_like(grad)
+        if self.step is not None:
+            return self._scaled(one * self.step.factor(self.model))
+        shared = _accelerate_state()
+        if self.half or (shared is not None and shared[1] == "fp16"):
+            raise SparseAttentionError(
+                f"the auxiliary losses {list(self.names)} would join a loss that is not output.loss, under fp16, where "
+                f"a scaler that is not known here multiplies the loss; {ADVICE}"
+            )
+        if shared is not None:
+            return one / shared[0]
+        if not self.activity.warned:
+            self.activity.warned = True
+            warnings.warn(
+                f"the auxiliary losses {list(self.names)} join a loss that is not output.loss: with their full weight "
+                "for each forward, as nobody says here by what your loss is divided (gradient accumulation) or "
+                f"multiplied. Where it is, {ADVICE}",
+                stacklevel=2,
+            )
+        return one
+
+    def _scaled(self, factor: Tensor) -> Tensor:
+        accelerator = self.step.trainer.accelerator  # type: ignore[union-attr]  # asked for above
+        if "DEEPSPEED" in str(accelerator.distributed_type) or "MEGATRON" in str(accelerator.distributed_type):
+            raise SparseAttentionError(
+                f"the auxiliary losses {list(self.names)} would join a loss that is not output.loss under "
+                f"{accelerator.distributed_type}, whose scaling of the loss is not known here; {ADVICE}"
+            )
+        factor = factor / accelerator.gradient_accumulation_steps
+        scaled: Tensor = factor if accelerator.scaler is None else accelerator.scaler.scale(factor)
+        return scaled
+
+
+def _accelerate_state() -> tuple[int, str] | None:
+    """Accumulation steps and precision of an ``Accelerator`` in this process; None where there is none."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    if not AcceleratorState._shared_state:
+        return None
+    return int(GradientState().num_steps), str(AcceleratorState().mixed_precision)
+
+
+class Carrier(torch.autograd.Function):
+    """A zero; its backward adds the gradient of the losses that it is given."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(losses: Tensor, delivery: Delivery) -> Tensor:
+        return torch.zeros_like(losses)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Delivery], output: Tensor) -> None:
+        ctx.delivery = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.delivery.gradient(grad), None
+
+
+class Joined(torch.autograd.Function):
+    """A loss with the auxiliary ones added; its backward notes that they have their gradient by it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loss: Tensor, extra: Tensor, delivery: Delivery) -> Tensor:
+        return loss + extra
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Delivery], output: Tensor) -> None:
+        ctx.delivery = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.delivery.task = torch._C._current_graph_task_id()
+        return grad, grad, None

@@ -1,0 +1,1 @@
+"""Training: parameter groups, and the Hugging Face ``Trainer``."""
