@@ -108,9 +108,10 @@ def test_other_encodings_are_named_or_read_as_said(encoding: str, suffix: str, t
         ("x.csv", "text,label\none,a\ntwo,b\n"),
         ("x.csv", '"text","label"\n"one"," a "\n"two","b"\n'),
         ("x.tsv", "text\tlabel\none\ta\ntwo\tb\n"),
-        ("x.jsonl.gz", gzip.compress(lines(*GOOD).encode())),
+        ("x.jsonl.gz", gzip.compress(lines(*GOOD).encode(), mtime=0)),
         ("x.csv.bz2", bz2.compress(b"text,label\none,a\ntwo,b\n")),
     ],
+    ids=lambda given: given if isinstance(given, str) and len(given) < 20 else "",
 )
 def test_every_kind_of_file_reads_the_same(name: str, content: str | bytes, tmp_path: Path) -> None:
     assert rows_of(load(tmp_path, name, content)) == [("one", "a"), ("two", "b")]
