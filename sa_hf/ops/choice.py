@@ -19,8 +19,20 @@ CANDIDATES: dict[str, tuple[Engine, ...]] = {
     "native": (CPP, TILES),
     "torch": (TILES,),
 }
-# "reference" is the dense oracle of the bare operator (``ops.reference``) and no engine: models run by "native" then.
-ENGINES = (*CANDIDATES, "reference")
+# "reference" is the dense oracle of the bare operator (``ops.reference``) and no engine: no model runs by it.
+REFERENCE = "reference"
+ENGINES = (*CANDIDATES, REFERENCE)
+
+
+def check_engine(name: str) -> None:
+    """Raise ``SparseAttentionError`` for what is the name of no engine that runs a model."""
+    if name == REFERENCE:
+        raise SparseAttentionError(
+            f"engine={name!r} is the dense fp64 oracle of sa_hf.sparse_attention and runs no model; choose one of "
+            f"{list(CANDIDATES)}, or compare with `with sa_hf.dense(model):`"
+        )
+    if name not in CANDIDATES:
+        raise SparseAttentionError(f"engine={name!r} must be one of {list(CANDIDATES)}; nearest: 'auto'")
 
 
 def choose_engine(name: str, query: Tensor, options: ScoreOptions) -> Engine:
@@ -32,7 +44,8 @@ def choose_engine(name: str, query: Tensor, options: ScoreOptions) -> Engine:
     """
     if name not in ENGINES:
         raise SparseAttentionError(f"engine={name!r} must be one of {list(ENGINES)}")
-    candidates = CANDIDATES.get(name, CANDIDATES["native"])
+    check_engine(name)
+    candidates = CANDIDATES[name]
     if name == "auto" and query.device.type == "cpu":
         candidates = candidates[1:]  # interpreted, as on CPU tensors, kernels are for tests that ask for them
     reasons = []

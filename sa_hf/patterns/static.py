@@ -65,7 +65,7 @@ class StaticSparseAttention(SparseAttention):
             return False
         # Distances there are between slots, which zeros inside a mask and dropped keys set apart from positions.
         moved = inputs.sequences.key_gather is not None or inputs.key_slots is not None
-        return inputs.engine != "reference" and not (moved and inputs.distance_bias is not None)
+        return not (moved and inputs.distance_bias is not None)
 
     def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
         return self._decodes(inputs)

@@ -104,6 +104,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ("bigbird", {"num_extra_tokens": 2}, "encoders only"),
     ("star", {"relay": "virtual"}, "encoders only"),
     ("star", {"engine": "cuda"}, "engine='cuda'"),
+    ("star", {"engine": "reference"}, "engine='reference' is the dense fp64 oracle of sa_hf.sparse_attention"),
     ("star", {"max_length": 0}, "max_length=0"),
     ("star", {"max_length": 32}, "nearest: 64"),
     ("star", {"max_length": True}, "max_length=True"),

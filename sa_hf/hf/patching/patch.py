@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sa_hf.config import SparseAttention, SparseAttentionConfig
-from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.checkpoints.adapters import drop_mark, guard_adapters
 from sa_hf.hf.forward.adapter import IMPLEMENTATION, PLACE, Activity, DenseMarker, Place, attention_pre_hook, register
 from sa_hf.hf.forward.convolution import ConvHook, ConvTaps, check_projections
@@ -39,7 +38,7 @@ from sa_hf.hf.state.step import follow_trainers
 from sa_hf.hf.state.versions import check_transformers
 from sa_hf.hf.training.groups import warn_of_adapter_without_state
 from sa_hf.layer import LayerSpec
-from sa_hf.ops.choice import ENGINES
+from sa_hf.ops.choice import check_engine
 from sa_hf.patterns.mixture import MixedSparseAttention, part_spec
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -121,7 +120,7 @@ def patch_model(
         max_length: lengthen the model to this many tokens, as ``extend_positions`` does; ``unpatch_model`` undoes it.
         tokenizer: gets the new limit, too; without one a warning says that it still cuts at its own.
         rope_parameters: RoPE scaling of a lengthened model.
-        engine: "auto", "triton", "native" or "reference"; what cannot serve a call raises when the model runs.
+        engine: "auto", "triton", "native" or "torch"; what cannot serve a call raises when the model runs.
         options: fields of the config.
 
     Returns:
@@ -165,8 +164,7 @@ def apply_assignment(
     """
     check_transformers()
     root = root_model(model)
-    if engine not in ENGINES:
-        raise SparseAttentionError(f"engine={engine!r} must be one of {list(ENGINES)}")
+    check_engine(engine)
     old = patch_of(root)
     sites = find_sites(root, max_length)
     attention = [*(site.name for site in sites.all_sites), *sites.cross]

@@ -20,6 +20,7 @@ from sa_hf.patterns.expire_span import ExpireSpanAttentionConfig
 from sa_hf.patterns.sparsebert import SparseBertAttentionConfig
 from sa_hf.tools.bench.baselines import dense_runs
 from sa_hf.tools.bench.cpu import frozen_at_every_32nd_distance
+from sa_hf.tools.bench.data_oracle import data_oracle
 from sa_hf.tools.bench.parity import ParityResult, Shape, bound_of, dtype_name, parity, relative_rms
 from sa_hf.tools.bench.report import machine
 from sa_hf.tools.bench.timing import measure
@@ -101,33 +102,44 @@ class _Layer:
             raise SparseAttentionError(f"{error}. Here: {other}") from error
 
     def parity(self) -> ParityResult:
-        """Output and gradients against the same in fp64, by the oracle's engine."""
+        """Output and gradients against the dense oracle in fp64; of a state that has none, by torch's tiles in fp64."""
         dtype, heads, head_dim = self.dtype, self.spec.num_heads, self.spec.head_dim
         if isinstance(self.config, StaticPatternConfig):
             shape = Shape(1, heads, heads, PARITY_LENGTH, head_dim)
             return parity(self.config, dtype, self.device, causal=self.causal, engine="auto", shape=shape)
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(4, 1, heads, PARITY_LENGTH, head_dim, generator=generator).to(self.device, dtype)
-        oracle = self._results(drawn.double(), "reference")
+        oracle = self._oracle(drawn.double())
         first, second = self._results(drawn, "auto"), self._results(drawn, "auto")
         errors = tuple(relative_rms(a, b) for a, b in zip(first, oracle, strict=True))
         same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         return ParityResult(errors, (bound_of(dtype),) * len(errors), same)
 
+    def _oracle(self, drawn: Tensor) -> tuple[Tensor, ...]:
+        hidden = self._hidden(PARITY_LENGTH, drawn.dtype)
+        module = _untrained(self.config, self.spec)
+
+        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            exact = data_oracle(module, q, k, v, hidden, self.causal)
+            return self.run(PARITY_LENGTH, drawn.dtype, "torch")(q, k, v) if exact is None else exact
+
+        return _with_gradients(dense, drawn)
+
     def _results(self, drawn: Tensor, engine: str) -> tuple[Tensor, ...]:
-        *qkv, grad = drawn.unbind(0)
-        leaves = [x.detach().requires_grad_() for x in qkv]
-        out = self.run(PARITY_LENGTH, drawn.dtype, engine)(*leaves)
-        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+        return _with_gradients(self.run(PARITY_LENGTH, drawn.dtype, engine), drawn)
+
+    def _hidden(self, length: int, dtype: torch.dtype) -> Tensor:
+        """The layer's input ``[1, length, hidden]``, rounded as the layer has it."""
+        hidden = torch.randn(1, length, self.spec.hidden_size, generator=torch.Generator().manual_seed(1))
+        return hidden.to(self.device, self.dtype).to(dtype)
 
     def run(self, length: int, dtype: torch.dtype, engine: str = "auto") -> Run:
         """The call that is timed, its plan not yet built."""
         if isinstance(self.config, StaticPatternConfig):
             return lambda q, k, v: sparse_attention(q, k, v, self.config, causal=self.causal, engine=engine)
         module = _untrained(self.config, self.spec)
-        hidden = torch.randn(1, length, self.spec.hidden_size, generator=torch.Generator().manual_seed(1))
         sequences = Sequences.full(1, length, length)
-        scale, seen = default_scale(self.spec.head_dim), hidden.to(self.device, self.dtype).to(dtype)
+        scale, seen = default_scale(self.spec.head_dim), self._hidden(length, dtype)
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             inputs = AttentionInputs(q, k, v, sequences, self.causal, scale, engine=engine, hidden_states=seen)
@@ -135,6 +147,14 @@ class _Layer:
             return out
 
         return run
+
+
+def _with_gradients(run: Run, drawn: Tensor) -> tuple[Tensor, ...]:
+    """Output and gradients of query, key and value ``[4, 1, H, n, d]``, the fourth being the output's gradient."""
+    *qkv, grad = drawn.unbind(0)
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    out = run(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
 
 
 def _untrained(config: SparseAttentionConfig, spec: LayerSpec) -> SparseAttention:
