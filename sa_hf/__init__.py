@@ -21,15 +21,15 @@ __version__ = "0.1.0"
 # Public names that need transformers, or more than one process: loaded on first use.
 _LAZY = {
     "patch_model": "sa_hf.hf.patching.patch",
-    "unpatch_model": "sa_hf.hf.patching.patch",
+    "unpatch_model": "sa_hf.hf.patching.sparse_model",
     "dense": "sa_hf.hf.patching.patch",
     "summary": "sa_hf.hf.patching.summary",
-    "extend_positions": "sa_hf.hf.state.positions",
+    "extend_positions": "sa_hf.hf.patching.extend",
     "figures": "sa_hf.hf.patching.figures",
     "auxiliary_losses": "sa_hf.hf.forward.losses",
     "freeze_masks": "sa_hf.hf.patching.freeze",
     "parameter_groups": "sa_hf.hf.training.groups",
-    "prepare_peft": "sa_hf.hf.training.groups",
+    "prepare_peft": "sa_hf.hf.patching.peft",
     "sparse_cache": "sa_hf.hf.caches.sparse",
     "StarTransformerConfig": "sa_hf.models.star_transformer",
     "StarTransformerModel": "sa_hf.models.star_transformer",

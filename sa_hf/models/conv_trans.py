@@ -15,7 +15,7 @@ import sa_hf.patterns  # noqa: F401  (registers the patterns that a config names
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
 from sa_hf.functional import sparse_attention
-from sa_hf.hf.checkpoints.publish import REMOTE_FILE
+from sa_hf.hf.checkpoints.files import REMOTE_FILE
 from sa_hf.models.distributions import DISTRIBUTIONS
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.logsparse import LogSparseAttentionConfig

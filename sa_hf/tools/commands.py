@@ -123,7 +123,7 @@ def summary(
     """What runs where in a patched model: pattern, density, engine, memory, per layer."""
     from sa_hf import patch_model
     from sa_hf import summary as summarise
-    from sa_hf.hf.patching.patch import patch_of
+    from sa_hf.hf.state.patch import patch_of
     from sa_hf.hf.state.positions import lengthening
 
     # Before a model is loaded, which may take long.
@@ -262,7 +262,7 @@ def suggest(
     for all of it), at the length that was measured. Patterns that learn are listed with the pairs that they can cost.
     """
     from sa_hf import unpatch_model
-    from sa_hf.hf.patching.patch import patch_of
+    from sa_hf.hf.state.patch import patch_of
     from sa_hf.hf.state.positions import position_limit
 
     if tokens is not None and text is None:

@@ -79,7 +79,7 @@ def auto_class(config: Any) -> Any:
     """The Auto class of the architecture that a config names, else the bare AutoModel."""
     import transformers
 
-    from sa_hf.hf.patching.sparse_model import auto_classes
+    from sa_hf.hf.checkpoints.auto import auto_classes
 
     wanted = (config.architectures or [""])[0]
     found = []

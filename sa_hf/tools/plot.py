@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.patching.families import Site, root_model
-from sa_hf.hf.patching.patch import required_patch
 from sa_hf.hf.state.assignment import format_indices
 from sa_hf.hf.state.layers import active_child, leaves
+from sa_hf.hf.state.patch import required_patch
+from sa_hf.hf.state.sites import Site, root_model
 from sa_hf.layer import AttentionInputs
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.patterns.base import StaticPatternConfig

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.patching.families import root_model
-from sa_hf.hf.patching.patch import patch_model, patch_of, unpatch_model
+from sa_hf.hf.patching.patch import patch_model
+from sa_hf.hf.patching.sparse_model import unpatch_model
 from sa_hf.hf.state.layers import leaves, sparse_children
+from sa_hf.hf.state.patch import patch_of
+from sa_hf.hf.state.sites import root_model
 from sa_hf.patterns.sparsebert import SparseBertAttention, SparseBertAttentionConfig
 
 BAR = 40  # characters of the longest bar of a printed study

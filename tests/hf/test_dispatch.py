@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import sa_hf
-from sa_hf.hf.forward.adapter import IMPLEMENTATION
+from sa_hf.hf.state.activity import IMPLEMENTATION
 
 CASES: dict[str, tuple[str, Any]] = {
     "static": ("llama", sa_hf.SlidingWindowAttentionConfig(window=3)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sa_hf
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.forward.rotary import before_rotary
-from sa_hf.hf.patching.patch import patch_of
+from sa_hf.hf.state.patch import patch_of
 from sa_hf.layer import AttentionInputs
 from sa_hf.patterns.routing import RoutingAttention
 

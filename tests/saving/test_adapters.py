@@ -20,7 +20,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 import sa_hf
 from sa_hf import SparseAttentionError
 from sa_hf.hf.checkpoints.adapters import BASE_FOLDER
-from sa_hf.hf.patching.patch import patch_model, patch_of
+from sa_hf.hf.patching.patch import patch_model
+from sa_hf.hf.state.patch import patch_of
 
 CASES = {
     "llama": (

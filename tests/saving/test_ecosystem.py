@@ -26,8 +26,9 @@ from transformers import (
 
 import sa_hf
 from sa_hf import SparseAttentionError
-from sa_hf.hf.checkpoints.publish import STAGE
-from sa_hf.hf.patching.patch import patch_model, unpatch_model
+from sa_hf.hf.checkpoints.files import STAGE
+from sa_hf.hf.patching.patch import patch_model
+from sa_hf.hf.patching.sparse_model import unpatch_model
 
 LOAD = r"sa_hf: load with AutoModel\w*\.from_pretrained\(\.\.\., trust_remote_code=True\)"
 TEXTS = ["A short sentence.", "Sparse attention reads only what its pattern allows, and is as long as you like. " * 20]
@@ -173,7 +174,7 @@ def test_peft(tmp_path, family):
     """An adapter trained on a patched base, reloaded onto the saved base, with the sparse state it trained."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    from sa_hf.hf.training.groups import prepare_peft
+    from sa_hf.hf.patching.peft import prepare_peft
 
     auto = AutoModelForSequenceClassification if family == "bert" else AutoModelForCausalLM
     base = patch_model(FAMILIES[family](), "sparsebert" if family == "bert" else "bigbird")

@@ -14,8 +14,8 @@ from transformers.dynamic_module_utils import check_imports, get_relative_import
 import sa_hf
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.checkpoints import flatten
+from sa_hf.hf.checkpoints.files import HEADER, REMOTE_FILE
 from sa_hf.hf.checkpoints.flatten import carried_files, flatten_module
-from sa_hf.hf.checkpoints.publish import HEADER, REMOTE_FILE
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_lives_beside_the_package(folder):
     """Operators and attention functions of the copy have names of their own; the numbers are the same."""
     copy = exec_in_copy(folder, "sa_hf_patterns")
     attention = exec_in_copy(folder, "sa_hf_hf_forward_adapter")
-    from sa_hf.hf.forward.adapter import IMPLEMENTATION
+    from sa_hf.hf.state.activity import IMPLEMENTATION
     from sa_hf.layer import AttentionInputs, LayerSpec
     from sa_hf.ops.sequences import Sequences
 

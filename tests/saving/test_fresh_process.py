@@ -10,7 +10,8 @@ import torch
 from conftest import AUTO, FAMILIES, LEARNED, T5_IS_SERVED, inputs, one_step, output
 
 from sa_hf import SlidingWindowAttentionConfig, available_patterns
-from sa_hf.hf.patching.patch import patch_model, unpatch_model
+from sa_hf.hf.patching.patch import patch_model
+from sa_hf.hf.patching.sparse_model import unpatch_model
 
 # Every pattern, and one model with two stacks.
 CASES = {name: (*LEARNED.get(name, ("llama", {})), name) for name in available_patterns()}

@@ -15,7 +15,8 @@ from sa_hf import (
     available_patterns,
     freeze_masks,
 )
-from sa_hf.hf.patching.patch import patch_model, unpatch_model
+from sa_hf.hf.patching.patch import patch_model
+from sa_hf.hf.patching.sparse_model import unpatch_model
 
 
 def learned(share_layers=False):

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 import sa_hf
 from sa_hf import SparseAttentionError
-from sa_hf.hf.patching.patch import patch_model, unpatch_model
+from sa_hf.hf.patching.patch import patch_model
+from sa_hf.hf.patching.sparse_model import unpatch_model
 
 CASES = {"bert": {}, "bart": {}, "llama": {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}}
 

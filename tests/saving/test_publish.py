@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModel, BertConfig, BertModel
 
 from sa_hf.hf.checkpoints import publish
-from sa_hf.hf.checkpoints.publish import HEADER, save_whole
+from sa_hf.hf.checkpoints.files import HEADER
+from sa_hf.hf.checkpoints.publish import save_whole
 
 CODE = {"modeling_sa_hf.py": HEADER + "new = 1\n", "sa_hf_config.py": HEADER}
 

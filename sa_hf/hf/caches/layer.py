@@ -9,20 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
-
-if TYPE_CHECKING:
-    from sa_hf.config import SparseAttention
-    from sa_hf.hf.forward.masks import MaskRequest
-    from sa_hf.layer import AttentionInputs
-    from sa_hf.ops.parts import Band
-    from sa_hf.ops.sequences import Sequences
+from sa_hf.layer import AttentionInputs
 
 # Tokens that a limited memory keeps beyond its need, so that assisted generation can take back its rejected guesses
 # (Transformers proposes at most a few dozen at once).
@@ -239,52 +234,6 @@ class LayerMemory:
         evict = getattr(self.layer, "evict", None)
         if evict is not None:
             evict(child, inputs)
-
-
-def absolute_keys(
-    key: Tensor, value: Tensor, length: int, request: MaskRequest | None, slots: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[batch, key heads, length, head_dim]`` with key ``j`` at slot ``j``, whatever the cache hands
-    out (the keys at ``slots``, where a sparse cache dropped others).
-
-    A static cache hands out its whole capacity, a sliding one only the last keys: the keys that it dropped, which the
-    model's own window excludes (:func:`check_reach`), come back as zeros and are never read.
-    """
-    held = key.shape[2]
-    if slots is not None:
-        return placed(key, slots, length, dim=2), placed(value, slots, length, dim=2)
-    first = 0 if request is None else request.key_offset
-    if first:
-        key, value = (nn.functional.pad(x, (0, 0, first, 0)) for x in (key, value))
-        held += first
-    if held < length:
-        raise SparseAttentionError(
-            f"the cache handed out {held} keys for {length} positions; this cache is not supported"
-        )
-    return key[:, :, :length], value[:, :, :length]
-
-
-def check_reach(request: MaskRequest, sequences: Sequences, band: Band) -> None:
-    """That the model's own window ends before the keys that its sliding cache has dropped.
-
-    The cache drops by slot, the window counts tokens: with zeros inside a mask the window reaches further back.
-
-    Raises:
-        SparseAttentionError: a query may read a key that is gone.
-    """
-    if sequences.key_gather is None:
-        return
-    slots = sequences.key_gather.cpu()
-    for span in sequences.spans:
-        position = span.key_length - span.query_length
-        lowest = 0 if band.left is None else max(0, position - band.left)
-        first = int(slots[span.row, span.key_start + lowest]) if span.query_length else request.key_offset
-        if first < request.key_offset:
-            raise SparseAttentionError(
-                f"row {span.row}: the model's window reaches back to slot {first}, but its sliding cache holds keys "
-                f"from slot {request.key_offset} on: zeros inside attention_mask set tokens apart. Pad on the left, or "
-                "generate with a sa_hf.sparse_cache(model)"
-            )
 
 
 def placed(x: Tensor, slots: Tensor, length: int, dim: int) -> Tensor:

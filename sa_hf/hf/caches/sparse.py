@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.caches.layer import memory_of
-from sa_hf.hf.patching.families import root_model
 from sa_hf.hf.state.layers import active_child, leaves
+from sa_hf.hf.state.patch import required_patch
+from sa_hf.hf.state.sites import root_model
 from sa_hf.layer import AttentionInputs, Geometry
 from sa_hf.patterns.base import StaticPatternConfig
 
@@ -35,8 +36,6 @@ def sparse_cache(model: nn.Module) -> Cache:
     Raises:
         SparseAttentionError: the model is not patched, or has no decoder.
     """
-    from sa_hf.hf.patching.patch import required_patch
-
     root = root_model(model)
     patch = required_patch(root, "sparse_cache")
     sites = patch.sites.stacks.get("decoder")

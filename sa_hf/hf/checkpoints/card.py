@@ -16,6 +16,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from sa_hf.hf.state.assignment import format_indices
+
 CARD_FILE = "README.md"
 # A card with this line is replaced by the next save; without it, it is the user's own.
 MARK = "<!-- written by sa_hf: remove this line to keep a text of your own here -->"
@@ -160,8 +162,6 @@ def _facts(config: Mapping[str, Any], known: Mapping[str, Any], results: list[Ev
 
 
 def _layer_table(layers: list[tuple[str, str, tuple[str, Mapping[str, Any]]]]) -> str:
-    from sa_hf.hf.state.assignment import format_indices
-
     groups: dict[tuple[str, str, str], list[int]] = {}
     for stack, index, (heads, fields) in layers:
         groups.setdefault((stack, heads, json.dumps(fields, sort_keys=True)), []).append(int(index))

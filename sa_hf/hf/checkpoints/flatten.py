@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import TypeGuard
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.checkpoints.publish import HEADER, REMOTE_FILE
+from sa_hf.hf.checkpoints.files import HEADER, REMOTE_FILE
 from sa_hf.ops.cpp import sources
 
 PACKAGE = "sa_hf"

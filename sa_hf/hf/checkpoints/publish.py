@@ -17,16 +17,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sa_hf.hf.checkpoints.card import CARD_FILE, card_text, is_ours, known_of
+from sa_hf.hf.checkpoints.files import CONFIG_FILE, HEADER, REMOTE_FILE, SENTENCES_FILE, STAGE
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-CONFIG_FILE = "config.json"
-# A folder that holds this is one of sentence-transformers, with a model in it or in folders below (``Router``).
-SENTENCES_FILE = "config_sentence_transformers.json"
-REMOTE_FILE = "modeling_sa_hf.py"
-# The first line of every code file in a checkpoint: what does not begin so is the user's, and is never removed.
-HEADER = "# Written by sa_hf into this checkpoint; see modeling_sa_hf.py.\n"
-STAGE = ".sa_hf_saving-"
 
 
 def save_whole(
@@ -104,8 +99,6 @@ def _write_card(stage: Path, target: Path, origin: str) -> None:
 
     Args: origin: the name or folder that the model was loaded from, "" where it was not.
     """
-    from sa_hf.hf.checkpoints.card import CARD_FILE, card_text, is_ours, known_of
-
     there = target / CARD_FILE
     sparse = "sa_hf" in json.loads((stage / CONFIG_FILE).read_text("utf-8"))
     if sparse and not (stage / CARD_FILE).exists() and (is_ours(there) or not there.exists()):
@@ -126,8 +119,6 @@ def publish(stage: Path, target: Path, variant: str | None = None) -> list[str]:
 
 def _replaced(target: Path, variant: str | None) -> list[Path]:
     """Files of an earlier checkpoint that would be read beside the new one: its weights, code, and our card."""
-    from sa_hf.hf.checkpoints.card import CARD_FILE, is_ours
-
     part = rf"\.{re.escape(variant)}" if variant else ""
     weights = re.compile(rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json")
     files = [path for path in target.iterdir() if path.is_file()]
@@ -145,7 +136,7 @@ def code_files(module: str, file: str) -> dict[str, str]:
     Args: module, file: the ``__name__`` and ``__file__`` of that module.
     """
     if module.startswith("sa_hf."):
-        from sa_hf.hf.checkpoints.flatten import carried_files
+        from sa_hf.hf.checkpoints.flatten import carried_files  # which a carried copy has not
 
         return carried_files(module)
     folder = Path(file).parent

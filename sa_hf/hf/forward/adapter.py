@@ -8,7 +8,6 @@ cannot run dense in silence.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -20,103 +19,24 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.caches.layer import LayerMemory, absolute_keys, cache_in, check_reach
 from sa_hf.hf.forward.convolution import ConvTaps
-from sa_hf.hf.forward.keywords import unknown_keywords
-from sa_hf.hf.forward.masks import (
-    ForwardInputs,
-    MaskRequest,
-    check_no_past,
-    handed_over,
-    packed_mask,
-    said_ids,
-    sparse_mask,
-    traced_sequences,
-)
-from sa_hf.hf.forward.position_bias import bias_table, expanded_bias, has_bias_table
+from sa_hf.hf.forward.keys import absolute_keys, check_reach
+from sa_hf.hf.forward.keywords import refuse_attentions, unknown_keywords
+from sa_hf.hf.forward.layer_input import NO_CACHE_IN_GRAPHS, LayerCall
+from sa_hf.hf.forward.masks import MaskRequest, check_no_past, packed_mask, said_ids, sparse_mask, traced_sequences
+from sa_hf.hf.forward.position_bias import expanded_bias
 from sa_hf.hf.forward.rotary import before_rotary
-from sa_hf.hf.patching.families import window_band
+from sa_hf.hf.state.activity import IMPLEMENTATION, PACKED, Place, place_of
+from sa_hf.hf.state.inputs import ForwardInputs, handed_over
 from sa_hf.hf.state.layers import active_child, leaves, remembers
-from sa_hf.hf.state.recomputation import Forwards, in_backward
+from sa_hf.hf.state.recomputation import in_backward
+from sa_hf.hf.state.sites import window_band
 from sa_hf.hf.state.versions import tested_range
-from sa_hf.layer import AttentionInputs, LayerSpec
+from sa_hf.layer import AttentionInputs
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import default_scale
 from sa_hf.patterns.learned import LearnedAttention
-
-IMPLEMENTATION = "sparse_sa_hf"
-# What a model runs inside dense(model) for a call that names its sequences.
-PACKED = "packed_sa_hf"
-# On an attention module, beside its child: PEFT may wrap and copy the child itself.
-PLACE = "sa_hf_place"
-
-
-@dataclass(eq=False)
-class Activity:
-    """Whether a patched model's hooks act; off inside ``dense(model)``. ``traced`` is what the outer call was given,
-    under torch.compile, which traces an attribute and no context variable. ``forwards`` are those in training;
-    ``within`` is the outermost model's ``ModelForward`` while it runs; ``owner`` is the class of the model that is
-    patched; ``collected`` takes the auxiliary losses where a caller adds them by itself (``collected_losses``);
-    ``warned`` says that losses of unknown scale were warned about."""
-
-    owner: str = "model"
-    on: bool = True
-    forwards: Forwards = field(default_factory=Forwards)
-    within: Any = None
-    warned: bool = False
-    traced: ForwardInputs | None = None
-    collected: list[Tensor] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy made inside dense(model) is no part of that block, and nothing would ever switch it on again.
-        left = {"traced": None, "collected": None, "within": None, "forwards": Forwards()}
-        return {**vars(self), "on": True, **left}
-
-
-@dataclass(eq=False)
-class Place:
-    """How one attention module runs. ``spec`` is None for cross-attention."""
-
-    spec: LayerSpec | None
-    engine: str
-    original: str
-    activity: Activity
-    extra_tokens: int = 0
-
-
-class DenseMarker(nn.Module):
-    """The ``sparse`` child of a layer that stays dense, and of cross-attention: no parameters, no buffers."""
-
-
-@dataclass(eq=False)
-class Carried:
-    """What a call of an attention module carries for its pattern: the layer's input ``[batch, queries, hidden]``, the
-    rotary angles ``(cos, sin)``, the cache and the mask request, each None where there is none. The probe proves with
-    the installed transformers that they are found."""
-
-    hidden: Any
-    rotary: Any
-    cache: Any
-    request: MaskRequest | None
-
-    @classmethod
-    def by(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Carried:
-        hidden: Any = args[0] if args else kwargs.get("hidden_states")
-        rotary = kwargs.get("position_embeddings")
-        if rotary is None and len(args) > 1 and isinstance(args[1], tuple):
-            rotary = args[1]
-        request = next((x for x in (*args, *kwargs.values()) if isinstance(x, MaskRequest)), None)
-        return cls(hidden, rotary, cache_in(args, kwargs), request)
-
-
-@dataclass(eq=False)
-class LayerCall:
-    """What the pre-hook of an attention module saw, handed to the adapter as one extra keyword."""
-
-    hidden_states: Tensor | None = None
-    rotary: tuple[Tensor, Tensor] | None = None
-    memory: LayerMemory | None = None
 
 
 def register() -> None:
@@ -125,23 +45,6 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, sparse_mask)
     AttentionInterface.register(PACKED, packed_attention_forward)
     AttentionMaskInterface.register(PACKED, packed_mask)
-
-
-def place_of(module: nn.Module) -> Place:
-    """How an attention module of a patched model runs.
-
-    Raises:
-        SparseAttentionError: the module has none, so the model's patterns are missing.
-    """
-    place = getattr(module, PLACE, None)
-    if not isinstance(place, Place) or getattr(module, "sparse", None) is None:
-        raise SparseAttentionError(
-            f"{type(module).__name__} is set to sparse attention but carries no pattern: the model was built from the "
-            "config of a patched one. Load it by its Auto class with `trust_remote_code=True`, or call "
-            "`sa_hf.patch_model(model, ...)`. As a reference that a trainer makes of the model (trl), give it "
-            "`ref_model=copy.deepcopy(model)`, or train LoRA, which needs none"
-        )
-    return place
 
 
 def sparse_attention_forward(
@@ -263,9 +166,6 @@ def _run(child: SparseAttention, inputs: AttentionInputs) -> Tensor:
     return out
 
 
-# What a pattern reads grows with every token, so a compiled decode step runs its attention outside the graph: traced,
-# it would be compiled anew for each token.
-NO_CACHE_IN_GRAPHS = "sparse attention with a cache runs outside a graph; compile the whole with use_cache=False"
 _attend_uncompiled = torch.compiler.disable(_attend, reason=NO_CACHE_IN_GRAPHS)
 
 
@@ -288,13 +188,6 @@ def _no_memory(module: nn.Module, place: Place, new: int, keys: int) -> SparseAt
         "which keeps values of its own for every token; give the model a cache of transformers (DynamicCache, "
         "StaticCache, sa_hf.sparse_cache(model)) or use_cache=False. If you did, transformers "
         f"{transformers.__version__} hands it over in a way that sa_hf does not know ({tested_range()})"
-    )
-
-
-def refuse_attentions() -> None:
-    raise SparseAttentionError(
-        "output_attentions=True asks for the n x n attention weights, which sparse attention never builds; "
-        "leave it out, or use `with sa_hf.dense(model):` and attn_implementation='eager'"
     )
 
 
@@ -361,63 +254,3 @@ def packed_attention_forward(
     if attention_mask is None and place.spec is not None:
         raise _without_mask()
     return _original_function(module, place)(module, query, key, value, attention_mask, **kwargs)
-
-
-def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hands the layer's input, rotary angles and cache to the adapter, through one extra keyword."""
-    place = place_of(module)
-    if not place.activity.on:
-        return None
-    _check_implementation(module)
-    given = Carried.by(args, kwargs)
-    hidden, request = given.hidden, given.request
-    memory = LayerMemory.of(given.cache, module)
-    if memory is not None:
-        memory.announce(active_child(module))
-    kwargs = {**kwargs, "sparse_call": LayerCall(hidden, given.rotary, memory)}
-    conv = getattr(active_child(module), "conv", None)
-    if isinstance(conv, ConvTaps):
-        prepare = _prepare_uncompiled if memory is not None and torch.compiler.is_compiling() else _prepare
-        prepare(conv, hidden, module, request, memory)
-    if has_bias_table(module) and kwargs.get("position_bias") is None:
-        kwargs["position_bias"] = bias_table(module, _positions(request, hidden), hidden.device)
-    return args, kwargs
-
-
-def _check_implementation(module: nn.Module) -> None:
-    """That the layer will ask for the adapter: a part that was copied inside ``dense(model)`` would not, nor would a
-    model whose config was set to another attention by hand."""
-    config: Any = getattr(module, "config", None)
-    asked = getattr(config, "_attn_implementation", IMPLEMENTATION)
-    if asked != IMPLEMENTATION:
-        raise SparseAttentionError(
-            f"the config of {type(module).__name__} was set to attn_implementation={asked!r}, so its pattern would not "
-            "run; use `with sa_hf.dense(model):` or `sa_hf.unpatch_model(model)`, and copy a part of a patched model "
-            "outside of `dense`"
-        )
-
-
-@with_host_defaults
-def _prepare(
-    conv: ConvTaps, hidden: Tensor, module: nn.Module, request: MaskRequest | None, memory: LayerMemory | None
-) -> None:
-    conv.prepare(hidden, _layer_sequences(module, request, hidden), memory)
-
-
-_prepare_uncompiled = torch.compiler.disable(_prepare, reason=NO_CACHE_IN_GRAPHS)
-
-
-def _layer_sequences(module: nn.Module, request: MaskRequest | None, hidden: Any) -> Sequences:
-    place = place_of(module)
-    if request is not None and torch.compiler.is_compiling():
-        causal = bool(getattr(module, "is_causal", False))
-        return cast(Sequences, traced_sequences(request, place.activity.traced, causal, place.extra_tokens))
-    if request is not None:
-        return request.sequences(place.extra_tokens)
-    length = int(hidden.shape[1]) - place.extra_tokens
-    return Sequences.full(hidden.shape[0], length, length).with_extra_tokens(place.extra_tokens)
-
-
-def _positions(request: Any, hidden: Any) -> int:
-    """Positions, past ones included, that a layer's distances may span."""
-    return request.key_offset + request.shape[-1] if isinstance(request, MaskRequest) else int(hidden.shape[1])

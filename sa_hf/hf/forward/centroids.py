@@ -16,9 +16,10 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sa_hf.config import SparseAttention
-from sa_hf.hf.forward.adapter import Activity
-from sa_hf.hf.patching.families import root_model
+from sa_hf.hf.state.activity import Activity
 from sa_hf.hf.state.layers import leaves, sparse_children
+from sa_hf.hf.state.patch import patch_of
+from sa_hf.hf.state.sites import root_model
 from sa_hf.patterns import centroids
 from sa_hf.patterns.centroids import CentroidState
 
@@ -51,8 +52,6 @@ def update_centroids(model: nn.Module) -> None:
 
     Steps of torch optimizers do so by themselves; for loops with an optimizer of another kind.
     """
-    from sa_hf.hf.patching.patch import patch_of
-
     root = root_model(model)
     patch = patch_of(root)
     if patch is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sa_hf.hf.forward.masks import ForwardInputs, hand_over, handed_over
+from sa_hf.hf.state.inputs import ForwardInputs, hand_over, handed_over
 
 # Where Transformers keeps the checkpoint function of a layer.
 FUNCTION = "_gradient_checkpointing_func"

@@ -15,8 +15,8 @@ from transformers.utils import ModelOutput
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.forward.adapter import Activity
 from sa_hf.hf.forward.masks import MaskRequest
+from sa_hf.hf.state.activity import Activity
 from sa_hf.hf.state.layers import active_child
 from sa_hf.layer import LayerSpec
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, fixed_cross_entropy
 
+from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.caches.layer import is_cache
 
 # Keywords that the adapter reads.
@@ -43,3 +44,10 @@ def unknown_keywords(kwargs: dict[str, Any]) -> list[str]:
         for name, value in kwargs.items()
         if name not in known and value is not None and value is not False and not is_cache(value)
     ]
+
+
+def refuse_attentions() -> None:
+    raise SparseAttentionError(
+        "output_attentions=True asks for the n x n attention weights, which sparse attention never builds; "
+        "leave it out, or use `with sa_hf.dense(model):` and attn_implementation='eager'"
+    )

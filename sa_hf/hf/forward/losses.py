@@ -12,13 +12,13 @@ from transformers.utils import ModelOutput
 
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.patching.families import root_model
 from sa_hf.hf.state.layers import leaves
-from sa_hf.hf.state.step import Carrier, Delivery, Joined
+from sa_hf.hf.state.patch import required_patch
+from sa_hf.hf.state.sites import root_model
+from sa_hf.hf.state.step import Carrier, Delivery, Joined, share_of_step
 from sa_hf.patterns.learned import LearnedAttention
 from sa_hf.patterns.mixture import added
 
-IGNORED_LABEL = -100
 # Arguments of a forward that computes a loss.
 LABELS = frozenset({"labels", "shift_labels", "start_positions"})
 
@@ -32,8 +32,6 @@ def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         SparseAttentionError: the model is not patched.
     """
-    from sa_hf.hf.patching.patch import required_patch
-
     root = root_model(model)
     patch = required_patch(root, "auxiliary_losses")
     return added(child.unscaled_losses() for child in patch.children(root))
@@ -111,8 +109,6 @@ def collected_losses(model: nn.Module) -> Iterator[list[Tensor]]:
     Raises:
         SparseAttentionError: the model is not patched.
     """
-    from sa_hf.hf.patching.patch import required_patch
-
     activity = required_patch(root_model(model), "collected_losses").activity
     before, activity.collected = activity.collected, []
     try:
@@ -129,24 +125,6 @@ def loss_of(output: Any, given: Mapping[str, Any]) -> Tensor | None:
         return first if labelled and isinstance(first, Tensor) and first.dim() == 0 else None
     loss = output.get("loss") if isinstance(output, Mapping) else None
     return loss if isinstance(loss, Tensor) else None
-
-
-def share_of_step(model: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
-    """This micro-batch's part of the optimizer step's auxiliary loss.
-
-    The Trainer divides each micro-batch's summed loss by the labels of the whole step (``num_items_in_batch``); the
-    same share makes the auxiliary loss a mean over the step, not a sum that grows with the accumulation steps.
-    """
-    items, labels, counted = given.get("num_items_in_batch"), given.get("labels"), given.get("shift_labels")
-    if not isinstance(counted, Tensor):
-        if not isinstance(labels, Tensor):
-            return 1.0
-        counted = labels[..., 1:] if getattr(model, "loss_type", None) == "ForCausalLM" else labels
-    if items is None:
-        return 1.0
-    ignored = given.get("ignore_index", IGNORED_LABEL)
-    share: Tensor = (counted != ignored).sum() / torch.as_tensor(items, device=counted.device)
-    return share
 
 
 def check_live(children: list[SparseAttention]) -> None:

@@ -7,9 +7,8 @@ from it; layers left dense have the original mask built from it, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,38 +22,11 @@ from transformers.masking_utils import (
 )
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
+from sa_hf.hf.state.inputs import ForwardInputs, handed_over
 from sa_hf.ops.parts import Band
 from sa_hf.ops.sequences import PendingSequences, Sequences
 
 OFFSETS = ("q_offset", "kv_offset")
-
-
-@dataclass(eq=False)
-class ForwardInputs:
-    """What the model's outer call was given about its sequences, for masks that are built inside it; ``numbers`` counts
-    the forwards in training of each learned layer (by id), this one included; ``delivery`` takes their losses.
-    ``originals``: inside ``dense(model)``, the implementation of each of its configs, by id."""
-
-    sequence_ids: Tensor | None = None
-    position_ids: Tensor | None = None
-    cu_seq_lens: Tensor | None = None
-    numbers: Mapping[int, int] = field(default_factory=dict)
-    delivery: Any = None  # a step.Delivery, which is made above this module
-    originals: Mapping[int, str] = field(default_factory=dict)
-
-
-_FORWARD: ContextVar[ForwardInputs | None] = ContextVar("sa_hf_forward", default=None)
-
-
-def hand_over(inputs: ForwardInputs | None) -> None:
-    """Keep what the outer call was given for the masks built inside it (torch.compile has a way of its own)."""
-    if not torch.compiler.is_compiling():
-        _FORWARD.set(inputs)
-
-
-def handed_over() -> ForwardInputs | None:
-    """What the outer call was given; None outside of one, and under torch.compile."""
-    return None if torch.compiler.is_compiling() else _FORWARD.get()
 
 
 class MaskRequest:

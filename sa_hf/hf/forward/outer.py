@@ -18,12 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.forward.adapter import PACKED, Activity, refuse_attentions
 from sa_hf.hf.forward.centroids import follow_optimizers
 from sa_hf.hf.forward.checkpointing import CarryHandle, carry_inputs, checkpointed
 from sa_hf.hf.forward.extra_tokens import trimmed
+from sa_hf.hf.forward.keywords import refuse_attentions
 from sa_hf.hf.forward.losses import add_to_loss, carrying, check_live, loss_of, total_losses
-from sa_hf.hf.forward.masks import ForwardInputs, hand_over, handed_over
+from sa_hf.hf.state.activity import PACKED, Activity
+from sa_hf.hf.state.inputs import ForwardInputs, hand_over, handed_over
 from sa_hf.hf.state.layers import learned_leaves, sparse_children, tie_layers
 from sa_hf.hf.state.recomputation import in_backward
 from sa_hf.hf.state.step import Delivery

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from sa_hf.errors import UnsupportedModelError
 from sa_hf.hf.state.positions import position_limit
+from sa_hf.hf.state.sites import Site, Sites, computes_in, window_band
 from sa_hf.layer import LayerSpec
 from sa_hf.ops.parts import Band
 
@@ -25,63 +23,6 @@ from sa_hf.ops.parts import Band
 CROSS_NAMES = {"encoder_attn", "crossattention", "EncDecAttention", "cross_attn", "cross_attention"}
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 _HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
-
-
-@dataclass(frozen=True)
-class Site:
-    """One self-attention layer: its module's name in the model, the name of the block around it, and its shape."""
-
-    name: str
-    block: str
-    stack: str
-    spec: LayerSpec
-
-
-@dataclass(frozen=True)
-class Sites:
-    """All attention of a model: ``{stack: [site, ...]}`` in order, and the names of its cross-attention modules."""
-
-    stacks: dict[str, list[Site]]
-    cross: list[str] = field(default_factory=list)
-
-    @property
-    def num_heads(self) -> dict[str, list[int]]:
-        return {stack: [site.spec.num_heads for site in sites] for stack, sites in self.stacks.items()}
-
-    @property
-    def all_sites(self) -> list[Site]:
-        return [site for sites in self.stacks.values() for site in sites]
-
-
-def root_model(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model in ``model`` (which may be wrapped by PEFT, DDP, ``torch.compile`` or a module of yours).
-
-    Raises:
-        UnsupportedModelError: there is none, or there are several beside each other.
-    """
-    if isinstance(model, PreTrainedModel):
-        return model
-    found = list(_outermost_models(model, "")) if isinstance(model, nn.Module) else []
-    if not found:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is no Transformers model; patch a model from `AutoModel....from_pretrained(...)`"
-        )
-    if len({id(module) for _, module in found}) > 1:
-        names = [name for name, _ in found]
-        raise UnsupportedModelError(
-            f"{type(model).__name__} holds several Transformers models, {names}; give them one by one, e.g. "
-            f"patch_model(model.get_submodule({names[0]!r}), ...)"
-        )
-    return found[0][1]
-
-
-def _outermost_models(module: nn.Module, name: str) -> Iterator[tuple[str, PreTrainedModel]]:
-    for child_name, child in module.named_children():
-        path = f"{name}.{child_name}".removeprefix(".")
-        if isinstance(child, PreTrainedModel):
-            yield path, child
-        else:
-            yield from _outermost_models(child, path)
 
 
 def calls_interface(module: nn.Module) -> bool:
@@ -154,6 +95,7 @@ def switch_over(model: nn.Module) -> bool:
     whether any had to be changed for it."""
     if not _has_bigbird(model):
         return False
+    # Late: it loads Transformers' BigBird.
     from sa_hf.hf.patching.big_bird import ask_interface
 
     return ask_interface(model)
@@ -162,7 +104,7 @@ def switch_over(model: nn.Module) -> bool:
 def switch_back(model: nn.Module) -> None:
     """Undo :func:`switch_over`."""
     if _has_bigbird(model):
-        from sa_hf.hf.patching.big_bird import ask_no_more
+        from sa_hf.hf.patching.big_bird import ask_no_more  # late, as above
 
         ask_no_more(model)
 
@@ -251,18 +193,6 @@ def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | Non
     )
 
 
-def computes_in(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a layer computes, and in which dtype: weights that Accelerate has offloaded are on "meta" between calls."""
-    parameter = next(module.parameters(), torch.empty(0))
-    dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.float32
-    if parameter.is_meta:
-        for part in module.modules():
-            device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-            if device is not None:
-                return torch.device(device), dtype
-    return parameter.device, dtype
-
-
 def own_window(module: nn.Module, index: int, causal: bool) -> Band:
     """The model's own sliding window in this layer, as its mask function builds it."""
     config = _config(module)
@@ -272,8 +202,3 @@ def own_window(module: nn.Module, index: int, causal: bool) -> Band:
     if hasattr(module, "sliding_window"):
         window = module.sliding_window
     return window_band(None if isinstance(window, bool) or not isinstance(window, int) else window, causal)
-
-
-def window_band(window: int | None, causal: bool) -> Band:
-    """A window as models count it, the own position included; None is no window."""
-    return Band() if window is None else Band(window - 1, None if causal else window - 1)

@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from sa_hf.config import SparseAttention
-from sa_hf.hf.patching.families import root_model
 from sa_hf.hf.state.layers import active_child, leaves
+from sa_hf.hf.state.patch import required_patch
+from sa_hf.hf.state.sites import root_model
 from sa_hf.patterns.centroids import CentroidState
 
 Figures: TypeAlias = dict[str, Any]
@@ -31,8 +32,6 @@ def figures(model: nn.Module) -> dict[int | str, Figures]:
     Raises:
         SparseAttentionError: the model is not patched.
     """
-    from sa_hf.hf.patching.patch import required_patch
-
     root = root_model(model)
     sites = required_patch(root, "figures").sites.all_sites
     several = len({site.stack for site in sites}) > 1

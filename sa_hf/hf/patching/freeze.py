@@ -9,11 +9,11 @@ from torch import nn
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.patching.families import root_model
-from sa_hf.hf.patching.patch import patch_of
 from sa_hf.hf.patching.sparse_model import enable_saving
 from sa_hf.hf.state.assignment import HEADS, LayerEntry, assignment_to_dict
 from sa_hf.hf.state.layers import leaves, sparse_children
+from sa_hf.hf.state.patch import patch_of
+from sa_hf.hf.state.sites import root_model
 from sa_hf.patterns.sparsebert import SparseBertAttention, SparseBertAttentionConfig
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -25,12 +25,13 @@ from transformers.modeling_utils import AttentionInterface
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 from sa_hf.hf.caches.layer import cache_in
-from sa_hf.hf.forward.adapter import Carried
 from sa_hf.hf.forward.keywords import unknown_keywords
+from sa_hf.hf.forward.layer_input import Carried
 from sa_hf.hf.forward.masks import MaskRequest, sparse_mask
 from sa_hf.hf.forward.rotary import FUNCTION
-from sa_hf.hf.patching.families import Site, Sites, switch_over
-from sa_hf.hf.patching.sparse_model import dense_class
+from sa_hf.hf.patching.families import switch_over
+from sa_hf.hf.state.classes import dense_class
+from sa_hf.hf.state.sites import Site, Sites
 from sa_hf.hf.state.versions import tested_range
 
 PROBE = "sparse_sa_hf_probe"

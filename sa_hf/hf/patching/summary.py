@@ -11,9 +11,10 @@ from torch import nn
 
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.forward.adapter import place_of
-from sa_hf.hf.patching.families import Site, computes_in, root_model
+from sa_hf.hf.state.activity import place_of
 from sa_hf.hf.state.layers import active_child, leaves
+from sa_hf.hf.state.patch import required_patch
+from sa_hf.hf.state.sites import Site, computes_in, root_model
 from sa_hf.layer import DEFAULT_BLOCK, LayerSpec
 from sa_hf.ops.choice import TRITON, choose_engine
 from sa_hf.ops.host import with_host_defaults
@@ -74,8 +75,6 @@ def summary(model: nn.Module, length: int | None = None) -> Summary:
     Raises:
         SparseAttentionError: the model is not patched, or has no limit and no length is given.
     """
-    from sa_hf.hf.patching.patch import required_patch
-
     root = root_model(model)
     patch = required_patch(root, "summary")
     sites = patch.sites.all_sites

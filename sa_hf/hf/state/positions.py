@@ -1,38 +1,15 @@
-"""How long an input a model takes, and how to lengthen that.
-
-Learned tables of absolute positions are lengthened by tiling: row ``p`` beyond the end starts as row ``p mod n`` (as
-Longformer and BigBird do with RoBERTa's). Sinusoidal tables go on by the model's own formula (Marian's, Pegasus's,
-DistilBERT's option): Transformers computes many of them anew at each load. RoPE computes its angles and needs no
-table; ``rope_parameters`` sets the scaling. Of several towers (``EncoderDecoderModel``) each has a limit of its own.
-"""
+"""How long an input a model takes: its tables of absolute positions, and what its configs say."""
 
 from __future__ import annotations
 
-import copy
-import re
-import sys
-import warnings
-import weakref
-from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from sa_hf.config import did_you_mean
-from sa_hf.errors import SparseAttentionError, UnsupportedModelError
-
-Model = TypeVar("Model", bound=nn.Module)
 LIMIT = "max_position_embeddings"
-TRAINED_LIMIT = "original_max_position_embeddings"
 # Module names of learned or sinusoidal tables of absolute positions.
 TABLES = ("position_embeddings", "wpe", "embed_positions")
-# Buffers with one entry per position, and what stands at position p.
-BUFFERS = ("position_ids", "token_type_ids")
-# Models that were lengthened with their tokenizer, or without it and with a warning: one is enough.
-_told_of_tokenizer: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -76,14 +53,14 @@ def config_limits(root: PreTrainedModel, tables: list[Table]) -> list[tuple[PreT
     found = {id(c): (c, limit) for c in configs_of(root) if isinstance(limit := getattr(c, LIMIT, None), int)}
     own: dict[int, int] = {}
     for table in tables:
-        for config in _configs_of_table(root, table):
+        for config in configs_of_table(root, table):
             own[id(config)] = min(own.get(id(config), table.positions), table.positions)
     # A config that is no table's own (of a model whose tables stand under a copy of it) goes with the equal ones.
     alike = {getattr(found[key][0], LIMIT): limit for key, limit in own.items()}
     return [(config, own.get(key, alike.get(limit, limit))) for key, (config, limit) in found.items()]
 
 
-def _configs_of_table(root: PreTrainedModel, table: Table) -> list[PreTrainedConfig]:
+def configs_of_table(root: PreTrainedModel, table: Table) -> list[PreTrainedConfig]:
     """The config with a limit that stands nearest above a table."""
     name = table.name
     while True:
@@ -95,43 +72,6 @@ def _configs_of_table(root: PreTrainedModel, table: Table) -> list[PreTrainedCon
         name = name.rpartition(".")[0]
 
 
-def grows_by_itself(root: PreTrainedModel) -> bool:
-    """Whether a model computes its table of sinusoids anew where an input is longer (M2M100, XGLM)."""
-    return any(hasattr(m, "make_weights") for name, m in root.named_modules() if name.rpartition(".")[2] in TABLES)
-
-
-def computed_rows(root: PreTrainedModel, table: Table, rows: int) -> Tensor | None:
-    """A table of ``rows`` rows ``[rows, dim]`` by the formula that the model fills its own with; None where it learns.
-
-    Raises:
-        UnsupportedModelError: Transformers computes the table anew at each load, by a formula that is not known here.
-    """
-    module: Any = root.get_submodule(table.name)
-    dim = int(module.weight.shape[1])
-    if hasattr(module, "create_weight"):  # Marian, Pegasus, Informer and their kin
-        longer = copy.copy(module)
-        longer._parameters = {"weight": nn.Parameter(torch.empty(rows, dim), requires_grad=False)}
-        result: Tensor = longer.create_weight()
-        return result
-    if hasattr(module, "get_embedding"):  # FSMT
-        return cast(Tensor, module.get_embedding(rows, dim, module.padding_idx))
-    config: Any = root.config
-    if getattr(config, "sinusoidal_pos_embds", False) or getattr(config, "sinusoidal_embeddings", False):
-        fill = getattr(sys.modules[type(root).__mro__[0].__module__], "create_sinusoidal_embeddings", None)
-        if fill is not None:  # DistilBERT, XLM, FlauBERT
-            weight = torch.empty(rows, dim)
-            fill(n_pos=rows, dim=dim, out=weight)
-            return weight
-    else:
-        patterns = getattr(root, "_keys_to_ignore_on_load_missing", None) or ()
-        if not any(re.search(pattern, f"{table.name}.weight") for pattern in patterns):
-            return None
-    raise UnsupportedModelError(
-        f"Transformers computes the table {table.name!r} of {type(root).__name__} anew at each load, by a formula that "
-        "sa_hf does not know; its positions cannot be lengthened"
-    )
-
-
 def lengthening(model: PreTrainedModel, length: int | None) -> int | None:
     """The ``max_length`` that ``patch_model`` needs for inputs of ``length`` tokens; None where the model takes them.
 
@@ -141,303 +81,9 @@ def lengthening(model: PreTrainedModel, length: int | None) -> int | None:
     return length if length is not None and limit is not None and length > limit else None
 
 
-def extend_positions(
-    model: Model, max_length: int, tokenizer: Any = None, rope_parameters: dict[str, Any] | None = None
-) -> Model:
-    """Let a model take inputs of ``max_length`` tokens, for good (``unpatch_model`` does not undo it).
-
-    Args:
-        tokenizer: gets the new limit. Without one a warning says, once for a model, that the tokenizer still cuts at
-            its own.
-        rope_parameters: RoPE scaling, as in Transformers' configs, e.g. ``{"rope_type": "yarn", "factor": 4.0}``.
-
-    Returns:
-        The model itself.
-
-    Raises:
-        UnsupportedModelError: the model's positions cannot be lengthened.
-        SparseAttentionError: a length below the model's own.
-    """
-    from sa_hf.hf.patching.families import root_model
-    from sa_hf.hf.patching.patch import keep_extension, patch_of
-
-    root = root_model(model)
-    if max_length is None:
-        raise _no_length(None, position_limit(root))
-    plan = plan_extension(root, max_length, tokenizer, rope_parameters)
-    patch = patch_of(root)
-    if patch is None:
-        own_configs(root)
-    extension = plan.apply(root, before=None)
-    if patch is not None:
-        keep_extension(patch, extension)
-    return model
-
-
-def own_configs(root: PreTrainedModel) -> list[tuple[str, str, PreTrainedConfig]]:
-    """Give a model copies of its configs, shared inside it as the originals are; returns ``(module, attribute,
-    original)`` for each place."""
-    memo: dict[int, Any] = {}
-    originals = []
-    for name, module in root.named_modules():
-        for attribute, value in list(vars(module).items()):
-            if isinstance(value, PreTrainedConfig):
-                originals.append((name, attribute, value))
-                setattr(module, attribute, copy.deepcopy(value, memo))
-    return originals
-
-
 def configs_of(root: PreTrainedModel) -> list[PreTrainedConfig]:
     """The distinct config objects of a model."""
     found: dict[int, PreTrainedConfig] = {}
     for module in root.modules():
         found.update({id(v): v for v in vars(module).values() if isinstance(v, PreTrainedConfig)})
     return list(found.values())
-
-
-@dataclass(eq=False)
-class Extension:
-    """What lengthening changed, to be undone: table rows, buffers, rotary modules, the tokenizer's limit.
-
-    ``changed`` holds the new values of config fields; ``limits`` maps each old limit of a config to its new one.
-    """
-
-    tables: list[Table] = field(default_factory=list)
-    buffers: list[tuple[str, str, int]] = field(default_factory=list)
-    rotary: dict[str, nn.Module] = field(default_factory=dict)
-    tokenizers: list[tuple[Any, int]] = field(default_factory=list)
-    changed: dict[str, Any] = field(default_factory=dict)
-    limits: dict[int, int] = field(default_factory=dict)
-
-    def undo(self, root: PreTrainedModel) -> None:
-        """Cut the tables back (trained rows stay) and put back the rest; the configs are restored by the caller."""
-        for table in self.tables:
-            _set_table(root.get_submodule(table.name), root.get_submodule(table.name).weight[: table.rows])
-        for name, buffer, length in self.buffers:
-            module = root.get_submodule(name)
-            setattr(module, buffer, getattr(module, buffer)[..., :length].clone())
-        for name, module in self.rotary.items():
-            _set_submodule(root, name, module)
-        for tokenizer, limit in self.tokenizers:
-            tokenizer.model_max_length = limit
-
-    def merge(self, before: Extension | None) -> Extension:
-        """Undo back to where the earlier of two lengthenings started."""
-        if before is None:
-            return self
-        known = {table.name for table in before.tables}
-        before.tables += [table for table in self.tables if table.name not in known]
-        kept = {(name, buffer) for name, buffer, _ in before.buffers}
-        before.buffers += [entry for entry in self.buffers if entry[:2] not in kept]
-        before.rotary = {**self.rotary, **before.rotary}
-        before.tokenizers = [*self.tokenizers, *before.tokenizers]
-        before.changed = {**before.changed, **self.changed}
-        through = {old: self.limits.get(new, new) for old, new in before.limits.items()}
-        before.limits = {**self.limits, **through}
-        return before
-
-
-@dataclass(frozen=True, eq=False)
-class ExtensionPlan:
-    """A lengthening that has been checked."""
-
-    limit: int | None
-    max_length: int | None
-    tokenizer: Any
-    rope_parameters: dict[str, Any] | None
-    tables: list[Table]
-
-    def apply(self, root: PreTrainedModel, before: Extension | None) -> Extension:
-        done = Extension()
-        if self.max_length is not None and self.limit is not None:
-            self._lengthen(root, done)
-        if self.rope_parameters is not None:
-            self._scale_rope(root, done)
-        if self.tokenizer is not None and self.max_length is not None:
-            done.tokenizers.append((self.tokenizer, self.tokenizer.model_max_length))
-            self.tokenizer.model_max_length = self.max_length
-        return done.merge(before)
-
-    def _lengthen(self, root: PreTrainedModel, done: Extension) -> None:
-        assert self.max_length is not None
-        limits = config_limits(root, self.tables)
-        for table in self.tables:
-            module = root.get_submodule(table.name)
-            if table.positions >= self.max_length:  # of another tower, longer already
-                continue
-            weight: Tensor = module.weight
-            formula = computed_rows(root, table, table.first + self.max_length)
-            if formula is None:
-                index = torch.arange(self.max_length, device=weight.device) % table.positions + table.first
-                rows = torch.cat([weight[: table.first], weight[index]])
-            else:
-                rows = torch.cat([weight, formula[table.rows :].to(weight)])
-            _set_table(module, rows)
-            done.tables.append(table)
-        for config, limit in limits:
-            old = getattr(config, LIMIT)
-            if limit < self.max_length:
-                # RoBERTa counts the rows before its first position into the limit of its config, BERT has none.
-                done.limits[old] = self.max_length + old - limit
-                setattr(config, LIMIT, done.limits[old])
-        for old, new in done.limits.items():
-            done.changed[LIMIT] = new
-            self._lengthen_buffers(root, old, new, done)
-
-    def _lengthen_buffers(self, root: PreTrainedModel, old: int, new: int, done: Extension) -> None:
-        for name, module in root.named_modules():
-            for buffer, value in list(module.named_buffers(recurse=False)):
-                if buffer in BUFFERS and value.shape[-1] == old:
-                    rest = torch.arange(old, new, device=value.device) if buffer == "position_ids" else 0
-                    longer = value.new_zeros(*value.shape[:-1], new)
-                    longer[..., :old] = value
-                    longer[..., old:] = rest
-                    setattr(module, buffer, longer)
-                    done.buffers.append((name, buffer, old))
-
-    def _scale_rope(self, root: PreTrainedModel, done: Extension) -> None:
-        for config in configs_of(root):
-            if isinstance(getattr(config, "rope_parameters", None), dict):
-                merged = scaled_rope(config, self.rope_parameters or {}, self.limit)
-                config.rope_parameters = merged
-                done.changed["rope_parameters"] = merged
-        for name, module in rotary_modules(root).items():
-            fresh = type(module)(config=module.config).to(next(module.buffers()).device)
-            done.rotary[name] = module
-            _set_submodule(root, name, fresh)
-
-
-def scaled_rope(config: Any, rope_parameters: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """A config's ``rope_parameters`` with a user's on top; one entry per kind of layer where it has several.
-
-    The length that the model was trained on is its own where it says one: ``limit`` may have been raised since.
-    """
-    own, given = config.rope_parameters, rope_parameters
-    trained: dict[str, Any] = {}
-    if given.get("rope_type", "default") not in ("default", "linear", "proportional") and limit is not None:
-        trained[TRAINED_LIMIT] = getattr(config, TRAINED_LIMIT, None) or limit
-    if any(isinstance(value, dict) for value in own.values()):
-        if any(isinstance(value, dict) for value in given.values()):
-            return {**own, **given}
-        return {
-            kind: {**trained, **value, **given} if isinstance(value, dict) else value for kind, value in own.items()
-        }
-    return {**trained, **own, **given}
-
-
-def rotary_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
-    """The modules that compute rotary angles."""
-    return {
-        name: module
-        for name, module in root.named_modules()
-        if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config")
-    }
-
-
-def plan_extension(
-    root: PreTrainedModel, max_length: int | None, tokenizer: Any, rope_parameters: dict[str, Any] | None
-) -> ExtensionPlan:
-    """Check a lengthening, before anything is changed."""
-    rotary = bool(rotary_modules(root))
-    if rope_parameters is not None and not rotary:
-        raise UnsupportedModelError(
-            f"rope_parameters are given, but {type(root).__name__} has no rotary embedding; leave them out"
-        )
-    tables, limit = position_tables(root), position_limit(root)
-    check_tokenizer(tokenizer)
-    if rope_parameters is not None:
-        _check_rope(root, rope_parameters, limit)
-    if max_length is None:
-        return ExtensionPlan(limit, None, tokenizer, rope_parameters, [])
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-        raise _no_length(max_length, limit)
-    if limit is not None and max_length < limit:
-        raise SparseAttentionError(
-            f"max_length={max_length} is below the {limit} tokens that {type(root).__name__} takes already; "
-            f"nearest: {limit}. To cut inputs, truncate in the tokenizer"
-        )
-    if root.main_input_name == "pixel_values":
-        raise UnsupportedModelError(
-            f"{type(root).__name__} has a position per image patch; give it larger images with "
-            "interpolate_pos_encoding=True instead of max_length"
-        )
-    if limit is not None and max_length > limit:
-        if not tables and not rotary and not grows_by_itself(root):
-            raise UnsupportedModelError(
-                f"{type(root).__name__} takes {limit} tokens, and neither a table of absolute positions nor a rotary "
-                "embedding that could be lengthened was found"
-            )
-        if any(root.get_submodule(table.name).weight.is_meta for table in tables):
-            raise SparseAttentionError("the position table is offloaded; lengthen the model before it is dispatched")
-        for table in tables:
-            computed_rows(root, table, 1)
-            if table.positions < max_length and not _configs_of_table(root, table):
-                raise UnsupportedModelError(
-                    f"no config of {type(root).__name__} has a {LIMIT} that sizes its table {table.name!r}, so a "
-                    "longer one could not be loaded again; its positions cannot be lengthened"
-                )
-        if rotary and not tables and rope_parameters is None:
-            warnings.warn(
-                f"max_length={max_length} is above the {limit} tokens that the rotary embedding was trained on; "
-                "without rope_parameters (e.g. {'rope_type': 'yarn', 'factor': 4.0}) it extrapolates",
-                stacklevel=3,
-            )
-    if limit is None or max_length > limit:
-        _tell_of_tokenizer(root, max_length, tokenizer)
-    return ExtensionPlan(limit, max_length, tokenizer, rope_parameters, tables)
-
-
-def _tell_of_tokenizer(root: PreTrainedModel, max_length: int, tokenizer: Any) -> None:
-    """Warn where a model is lengthened for the first time and its tokenizer would cut the longer inputs in silence."""
-    if tokenizer is None and root not in _told_of_tokenizer:
-        warnings.warn(
-            f"max_length={max_length} lengthens the model alone: its tokenizer keeps its own limit, at which "
-            "truncation=True and pipelines cut. Give tokenizer=tokenizer beside max_length, or set "
-            f"tokenizer.model_max_length = {max_length}",
-            stacklevel=4,
-        )
-    _told_of_tokenizer.add(root)
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """Raise ``SparseAttentionError`` where a tokenizer is given that has no limit to set."""
-    if tokenizer is not None and not hasattr(tokenizer, "model_max_length"):
-        raise SparseAttentionError(
-            f"tokenizer={tokenizer!r} has no model_max_length to set; give the model's own tokenizer, or leave it out"
-        )
-
-
-def _no_length(value: Any, limit: int | None) -> SparseAttentionError:
-    return SparseAttentionError(f"max_length={value!r} must be an integer >= 1; nearest: {limit or 1}")
-
-
-def _check_rope(root: PreTrainedModel, rope_parameters: Any, limit: int | None) -> None:
-    """Build the scaled rotary embeddings on the side: what they lack shows before the model is changed."""
-    if not isinstance(rope_parameters, dict):
-        raise SparseAttentionError(
-            f"rope_parameters={rope_parameters!r} must be a dict, e.g. {{'rope_type': 'yarn', 'factor': 4.0}}"
-        )
-    kinds = sorted({"default", *ROPE_INIT_FUNCTIONS})
-    for module in rotary_modules(root).values():
-        config: Any = copy.deepcopy(module.config)
-        try:
-            config.rope_parameters = scaled_rope(config, rope_parameters, limit)
-            type(module)(config=config)
-        except Exception as error:  # whatever the model's own code raises on values that it cannot read
-            asked = rope_parameters.get("rope_type", "default")
-            raise SparseAttentionError(
-                f"rope_parameters={rope_parameters!r} do not fit {type(root).__name__}: {type(error).__name__}: "
-                f"{error}; each rope_type needs its own fields, and the types are {kinds}"
-                f"{did_you_mean(str(asked), kinds) if asked not in kinds else ''}"
-            ) from error
-
-
-def _set_table(module: nn.Module, rows: Tensor) -> None:
-    old: Any = module.weight
-    module.weight = nn.Parameter(rows.detach().clone(), requires_grad=old.requires_grad)
-    module.num_embeddings = rows.shape[0]  # type: ignore[assignment]  # an Embedding's number
-
-
-def _set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)

@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sa_hf.errors import SparseAttentionError
+
+IGNORED_LABEL = -100
 
 _GUARD = "sa_hf_step"
 ADVICE = (
@@ -52,7 +54,6 @@ _STEP: ContextVar[TrainerStep | None] = ContextVar("sa_hf_step", default=None)
 def share_of_loss(trainer: Any, model: Any, inputs: Any, items: Any) -> tuple[Tensor | float, bool]:
     """A micro-batch's part of the step's auxiliary loss, before what the ``Trainer`` does to a loss afterwards, and
     whether it then divides by the number of micro-batches."""
-    from sa_hf.hf.forward.losses import share_of_step
 
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None:
@@ -197,3 +198,21 @@ class Joined(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         ctx.delivery.task = torch._C._current_graph_task_id()
         return grad, grad, None
+
+
+def share_of_step(model: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
+    """This micro-batch's part of the optimizer step's auxiliary loss.
+
+    The Trainer divides each micro-batch's summed loss by the labels of the whole step (``num_items_in_batch``); the
+    same share makes the auxiliary loss a mean over the step, not a sum that grows with the accumulation steps.
+    """
+    items, labels, counted = given.get("num_items_in_batch"), given.get("labels"), given.get("shift_labels")
+    if not isinstance(counted, Tensor):
+        if not isinstance(labels, Tensor):
+            return 1.0
+        counted = labels[..., 1:] if getattr(model, "loss_type", None) == "ForCausalLM" else labels
+    if items is None:
+        return 1.0
+    ignored = given.get("ignore_index", IGNORED_LABEL)
+    share: Tensor = (counted != ignored).sum() / torch.as_tensor(items, device=counted.device)
+    return share

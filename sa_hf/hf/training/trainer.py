@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from sa_hf.config import SparseAttention
 from sa_hf.hf.forward.centroids import update_centroids
 from sa_hf.hf.forward.losses import collected_losses, total_losses
-from sa_hf.hf.patching.families import root_model
-from sa_hf.hf.patching.patch import patch_of
+from sa_hf.hf.state.patch import patch_of
+from sa_hf.hf.state.sites import root_model
 from sa_hf.hf.state.step import share_of_loss
 from sa_hf.hf.training.groups import parameter_groups
 
