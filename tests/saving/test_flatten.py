@@ -147,3 +147,24 @@ def test_what_cannot_be_flat_is_refused(package, source):
     package({"__init__.py": "", "a.py": source + "\n", "b.py": ""})
     with pytest.raises(SparseAttentionError, match=r"sa_hf\.a"):
         flatten_module("sa_hf.a")
+
+
+FIXED_PATHS = {
+    "trainer": ["SparseTrainer", "SparseAttentionCallback"],
+    "saving": ["remote_attribute", "sparse_class"],
+    "losses": ["collected_losses"],
+    "centroids": ["update_centroids"],
+}
+
+
+@pytest.mark.parametrize("name", FIXED_PATHS)
+def test_fixed_paths_stay(name):
+    """What checkpoints, errors and cards name is found where it was in 0.1.0, and is the thing itself."""
+    module = importlib.import_module(f"sa_hf.hf.{name}")
+    for thing in FIXED_PATHS[name]:
+        found = getattr(module, thing)
+        assert found is getattr(importlib.import_module(found.__module__), thing)
+
+
+def test_a_checkpoint_imports_a_fixed_path():
+    assert "from sa_hf.hf import saving" in carried_files()[REMOTE_FILE]
