@@ -183,7 +183,7 @@ class SparseAttention(nn.Module):
     """
 
     # Whether a causal layer keeps tensors of its own for every token so far (``AttentionInputs.remember``).
-    remembers: ClassVar[bool] = False
+    remembers: bool = False
     # What ``figures`` gives after a forward, and cannot give before one.
     figure_names: ClassVar[tuple[str, ...]] = ()
     # How many training forwards ago the running call began: above 0 where a checkpointed layer is recomputed after a

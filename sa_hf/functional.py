@@ -7,12 +7,13 @@ from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import NotStaticError, SparseAttentionError
-from sa_hf.layer import AttentionInputs, Geometry
+from sa_hf.layer import AttentionInputs, Geometry, LayerSpec
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.parts import Band
 from sa_hf.ops.reference import dense_attention
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import StaticPatternConfig, default_scale, dense_multiplicity
+from sa_hf.patterns.block_topk import BlockTopKAttentionConfig
 from sa_hf.patterns.custom_op import layer_key, static_attention
 from sa_hf.patterns.static import static_options
 
@@ -32,7 +33,7 @@ def sparse_attention(
     dropout: float = 0.0,
     engine: str = "auto",
 ) -> Tensor:
-    """Sparse attention of a static pattern over a batch of sequences; differentiable.
+    """Sparse attention of a pattern without learned state over a batch of sequences; differentiable.
 
     Args:
         query: ``[batch, num_heads, query_length, head_dim]``, a floating dtype. ``query_length < key_length`` means
@@ -54,10 +55,11 @@ def sparse_attention(
     """
     if not isinstance(config, SparseAttentionConfig):
         raise SparseAttentionError(f"config must be a SparseAttentionConfig, not {type(config).__name__}")
-    if not isinstance(config, StaticPatternConfig):
+    chooses = isinstance(config, BlockTopKAttentionConfig) and not config.indexer
+    if not chooses and not isinstance(config, StaticPatternConfig):
         raise NotStaticError(
-            f"pattern {config.name!r} has learned state or routes by data: use patch_model(model, config); "
-            "sparse_attention serves the static patterns"
+            f"pattern {config.name!r} has learned state: use patch_model(model, config); sparse_attention serves "
+            "the static patterns, and block_topk without its indexer"
         )
     check_inputs(query, key, value, scale, dropout)
     if isinstance(layer_idx, bool) or not isinstance(layer_idx, int) or layer_idx < 0:
@@ -75,8 +77,12 @@ def sparse_attention(
     batch, heads, n_q, head_dim = query.shape
     sequences = Sequences.from_mask(batch, n_q, key.shape[2], attention_mask, sequence_ids)
     scale = default_scale(head_dim) if scale is None else float(scale)
+    inputs = AttentionInputs(query, key, value, sequences, causal, scale, dropout=dropout, engine=engine)
+    if not isinstance(config, StaticPatternConfig):
+        spec = LayerSpec(layer_idx, layer_idx + 1, heads, key.shape[1], head_dim, heads * head_dim, causal)
+        out: Tensor = config.build(spec)(inputs)
+        return out
     if engine == "reference":
-        inputs = AttentionInputs(query, key, value, sequences, causal, scale, dropout=dropout)
         return _oracle(inputs, config, layer_idx)
     layer = layer_key(config, tuple(range(heads)), heads, layer_idx, causal, Band(), engine)
     return static_attention(query, key, value, sequences, layer, static_options(query, scale, dropout))

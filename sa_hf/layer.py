@@ -56,7 +56,8 @@ class LayerSpec:
 
     ``max_length`` is the longest input the model takes, None where unbounded; ``band`` its own sliding window.
     ``heads`` are the query heads that a part of a mixture serves, None is all; ``num_heads`` is the whole layer's, and
-    ``num_key_value_heads`` counts the key heads that the part is given.
+    ``num_key_value_heads`` counts the key heads that the part is given, and ``whole_groups`` says that it has all query
+    heads of each (grouped-query attention).
     """
 
     layer_idx: int
@@ -71,6 +72,7 @@ class LayerSpec:
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
     heads: tuple[int, ...] | None = None
+    whole_groups: bool = True
 
 
 @dataclass(eq=False)
@@ -81,7 +83,8 @@ class AttentionInputs:
     ``hidden_states [B, Nq, hidden]`` the layer's input, ``distance_bias [H, 2 * N - 1]`` as in ``ScoreOptions``,
     ``before_rotary(query, key)`` gives queries and keys of the new tokens as they were before the rotary embedding,
     None where there is none. ``remember(name, tensor, dim)`` joins a per-token tensor of the new positions to the
-    cached ones along ``dim`` and returns that of all key positions; it is None without a cache (then ``Nq == Nk``).
+    cached ones along ``dim`` and returns that of all key positions; with ``need=m`` the cache keeps the last m (and a
+    few) alone, and only these and the new ones come back. It is None without a cache (then ``Nq == Nk``).
     ``key_slots [Nk]`` are the slots of the keys, ascending, where a cache has dropped others and the pattern
     ``reads_listed_keys``; None: key ``j`` stands at slot ``j``.
     """

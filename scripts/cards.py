@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig, pattern_class
+from sa_hf.patterns.block_topk import BlockTopKAttentionConfig, read_pairs
 from sa_hf.patterns.drawing import plot_mask
 from sa_hf.tools.bench import cpu_report, quickstart_report
 from sa_hf.tools.bench.names import LEGEND, row_title
@@ -28,6 +29,7 @@ CARDS = ROOT / "model_cards"
 RESULTS = CARDS / "results"
 SYSTEMS = (
     "longnet", "logsparse", "sparse_transformer", "sparsebert", "expire_span", "routing", "bigbird", "star",
+    "block_topk",
 )  # fmt: skip
 
 HEADLINE_LENGTH = 16384  # tokens of the README's first table
@@ -68,6 +70,8 @@ def planted() -> dict[str, tuple[Tensor, str, bool]]:
     gate = torch.clamp(1 + (spans[None, :] - (i - j)) / 8, 0, 1) * (j <= i)
     clusters = torch.randint(0, 4, (n // 4,), generator=generator).repeat_interleave(4)
     same = (clusters[:, None] == clusters[None, :]) & (j <= i)
+    topics = torch.nn.functional.one_hot(clusters).double()[None, None]
+    chosen = read_pairs(BlockTopKAttentionConfig(block_size=4, top_k=2, num_window_blocks=1), topics, topics)
     return {
         "sparsebert": (
             torch.isin(distance, kept_distances).float(),
@@ -76,6 +80,11 @@ def planted() -> dict[str, tuple[Tensor, str, bool]]:
         ),
         "expire_span": (gate, f"expire_span, planted spans with a ramp of 8, n = {n}, causal", True),
         "routing": (same.float(), f"routing, four planted clusters, n = {n}, causal", True),
+        "block_topk": (
+            chosen[0, 0].float(),
+            f"block_topk, blocks of 4 on four planted topics, top 2, n = {n}, causal",
+            True,
+        ),
     }
 
 
@@ -100,6 +109,7 @@ BENCHMARK_LABELS = {
     "longnet": ("longnet",), "logsparse": ("logsparse",),
     "sparse_transformer": ("fixed", "fixed, constant summary", "strided"),
     "expire_span": ("expire_span",), "routing": ("routing", "routing causal"),
+    "block_topk": ("block_topk", "block_topk query"),
     "bigbird": ("bigbird", "bigbird causal"), "star": ("star",), "sparsebert": ("sparsebert frozen",),
 }  # fmt: skip
 

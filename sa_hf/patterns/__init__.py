@@ -1,6 +1,7 @@
 """The patterns, one file each. Importing this package registers them."""
 
 from sa_hf.patterns.bigbird import BigBirdAttentionConfig
+from sa_hf.patterns.block_topk import BlockTopKAttentionConfig
 from sa_hf.patterns.dense import DenseAttentionConfig
 from sa_hf.patterns.expire_span import ExpireSpanAttentionConfig
 from sa_hf.patterns.logsparse import LogSparseAttentionConfig
@@ -13,6 +14,7 @@ from sa_hf.patterns.star import StarAttentionConfig
 
 __all__ = [
     "BigBirdAttentionConfig",
+    "BlockTopKAttentionConfig",
     "DenseAttentionConfig",
     "ExpireSpanAttentionConfig",
     "LogSparseAttentionConfig",

@@ -102,7 +102,7 @@ class ExpireSpanAttention(LearnedAttention):
     State: ``weight`` fp32 ``[S, hidden]`` and ``bias`` fp32 ``[S]``; S is 1, or the number of query heads.
     """
 
-    remembers: ClassVar[bool] = True
+    remembers = True
     config: ExpireSpanAttentionConfig
     figure_names = ("mean_span", "max_span", "tokens_kept")
 

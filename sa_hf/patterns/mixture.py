@@ -19,7 +19,9 @@ Parts = Sequence[tuple[tuple[int, ...], SparseAttentionConfig]]
 def part_spec(heads: tuple[int, ...], spec: LayerSpec) -> LayerSpec:
     """The layer as one part sees it: ``num_heads`` and the head indices stay the model's own, its key heads are those
     that it is given (one per query head where the part cuts through a group of grouped-query attention)."""
-    return replace(spec, heads=heads, num_key_value_heads=len(key_heads(heads, spec)))
+    keys = key_heads(heads, spec)
+    whole = len(keys) * (spec.num_heads // spec.num_key_value_heads) == len(heads)
+    return replace(spec, heads=heads, num_key_value_heads=len(keys), whole_groups=whole)
 
 
 def key_heads(heads: tuple[int, ...], spec: LayerSpec) -> list[int]:
@@ -70,8 +72,8 @@ class MixedSparseAttention(SparseAttention):
         named = None
         if remember is not None:
 
-            def named(name: str, tensor: Tensor, dim: int) -> Tensor:
-                joined: Tensor = remember(f"parts.{index}.{name}", tensor, dim)
+            def named(name: str, tensor: Tensor, dim: int, need: int | None = None) -> Tensor:
+                joined: Tensor = remember(f"parts.{index}.{name}", tensor, dim, need)
                 return joined
 
         return replace(

@@ -127,7 +127,7 @@ class RoutingAttentionConfig(SparseAttentionConfig):
 class RoutingAttention(CentroidState):
     """The routing heads of one layer, and its local ones. State: see :class:`CentroidState`."""
 
-    remembers: ClassVar[bool] = True
+    remembers = True
     config: RoutingAttentionConfig
     figure_names = ("cluster_entropy", "cluster_max", "cluster_min")
 

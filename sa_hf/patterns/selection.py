@@ -178,10 +178,10 @@ def _largest_on_cpu(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]
 def _largest_by_position(scores: Tensor, count: int) -> Tensor:
     if scores.dtype == torch.float64:
         return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
-    return torch.topk(_ranked(scores), count, dim=-1, sorted=False).indices
+    return torch.topk(ranked(scores), count, dim=-1, sorted=False).indices
 
 
-def _ranked(scores: Tensor) -> Tensor:
+def ranked(scores: Tensor) -> Tensor:
     """Scores (32 bits or fewer) as int64 in the same order, equal ones by position: the upper half holds the score,
     the lower the distance from the end. Choosing the largest of them needs no stable sort of the whole row."""
     bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: the two zeros are equal

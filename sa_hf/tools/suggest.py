@@ -14,6 +14,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import Geometry
 from sa_hf.ops.counts import kept_pairs
 from sa_hf.patterns.base import StaticPatternConfig, dense_multiplicity, finished_plan, whole_geometry
+from sa_hf.patterns.block_topk import BlockTopKAttentionConfig
 from sa_hf.patterns.dense import DenseAttentionConfig
 from sa_hf.patterns.expire_span import ExpireSpanAttentionConfig
 from sa_hf.patterns.routing import RoutingAttentionConfig
@@ -161,6 +162,10 @@ def _why_not_ranked(config: SparseAttentionConfig, causal: bool, length: int) ->
         pairs = _window_pairs(length, window) if causal else config.num_clusters * window * window
         share = min(pairs / dense, 1.0)
         return f"clusters by content: at most {share:.3f} of the dense pairs; num_clusters and window set the bound"
+    if isinstance(config, BlockTopKAttentionConfig):
+        blocks = config.top_k + config.num_window_blocks + config.num_sink_blocks
+        share = min(1.0, _window_pairs(length, blocks * config.block_size) / dense)
+        return f"chooses blocks by content: at most {share:.3f} of the dense pairs; top_k and block_size set the bound"
     if isinstance(config, SparseBertAttentionConfig):
         return "searches for its mask densely; frozen (freeze_masks), it costs what it has learned to keep"
     return f"what it keeps depends on training or data; `sa-hf bench {config.name}` times it"

@@ -81,6 +81,7 @@ def test_patched_decoder_compiles_whole(padded: bool) -> None:
 
 LEARNED = [
     ("routing", {"num_clusters": 4}),
+    ("block_topk", {"block_size": 4, "num_window_blocks": 3, "top_k": 2}),
     ("sparsebert", {"mask_length": 64}),
     ("expire_span", {"max_span": 16, "ramp": 4}),
     ("logsparse", {"conv_kernel_size": 3}),

@@ -26,6 +26,10 @@ PATTERNS: dict[str, Any] = {
     "expire_span": EXPIRING,
     "routing": sa_hf.RoutingAttentionConfig(num_clusters=3, window=4),
     "sparsebert": sa_hf.SparseBertAttentionConfig(mask_length=64),
+    "block_topk": sa_hf.BlockTopKAttentionConfig(block_size=3, top_k=2, num_window_blocks=1),
+    "chosen_by_query": sa_hf.BlockTopKAttentionConfig(
+        block_size=4, top_k=1, num_window_blocks=1, selection="query", pooling="max", shared_by_group=False
+    ),
     "three": {"0": {"heads": {"0-1": EXPIRING, "2": "star", "3": "dense"}}, "1": "bigbird"},
 }
 LOSSLESS = {name: pattern for name, pattern in PATTERNS.items() if name not in ("bigbird", "three")}

@@ -35,7 +35,7 @@ def test_every_pattern_decodes(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mistral"])
-@pytest.mark.parametrize("pattern", ["window", "expire_span", "convolution"])
+@pytest.mark.parametrize("pattern", ["window", "expire_span", "convolution", "block_topk"])
 def test_static_cache(family: str, pattern: str) -> None:
     check(patched(family, pattern), cache_implementation="static")
 
@@ -48,7 +48,7 @@ def test_shared_queries_and_keys() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "mistral", "t5"])
-@pytest.mark.parametrize("pattern", ["window", "expire_span", "convolution", "routing"])
+@pytest.mark.parametrize("pattern", ["window", "expire_span", "convolution", "routing", "block_topk"])
 def test_beams(family: str, pattern: str) -> None:
     if family == "t5" and pattern == "routing":
         pattern = "three"
@@ -60,13 +60,15 @@ def test_beams(family: str, pattern: str) -> None:
     assert torch.allclose(cached.sequences_scores, plain.sequences_scores, atol=1e-4)
 
 
-@pytest.mark.parametrize("pattern", ["window", "expire_span", "convolution", "routing", "three"])
+@pytest.mark.parametrize(
+    "pattern", ["window", "expire_span", "convolution", "routing", "three", "block_topk", "chosen_by_query"]
+)
 def test_prefill_in_chunks(pattern: str) -> None:
     check(patched("llama", pattern), prefill_chunk_size=4)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("pattern", ["window", "expire_span", "convolution", "routing"])
+@pytest.mark.parametrize("pattern", ["window", "expire_span", "convolution", "routing", "block_topk"])
 def test_assisted_generation(family: str, pattern: str) -> None:
     """Guesses that are taken back crop the cache, and what a pattern remembers with it."""
     model = patched(family, pattern)

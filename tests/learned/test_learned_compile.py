@@ -10,6 +10,7 @@ from learned_cases import attention_inputs, draw, layer_spec
 from torch import Tensor
 
 from sa_hf.config import SparseAttentionConfig
+from sa_hf.patterns.block_topk import BlockTopKAttentionConfig
 from sa_hf.patterns.expire_span import ExpireSpanAttentionConfig
 from sa_hf.patterns.routing import RoutingAttentionConfig
 from sa_hf.patterns.sparsebert import SparseBertAttentionConfig
@@ -18,6 +19,9 @@ CASES: list[tuple[SparseAttentionConfig, bool]] = [
     (ExpireSpanAttentionConfig(max_span=40, ramp=6, initial_span=10.0), True),
     (RoutingAttentionConfig(num_clusters=4, window=5), True),
     (RoutingAttentionConfig(num_clusters=4, commitment_coef=0.1, local_window=3), False),
+    (BlockTopKAttentionConfig(block_size=4, top_k=2), True),
+    (BlockTopKAttentionConfig(block_size=16, top_k=1, num_window_blocks=1), False),
+    (BlockTopKAttentionConfig(block_size=4, top_k=2, num_window_blocks=1, selection="query"), False),
     (SparseBertAttentionConfig(mask_length=64), True),
     (SparseBertAttentionConfig(mask_length=64, frozen=True), False),
 ]

@@ -125,6 +125,14 @@ def memory_of(layer: Any) -> dict[str, Remembered]:
     return memory
 
 
+def _latest(tensor: Tensor, dim: int, start: int, need: int | None) -> Remembered:
+    """A tensor from slot ``start`` on, as it is remembered: whole, or its last ``need + SLACK`` entries alone."""
+    more = 0 if need is None else tensor.shape[dim] - need - SLACK
+    if more > 0:
+        tensor, start = tensor.narrow(dim, more, tensor.shape[dim] - more).clone(), start + more
+    return Remembered(tensor, dim, start, need)
+
+
 def _not_remembered(name: str, seen: int) -> SparseAttentionError:
     return SparseAttentionError(
         f"the cache holds {seen} tokens without {name!r}, which this layer's pattern needs for each: they are keys "
@@ -165,7 +173,7 @@ class LayerMemory:
                 f"for the {name!r} that its pattern needs of each token; use a static pattern there, or use_cache=False"
             )
 
-    def remember(self, name: str, tensor: Tensor, dim: int) -> Tensor:
+    def remember(self, name: str, tensor: Tensor, dim: int, need: int | None = None) -> Tensor:
         """``AttentionInputs.remember``: called after the keys joined the cache; batch is dimension 0 of the tensor."""
         self._check_holds_keys(name)
         memory = memory_of(self.layer)
@@ -175,11 +183,13 @@ class LayerMemory:
         if old is None or seen == 0:
             if seen:
                 raise _not_remembered(name, seen)
-            memory[name] = Remembered(tensor, dim)
+            memory[name] = _latest(tensor, dim, 0, need)
             return tensor
         old.cut(seen)
         joined = torch.cat([old.tensor, tensor], dim=dim)
-        memory[name] = Remembered(joined, dim)
+        memory[name] = _latest(joined, dim, old.start, need)
+        if need is not None:
+            return joined
         slots = getattr(self.layer, "slots", None)
         return joined if slots is None else placed(joined, slots, total, dim)
 

@@ -28,6 +28,8 @@ def figures(model: nn.Module) -> dict[int | str, Figures]:
     - Routing, of the last forward: ``cluster_sizes``, tokens (queries and keys) of each cluster, a list for each key
       head; ``cluster_min``, ``cluster_max``, and ``cluster_entropy`` in nats. Bidirectional layers have them of a
       forward in training mode.
+    - block_topk, of the last forward: ``blocks_chosen``, of each query (or query block) besides those always read, and
+      ``blocks_back``, how many blocks from its own they lie; both are means.
 
     Raises:
         SparseAttentionError: the model is not patched.
