@@ -85,6 +85,8 @@ class AttentionInputs:
     None where there is none. ``remember(name, tensor, dim)`` joins a per-token tensor of the new positions to the
     cached ones along ``dim`` and returns that of all key positions; with ``need=m`` the cache keeps the last m (and a
     few) alone, and only these and the new ones come back. It is None without a cache (then ``Nq == Nk``).
+    ``beside(name)`` gives what an earlier call on the same cache has put there by ``beside(name, tensor)``, ``[B, C, m,
+    D]`` made of the keys; it follows the rows of the batch, and after a crop it is empty. None without a cache, too.
     ``key_slots [Nk]`` are the slots of the keys, ascending, where a cache has dropped others and the pattern
     ``reads_listed_keys``; None: key ``j`` stands at slot ``j``.
     """
@@ -103,4 +105,5 @@ class AttentionInputs:
     hidden_states: Tensor | None = None
     before_rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     remember: Callable[..., Tensor] | None = None
+    beside: Callable[..., Tensor | None] | None = None
     key_slots: Tensor | None = None

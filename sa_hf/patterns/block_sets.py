@@ -14,6 +14,7 @@ from sa_hf.patterns.selection import ranked
 
 BLOCK_TOPK = "block_topk"  # rule of plans
 TILES = (64, 32, 16)  # of the kernels: the largest that divides a block
+WIDENED_AT_ONCE = 2**18  # 2 MB in fp64, which stay in the cache
 SCORES_AT_ONCE = 2**22  # 32 MB in fp64: rows of scores are ranked in pieces of about so many
 
 
@@ -65,15 +66,31 @@ class BlockSets(NamedTuple):
 # -- the choice ------------------------------------------------------------------------------------------------------
 
 
+def block_means(x: Tensor, block: int) -> Tensor:
+    """The mean over each block of ``x [G, C, m * block, D]``, fp64 ``[G, C, m, D]``: summed in fp64, so that it does
+    not depend on how many blocks stand beside it."""
+    blocks = x.unflatten(2, (-1, block))
+    at_once = blocks.shape[2]
+    if x.device.type == "cpu":  # torch copies the whole to fp64 first
+        at_once = WIDENED_AT_ONCE * at_once // max(1, x.numel())
+    pieces = [piece.mean(3, dtype=torch.float64) for piece in blocks.split(max(1, at_once), dim=2)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
 def pooled_keys(key: Tensor, block: int, pooling: str) -> Tensor:
     """The mean or elementwise maximum of the keys of each block, ``[G, Hkv, blocks, D]`` fp32 (fp64 of fp64 keys), the
-    last block over its real keys. Means are summed in fp64: they do not depend on how many keys stand beside them."""
+    last block over its real keys."""
     stats = torch.promote_types(key.dtype, torch.float32)
     whole = key.shape[2] // block * block
-    runs = [key[:, :, :whole].unflatten(2, (-1, block))] if whole else []
+
+    def pool(x: Tensor, size: int) -> Tensor:
+        return x.unflatten(2, (-1, size)).amax(3) if pooling == "max" else block_means(x, size)
+
+    made = [pool(key[:, :, :whole], block)] if whole else []
     if whole < key.shape[2]:
-        runs.append(key[:, :, None, whole:])
-    made = [x.amax(3) if pooling == "max" else x.mean(3, dtype=torch.float64) for x in runs]
+        made.append(pool(key[:, :, whole:], key.shape[2] - whole))
+    if not made:
+        return key.new_zeros(*key.shape[:2], 0, key.shape[3], dtype=stats)
     return torch.cat([x.to(stats) for x in made], dim=2)
 
 
@@ -82,20 +99,21 @@ def block_queries(query: Tensor, start: int, first: int, count: int, block: int)
     before the sequence.
 
     Args:
-        query: ``[G, C, m, D]``, the queries at positions ``start .. start + m - 1``: all of the sequence's in these
-            blocks.
+        query: ``[G, C, m, D]``, the queries at positions ``start .. start + m - 1``; those before count as 0.
     """
-    low, end = first * block, min((first + count) * block, start + query.shape[2])
-    inside = query[:, :, max(0, low - start) : max(0, end - start)]
-    front = max(0, start - low)
-    whole = max(0, end - low) // block
-    if front == 0 and whole == count:  # nothing to fill up, so nothing is copied
-        mean: Tensor = inside.unflatten(2, (count, block)).mean(3, dtype=torch.float64)
-        return mean
-    inside = torch.nn.functional.pad(inside.double(), (0, 0, front, count * block - front - inside.shape[2]))
-    real = [min(block, max(1, end - (first + at) * block)) for at in range(count)]
-    total: Tensor = inside.unflatten(2, (count, block)).sum(3)
-    return total / torch.tensor(real, device=query.device)[:, None]
+    end = min((first + count) * block, start + query.shape[2])
+    lead = 1 if first < 0 else 0
+    low = (first + lead) * block
+    inside = query[:, :, max(0, low - start) : max(low, end) - start]
+    if start > low:
+        inside = torch.nn.functional.pad(inside, (0, 0, start - low, 0))
+    whole = inside.shape[2] // block * block
+    made = [torch.zeros(*query.shape[:2], lead, query.shape[3], dtype=torch.float64, device=query.device)]
+    if whole:
+        made.append(block_means(inside[:, :, :whole], block))
+    if whole < inside.shape[2]:
+        made.append(block_means(inside[:, :, whole:], inside.shape[2] - whole))
+    return torch.cat(made, dim=2)
 
 
 def choose_blocks(

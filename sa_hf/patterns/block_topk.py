@@ -139,7 +139,7 @@ class BlockTopKAttention(SparseAttention):
         self._seen = []
 
         def attend_group(group: Group) -> Tensor:
-            chosen = self._choose(group, sets, inputs.band, recent)
+            chosen = self._choose(group, sets, inputs, recent)
             chosen = chosen.repeat_interleave(group.query.shape[1] // chosen.shape[1], 1)
             if inputs.engine == "reference":
                 lengths = group.query.shape[2], group.key.shape[2]
@@ -153,12 +153,37 @@ class BlockTopKAttention(SparseAttention):
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
 
     @torch.no_grad()
-    def _choose(self, group: Group, sets: BlockSets, band: Band, recent: Recent) -> Tensor:
+    def _choose(self, group: Group, sets: BlockSets, inputs: AttentionInputs, recent: Recent) -> Tensor:
         """What :func:`chosen_blocks` gives for a group; kept for the figures."""
         query, start = recent(group)
-        chosen, rows = chosen_blocks(self.config, query, start, group.key.detach(), group.query_offset, sets, band)
+        pooled = self._pooled(group, inputs)
+        lengths = group.query_offset, group.key.shape[2]
+        chosen, rows = chosen_blocks(self.config, query, start, pooled, *lengths, sets, inputs.band)
         self._seen.append((chosen, rows))
         return chosen
+
+    def _pooled(self, group: Group, inputs: AttentionInputs) -> Tensor:
+        """The pooled keys of the blocks that may be chosen; of whole rows with a cache, those known are kept beside it,
+        so that a step reads new blocks alone."""
+        key, block, known = group.key.detach(), self.config.block_size, None
+        if not inputs.causal:
+            return pooled_keys(key, block, self.config.pooling)
+        key = key[:, :, : key.shape[2] // block * block]  # no causal row chooses a block that is not complete
+        beside = inputs.beside if inputs.sequences.is_full else None
+        if beside is not None:
+            known = beside("pooled")
+        if known is None or beside is None:
+            pooled = pooled_keys(key, block, self.config.pooling)
+            if beside is not None:
+                beside("pooled", pooled)
+            return pooled
+        count = min(known.shape[2], group.query_offset // block)
+        fresh = key[:, :, count * block :]
+        if fresh.shape[2] == 0 and known.shape[2] == count:
+            return known
+        pooled = torch.cat([known[:, :, :count], pooled_keys(fresh, block, self.config.pooling)], dim=2)
+        beside("pooled", pooled)
+        return pooled
 
     def _recent_queries(self, inputs: AttentionInputs) -> Recent:
         """The queries of a group's last positions ``[G, H, m, D]``, those of the new tokens and with a cache of the
@@ -186,8 +211,9 @@ class BlockTopKAttention(SparseAttention):
 
 
 def chosen_blocks(
-    config: BlockTopKAttentionConfig, query: Tensor, start: int, key: Tensor, offset: int, sets: BlockSets, band: Band
-) -> tuple[Tensor, Tensor]:
+    config: BlockTopKAttentionConfig, query: Tensor, start: int, pooled: Tensor, offset: int, length: int,
+    sets: BlockSets, band: Band,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chosen blocks of each row, int64 ``[G, C, R, k]``, and the rows' own blocks ``[R]``.
 
     Rows are query blocks or queries from position ``offset`` on, C key heads where their query heads choose together,
@@ -196,21 +222,27 @@ def chosen_blocks(
     Args:
         query: ``[G, H, m, D]``, the queries of the last m positions, from ``start`` on: those of the rows, and of the
             block before them.
-        key: ``[G, Hkv, n, D]``, of the whole sequence.
+        pooled: ``[G, Hkv, blocks, D]``, of the whole sequence of ``length``.
     """
-    length = key.shape[2]
     if offset and not sets.causal:
         raise SparseAttentionError(
             "bidirectional block_topk attends whole sequences: query and key length must be equal"
         )
-    pooled = pooled_keys(key, sets.block, config.pooling)
+    device = pooled.device
     if config.selection == "query":
-        low = high = torch.arange(offset, length, device=key.device)
+        low = high = torch.arange(offset, length, device=device)
         vectors = query[:, :, offset - start :]
     else:
         first = offset // sets.block
-        low = torch.arange(first, sets.count(length), device=key.device) * sets.block
+        low = torch.arange(first, sets.count(length), device=device) * sets.block
         high = low + sets.block - 1
+        choosing = max(first, sets.window + sets.sinks)
+        if sets.causal and choosing < sets.count(length) and start > (choosing - 1) * sets.block:
+            raise SparseAttentionError(
+                f'block_topk.selection="query_block" chooses for block {choosing} by the queries of block '
+                f"{choosing - 1}, and this call has those from position {start} on; give it the queries of the whole "
+                'sequence, or use selection="query"'
+            )
         # No row's choice may depend on tokens behind it: a causal block goes by the queries of the one before.
         vectors = block_queries(query, start, first - sets.causal, len(low), sets.block)
     group_size = vectors.shape[1] // pooled.shape[1]
@@ -224,7 +256,8 @@ def chosen_blocks(
 def read_pairs(config: BlockTopKAttentionConfig, query: Tensor, key: Tensor, causal: bool = True) -> Tensor:
     """Which pairs whole sequences ``query [G, H, n, D]``, ``key [G, Hkv, n, D]`` read, bool ``[G, H, n, n]``."""
     length, sets = key.shape[2], config.sets(causal)
-    chosen, _ = chosen_blocks(config, query, 0, key, 0, sets, Band())
+    pooled = pooled_keys(key, sets.block, config.pooling)
+    chosen, _ = chosen_blocks(config, query, 0, pooled, 0, length, sets, Band())
     chosen = chosen.repeat_interleave(query.shape[1] // chosen.shape[1], 1)
     return kept_pairs(chosen, sets, config.selection == "query", length, length, Band(), config.drop_diagonal)
 

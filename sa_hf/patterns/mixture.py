@@ -68,13 +68,19 @@ class MixedSparseAttention(SparseAttention):
 
     def _part_inputs(self, inputs: AttentionInputs, heads: tuple[int, ...], index: int) -> AttentionInputs:
         keys = key_heads(heads, self.spec)
-        remember = inputs.remember
-        named = None
+        remember, beside = inputs.remember, inputs.beside
+        named = kept = None
         if remember is not None:
 
             def named(name: str, tensor: Tensor, dim: int, need: int | None = None) -> Tensor:
                 joined: Tensor = remember(f"parts.{index}.{name}", tensor, dim, need)
                 return joined
+
+        if beside is not None:
+
+            def kept(name: str, tensor: Tensor | None = None) -> Tensor | None:
+                found: Tensor | None = beside(f"parts.{index}.{name}", tensor)
+                return found
 
         return replace(
             inputs,
@@ -83,6 +89,7 @@ class MixedSparseAttention(SparseAttention):
             value=inputs.value[:, keys],
             distance_bias=None if inputs.distance_bias is None else inputs.distance_bias[list(heads)],
             remember=named,
+            beside=kept,
         )
 
     def reads_listed_keys(self, inputs: AttentionInputs) -> bool:

@@ -155,7 +155,7 @@ def attended(child: SparseAttention, inputs: AttentionInputs) -> Tensor:
     Of the first sequence; the weight of a pair over the largest of its row, all scores 0.
     """
     keys, width = inputs.key.shape[2], inputs.value.shape[3]
-    plain = replace(inputs, scale=0.0, softcap=None, distance_bias=None, dropout=0.0, remember=None)
+    plain = replace(inputs, scale=0.0, softcap=None, distance_bias=None, dropout=0.0, remember=None, beside=None)
     pieces = []
     for begin in range(0, keys, width):
         at = torch.arange(begin, min(begin + width, keys), device=inputs.value.device)

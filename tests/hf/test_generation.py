@@ -212,3 +212,18 @@ def test_prefix_tuning_under_static_patterns(masked: bool) -> None:
         assert (narrow - dense)[real].abs().max() > 0.1
         sa_hf.patch_model(model, "sliding_window", window=3, num_sink_tokens=4)  # the prefix is what all read
         assert (model(**inputs).logits - narrow)[real].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("pattern", ["block_topk", "chosen_by_query"])
+def test_a_cropped_cache_pools_its_keys_anew(pattern: str) -> None:
+    """After a crop other tokens follow: what was pooled of the old ones must not be chosen by."""
+    model = patched("llama", pattern)
+    ids, others = tokens(2, 40), tokens(2, 40).flip(1)
+    cache = tf.DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.crop(14)
+        rest = torch.cat([ids[:, :14], others[:, :20]], dim=1)
+        steps = [model(rest[:, a:b], past_key_values=cache).logits for a, b in ((14, 25), (25, 26), (26, 34))]
+        whole = model(rest, use_cache=False).logits
+    assert (torch.cat(steps, 1) - whole[:, 14:]).abs().max() < TOLERANCE

@@ -47,7 +47,7 @@ class Memory:
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, tensor: Tensor, dim: int) -> Tensor:
+    def __call__(self, name: str, tensor: Tensor, dim: int, need: int | None = None) -> Tensor:
         joined = tensor if name not in self.kept else torch.cat([self.kept[name], tensor], dim)
         self.kept[name] = joined
         return joined

@@ -8,7 +8,7 @@ from typing import Any
 import block_topk_cases as cases
 import pytest
 import torch
-from learned_cases import attention_inputs, draw, layer_spec, rms_ratio
+from learned_cases import Memory, attention_inputs, draw, layer_spec, rms_ratio
 from torch import Tensor
 
 from sa_hf import BlockTopKAttentionConfig, NotStaticError, SparseAttentionError, sparse_attention
@@ -151,6 +151,33 @@ def test_everything_covered_is_dense() -> None:
         assert rms_ratio(run({**fields, "selection": selection}, inputs), dense) < 1e-12
 
 
+@pytest.mark.parametrize("fields", [CASES[0], CASES[1], CASES[2], CASES[5], CASES[8]], ids=ids)
+@pytest.mark.parametrize("cuts", [(20, 21, 22, 40, 41, 75), (1, 75), (74, 75)], ids=str)
+def test_steps_read_the_pooled_keys_kept_beside_the_cache(fields: dict[str, Any], cuts: tuple[int, ...]) -> None:
+    """A step pools the keys of new blocks alone, and chooses and reads as the whole forward does."""
+    inputs = inputs_of(75, True)
+    module = BlockTopKAttentionConfig(**fields).build(layer_spec(4, 2, causal=True))
+    whole, kept, queries, start, out = module(inputs), {}, Memory(), 0, []
+
+    def beside(name: str, tensor: Tensor | None = None) -> Tensor | None:
+        if tensor is not None:
+            kept[name] = tensor
+        return kept.get(name)
+
+    for end in cuts:
+        part = {n: getattr(inputs, n)[:, :, :end] for n in ("key", "value")}
+        step = replace(
+            inputs, query=inputs.query[:, :, start:end], **part, sequences=Sequences.full(2, end - start, end),
+            remember=queries, beside=beside,
+        )  # fmt: skip
+        out.append(module(step))
+        block, pooled = fields["block_size"], kept["pooled"]
+        complete = inputs.key[:, :, : end // block * block]
+        assert torch.equal(pooled, pooled_keys(complete, block, module.config.pooling))
+        kept["pooled"], start = pooled.clone(), end
+    assert rms_ratio(torch.cat(out, 2), whole) < 1e-13
+
+
 @pytest.mark.parametrize("selection", ["query", "query_block"])
 def test_the_bare_operator_serves_it(selection: str) -> None:
     fields = {**SMALL, "selection": selection}
@@ -191,6 +218,19 @@ def test_what_a_layer_cannot_run_is_refused() -> None:
     with pytest.raises(SparseAttentionError, match="whole groups"):
         BlockTopKAttentionConfig().build(spec)
     BlockTopKAttentionConfig(shared_by_group=False).build(spec)
+
+
+def test_a_few_last_queries_of_the_bare_operator() -> None:
+    inputs = inputs_of(50, True)
+    tensors = (inputs.key, inputs.value)
+    for fields, last in (({**SMALL, "selection": "query"}, 3), ({**SMALL, "selection": "query"}, 1), (SMALL, 50)):
+        config = BlockTopKAttentionConfig(**fields)
+        out = sparse_attention(inputs.query[:, :, -last:], *tensors, config, causal=True)
+        assert rms_ratio(out, expected(fields, inputs)[:, :, -last:]) < 1e-12
+    with pytest.raises(SparseAttentionError, match="by the queries of block 11"):
+        sparse_attention(inputs.query[:, :, -2:], *tensors, BlockTopKAttentionConfig(**SMALL), causal=True)
+    with pytest.raises(SparseAttentionError, match="must be equal"):
+        sparse_attention(inputs.query[:, :, -2:], *tensors, BlockTopKAttentionConfig(**SMALL))
 
 
 def test_presets() -> None:

@@ -51,6 +51,13 @@ class Remembered:
         self.tensor = self.tensor.narrow(self.dim, 0, left)
 
 
+class Made(Remembered):
+    """What a pattern has made of the keys so far, for later steps; a crop forgets it, and it is made anew."""
+
+    def cut(self, end: int) -> None:
+        self.tensor = self.tensor.narrow(self.dim, 0, 0)
+
+
 @lru_cache(maxsize=64)
 def _remembering(base: Any) -> Any:
     """A cache layer's class whose remembered tensors follow what happens to its keys."""
@@ -192,6 +199,17 @@ class LayerMemory:
             return joined
         slots = getattr(self.layer, "slots", None)
         return joined if slots is None else placed(joined, slots, total, dim)
+
+    def beside(self, name: str, tensor: Tensor | None = None) -> Tensor | None:
+        """``AttentionInputs.beside``: called after the keys joined the cache; nothing is kept where they are in the
+        cache's layer of another one."""
+        length = getattr(self.layer, "get_seq_length", None)
+        if length is None or not self.layer.is_initialized or int(length()) == 0:
+            return None
+        memory = memory_of(self.layer)
+        if tensor is not None:
+            memory[name] = Made(tensor, 2, 0, 0)
+        return memory[name].tensor if name in memory else None
 
     def recent(self, name: str, tensor: Tensor, need: int) -> tuple[Tensor, int]:
         """The last inputs of the layer and the new ones, ``[batch, tokens, ...]``, and the slot of the first.

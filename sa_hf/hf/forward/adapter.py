@@ -113,6 +113,7 @@ def _attend(
         hidden_states=call.hidden_states,
         before_rotary=partial(before_rotary, module, call.rotary),
         remember=None if call.memory is None else call.memory.remember,
+        beside=None if call.memory is None else call.memory.beside,
     )
     started = handed_over() if request is None else None if torch.compiler.is_compiling() else request.given
     for leaf in leaves(child):
