@@ -58,6 +58,7 @@ class LayerSpec:
     ``heads`` are the query heads that a part of a mixture serves, None is all; ``num_heads`` is the whole layer's, and
     ``num_key_value_heads`` counts the key heads that the part is given, and ``whole_groups`` says that it has all query
     heads of each (grouped-query attention).
+    ``head_dim`` is that of queries and keys; ``sinks`` says that each head has a logit in the softmax's denominator.
     """
 
     layer_idx: int
@@ -73,13 +74,15 @@ class LayerSpec:
     dtype: torch.dtype = torch.float32
     heads: tuple[int, ...] | None = None
     whole_groups: bool = True
+    sinks: bool = False
 
 
 @dataclass(eq=False)
 class AttentionInputs:
     """One call of an attention layer.
 
-    Shapes: query ``[B, H, Nq, D]``, key and value ``[B, Hkv, Nk, D]`` (after rotary embedding, cache included),
+    Shapes: query ``[B, H, Nq, D]``, key and value ``[B, Hkv, Nk, D]`` (after rotary embedding, cache included;
+    values may be of another width),
     ``hidden_states [B, Nq, hidden]`` the layer's input, ``distance_bias [H, 2 * N - 1]`` as in ``ScoreOptions``,
     ``before_rotary(query, key)`` gives queries and keys of the new tokens as they were before the rotary embedding,
     None where there is none. ``remember(name, tensor, dim)`` joins a per-token tensor of the new positions to the
@@ -88,7 +91,7 @@ class AttentionInputs:
     ``beside(name)`` gives what an earlier call on the same cache has put there by ``beside(name, tensor)``, ``[B, C, m,
     D]`` made of the keys; it follows the rows of the batch, and after a crop it is empty. None without a cache, too.
     ``key_slots [Nk]`` are the slots of the keys, ascending, where a cache has dropped others and the pattern
-    ``reads_listed_keys``; None: key ``j`` stands at slot ``j``.
+    ``reads_listed_keys``; None: key ``j`` stands at slot ``j``. ``sinks [H]`` as in ``ScoreOptions``.
     """
 
     query: Tensor
@@ -107,3 +110,4 @@ class AttentionInputs:
     remember: Callable[..., Tensor] | None = None
     beside: Callable[..., Tensor | None] | None = None
     key_slots: Tensor | None = None
+    sinks: Tensor | None = None

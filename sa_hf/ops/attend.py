@@ -59,6 +59,7 @@ def sequences_backward(
     grads = [torch.zeros_like(x) for x in (query, key, value)]
     bias = None if options.distance_bias is None else torch.zeros_like(options.distance_bias)
     spans = None if options.spans is None else torch.zeros_like(options.spans)
+    sinks = None if options.sinks is None else torch.zeros_like(options.sinks)
     for plan, group in batch.groups():
         q, k, v = group.queries(query), group.keys(key), group.keys(value)
         group_lse = group.queries(lse4).squeeze(-1)
@@ -73,10 +74,12 @@ def sequences_backward(
             bias = bias if whole_bias is None else bias + whole_bias
         if spans is not None and part.spans is not None:
             group.write_keys(spans.unsqueeze(-1), part.spans.unsqueeze(-1))
+        if sinks is not None and part.sinks is not None:
+            sinks = sinks + part.sinks
     if spans is not None and sequences.key_gather is not None:
         spans = batch.expand_keys(spans.unsqueeze(-1)).squeeze(-1)
     query_grad, key_grad, value_grad = batch.expand_queries(grads[0]), *(batch.expand_keys(g) for g in grads[1:])
-    return Gradients(query_grad, key_grad, value_grad, bias, spans)
+    return Gradients(query_grad, key_grad, value_grad, bias, spans, sinks)
 
 
 class Batch:
@@ -202,18 +205,20 @@ def uncentred(grad: Tensor | None, table: Tensor | None) -> Tensor | None:
 # -- autograd ------------------------------------------------------------------------------------------------------
 
 
-def with_gradients(options: ScoreOptions, bias: Tensor | None, spans: Tensor | None) -> ScoreOptions:
+def with_gradients(
+    options: ScoreOptions, bias: Tensor | None, spans: Tensor | None, sinks: Tensor | None
+) -> ScoreOptions:
     """The options with these of the tensors that have a gradient (autograd wants them among a function's arguments)."""
-    if options.distance_bias is bias and options.spans is spans:
+    if options.distance_bias is bias and options.spans is spans and options.sinks is sinks:
         return options
-    return replace(options, distance_bias=bias, spans=spans)
+    return replace(options, distance_bias=bias, spans=spans, sinks=sinks)
 
 
 @dataclass(frozen=True, eq=False)
 class _Attend:
-    """The call of :func:`attend`; its tensors are query, key, value, distance bias and spans."""
+    """The call of :func:`attend`; its tensors are query, key, value, distance bias, spans and sinks."""
 
-    differentiable: ClassVar[int] = 5
+    differentiable: ClassVar[int] = 6
     outputs: ClassVar[int] = 2
 
     sequences: Sequences
@@ -222,9 +227,9 @@ class _Attend:
     engine: Engine
 
     def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        bias, spans = tensors[3:]
+        bias, spans, sinks = tensors[3:]
         query, key, value = given(tensors[:3])
-        options = with_gradients(self.options, bias, spans)
+        options = with_gradients(self.options, bias, spans, sinks)
         with own_rules(query.device):
             out, lse = sequences_forward(query, key, value, self.sequences, self.plan_for, options, self.engine)
             return out.contiguous(), lse
@@ -233,14 +238,14 @@ class _Attend:
         self, grad: Tensor, outputs: Sequence[Tensor], tensors: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
         out, lse = outputs
-        bias, spans = tensors[3:]
+        bias, spans, sinks = tensors[3:]
         query, key, value = given(tensors[:3])
-        options = with_gradients(self.options, bias, spans)
+        options = with_gradients(self.options, bias, spans, sinks)
         with own_rules(query.device):
             grads = sequences_backward(
                 query, key, value, out, lse, grad, self.sequences, self.plan_for, options, self.engine
             )
-        optional = ((bias, grads.distance_bias), (spans, grads.spans))
+        optional = ((bias, grads.distance_bias), (spans, grads.spans), (sinks, grads.sinks))
         return grads.query, grads.key, grads.value, *(g for x, g in optional if x is not None and g is not None)
 
     def widened(self, copies: int, batch: int, mapped: object) -> None:
@@ -251,7 +256,8 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, plan_for: PlanFor, options: ScoreOptions,
     engine: Engine,
 ) -> Tensor:  # fmt: skip
-    """Sparse attention over the sequences of a batch, differentiable in query, key, value, distance bias and spans.
+    """Sparse attention over the sequences of a batch, differentiable in query, key, value, distance bias, spans and
+    sinks.
 
     Args:
         query: ``[B, H, Nq, D]``; key, value: ``[B, Hkv, Nk, D]``, H a multiple of Hkv.
@@ -260,6 +266,5 @@ def attend(
     Returns:
         ``[B, H, Nq, D]`` in the query's dtype; rows of padding and rows without a key are 0.
     """
-    bias, spans = options.distance_bias, options.spans
-    bare = with_gradients(options, None, None)
-    return differentiable(_Attend(sequences, plan_for, bare, engine), query, key, value, bias, spans)
+    call = _Attend(sequences, plan_for, with_gradients(options, None, None, None), engine)
+    return differentiable(call, query, key, value, options.distance_bias, options.spans, options.sinks)

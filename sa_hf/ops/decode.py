@@ -8,7 +8,9 @@ from torch import Tensor
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.choice import CANDIDATES, TRITON
 from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.sinks import with_sinks
 from sa_hf.ops.transforms import has_tangent
+from sa_hf.ops.widths import at_one_width
 
 # Elements of K gathered at once by the torch path: 2**24 fp32 are 64 MB.
 GATHERED_AT_ONCE = 2**24
@@ -21,15 +23,15 @@ def decode_attention(
 
     Args:
         query: ``[B, H, Nq, D]``, the last Nq positions of the sequences; few rows.
-        key, value: ``[B, Hkv, Nk, D]``, H a multiple of Hkv.
+        key: ``[B, Hkv, Nk, D]``, H a multiple of Hkv; value: ``[B, Hkv, Nk, Dv]``.
         index: integer ``[B | 1, 1 | Hkv | H, Nq, m]``, positions in ``0 .. Nk - 1`` in any order; -1 is empty, a
             repeated position counts each time. Lists that the heads of a group share are read once for the group.
-        options: scale, softcap, distance bias and spans; dropout must be 0.
+        options: scale, softcap, distance bias, spans and sinks; dropout must be 0.
         engine: "auto" (triton on a GPU where no gradient is wanted), "triton", or "native" and "torch" (torch's
             operators, differentiable).
 
     Returns:
-        ``[B, H, Nq, D]`` in the query's dtype; a query without a key is 0.
+        ``[B, H, Nq, Dv]`` in the query's dtype; a query without a key is 0.
 
     Raises:
         SparseAttentionError: shapes that do not fit together, dropout, or an engine that cannot serve the input.
@@ -42,17 +44,17 @@ def decode_attention(
         if engine == "triton" and reason is not None:
             raise SparseAttentionError(f"engine 'triton' cannot decode {tuple(query.shape)}: {reason}; use 'native'")
         if reason is None and (query.is_cuda or engine == "triton"):
-            return TRITON.decode(query, key, value, index, options)
+            return at_one_width(lambda q, k, v: TRITON.decode(q, k, v, index, options), query, key, value)
     return _gathered(query, key, value, index, options)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions) -> None:
     batch, heads, n_q, _ = query.shape
     kv_heads = key.shape[1]
-    if key.shape != value.shape or heads % kv_heads or key.shape[0] != batch or key.shape[3] != query.shape[3]:
+    if key.shape[:3] != value.shape[:3] or heads % kv_heads or key.shape[0] != batch or key.shape[3] != query.shape[3]:
         raise SparseAttentionError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must be "
-            "[B, H, Nq, D] and twice [B, Hkv, Nk, D] with H a multiple of Hkv"
+            "[B, H, Nq, D], [B, Hkv, Nk, D] and [B, Hkv, Nk, Dv] with H a multiple of Hkv"
         )
     fits = index.dim() == 4 and index.shape[0] in (1, batch) and index.shape[1] in (1, kv_heads, heads)
     if not fits or index.shape[2] != n_q or index.dtype not in (torch.int32, torch.int64):
@@ -65,16 +67,18 @@ def _check(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: Sc
 
 
 def _triton_reason(query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> str | None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    tensors = query, key, value, options.distance_bias, options.spans, options.sinks
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return "its decode kernel has no backward"
-    if has_tangent(query, key, value, options.spans):
+    if has_tangent(*tensors):
         return "its decode kernel has no forward-mode derivative"
     return TRITON.unsupported(query, options)
 
 
 def _gathered(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions) -> Tensor:
     """Gather and attend, a run of list places at a time, by an online softmax."""
-    batch, heads, n_q, d = query.shape
+    batch, heads, n_q, _ = query.shape
+    width = max(key.shape[3], value.shape[3])
     stats = torch.float64 if query.dtype == torch.float64 else torch.float32
     group = heads // key.shape[1]
     if index.shape[1] not in (1, heads):
@@ -85,8 +89,8 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options:
     i = torch.arange(key.shape[2] - n_q, key.shape[2], device=query.device)[:, None]
     peak = torch.full((batch, heads, n_q, 1), -torch.inf, dtype=stats, device=query.device)
     total = torch.zeros_like(peak)
-    acc = torch.zeros(batch, heads, n_q, d, dtype=stats, device=query.device)
-    step = max(1, GATHERED_AT_ONCE // (batch * heads * n_q * d))
+    acc = torch.zeros(batch, heads, n_q, value.shape[3], dtype=stats, device=query.device)
+    step = max(1, GATHERED_AT_ONCE // (batch * heads * n_q * width))
     for places in index.long().split(step, dim=-1) if index.shape[-1] else ():
         at = places.clamp(min=0)
         k, v = (x[batches, rows // group, at].to(stats) for x in (key, value))
@@ -101,7 +105,9 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options:
         total = total * decay + p.sum(-1, keepdim=True)
         acc = acc * decay + (p.unsqueeze(-2) @ v).squeeze(-2)
         peak = new_peak
-    return (acc / torch.where(total > 0, total, 1.0)).to(query.dtype)
+    total = torch.where(total > 0, total, 1.0)
+    out, _ = with_sinks(acc / total, (torch.log(total) + peak).squeeze(-1), options.sinks)
+    return out.to(query.dtype)
 
 
 def _options(

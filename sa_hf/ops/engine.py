@@ -25,6 +25,7 @@ class Gradients:
     value: Tensor
     distance_bias: Tensor | None = None
     spans: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 class Engine(ABC):

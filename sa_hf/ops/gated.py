@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from sa_hf.ops.grouped import Group
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.random import counter_words, dropout_keep, dropout_words
+from sa_hf.ops.sinks import with_sinks
 
 # Scores held at once, over all heads: 2**23 fp32 are 32 MB per temporary.
 SCORES_AT_ONCE = 2**23
@@ -74,12 +75,13 @@ def _chunk(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, options: Sco
     kept = gate.detach() > 0
     peak = scores.detach().masked_fill(~kept, -torch.inf).amax(-1, keepdim=True)
     weight = gate * torch.exp((scores - peak).clamp(max=MAX_EXPONENT))
-    probability = weight / weight.sum(-1, keepdim=True)
+    total = weight.sum(-1, keepdim=True)
+    probability = weight / total
     if options.dropout > 0:
         probability = probability * _dropout_factor(options, query, i, j)
     grouped = probability.to(value.dtype).unflatten(1, (kv_heads, heads // kv_heads))
     out: Tensor = (grouped @ value.unsqueeze(2)).flatten(1, 2)
-    return out
+    return with_sinks(out, (torch.log(total) + peak).squeeze(-1), options.sinks)[0]
 
 
 def rows_by_distance(table: Tensor, begin: int, end: int, key_length: int) -> Tensor:

@@ -42,7 +42,7 @@ def map_groups(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, options: ScoreOptions,
     attend: Callable[[Group], Tensor],
 ) -> Tensor:  # fmt: skip
-    """Run ``attend`` on each group of equal sequences; returns ``[B, H, Nq, D]``, rows of padding 0.
+    """Run ``attend`` on each group of equal sequences; returns ``[B, H, Nq, Dv]`` of values as wide, rows of padding 0.
 
     Raises:
         SparseAttentionError: the batch carries extra tokens, which belong to patterns that say what reads them.
@@ -56,7 +56,7 @@ def map_groups(
     if sequences.is_full:
         return attend(Group(query, key, value, batch.whole_options, _unchanged, _unchanged))
     compact_query, compact_key, compact_value = batch.compact(query, key, value)
-    out = torch.zeros_like(compact_query)
+    out = compact_query.new_zeros(*query.shape[:3], value.shape[3])
     for _, rows in batch.groups():
         group = Group(
             rows.queries(compact_query),

@@ -172,6 +172,8 @@ class ScoreOptions:
             the others is that of the positions without them.
         heads: the model's head index of each query head here, a word of the dropout counter; None is 0, 1, 2, ...
         query_offset: the position of the first query, key length minus query length.
+        sinks: ``[H]``, a logit of each query head in the softmax's denominator, or None. Engines do not read it: it
+            joins where all parts are merged (``ops.run``, ``ops.sinks``).
     """
 
     scale: float
@@ -185,6 +187,7 @@ class ScoreOptions:
     extra_tokens: int = 0
     heads: tuple[int, ...] | None = None
     query_offset: int = 0
+    sinks: Tensor | None = None
 
     def with_tensors(self, **tensors: Any) -> ScoreOptions:
         return replace(self, **tensors)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.engine import Engine
 from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager, tracing
@@ -21,6 +22,7 @@ from sa_hf.ops.means import Means, means_backward, means_forward
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.run import plan_backward, plan_forward
 from sa_hf.ops.transforms import differentiable, refuse_second_derivative, refuse_traced_transforms
+from sa_hf.ops.widths import at_one_width
 
 UNBOUNDED = -1  # stands for None among the numbers of a rule
 
@@ -51,15 +53,15 @@ def plan_rule(name: str) -> Callable[[Rule], Rule]:
 
 
 def _call(
-    query: Tensor, key: Tensor, bias: Tensor | None, spans: Tensor | None, tensors: tuple[Tensor | None, Tensor | None],
-    seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int], heads: list[int], engine: str,
-    scalars: list[float],
+    query: Tensor, key: Tensor, bias: Tensor | None, spans: Tensor | None, sinks: Tensor | None,
+    tensors: tuple[Tensor | None, Tensor | None], seed: Tensor | None, sequence_ids: Tensor | None, rule: str,
+    numbers: list[int], heads: list[int], engine: str, scalars: list[float],
 ) -> tuple[Sequence[Part], ScoreOptions, Engine]:  # fmt: skip
     scale, softcap, dropout, ramp = scalars
     n_q, n_k = query.shape[2], key.shape[2]
     options = ScoreOptions(
         scale, softcap or None, bias, spans, ramp, dropout, seed, sequence_ids, heads=tuple(heads) or None,
-        query_offset=n_k - n_q,
+        query_offset=n_k - n_q, sinks=sinks,
     )  # fmt: skip
     given = tuple(x for x in tensors if x is not None)
     data = PlanData(n_q, n_k, given, tuple(None if x == UNBOUNDED else x for x in numbers), options)
@@ -67,13 +69,13 @@ def _call(
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, spans: Tensor | None, first: Tensor | None,
-    second: Tensor | None, seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int],
-    heads: list[int], engine: str, mean_slots: int, scalars: list[float],
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, spans: Tensor | None, sinks: Tensor | None,
+    first: Tensor | None, second: Tensor | None, seed: Tensor | None, sequence_ids: Tensor | None, rule: str,
+    numbers: list[int], heads: list[int], engine: str, mean_slots: int, scalars: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with own_rules(query.device):
         plan, options, runs = _call(
-            query, key, bias, spans, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
+            query, key, bias, spans, sinks, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
         )  # fmt: skip
         if mean_slots:
             means = means_forward(plan, query, key, value, options, runs)
@@ -88,7 +90,8 @@ _planned = torch.library.custom_op(
 
 
 @_planned.register_fake
-def _(query, key, value, bias, spans, first, second, seed, ids, rule, numbers, heads, engine, mean_slots, scalars):  # type: ignore[no-untyped-def]  # signature fixed by the operator
+def _(query, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
+    mean_slots = rest[-2]
     stats = torch.promote_types(query.dtype, torch.float32)
     lead, (length, dim) = query.shape[:2], query.shape[2:]
     slots = (*lead, mean_slots) if mean_slots else (0,)
@@ -101,23 +104,23 @@ def _(query, key, value, bias, spans, first, second, seed, ids, rule, numbers, h
 
 def _gradients(
     grad: Tensor, out: Tensor, lse: Tensor, slot_out: Tensor, slot_lse: Tensor, query: Tensor, key: Tensor,
-    value: Tensor, bias: Tensor | None, spans: Tensor | None, first: Tensor | None, second: Tensor | None,
-    seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int], heads: list[int], engine: str,
-    mean_slots: int, scalars: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    value: Tensor, bias: Tensor | None, spans: Tensor | None, sinks: Tensor | None, first: Tensor | None,
+    second: Tensor | None, seed: Tensor | None, sequence_ids: Tensor | None, rule: str, numbers: list[int],
+    heads: list[int], engine: str, mean_slots: int, scalars: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with own_rules(query.device):
         plan, options, runs = _call(
-            query, key, bias, spans, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
+            query, key, bias, spans, sinks, (first, second), seed, sequence_ids, rule, numbers, heads, engine, scalars
         )  # fmt: skip
         if mean_slots:
             means = Means(out, lse, slot_out, slot_lse)
             grads = means_backward(plan, query, key, value, means, grad, options, runs)
         else:
             grads = plan_backward(plan, query, key, value, out, lse, grad, options, runs)
-    of_bias, of_spans = (
-        query.new_empty(0) if x is None else x.contiguous() for x in (grads.distance_bias, grads.spans)
+    of_bias, of_spans, of_sinks = (
+        query.new_empty(0) if x is None else x.contiguous() for x in (grads.distance_bias, grads.spans, grads.sinks)
     )
-    return grads.query.contiguous(), grads.key.contiguous(), grads.value.contiguous(), of_bias, of_spans
+    return grads.query.contiguous(), grads.key.contiguous(), grads.value.contiguous(), of_bias, of_spans, of_sinks
 
 
 _planned_backward = torch.library.custom_op(
@@ -126,12 +129,12 @@ _planned_backward = torch.library.custom_op(
 
 
 @_planned_backward.register_fake
-def _(grad, out, lse, slot_out, slot_lse, query, key, value, bias, spans, *rest):  # type: ignore[no-untyped-def]  # fixed by the operator
-    present = (query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, spans))
+def _(grad, out, lse, slot_out, slot_lse, query, key, value, bias, spans, sinks, *rest):  # type: ignore[no-untyped-def]  # fixed by the operator
+    present = (query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, spans, sinks))
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), *present
 
 
-TENSORS = 9  # the leading arguments of the operator that are tensors
+TENSORS = 10  # the leading arguments of the operator that are tensors
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
@@ -141,10 +144,9 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # sign
 
 def _backward(ctx, grad_out, *unused):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
     out, lse, slot_out, slot_lse, *tensors = ctx.saved_tensors
-    bias, spans = tensors[3], tensors[4]
-    *main, of_bias, of_spans = _planned_backward(grad_out, out, lse, slot_out, slot_lse, *tensors, *ctx.rest)
-    optional = (None if bias is None else of_bias, None if spans is None else of_spans)
-    return *main, *optional, *(None for _ in range(len(tensors) - 5 + len(ctx.rest)))
+    query, key, value, *optional = _planned_backward(grad_out, out, lse, slot_out, slot_lse, *tensors, *ctx.rest)
+    given = (None if x is None else g for x, g in zip(tensors[3:6], optional, strict=True))
+    return query, key, value, *given, *(None for _ in [*tensors[6:], *ctx.rest])
 
 
 _planned.register_autograd(_backward, setup_context=_setup)
@@ -155,7 +157,7 @@ _planned_backward.register_autograd(refuse_second_derivative)
 class _PlannedCall:
     """The call without the operator, but where a mode or a subclass has to see one."""
 
-    differentiable: ClassVar[int] = 5
+    differentiable: ClassVar[int] = 6
     outputs: ClassVar[int] = 4
 
     rest: tuple[Any, ...]
@@ -172,9 +174,10 @@ class _PlannedCall:
         return tuple(g for x, g in zip(tensors[: self.differentiable], grads, strict=True) if x is not None)
 
     def widened(self, copies: int, batch: int, mapped: Sequence[bool | None]) -> _PlannedCall | None:
-        # A table is one for the batch, dropout counts its sequences, and only a rule knows whose its tensors are.
-        bias, first, second, seed = mapped[3], mapped[5], mapped[6], mapped[7]
-        apart = bias is not None or seed is not None or first is False or second is False
+        # A table and the sinks are one for the batch, dropout counts its sequences, and only a rule knows whose its
+        # tensors are.
+        bias, _, sinks, first, second, seed = mapped[3:9]
+        apart = any(x is not None for x in (bias, sinks, seed)) or first is False or second is False
         return None if apart else self
 
 
@@ -185,25 +188,37 @@ def planned_attention(
     """Attention over equal sequences by the parts that a rule makes, one softmax over all (but see ``mean_slots``).
 
     Args:
-        query: ``[G, H, nq, D]``; key, value: ``[G, Hkv, nk, D]``.
+        query: ``[G, H, nq, D]``; key: ``[G, Hkv, nk, D]``; value: ``[G, Hkv, nk, Dv]``.
         rule: a name given to :func:`plan_rule`; ``tensors`` (two at most, without gradient) and ``numbers``
             are its own.
         mean_slots: the rule's first part lists so many slots, in which a position may stand several times: its result
             is the mean over them, or that of the other parts where there is none (``ops.means``).
 
     Returns:
-        ``[G, H, nq, D]``, differentiable in query, key, value, and the distance bias and spans of ``options``.
+        ``[G, H, nq, Dv]``, differentiable in query, key, value, and the distance bias, spans and sinks of ``options``.
+
+    Raises:
+        SparseAttentionError: sinks with ``mean_slots``, where no row is one softmax.
     """
+    if mean_slots and options.sinks is not None:
+        raise SparseAttentionError(
+            f"{rule!r} gives means of several softmaxes, in which attention sinks have no place; use a pattern that "
+            "is one softmax a row, for example 'sliding_window' or 'bigbird'"
+        )
     first, second = (*tensors, None, None)[:2]
-    given = (
-        query, key, value, options.distance_bias, options.spans, first, second, options.seed, options.sequence_ids,
+    others = (
+        options.distance_bias, options.spans, options.sinks, first, second, options.seed, options.sequence_ids
     )  # fmt: skip
     rest = (
         rule, [UNBOUNDED if x is None else x for x in numbers], list(options.heads or ()), engine, mean_slots,
         [options.scale, options.softcap or 0.0, options.dropout, options.ramp],
     )  # fmt: skip
-    if not tracing():
-        return differentiable(_PlannedCall(rest), *given)
-    refuse_traced_transforms(*given)
-    out: Tensor = _planned(*given, *rest)[0]
-    return out
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not tracing():
+            return differentiable(_PlannedCall(rest), query, key, value, *others)
+        refuse_traced_transforms(query, key, value, *others)
+        out: Tensor = _planned(query, key, value, *others, *rest)[0]
+        return out
+
+    return at_one_width(attend, query, key, value)

@@ -43,9 +43,14 @@ def dense_attention(
     kept = weight > 0
     # The maximum is a constant shift: the gradient flows through the weights and the scores alone.
     peak = scores.detach().masked_fill(~kept, -torch.inf).amax(-1, keepdim=True)
+    sinks = None if options.sinks is None else options.sinks.double()[:, None, None]
+    if sinks is not None:
+        peak = torch.maximum(peak, sinks.detach()).where(kept.any(-1, keepdim=True), peak)
     peak = torch.where(torch.isfinite(peak), peak, 0.0)
     numerator = weight * torch.exp(torch.where(kept, scores - peak, 0.0))
     total = numerator.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = torch.where(total > 0, total + torch.exp(sinks - peak), total)
     probability = numerator / torch.where(total > 0, total, 1.0)
     if options.dropout > 0:
         probability = probability * _dropout_factor(options, batch, heads, i, j)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from sa_hf.ops.engine import Engine, Gradients
 from sa_hf.ops.parts import Part, ScoreOptions
+from sa_hf.ops.sinks import sinks_gradient, with_sinks
 
 
 def plan_forward(
@@ -21,7 +23,7 @@ def plan_forward(
     merging = engine.merging(query, merged)
     for part in plan:
         merging.attend(part, query, key, value, options)
-    return merging.result()
+    return with_sinks(*merging.result(), options.sinks)
 
 
 def plan_backward(
@@ -32,4 +34,4 @@ def plan_backward(
     total = engine.total(query, key, value, options)
     for part in plan:
         total.attend(part, query, key, value, out, lse, grad_out)
-    return total.gradients()
+    return replace(total.gradients(), sinks=sinks_gradient(out, lse, grad_out, options.sinks))

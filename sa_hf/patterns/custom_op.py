@@ -26,14 +26,15 @@ from sa_hf.ops.parts import Band, Part, ScoreOptions
 from sa_hf.ops.sequences import PendingSequences, Sequences, Span
 from sa_hf.ops.slots import examine_slots
 from sa_hf.ops.transforms import differentiable, refuse_second_derivative, refuse_traced_transforms
+from sa_hf.ops.widths import at_one_width
 from sa_hf.patterns.base import StaticPatternConfig, finished_plan
 
 # Plans of one model: at most (distinct layers) x (distinct lengths) of a run; the oldest go first.
 PLANS_CACHED = 256
 _SPAN_FIELDS = 5
 AnySequences: TypeAlias = Sequences | PendingSequences
-# Leading arguments of the operator that are tensors: query, key, value, bias, seed, two gathers, mask, ids.
-TENSORS = 9
+# Leading arguments of the operator that are tensors: query, key, value, bias, sinks, seed, two gathers, mask, ids.
+TENSORS = 10
 
 
 @lru_cache(maxsize=PLANS_CACHED)
@@ -108,20 +109,21 @@ def _flat(sequences: AnySequences) -> list[int]:
 
 
 def _options(
-    key: str, scale: float, softcap: float, dropout: float, bias: Tensor | None, seed: Tensor | None, extra: int
-) -> ScoreOptions:
+    key: str, scale: float, softcap: float, dropout: float, bias: Tensor | None, sinks: Tensor | None,
+    seed: Tensor | None, extra: int,
+) -> ScoreOptions:  # fmt: skip
     heads = _layer(key)[1].heads
     return ScoreOptions(
-        scale, softcap or None, bias, dropout=dropout, seed=seed, extra_tokens=extra, heads=heads
+        scale, softcap or None, bias, dropout=dropout, seed=seed, extra_tokens=extra, heads=heads, sinks=sinks
     )  # fmt: skip
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, seed: Tensor | None, query_gather: Tensor | None,
-    key_gather: Tensor | None, mask: Tensor | None, ids: Tensor | None, layer: str, spans: list[int], extra: int,
-    scale: float, softcap: float, dropout: float,
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
+    query_gather: Tensor | None, key_gather: Tensor | None, mask: Tensor | None, ids: Tensor | None, layer: str,
+    spans: list[int], extra: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    options = _options(layer, scale, softcap, dropout, bias, seed, extra)
+    options = _options(layer, scale, softcap, dropout, bias, sinks, seed, extra)
     with own_rules(query.device):
         sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
         engine = choose_engine(_layer(layer)[2], query, options)
@@ -143,18 +145,21 @@ def _(query, key, value, *rest):  # type: ignore[no-untyped-def]  # signature fi
 
 def _gradients(
     grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
-    seed: Tensor | None, query_gather: Tensor | None, key_gather: Tensor | None, mask: Tensor | None,
-    ids: Tensor | None, layer: str, spans: list[int], extra: int, scale: float, softcap: float, dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options = _options(layer, scale, softcap, dropout, bias, seed, extra)
+    sinks: Tensor | None, seed: Tensor | None, query_gather: Tensor | None, key_gather: Tensor | None,
+    mask: Tensor | None, ids: Tensor | None, layer: str, spans: list[int], extra: int, scale: float, softcap: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    options = _options(layer, scale, softcap, dropout, bias, sinks, seed, extra)
     with own_rules(query.device):
         sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
         engine = choose_engine(_layer(layer)[2], query, options)
         grads = sequences_backward(
             query, key, value, out, lse, grad, sequences, _plan_for(layer, query.device, extra), options, engine
         )  # fmt: skip
-    table = query.new_empty(0) if grads.distance_bias is None else grads.distance_bias.contiguous()
-    return grads.query.contiguous(), grads.key.contiguous(), grads.value.contiguous(), table
+    of_bias, of_sinks = (
+        query.new_empty(0) if x is None else x.contiguous() for x in (grads.distance_bias, grads.sinks)
+    )
+    return grads.query.contiguous(), grads.key.contiguous(), grads.value.contiguous(), of_bias, of_sinks
 
 
 _static_attention_backward = torch.library.custom_op(
@@ -163,9 +168,9 @@ _static_attention_backward = torch.library.custom_op(
 
 
 @_static_attention_backward.register_fake
-def _(grad, out, lse, query, key, value, bias, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
-    table = query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), table
+def _(grad, out, lse, query, key, value, bias, sinks, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
+    present = (query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, sinks))
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), *present
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
@@ -175,8 +180,9 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # sign
 
 def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
     out, lse, *tensors = ctx.saved_tensors
-    *main, of_bias = _static_attention_backward(grad_out, out, lse, *tensors, *ctx.rest)
-    return *main, None if tensors[3] is None else of_bias, *(None for _ in [*tensors[4:], *ctx.rest])
+    *main, of_bias, of_sinks = _static_attention_backward(grad_out, out, lse, *tensors, *ctx.rest)
+    optional = (None if x is None else g for x, g in zip(tensors[3:5], (of_bias, of_sinks), strict=True))
+    return *main, *optional, *(None for _ in [*tensors[5:], *ctx.rest])
 
 
 _static_attention.register_autograd(_backward, setup_context=_setup)
@@ -187,7 +193,7 @@ _static_attention_backward.register_autograd(refuse_second_derivative)
 class _StaticCall:
     """The operator's call under function transforms, modes and subclasses."""
 
-    differentiable: ClassVar[int] = 4
+    differentiable: ClassVar[int] = 5
     outputs: ClassVar[int] = 2
 
     rest: tuple[Any, ...]
@@ -201,10 +207,11 @@ class _StaticCall:
     ) -> tuple[Tensor, ...]:
         run: Callable[..., tuple[Tensor, ...]] = _gradients if eager(grad, *tensors) else _static_attention_backward
         grads = run(grad, *outputs, *tensors, *self.rest)
-        return grads[: 3 if tensors[3] is None else 4]
+        return tuple(g for x, g in zip(tensors[: self.differentiable], grads, strict=True) if x is not None)
 
     def widened(self, copies: int, batch: int, mapped: Sequence[bool | None]) -> _StaticCall | None:
-        if mapped[3] is not None or mapped[4] is not None:  # a table is one for the batch, dropout counts its sequences
+        # A table and the sinks are one for the batch, dropout counts its sequences.
+        if any(x is not None for x in mapped[3:6]):
             return None
         layer, flat, *rest = self.rest
         wide = [
@@ -221,18 +228,31 @@ def static_attention(
     layer: str,
     options: ScoreOptions,
 ) -> Tensor:
-    """A static pattern over the sequences of a batch; differentiable in query, key, value and the distance bias.
+    """A static pattern over the sequences of a batch, ``[B, H, Nq, Dv]`` of values of any width Dv; differentiable in
+    query, key, value, the distance bias and the sinks.
 
-    ``layer`` comes from :func:`layer_key`; shapes as in ``ops.attend.attend``.
+    ``layer`` comes from :func:`layer_key`; else shapes as in ``ops.attend.attend``.
     """
-    plain = eager(query, key, value, options.distance_bias) and not torch._C._are_functorch_transforms_active()
+    return at_one_width(
+        lambda query, key, value: _at_one_width(query, key, value, sequences, layer, options), query, key, value
+    )
+
+
+def _at_one_width(
+    query: Tensor, key: Tensor, value: Tensor, sequences: AnySequences, layer: str, options: ScoreOptions
+) -> Tensor:  # fmt: skip
+    plain = (
+        eager(query, key, value, options.distance_bias, options.sinks)
+        and not torch._C._are_functorch_transforms_active()
+    )
     if isinstance(sequences, Sequences) and plain:
         return _direct(query, key, value, sequences, layer, options)
     mask = ids = None
     if isinstance(sequences, PendingSequences):
         mask, ids = sequences.attention_mask, sequences.sequence_ids
     tensors = (
-        query, key, value, options.distance_bias, options.seed, sequences.query_gather, sequences.key_gather, mask, ids,
+        query, key, value, options.distance_bias, options.sinks, options.seed, sequences.query_gather,
+        sequences.key_gather, mask, ids,
     )  # fmt: skip
     rest = (
         layer, _flat(sequences), sequences.extra_tokens, options.scale, options.softcap or 0.0, options.dropout,

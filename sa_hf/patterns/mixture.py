@@ -88,6 +88,7 @@ class MixedSparseAttention(SparseAttention):
             key=inputs.key[:, keys],
             value=inputs.value[:, keys],
             distance_bias=None if inputs.distance_bias is None else inputs.distance_bias[list(heads)],
+            sinks=None if inputs.sinks is None else inputs.sinks[list(heads)],
             remember=named,
             beside=kept,
         )

@@ -102,6 +102,11 @@ class RoutingAttentionConfig(SparseAttentionConfig):
     def check_layer(self, spec: LayerSpec) -> None:
         heads = spec.num_heads if spec.heads is None else len(spec.heads)
         group = heads // spec.num_key_value_heads
+        if spec.sinks and not spec.causal:
+            raise SparseAttentionError(
+                f"bidirectional routing is a mean of several softmaxes, and the attention sinks of layer "
+                f"{spec.layer_idx} belong to the denominator of one; use another pattern, for example 'bigbird'"
+            )
         if self.shared_qk and group > 1:
             raise SparseAttentionError(
                 f"routing.shared_qk=True makes queries the keys, but {heads} query heads share "
@@ -167,6 +172,7 @@ class RoutingAttention(CentroidState):
             key=inputs.key[:, keys],
             value=inputs.value[:, keys],
             distance_bias=None if bias is None else bias[heads],
+            sinks=None if inputs.sinks is None else inputs.sinks[heads],
         )
 
     @staticmethod

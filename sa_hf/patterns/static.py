@@ -36,6 +36,7 @@ def score_options(inputs: AttentionInputs, heads: tuple[int, ...] | None = None)
         distance_bias=inputs.distance_bias,
         extra_tokens=inputs.sequences.extra_tokens,
         heads=heads,
+        sinks=inputs.sinks,
     )
 
 

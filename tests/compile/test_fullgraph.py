@@ -50,9 +50,10 @@ def test_operator_passes_opcheck() -> None:
     config = pattern_class("sliding_window")(window=5)
     key = layer_key(config, (0, 1), 2, 0, True, UNBOUNDED, "native")
     q, k, v = (torch.randn(1, 2, 12, 16, requires_grad=True) for _ in range(3))
+    sinks = torch.randn(2, requires_grad=True)
     torch.library.opcheck(
         torch.ops.sa_hf.static_attention.default,
-        (q, k, v, None, None, None, None, None, None, key, [], 0, 0.25, 0.0, 0.0),
+        (q, k, v, None, sinks, None, None, None, None, None, key, [], 0, 0.25, 0.0, 0.0),
     )
 
 

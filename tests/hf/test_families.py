@@ -171,6 +171,9 @@ def test_what_an_attention_would_lose_is_refused_at_once() -> None:
     sinks = tf.GptOssForCausalLM(
         tf.GptOssConfig(**MIXTURE, num_local_experts=2, head_dim=8, layer_types=["full_attention"] * 2)
     )
+    for layer in sinks.model.layers:  # under a name that says nothing
+        layer.self_attn.kept = layer.self_attn.sinks
+        del layer.self_attn.sinks
     with pytest.raises(UnsupportedModelError, match="'s_aux'"):
         sa_hf.patch_model(sinks, "bigbird")
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99}

@@ -22,8 +22,10 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 GROUPED = {"num_key_value_heads": 2}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-# Halves; halves of a part; neighbours; neighbours of a part; scaled; scaled halves of a part.
+# Halves; halves of a part; neighbours; neighbours of a part; scaled; by an angle of two dimensions; scaled halves of
+# a part.
 TURNED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", GROUPED),
     "gpt_neox": ("GPTNeoX", {"rope_parameters": HALF}),
@@ -32,6 +34,7 @@ TURNED: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("Cohere", GROUPED),
     "glm": ("Glm", {**GROUPED, "head_dim": 8, "partial_rotary_factor": 0.5}),
     "yarn": ("Llama", {**GROUPED, "rope_parameters": YARN}),
+    "gpt_oss": ("GptOss", {**GROUPED, **EXPERTS, "head_dim": 8, "rope_parameters": YARN}),
     "phi_yarn": ("Phi", {**GROUPED, "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}),
 }  # fmt: skip
 

@@ -29,6 +29,7 @@ def option_cases(batch: int, heads: int, n: int) -> dict[str, ScoreOptions]:
     bias = torch.randn(heads, 2 * n - 1, generator=generator).requires_grad_()
     spans = (torch.rand(batch, 1, n, generator=generator) * n).requires_grad_()
     head_spans = (torch.rand(batch, heads, n, generator=generator) * n).requires_grad_()
+    sinks = torch.randn(heads, generator=generator).requires_grad_()
     dropped = replace(plain, dropout=0.3, seed=torch.tensor(2**40 + 7), sequence_ids=torch.arange(batch) + 3)
     return {
         "softcap": replace(plain, softcap=1.5),
@@ -36,8 +37,9 @@ def option_cases(batch: int, heads: int, n: int) -> dict[str, ScoreOptions]:
         "bias beside extra tokens": replace(plain, distance_bias=bias, extra_tokens=2),
         "spans": replace(plain, spans=spans, ramp=7.3),
         "spans per head": replace(plain, spans=head_spans, ramp=3.1),
+        "sinks": replace(plain, sinks=sinks),
         "dropout": replace(dropped, heads=tuple(range(5, 5 + heads))),
-        "all": replace(dropped, softcap=2.0, distance_bias=bias, spans=spans, ramp=7.3),
+        "all": replace(dropped, softcap=2.0, distance_bias=bias, spans=spans, ramp=7.3, sinks=sinks),
     }
 
 

@@ -33,6 +33,7 @@ def every_option(heads: int) -> ScoreOptions:
         scale=0.3, distance_bias=torch.randn(heads, 2 * N - 1, generator=generator).requires_grad_(),
         spans=(torch.rand(BATCH, heads, N, generator=generator) * N).requires_grad_(), ramp=7.3, dropout=0.3,
         seed=torch.tensor(2**40 + 7), sequence_ids=torch.tensor([3, 8]), heads=(5, 1, 4, 2)[:heads],
+        sinks=torch.randn(heads, generator=generator).requires_grad_(),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.forward.convolution import ConvTaps
 from sa_hf.hf.forward.keys import absolute_keys, check_reach
-from sa_hf.hf.forward.keywords import refuse_attentions, unknown_keywords
+from sa_hf.hf.forward.keywords import SINKS, refuse_attentions, unknown_keywords
 from sa_hf.hf.forward.layer_input import NO_CACHE_IN_GRAPHS, LayerCall
 from sa_hf.hf.forward.masks import MaskRequest, check_no_past, packed_mask, said_ids, sparse_mask, traced_sequences
 from sa_hf.hf.forward.position_bias import expanded_bias
@@ -85,6 +85,7 @@ def _attend(
     softcap = kwargs.pop("softcap", None)
     window = kwargs.pop("sliding_window", None)
     causal = kwargs.pop("is_causal", None)
+    sinks = kwargs.pop(SINKS, None) if place.spec is not None and place.spec.sinks else None
     _refuse(module, kwargs)
     if call.memory is None and key.shape[2] > query.shape[2] and remembers(child):
         raise _no_memory(module, place, query.shape[2], key.shape[2])
@@ -110,6 +111,7 @@ def _attend(
         distance_bias=None if bias is None else bias[0, :, 0],
         dropout=float(dropout),
         engine=place.engine,
+        sinks=sinks,
         hidden_states=call.hidden_states,
         before_rotary=partial(before_rotary, module, call.rotary),
         remember=None if call.memory is None else call.memory.remember,

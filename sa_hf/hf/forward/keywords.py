@@ -16,6 +16,8 @@ SERVED = {
     "cu_seq_lens_q", "dropout", "is_causal", "output_attentions", "position_bias", "scaling", "sequence_ids",
     "sliding_window", "softcap", "sparse_call",
 }  # fmt: skip
+# What a layer with attention sinks hands down, and what no other layer may be given.
+SINKS = "s_aux"
 # Keywords that models hand down to their attention and that change nothing here. Those of ``TransformersKwargs`` are
 # named and not read from it: what a newer release adds may change attention. (``seq_idx`` is read by layers of linear
 # attention alone; packed rows come with ``cu_seq_lens_q`` or restarting positions, too.)

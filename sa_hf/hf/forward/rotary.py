@@ -29,7 +29,8 @@ def before_rotary(
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys ``[B, heads, N, D]`` of an attention module's new tokens as they were before the embedding.
 
-    Args: angles: the layer's ``(cos, sin)`` ``[B, N, R]``; the first R of the D dimensions are turned.
+    Args: angles: the layer's ``(cos, sin)`` ``[B, N, R]``; the first R of the D dimensions are turned, or the first 2 R
+        where the layer's function takes an angle for each pair (GPT-OSS).
     """
     function = rotary_function(module)
     if function is None:
@@ -38,7 +39,7 @@ def before_rotary(
         raise _refused(type(module), "was given no position_embeddings")
     cos, sin = (x.to(query.dtype) for x in angles)
     size = cos * cos + sin * sin  # 1, but for embeddings that scale (YaRN)
-    turned = cos.shape[-1]
+    turned = cos.shape[-1] * _dimensions_of_an_angle(function)
     back = function(query[..., :turned], key[..., :turned], cos / size, -sin / size)
     whole = [torch.cat([b, x[..., turned:]], dim=-1) for b, x in zip(back, (query, key), strict=True)]
     return whole[0], whole[1]
@@ -76,7 +77,9 @@ def _function_of(attention: Any) -> RotaryFunction | None:
     call, conditional = calls[0]
     if conditional:
         raise _refused(attention, f"calls {FUNCTION} in some layers or cases alone")
-    if [ast.unparse(argument) for argument in call.args[2:4]] != ["cos", "sin"] or not _is_undone(function):
+    if [ast.unparse(argument) for argument in call.args[2:4]] != ["cos", "sin"] or not _dimensions_of_an_angle(
+        function
+    ):
         raise _refused(attention, f"has an {FUNCTION} that the opposite angle does not undo")
     return function
 
@@ -92,11 +95,21 @@ def _rotary_calls(node: ast.AST, conditional: bool) -> Iterator[tuple[ast.Call, 
         yield from _rotary_calls(child, inside)
 
 
-def _is_undone(function: RotaryFunction) -> bool:
-    """Whether the opposite angle undoes the function, on a sample that every convention turns."""
+def _dimensions_of_an_angle(function: RotaryFunction) -> int:
+    """How many dimensions the function turns by each angle that it is given, 1 or 2, where the opposite angle undoes
+    it; 0 where it does not. On a sample that every convention turns."""
+    if function not in _DIMENSIONS:
+        _DIMENSIONS[function] = next((count for count in (1, 2) if _is_undone(function, count)), 0)
+    return _DIMENSIONS[function]
+
+
+_DIMENSIONS: dict[RotaryFunction, int] = {}
+
+
+def _is_undone(function: RotaryFunction, dimensions: int) -> bool:
     # On the CPU whatever the default device is: models are built on "meta" while they load.
     x = torch.arange(2 * 3 * 8, dtype=torch.float32, device="cpu").view(1, 2, 3, 8).cos()
-    angle = torch.tensor([0.5, 1.0, 2.0], device="cpu")[None, :, None].expand(1, 3, 8)
+    angle = torch.tensor([0.5, 1.0, 2.0], device="cpu")[None, :, None].expand(1, 3, 8 // dimensions)
     try:
         turned = function(x, x, angle.cos(), angle.sin())
         back = function(*turned, angle.cos(), -angle.sin())

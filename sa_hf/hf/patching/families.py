@@ -22,7 +22,8 @@ from sa_hf.ops.parts import Band
 # The attribute names under which decoders keep attention over the encoder's output.
 CROSS_NAMES = {"encoder_attn", "crossattention", "EncDecAttention", "cross_attn", "cross_attention"}
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
-_HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+# Of queries and keys: the head_dim of a config with latent attention is that of the rotary part.
+_HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 
 
 def calls_interface(module: nn.Module) -> bool:
@@ -175,7 +176,7 @@ def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | Non
         )
     head_dim = _first(module, _HEAD_DIM) or hidden // heads
     groups = getattr(module, "num_key_value_groups", None)
-    key_heads = heads // groups if isinstance(groups, int) else getattr(module, "num_key_value_heads", heads)
+    key_heads = heads // groups if isinstance(groups, int) and groups else getattr(module, "num_key_value_heads", heads)
     causal = _is_causal(module)
     device, dtype = computes_in(module)
     return LayerSpec(
@@ -190,6 +191,7 @@ def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | Non
         band=own_window(module, index, causal),
         device=device,
         dtype=dtype,
+        sinks=isinstance(getattr(module, "sinks", None), nn.Parameter),
     )
 
 

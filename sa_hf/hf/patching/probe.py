@@ -25,7 +25,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 from sa_hf.hf.caches.layer import cache_in
-from sa_hf.hf.forward.keywords import unknown_keywords
+from sa_hf.hf.forward.keywords import SINKS, unknown_keywords
 from sa_hf.hf.forward.layer_input import Carried
 from sa_hf.hf.forward.masks import MaskRequest, sparse_mask
 from sa_hf.hf.forward.rotary import FUNCTION
@@ -85,7 +85,7 @@ def probe(model: PreTrainedModel, sites: Sites, targets: Container[str]) -> None
         attention = model.get_submodule(site.name)
         reason = _wrong(site, attention, call)
         if reason is None and call is not None and site.name in targets:
-            reason = _not_served(attention, call.keywords) or _lost(model, site, call, runs.cached)
+            reason = _not_served(site, attention, call.keywords) or _lost(model, site, call, runs.cached)
         if reason is not None:
             raise UnsupportedModelError(f"{name} cannot be patched: {site.stack} layer {site.spec.layer_idx} {reason}")
 
@@ -189,10 +189,10 @@ def _wrong(site: Site, attention: nn.Module, seen: _Seen | None) -> str | None:
     spec = site.spec
     if seen is None:
         return f"({site.name}) does not call transformers' AttentionInterface"
-    expected = spec.num_heads, spec.num_key_value_heads, spec.head_dim, spec.head_dim
-    found = seen.query[1], seen.key[1], seen.key[3], seen.value[3]
+    expected = spec.num_heads, spec.num_key_value_heads, spec.num_key_value_heads, spec.head_dim
+    found = seen.query[1], seen.key[1], seen.value[1], seen.key[3]
     if found != expected:
-        return f"has (heads, key heads, key dim, value dim) = {found}, but its config says {expected}"
+        return f"has (heads, key heads, value heads, key dim) = {found}, but its config says {expected}"
     if seen.query[2] != seen.key[2]:
         return f"({site.name}) attends another sequence than its own"
     if seen.carried is None:
@@ -211,9 +211,11 @@ def _wrong(site: Site, attention: nn.Module, seen: _Seen | None) -> str | None:
     return None
 
 
-def _not_served(attention: nn.Module, keywords: dict[str, Any]) -> str | None:
+def _not_served(site: Site, attention: nn.Module, keywords: dict[str, Any]) -> str | None:
     """Why the adapter cannot give what a targeted layer asks of its attention function, or None."""
-    unknown = unknown_keywords(keywords)
+    if site.spec.sinks and keywords.get(SINKS) is None:
+        return f"has attention sinks, but does not hand them to its attention as {SINKS!r} ({_installed()})"
+    unknown = [name for name in unknown_keywords(keywords) if not (name == SINKS and site.spec.sinks)]
     if unknown:
         return f"hands {unknown[0]!r} to its attention, which sparse attention would have to drop"
     taken = inspect.signature(type(attention).forward).parameters

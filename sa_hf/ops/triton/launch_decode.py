@@ -46,8 +46,13 @@ def decode(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: Sc
     splits = max(1, min(triton.cdiv(_programs(query.device), programs), most // SMALLEST_SPLIT))
     chunk = max(1, triton.cdiv(triton.cdiv(most, splits), config.columns)) * config.columns
     splits = max(1, triton.cdiv(most, chunk))
-    part = stats_empty(query, max(1, batch * heads * n_q * splits * d))
-    part_lse = stats_empty(query, max(1, batch * heads * n_q * splits))
+    # The sinks are one split more, which holds their logits and no value.
+    slots = splits if options.sinks is None else splits + 1
+    lines = batch * heads * n_q * slots
+    part, part_lse = stats_empty(query, max(1, lines * d)), stats_empty(query, max(1, lines))
+    if options.sinks is not None:
+        part[: lines * d].view(-1, slots, d)[:, -1] = 0
+        part_lse[:lines].view(batch, heads, n_q, slots)[..., -1] = options.sinks[:, None]
     bias = None if options.distance_bias is None else (options.distance_bias.float() * LOG2E).contiguous()
     spans = None if options.spans is None else packed(options.spans.float())
     rows = max(config.rows, 1 << (pack - 1).bit_length())
@@ -59,15 +64,15 @@ def decode(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: Sc
             sib=lists * n_q * most if index.shape[0] > 1 else 0, sih=n_q * most if lists > 1 else 0,
             seb=0 if spans is None else spans.shape[1] * spans.shape[2],
             seh=0 if spans is None or spans.shape[1] == 1 else spans.shape[2],
-            n_q=n_q, n_k=key.shape[2], heads=heads, group=group, packed=pack, most=most, chunk=chunk, splits=splits,
+            n_q=n_q, n_k=key.shape[2], heads=heads, group=group, packed=pack, most=most, chunk=chunk, splits=slots,
             centre=0 if bias is None else (bias.shape[1] + 1) // 2 - 1, extra=options.extra_tokens,
             scale=float(options.scale), softcap=1.0 if options.softcap is None else float(options.softcap),
             inv_ramp=1.0 / float(options.ramp), ROWS=rows, BLOCK_K=config.columns, **chunks(d),
             SOFTCAP=options.softcap is not None, **build_options(config),
         )  # fmt: skip
-        if splits > 1:
+        if slots > 1:
             merge_kernel[(batch * heads * n_q,)](
-                part, part_lse, out, **strides("o", out.stride()), n_q=n_q, heads=heads, splits=splits,
+                part, part_lse, out, **strides("o", out.stride()), n_q=n_q, heads=heads, splits=slots,
                 SPLITS_AT_ONCE=SPLITS_AT_ONCE, D=d, WIDTH=1 << (d - 1).bit_length(), **build_options(),
             )  # fmt: skip
     return out

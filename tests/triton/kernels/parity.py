@@ -47,7 +47,7 @@ def oracle(
     leaves = [x.double().requires_grad_() for x in inputs[:3]]
     extra = {
         name: getattr(options, name).double().requires_grad_()
-        for name in ("distance_bias", "spans")
+        for name in ("distance_bias", "spans", "sinks")
         if getattr(options, name) is not None
     }
     every = parts if isinstance(parts, list) else [parts]

@@ -115,10 +115,11 @@ def some_options(n: int, heads: int, **chosen: bool) -> ScoreOptions:
     spans = None
     if chosen.get("spans") or chosen.get("spans_by_head"):
         spans = torch.rand(1, heads if chosen.get("spans_by_head") else 1, n, generator=g) * 40 - 8
+    sinks = torch.randn(heads, generator=g) if chosen.get("sinks") else None
     return ScoreOptions(
         scale=0.3, softcap=2.5 if chosen.get("softcap") else None, distance_bias=bias, spans=spans, ramp=13.0,
         dropout=0.3 if chosen.get("dropout") else 0.0, seed=torch.tensor(0x1234_5678_9ABC_DEF), extra_tokens=2,
-        sequence_ids=torch.tensor([6]), heads=tuple(range(3, 3 + heads)),
+        sequence_ids=torch.tensor([6]), heads=tuple(range(3, 3 + heads)), sinks=sinks,
     )  # fmt: skip
 
 
@@ -127,6 +128,7 @@ OPTIONS = [
     {"bias": True},
     {"spans": True},
     {"dropout": True},
+    {"sinks": True, "dropout": True},
     {"softcap": True, "bias": True, "spans_by_head": True, "dropout": True},
 ]
 

@@ -25,6 +25,9 @@ pytestmark = pytest.mark.usefixtures("nan_filled")
         ((1, 4, 2, 1, 900, 16), 2, 700, {"spans": 4}),
         ((1, 2, 2, 3, 64, 80), 2, 5, {"spans": 1}),
         ((2, 3, 1, 1, 30, 16), 3, 0, {}),
+        ((2, 4, 2, 2, 100, 16), 2, 37, {"sinks": True}),
+        ((1, 4, 2, 1, 900, 16), 2, 700, {"sinks": True, "spans": 1, "width": 40}),
+        ((1, 2, 2, 3, 64, 80), 2, 0, {"sinks": True, "width": 16}),
     ],
 )
 def test_matches_the_oracle(
@@ -33,7 +36,8 @@ def test_matches_the_oracle(
     batch, heads, kv_heads, n_q, n_k, d = shape
     g = torch.Generator().manual_seed(0)
     q = torch.randn(batch, heads, n_q, d, generator=g)
-    k, v = (torch.randn(batch, kv_heads, n_k, d, generator=g) for _ in range(2))
+    k = torch.randn(batch, kv_heads, n_k, d, generator=g)
+    v = torch.randn(batch, kv_heads, n_k, int(chosen.get("width", d)), generator=g)  # type: ignore[call-overload]
     index = torch.randint(-1, n_k - n_q + 1, (1 if lists == 1 else batch, lists, n_q, most), generator=g)
     index[..., 0, :3] = -1
     options = ScoreOptions(d**-0.5, softcap=chosen.get("softcap"))  # type: ignore[arg-type]
@@ -42,6 +46,8 @@ def test_matches_the_oracle(
     if "spans" in chosen:
         spans = torch.rand(batch, int(chosen["spans"]), n_k, generator=g) * n_k  # type: ignore[call-overload]
         options = replace(options, spans=spans, ramp=9.0)
+    if "sinks" in chosen:
+        options = replace(options, sinks=torch.randn(heads, generator=g))
     wide = index if lists in (1, heads) else index.repeat_interleave(heads // kv_heads, 1)
     wide = wide.expand(batch, heads, n_q, most)
     counts = torch.zeros(batch, heads, n_q, n_k, dtype=torch.int64)
@@ -58,5 +64,7 @@ def test_refusals() -> None:
         decode_attention(q, k, k, index, ScoreOptions(1.0, dropout=0.1))
     with pytest.raises(SparseAttentionError, match="index is"):
         decode_attention(q, k, k, index[:, :, 0], ScoreOptions(1.0))
+    with pytest.raises(SparseAttentionError, match="no backward"):
+        decode_attention(q, k, k, index, ScoreOptions(1.0, sinks=torch.zeros(2).requires_grad_()), engine="triton")
     with pytest.raises(SparseAttentionError, match="no backward"):
         decode_attention(q.requires_grad_(), k, k, index, ScoreOptions(1.0), engine="triton")

@@ -1,0 +1,135 @@
+"""Latent attention: values of another width than the keys, a cache of latents; against the eager attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from eager_cases import SIZES, TOKENS, check_against_eager, scattered
+from generation_cases import check
+from hf_cases import tokens
+from torch import Tensor
+
+import sa_hf
+from sa_hf import SparseAttentionError
+
+LATENT: dict[str, Any] = {
+    **SIZES, **TOKENS, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "v2": ("DeepseekV2", {}),
+    "v3": ("DeepseekV3", {}),
+    "v3, whole queries": ("DeepseekV3", {"q_lora_rank": None}),
+    "v3, wide values": ("DeepseekV3", {"v_head_dim": 40}),
+}
+PATTERNS: dict[str, Any] = {
+    "window": sa_hf.SlidingWindowAttentionConfig(window=9, num_sink_tokens=2),
+    "bigbird": sa_hf.BigBirdAttentionConfig(
+        block_size=16, num_random_blocks=1, num_window_blocks=1, num_global_blocks=1, global_blocks="first"
+    ),
+    "longnet": sa_hf.LongNetAttentionConfig(segment_length=(8, 16), dilated_ratio=(1, 2)),
+    "fixed": sa_hf.SparseTransformerAttentionConfig(stride=8, summary=2, head_mode="per_head"),
+    "expire_span": sa_hf.ExpireSpanAttentionConfig(max_span=30, ramp=7, initial_span=12),
+    "sparsebert": sa_hf.SparseBertAttentionConfig(mask_length=64),
+    "frozen": sa_hf.SparseBertAttentionConfig(mask_length=64),
+    "by heads": {"heads": {"0-1": "bigbird", "2": "expire_span", "3": sa_hf.SlidingWindowAttentionConfig(window=5)}},
+}
+
+
+def built(case: str) -> Any:
+    family, fields = CASES[case]
+    torch.manual_seed(0)
+    return getattr(tf, f"{family}ForCausalLM")(getattr(tf, f"{family}Config")(**{**LATENT, **fields})).eval()
+
+
+def patched(case: str, pattern: str) -> Any:
+    model = scattered(sa_hf.patch_model(built(case), PATTERNS[pattern]))
+    return sa_hf.freeze_masks(model) or model if pattern == "frozen" else model
+
+
+def batch(side: str) -> tuple[Tensor, Tensor]:
+    mask = torch.ones(3, 60, dtype=torch.long)
+    for row, padding in enumerate((0, 17, 49)):
+        if padding:
+            mask[row, slice(60 - padding, None) if side == "right" else slice(padding)] = 0
+    return tokens(3, 60), mask
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("case", "pattern"), [*(("v3", name) for name in PATTERNS), *((name, "window") for name in CASES if name != "v3")]
+)
+def test_it_is_the_eager_attention_under_the_patterns_pairs(case: str, pattern: str, side: str) -> None:
+    ours = check_against_eager(patched(case, pattern), *batch(side), limit=1e-4)
+    assert ours["model.layers.0.self_attn.kv_b_proj.weight"].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sparse"])
+@pytest.mark.parametrize(
+    ("case", "pattern"), [*(("v3", name) for name in PATTERNS), *((name, "window") for name in CASES if name != "v3")]
+)
+def test_generation(case: str, pattern: str, cache: str) -> None:
+    model = patched(case, pattern)
+    options: dict[str, Any] = {"cache_implementation": "static"} if cache == "static" else {}
+    if cache == "sparse":
+        options["past_key_values"] = kept = sa_hf.sparse_cache(model)
+    check(model, **options)
+    if cache == "sparse" and pattern in ("window", "expire_span"):
+        assert all(row["kept"] < row["seen"] for row in kept.report().values())
+
+
+@pytest.mark.parametrize("case", ["v2", "v3"])
+def test_saved_and_reloaded(case: str, tmp_path: Path) -> None:
+    model = patched(case, "by heads")
+    ids, mask = batch("right")
+    model.save_pretrained(tmp_path)
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+
+
+def test_training_with_and_without_checkpointing() -> None:
+    found = []
+    for checkpointed in (False, True):
+        model = patched("v3", "by heads").train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        ids, mask = batch("right")
+        model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_one_graph_under_compile() -> None:
+    torch._dynamo.reset()
+    model = patched("v3", "window")
+    ids, mask = batch("right")
+    compiled = torch.compile(model.model, backend="aot_eager")
+    with torch.no_grad():
+        ours, plain = (
+            run(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
+            for run in (compiled, model.model)
+        )
+    assert (ours - plain).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        (sa_hf.RoutingAttentionConfig(num_clusters=3), "apply_rotary"),
+        (sa_hf.LogSparseAttentionConfig(conv_kernel_size=3), "no projection of queries and keys"),
+    ],
+    ids=["routing", "convolution"],
+)
+@pytest.mark.parametrize("case", CASES)
+def test_what_needs_plain_projections_is_refused(case: str, pattern: Any, reason: str) -> None:
+    """Keys are made of a latent and of a turned part: no convolution joins them, no turn of a whole key is undone."""
+    model = built(case)
+    with pytest.raises(SparseAttentionError, match=reason):
+        sa_hf.patch_model(model, pattern)
+    assert not any("sparse" in name for name, _ in model.named_modules())
