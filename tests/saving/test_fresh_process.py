@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import AUTO, FAMILIES, LEARNED, T5_IS_SERVED, inputs, one_step, output
+from saving_models import AUTO, FAMILIES, LEARNED, T5_IS_SERVED, inputs, one_step, output
 
 from sa_hf import SlidingWindowAttentionConfig, available_patterns
 from sa_hf.hf.patching.patch import patch_model

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers
-from conftest import AUTO, FAMILIES, LEARNED, WITHOUT_STATE, bert, inputs, llama, one_step, output
 from safetensors.torch import load_file, save_file
+from saving_models import AUTO, FAMILIES, LEARNED, WITHOUT_STATE, bert, inputs, llama, one_step, output
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from sa_hf import (

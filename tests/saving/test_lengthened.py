@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import AUTO, FAMILIES, output
+from saving_models import AUTO, FAMILIES, output
 from transformers import AutoTokenizer
 
 import sa_hf

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from conftest import bert, inputs, output
+from saving_models import bert, inputs, output
 from transformers import AutoModelForSequenceClassification
 
 import sa_hf

@@ -8,10 +8,10 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import AUTO, FAMILIES, inputs, llama, output
 from packaging.version import Version
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
+from saving_models import AUTO, FAMILIES, inputs, llama, output
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 from transformers.models.auto import modeling_auto
 
