@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from sa_hf.config import did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.data import DEFAULT_EVALUATION_ROWS, DEFAULT_TRAIN_ROWS, Source, load_source
+from sa_hf.tasks.homes import spare_caches
 from sa_hf.tasks.models import AUTO_CLASSES
 from sa_hf.tasks.ranks import is_main
 
@@ -222,6 +223,7 @@ def _as_pairs(value: Any, where: str) -> list[str]:
 
 def run_script(main: Callable[[], object]) -> None:
     """Call a script's ``main``; what a user can mend ends as one message on stderr and exit code 1."""
+    spare_caches()
     try:
         main()
     except (SparseAttentionError, OSError) as error:

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from sa_hf.errors import SparseAttentionError
+from sa_hf.tasks.homes import spare_caches
 
 # What the commands cannot start without; the extra "tools" holds them.
 EXTRA = {"typer", "rich"}
@@ -18,6 +19,7 @@ def main() -> None:
         # Imported here: without the extra it fails, and that is one line, too.
         import typer
 
+        spare_caches()
         from sa_hf.tools.commands import app
 
         # Terminals that cannot write a character of a picture or a name get another in its place.

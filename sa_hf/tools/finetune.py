@@ -210,9 +210,11 @@ def train(
     args: argparse.Namespace, model: Any, tokenizer: Any, source: Source, checkpoint: Path | None = None
 ) -> dict[str, Any]:
     """Train, evaluate, save and verify; returns the metrics."""
+    from sa_hf.hf.card import CARD_FILE, METRICS_FILE, is_ours
     from sa_hf.tasks.measure import StepClock, peak_memory_mb
     from sa_hf.tasks.trainer import task_trainer
-    from sa_hf.tools.stopping import StopAndSave, end_if_stopped, writing
+    from sa_hf.tools.card import write_card
+    from sa_hf.tools.stopping import SAVING, StopAndSave, end_if_saved, end_if_stopped, writing
 
     arguments = training_arguments(args)
     output = Path(args.output_dir)
@@ -228,11 +230,13 @@ def train(
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     end_if_stopped(stop, output, trainer.state.global_step)
     metrics = {**result.metrics, **clock.figures(), "global_step": trainer.state.global_step}
+    # Saved before all else: what goes wrong from here on loses no training.
+    with writing(output), stop.listening(arguments.world_size, SAVING):
+        trainer.save_model()
+    end_if_saved(stop, output)
     metrics |= {"train_peak_memory_mb": peak_memory_mb(), **trainer.evaluate()}
     if args.task == "forecasting":
         metrics |= forecast_figures(trainer.accelerator.unwrap_model(trainer.model), evaluation)
-    with writing(output):
-        trainer.save_model()
     if arguments.process_index == 0:
         if args.verify != "none":
             trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -240,7 +244,9 @@ def train(
             verify_reload(trained, output, args.task, batch, fresh=args.verify == "fresh")
             metrics["reload_verified"] = True
         metrics["log"] = trainer.state.log_history
-        (output / "metrics.json").write_text(json.dumps({"arguments": vars(args), **metrics}, indent=2) + "\n")
+        (output / METRICS_FILE).write_text(json.dumps({"arguments": vars(args), **metrics}, indent=2) + "\n")
+        if is_ours(output / CARD_FILE):
+            write_card(output)  # once more: the figures are known now
     trainer.accelerator.wait_for_everyone()
     return metrics
 
@@ -255,7 +261,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
     Raises:
         SparseAttentionError: a flag, the data or the model does not fit.
         OSError: a file or folder cannot be read or written.
-        SystemExit: 130, Ctrl-C ended the training; a checkpoint holds where it was.
+        SystemExit: 130, Ctrl-C ended the training, and a checkpoint holds where it was; or it ended the run in its last
+            save, which is whole.
     """
     from transformers import set_seed
 

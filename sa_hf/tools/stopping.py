@@ -25,8 +25,13 @@ STATE = "trainer_state.json"  # the last file that Trainer writes of a checkpoin
 TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "unexpected pos")
 
 
+TRAINING = "stopping after this step, with a checkpoint"
+SAVING = "finishing the save, then stopping"
+
+
 class StopAndSave(TrainerCallback):
-    """The first Ctrl-C ends training after the step at hand, with a checkpoint; a second one ends it where it stands.
+    """The first Ctrl-C ends training after the step at hand, with a checkpoint, or after the save that is being
+    written; a second one ends it where it stands.
 
     In one process alone: ranks would hear of it at different steps and wait for each other.
     """
@@ -35,8 +40,8 @@ class StopAndSave(TrainerCallback):
         self.asked = False
 
     @contextmanager
-    def listening(self, world_size: int) -> Iterator[StopAndSave]:
-        """While inside, Ctrl-C asks for the end."""
+    def listening(self, world_size: int, told: str = TRAINING) -> Iterator[StopAndSave]:
+        """While inside, Ctrl-C asks for the end, and ``told`` is said."""
         if world_size > 1 or threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -45,7 +50,7 @@ class StopAndSave(TrainerCallback):
         def ask(number: int, frame: FrameType | None) -> None:
             self.asked = True
             signal.signal(signal.SIGINT, before)
-            print("stopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
+            print(f"{told}; Ctrl-C again stops at once", file=sys.stderr)
 
         signal.signal(signal.SIGINT, ask)
         try:
@@ -63,6 +68,13 @@ def end_if_stopped(stop: StopAndSave, output: Path, step: int) -> None:
     if stop.asked:
         kept = output / f"checkpoint-{step}"
         print(f"stopped at step {step}, kept in {kept}; the same command with --resume auto goes on", file=sys.stderr)
+        raise SystemExit(STOPPED)
+
+
+def end_if_saved(stop: StopAndSave, output: Path) -> None:
+    """Raise ``SystemExit`` where Ctrl-C was pressed during the last save, and say what is there."""
+    if stop.asked:
+        print(f"stopped; the trained model is whole in {output}, neither evaluated nor loaded again", file=sys.stderr)
         raise SystemExit(STOPPED)
 
 

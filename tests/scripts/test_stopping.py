@@ -14,6 +14,7 @@ import pytest
 from finetune_cases import DECODER, FEW_STEPS, SCRIPTS
 
 from sa_hf import SparseAttentionError
+from sa_hf.tasks.verify import load_saved
 from sa_hf.tools import finetune
 from sa_hf.tools.stopping import checkpoint_to_resume, writing
 
@@ -72,6 +73,39 @@ def test_ctrl_c_in_training_keeps_a_checkpoint_that_goes_on(tmp_path: Path) -> N
     metrics = finetune.main([*FLAGS, "--max_steps", str(step + 1), "--resume", "auto", "--output_dir", str(tmp_path)])
     assert metrics["global_step"] == step + 1
     assert (tmp_path / "config.json").exists()
+
+
+SAVED_UNDER_CTRL_C = """
+import os, signal, sys
+from sa_hf.hf import publish
+from sa_hf.tasks.flags import run_script
+from sa_hf.tasks.verify import load_saved
+from sa_hf.tools import finetune
+times, real = int(sys.argv.pop(1)), publish.publish
+def publish_under_ctrl_c(stage, *rest):  # the files are written, and not in place yet
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(stage, *rest)
+publish.publish = publish_under_ctrl_c
+run_script(finetune.main)
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_in_the_last_save(tmp_path: Path, times: int) -> None:
+    command = [sys.executable, "-c", SAVED_UNDER_CTRL_C, str(times), *FLAGS, "--output_dir", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 130, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "finishing the save, then stopping; Ctrl-C again stops at once" in ended.stderr
+    assert not list((tmp_path / "out").glob(".*"))  # the half of a save is gone
+    last = ended.stderr.strip().splitlines()[-1]
+    if times == 1:
+        assert last.startswith(f"stopped; the trained model is whole in {tmp_path / 'out'}")
+        assert load_saved(tmp_path / "out", "causal-lm").config.sa_hf
+    else:
+        assert last == "stopped by Ctrl-C"
+        assert not (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of file sizes")

@@ -136,7 +136,7 @@ def _warn_of_no_cache(error: Exception) -> None:
     logger.warning(
         "Compiled kernels are not kept, each process compiles its own in a temporary folder: %s. Set SA_HF_CACHE_DIR "
         "to a folder that only you can write.",
-        error,
+        str(error).rstrip("."),
     )
 
 
