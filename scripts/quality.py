@@ -76,7 +76,7 @@ def texts(count: int, length: int, tokenizer: Any) -> torch.Tensor:
     from sa_hf.tasks.language import stdlib_texts, token_chunks
 
     chunks = token_chunks(stdlib_texts("evaluation"), tokenizer, length, count)
-    return torch.tensor([chunk["input_ids"] for chunk in chunks])
+    return torch.stack([chunk["input_ids"] for chunk in chunks])
 
 
 def embeddings(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.labels import numbers_of
 from sa_hf.tasks.language import longest_chunk, stdlib_texts, token_chunks
 from sa_hf.tasks.masking import MaskingCollator
+from sa_hf.tasks.packed import PackedRows
 from sa_hf.tasks.ranks import say
 from sa_hf.tasks.synthetic import CorridorTask, MaskedSummationTask, SeriesTask
 from sa_hf.tasks.tables import HELD_OUT_SHARE, Choice, Texts, cut_texts, labelled_rows, load, parts_of, texts_of
@@ -24,6 +25,8 @@ CORRIDOR, SUMMATION, SERIES = "corridor", "summation", "series"
 CLASSIFICATION, FORECASTING = "sequence-classification", "forecasting"
 # Where the source of rows has no end of its own.
 DEFAULT_TRAIN_ROWS, DEFAULT_EVALUATION_ROWS = 256, 64
+# Tokenized in one call, of all cores; their tokens are lists of Python integers until they are packed.
+DOCUMENTS_AT_ONCE = 256
 # Added to --seed for rows that are made for evaluation: no seed of training draws them.
 EVALUATION_SEEDS = 2**40
 
@@ -166,8 +169,8 @@ def tokenize(
         return source.train, source.evaluation
     if task == CLASSIFICATION:
         parts = [_documents(rows, tokenizer, max_length) for rows in (source.train, source.evaluation)]
-        both = [row for part in parts for row in part]
-        full = sum(len(row["input_ids"]) == max_length for row in both)
+        both = [length for part in parts for length in part.lengths()]
+        full = sum(length == max_length for length in both)
         if full:
             say(f"data: {full} of {len(both)} texts reach max_length={max_length} tokens; what is longer is cut there")
         return parts[0], parts[1]
@@ -190,7 +193,7 @@ def tokenize(
     return chunks[0], chunks[1]
 
 
-def _chunks(rows: Rows, tokenizer: Any, max_length: int, limit: int | None, split: str) -> list[dict[str, Any]]:
+def _chunks(rows: Rows, tokenizer: Any, max_length: int, limit: int | None, split: str) -> Rows:
     found = token_chunks((r["text"] for r in rows), tokenizer, max_length, limit)
     if not found:
         longest = longest_chunk((r["text"] for r in rows), tokenizer)
@@ -201,9 +204,7 @@ def _chunks(rows: Rows, tokenizer: Any, max_length: int, limit: int | None, spli
     return found
 
 
-def _one_text(
-    rows: Rows, tokenizer: Any, max_length: int, limits: tuple[int | None, int | None]
-) -> list[list[dict[str, Any]]]:
+def _one_text(rows: Rows, tokenizer: Any, max_length: int, limits: tuple[int | None, int | None]) -> list[Rows]:
     # The cut does not depend on the limits, so that evaluation finds what training held out.
     found = token_chunks((r["text"] for r in rows), tokenizer, max_length)
     if len(found) < 2:
@@ -253,11 +254,14 @@ def _stdlib_texts(kind: str) -> Source:
     return Source(train, evaluation, chunks=(DEFAULT_TRAIN_ROWS, DEFAULT_EVALUATION_ROWS))
 
 
-def _documents(rows: Rows, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    if not rows:
-        return []
-    encoded = tokenizer([r["text"] for r in rows], truncation=True, max_length=max_length)
-    return [{name: encoded[name][i] for name in encoded} | {"labels": int(row["label"])} for i, row in enumerate(rows)]
+def _documents(rows: Rows, tokenizer: Any, max_length: int) -> PackedRows:
+    documents = PackedRows()
+    for begin in range(0, len(rows), DOCUMENTS_AT_ONCE):
+        part = rows[begin : begin + DOCUMENTS_AT_ONCE]
+        encoded = tokenizer([row["text"] for row in part], truncation=True, max_length=max_length)
+        for i, row in enumerate(part):
+            documents.add({name: encoded[name][i] for name in encoded}, int(row["label"]))
+    return documents
 
 
 def _needs(task: str, wanted: str, dataset: str) -> None:

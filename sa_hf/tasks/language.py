@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sa_hf.tasks.corpus import docstrings, stdlib_sources
+from sa_hf.tasks.packed import PackedRows
 
 
 def stdlib_texts(split: str, kind: str = "source") -> list[str]:
@@ -17,25 +18,27 @@ def stdlib_texts(split: str, kind: str = "source") -> list[str]:
     return [s.text for s in (sources if kind == "source" else docstrings(sources))]
 
 
-def token_chunks(texts: Iterable[str], tokenizer: Any, length: int, limit: int | None = None) -> list[dict[str, Any]]:
+def token_chunks(texts: Iterable[str], tokenizer: Any, length: int, limit: int | None = None) -> PackedRows:
     """Chunks of exactly ``length`` tokens: texts one after the other, ended by the tokenizer's end token if it has one.
 
     Every chunk of a tokenizer with a start token (BERT's [CLS], Llama's <s>) begins with it. Stops after ``limit``
-    chunks; the rest that fills no chunk is left out. Rows are ``{"input_ids", "attention_mask"}``, lists of integers.
+    chunks; the rest that fills no chunk is left out. Rows are ``{"input_ids", "attention_mask"}``.
     """
     start = _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
     end = _first(tokenizer.sep_token_id, tokenizer.eos_token_id)
     body = length - (start is not None)
-    chunks: list[dict[str, Any]] = []
+    chunks = PackedRows()
+    mask = [1] * length
     pending: list[int] = []
     for ids in _token_lists(texts, tokenizer):
         pending += ids if end is None else [*ids, end]
-        while len(pending) >= body:
-            tokens = pending[:body] if start is None else [start, *pending[:body]]
-            pending = pending[body:]
-            chunks.append({"input_ids": tokens, "attention_mask": [1] * length})
+        whole = len(pending) // body * body
+        for begin in range(0, whole, body):
+            tokens = pending[begin : begin + body]
+            chunks.add({"input_ids": tokens if start is None else [start, *tokens], "attention_mask": mask})
             if limit is not None and len(chunks) >= limit:
                 return chunks
+        del pending[:whole]
     return chunks
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sa_hf.tasks.packed import PackedRows
 from sa_hf.tasks.synthetic import IGNORED
 
 MASKED_SHARE = 0.15
@@ -43,7 +44,10 @@ class MaskingCollator:
         return batch
 
 
-def masked_once(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+def masked_once(rows: Sequence[dict[str, Any]], tokenizer: Any) -> Sequence[dict[str, Any]]:
     """Rows with masks and ``labels``: each row's are the same whatever the batch size and the number of processes."""
     collate = MaskingCollator(tokenizer, EVALUATION_SEED)
-    return [{name: x[0] for name, x in collate([row]).items()} for row in rows]
+    masked = PackedRows()
+    for row in rows:
+        masked.add({name: x[0].tolist() for name, x in collate([row]).items()})
+    return masked

@@ -32,7 +32,7 @@ def load_for_task(
     model_options: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """A model with the task's head, and its tokenizer (None for the forecaster).
+    """A model with the task's head, and its tokenizer (None for the forecaster), of :func:`load_tokenizer`.
 
     Args:
         name: a hub name, a folder, "minilm" (the embedded pretrained BERT), "convtrans" or one of ``TOYS``.
@@ -45,8 +45,6 @@ def load_for_task(
         SparseAttentionError: the task, or a field of ``model_options``, is unknown, the model does not serve the task,
             or it is a sparse checkpoint and ``trust_remote_code`` is False.
     """
-    import transformers
-
     auto_class = auto_class_of(task)
     options = dict(model_options or {})
     if labels is not None:
@@ -56,7 +54,7 @@ def load_for_task(
 
         return auto_class.from_config(ConvTransConfig(max_position_embeddings=max_length, **options)), None
     if name in TOYS:
-        tokenizer = transformers.ByT5Tokenizer(mask_token="<extra_id_0>", model_max_length=max_length)
+        tokenizer = load_tokenizer(name, max_length)
         config = _toy_config(name, vocab_size or len(tokenizer), max_length, options)
         check_head(config, task)
         model = auto_class.from_config(config)
@@ -70,9 +68,7 @@ def load_for_task(
     before = _classes(config)
     _set(config, options)
     check_head(config, task)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(name, max_length)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     new_head = labels is not None and before is not None and list(before) != labels
@@ -86,6 +82,35 @@ def load_for_task(
     )
     check_causality(model, task)
     return model, tokenizer
+
+
+def load_tokenizer(name: str, max_length: int) -> Any:
+    """The tokenizer of a model by its name as :func:`load_for_task` takes it, with a padding token; None for the
+    forecaster. A toy's is made for ``max_length``."""
+    import transformers
+
+    from sa_hf.tools.load import resolve
+
+    if name == CONV_TRANS:
+        return None
+    if name in TOYS:
+        return transformers.ByT5Tokenizer(mask_token="<extra_id_0>", model_max_length=max_length)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve(name))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_model(name: str, task: str, trust_remote_code: bool) -> None:
+    """Raise ``SparseAttentionError`` where a model may not be loaded, or has no head for the task; loads its config
+    alone."""
+    from sa_hf.tools.load import check_trust, read_config
+
+    auto_class_of(task)
+    if name != CONV_TRANS and name not in TOYS:
+        config = read_config(name, trust_remote_code=trust_remote_code)
+        check_trust(config, name, trust_remote_code, "--trust_remote_code")
+        check_head(config, task)
 
 
 def trained_classes(name: str, task: str, trust_remote_code: bool) -> dict[str, int] | None:

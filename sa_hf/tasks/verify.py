@@ -62,18 +62,43 @@ def verify_reload(model: Any, folder: str | Path, task: str, batch: dict[str, Te
         )
 
 
-def load_saved(folder: str | Path, task: str) -> Any:
-    """A saved model through the task's Auto class; a folder with an adapter is loaded with its patched base."""
-    from sa_hf.tasks.models import auto_class_of, check_head
+def saved_config(folder: str | Path, task: str) -> Any:
+    """The config of a saved model, of an adapter that of its base.
+
+    Raises:
+        SparseAttentionError: the model has no head for the task.
+        OSError: there is no config.
+    """
+    from sa_hf.tasks.models import check_head
     from sa_hf.tools.load import read_config
 
-    if (Path(folder) / "adapter_config.json").exists():
-        from peft import PeftConfig, PeftModel
+    config = read_config(_base_of(folder) or str(folder), trust_remote_code=True)
+    check_head(config, task)
+    return config
 
-        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        return PeftModel.from_pretrained(auto_class_of(task).from_pretrained(base, trust_remote_code=True), str(folder))
-    check_head(read_config(str(folder), trust_remote_code=True), task)
-    return auto_class_of(task).from_pretrained(str(folder), trust_remote_code=True)
+
+def load_saved(folder: str | Path, task: str) -> Any:
+    """A saved model through the task's Auto class; a folder with an adapter is loaded with its patched base."""
+    from sa_hf.tasks.models import auto_class_of
+
+    saved_config(folder, task)
+    base = _base_of(folder)
+    model = auto_class_of(task).from_pretrained(base or str(folder), trust_remote_code=True)
+    if base is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder))
+
+
+def _base_of(folder: str | Path) -> str | None:
+    """What the adapter in a folder names as its base; None where there is no adapter."""
+    if not (Path(folder) / "adapter_config.json").exists():
+        return None
+    from peft import PeftConfig
+
+    base: str = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    return base
 
 
 def compare(folder: str | Path, task: str, batch: dict[str, Tensor], expected: Tensor, device: str) -> None:

@@ -24,7 +24,7 @@ from sa_hf.tasks.data import CLASSIFICATION, Rows, tokenize
 from sa_hf.tasks.flags import FlagParser, add_data_flags, devices, parse_flags, source_of, whole
 from sa_hf.tasks.forecast import forecast_figures
 from sa_hf.tasks.metrics import perplexity
-from sa_hf.tasks.verify import load_saved
+from sa_hf.tasks.verify import load_saved, saved_config
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -69,11 +69,11 @@ def evaluate(model: Any, tokenizer: Any, rows: Rows, args: argparse.Namespace) -
     }
 
 
-def known_classes(model: Any, task: str) -> dict[str, int] | None:
+def known_classes(config: Any, task: str) -> dict[str, int] | None:
     """The numbers of a classifier's classes by name; raises ``SparseAttentionError`` for a regression."""
     if task != CLASSIFICATION:
         return None
-    label2id: dict[str, int] = model.config.label2id
+    label2id: dict[str, int] = config.label2id
     if len(label2id) < 2:
         raise SparseAttentionError(f"the model has {len(label2id)} class, so it is no classifier; classes: {label2id}")
     return label2id
@@ -103,20 +103,23 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
     import sa_hf
 
     args = parse_flags(build_parser(prog), argv)
+    # The config alone, so that what is wrong with the data comes before the model is loaded.
     try:
-        model = load_saved(args.model, args.task)
+        config = saved_config(args.model, args.task)
     except OSError as error:
         if Path(args.model).exists():
             raise
         raise SparseAttentionError(
             f"--model {args.model!r} is no folder here, and the hub did not give it: {' '.join(str(error).split())}"
         ) from error
-    source = source_of(args, evaluate_only=True, label2id=known_classes(model, args.task))
+    source = source_of(args, evaluate_only=True, label2id=known_classes(config, args.task))
     if args.task == "forecasting":
+        model = load_saved(args.model, args.task)
         model.to("cpu" if args.cpu else torch.accelerator.current_accelerator() or "cpu")
         return show(forecast_figures(model, source.evaluation), args)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     _, rows = tokenize(source, args.task, tokenizer, args.max_length, 1, args.eval_rows)
+    model = load_saved(args.model, args.task)
     with sa_hf.dense(model) if args.attention == "dense" else contextlib.nullcontext():
         figures = evaluate(model, tokenizer, rows, args)
     return show(figures, args)

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sa_hf.config import SparseAttentionConfig, available_patterns
+from sa_hf.config import SparseAttentionConfig, available_patterns, did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tasks.data import Source, tokenize
+from sa_hf.tasks.data import Rows, tokenize
 from sa_hf.tasks.flags import FlagParser, add_data_flags, devices, parse_flags, real, source_of, whole
 from sa_hf.tasks.forecast import forecast_figures
-from sa_hf.tasks.models import CONV_TRANS, TOYS, load_for_task, trained_classes
+from sa_hf.tasks.models import CONV_TRANS, TOYS, check_model, load_for_task, load_tokenizer, trained_classes
 from sa_hf.tasks.ranks import is_main, quiet_others, say
 from sa_hf.tasks.resume import check_checkpoint, checkpoint_of
 from sa_hf.tasks.verify import verify_reload
@@ -118,16 +118,30 @@ def _built(value: Any) -> Any:
     return {key: _built(inner) for key, inner in value.items()}
 
 
-def prepare(args: argparse.Namespace) -> tuple[Any, Any, Source]:
-    """The patched model, its tokenizer, and the data."""
+def prepare(args: argparse.Namespace) -> tuple[Any, Any, tuple[Rows, Rows]]:
+    """The patched model, its tokenizer, and the rows to train and to evaluate on.
+
+    What is wrong with pattern or data comes before the model is loaded.
+    """
     import sa_hf
 
+    if args.pattern != "none":
+        chosen_pattern(args)
+    check_model(args.model, args.task, args.trust_remote_code)
     source = source_of(args, label2id=trained_classes(args.model, args.task, args.trust_remote_code))
     if source.vocab_size is not None and args.model not in TOYS:
         raise SparseAttentionError(f"dataset {args.dataset!r} has token ids of its own: use --model with one of {TOYS}")
     options = {**(source.model_options or {}), **parse_options(args.model_set)}
     if args.model == CONV_TRANS and args.pattern != "none":
         options["attention"] = chosen_pattern(args)
+    rows = tokenize(
+        source,
+        args.task,
+        load_tokenizer(args.model, args.max_length),
+        args.max_length,
+        args.train_rows,
+        args.eval_rows,
+    )
     model, tokenizer = load_for_task(
         args.model,
         args.task,
@@ -138,7 +152,7 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, Source]:
         trust_remote_code=args.trust_remote_code,
     )
     if args.pattern == "none" or args.model == CONV_TRANS:
-        return model, tokenizer, source
+        return model, tokenizer, rows
     from sa_hf.hf.state.positions import lengthening
 
     sa_hf.patch_model(
@@ -152,7 +166,25 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, Source]:
     )
     if not isinstance(args.pattern, dict) and is_main():
         print(sa_hf.summary(model, args.max_length))
-    return model, tokenizer, source
+    return model, tokenizer, rows
+
+
+def check_reports(name: str) -> None:
+    """Raise ``SparseAttentionError`` where Transformers has no integration of this name, or its package is missing."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    if name in ("none", "all"):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise SparseAttentionError(
+            f"--report_to {shown(name)} is unknown{did_you_mean(name, INTEGRATION_TO_CALLBACK)}; give none, all, or "
+            f"one of: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+        )
+    if name not in get_available_reporting_integrations():
+        raise SparseAttentionError(f"--report_to {name} needs a package that is not installed; nearest: none")
 
 
 def training_arguments(args: argparse.Namespace) -> Any:
@@ -207,7 +239,7 @@ def with_lora(model: Any, rank: int, base_folder: Path, is_main: bool) -> Any:
 
 
 def train(
-    args: argparse.Namespace, model: Any, tokenizer: Any, source: Source, checkpoint: Path | None = None
+    args: argparse.Namespace, model: Any, tokenizer: Any, data: tuple[Rows, Rows], checkpoint: Path | None = None
 ) -> dict[str, Any]:
     """Train, evaluate, save and verify; returns the metrics."""
     from sa_hf.hf.card import CARD_FILE, METRICS_FILE, is_ours
@@ -220,7 +252,7 @@ def train(
     output = Path(args.output_dir)
     if args.lora_rank:
         model = with_lora(model, args.lora_rank, output / "base", arguments.process_index == 0)
-    rows, evaluation = tokenize(source, args.task, tokenizer, args.max_length, args.train_rows, args.eval_rows)
+    rows, evaluation = data
     trainer = task_trainer(args.task, model, arguments, tokenizer, rows, evaluation, sparse_lr=args.sparse_lr)
     clock = StepClock()
     trainer.add_callback(clock)
@@ -271,16 +303,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
     args = parse_arguments(argv, prog)
     quiet_others()
     set_seed(args.seed)
+    check_reports(args.report_to)
     checkpoint_of(args.resume, args.output_dir)
     whole_one = checkpoint_to_resume(args.resume, Path(args.output_dir))
     checkpoint = None if whole_one is None else Path(whole_one)
-    model, tokenizer, source = prepare(args)
+    model, tokenizer, data = prepare(args)
     if checkpoint is not None:
         check_checkpoint(checkpoint, model, args.lora_rank)
         say(f"going on from {checkpoint}")
     elif args.resume is not None:
         say(f"no checkpoint in {args.output_dir}: beginning anew")
-    metrics = train(args, model, tokenizer, source, checkpoint)
+    metrics = train(args, model, tokenizer, data, checkpoint)
     if is_main():
         print(json.dumps({k: v for k, v in metrics.items() if k != "log"}, indent=2))
     return metrics

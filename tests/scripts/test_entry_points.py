@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from finetune_cases import SCRIPTS
 
+from sa_hf import SparseAttentionError
 from sa_hf.tools import cli, evaluate, finetune
 
 
@@ -53,3 +55,43 @@ def test_the_command_reads_the_same_flags(
     assert code == 2
     assert error.startswith("sa-hf: dataset 'nofile.csv' does not exist")
     assert error.count("\n") == 1
+
+
+def never(*args: object, **options: object) -> None:
+    raise AssertionError("the model was loaded")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset", "nofile.csv"], "does not exist"),
+        (["--task", "forecasting", "--dataset", "series"], "has no head"),
+        (["--dataset", "short.txt", "--max_length", "64"], "max_length of at most"),
+        (["--dataset", "labels.csv", "--task", "sequence-classification"], "at least 2 classes"),
+        (["--set", "blok_size=16"], "block_size"),
+        (["--report_to", "tensorbord"], "did you mean 'tensorboard'"),
+        (["--report_to", "none,wandb"], "give none, all, or one of"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_model_is_loaded(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("one short text")
+    Path("labels.csv").write_text("text,label\none,a\ntwo,a\n")
+    monkeypatch.setattr(finetune, "load_for_task", never)
+    with pytest.raises(SparseAttentionError, match=message):
+        finetune.main(flags)
+
+
+def test_evaluation_reads_its_data_before_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import BertConfig
+
+    BertConfig(architectures=["BertForSequenceClassification"], num_labels=3).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(evaluate, "load_saved", never)
+    with pytest.raises(SparseAttentionError, match="does not exist"):
+        evaluate.main(["--model", str(tmp_path / "model"), "--dataset", "nofile.csv"])
+    (tmp_path / "rows.csv").write_text("text,label\none,a\ntwo,b\n")
+    flags = ["--task", "sequence-classification", "--eval_split", "all", "--dataset", str(tmp_path / "rows.csv")]
+    with pytest.raises(SparseAttentionError, match=r"label 'a' is no class of the model"):
+        evaluate.main(["--model", str(tmp_path / "model"), *flags])

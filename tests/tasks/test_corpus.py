@@ -55,10 +55,10 @@ def test_language_splits_are_disjoint_and_whole() -> None:
 def test_chunks_follow_each_other_with_start_and_end_tokens() -> None:
     chunks = token_chunks(["abc", "de"], Characters(start=1, end=2), length=4)
     a, b, c, d, e = (ord(x) for x in "abcde")
-    assert [r["input_ids"] for r in chunks] == [[1, a, b, c], [1, 2, d, e]]
-    assert all(r["attention_mask"] == [1, 1, 1, 1] for r in chunks)
+    assert [r["input_ids"].tolist() for r in chunks] == [[1, a, b, c], [1, 2, d, e]]
+    assert all(r["attention_mask"].tolist() == [1, 1, 1, 1] for r in chunks)
 
 
 def test_chunks_without_special_tokens_stop_at_the_limit() -> None:
     chunks = token_chunks(["abcdefgh", "ijkl"], Characters(None, None), length=3, limit=2)
-    assert ["".join(map(chr, r["input_ids"])) for r in chunks] == ["abc", "def"]
+    assert ["".join(map(chr, r["input_ids"].tolist())) for r in chunks] == ["abc", "def"]
