@@ -242,7 +242,7 @@ def train(
     args: argparse.Namespace, model: Any, tokenizer: Any, data: tuple[Rows, Rows], checkpoint: Path | None = None
 ) -> dict[str, Any]:
     """Train, evaluate, save and verify; returns the metrics."""
-    from sa_hf.hf.card import CARD_FILE, METRICS_FILE, is_ours
+    from sa_hf.hf.checkpoints.card import CARD_FILE, METRICS_FILE, is_ours
     from sa_hf.tasks.measure import StepClock, peak_memory_mb
     from sa_hf.tasks.trainer import task_trainer
     from sa_hf.tools.card import write_card

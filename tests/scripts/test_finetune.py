@@ -32,6 +32,7 @@ def test_every_pattern_trains_saves_and_reloads(pattern: str, tmp_path: Path) ->
     saved = json.loads((tmp_path / "metrics.json").read_text())
     assert saved["eval_loss"] == metrics["eval_loss"]
     assert saved["arguments"]["pattern"] == pattern
+    assert "- loss on stdlib: " in (tmp_path / "README.md").read_text()
     layers = json.loads((tmp_path / "config.json").read_text())["sa_hf"]["layers"]
     assert {entry["name"] for stack in layers.values() for entry in stack.values()} == {pattern}
     figures = {name for record in metrics["log"] for name in record if name.startswith("sparse/")}

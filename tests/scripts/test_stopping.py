@@ -77,7 +77,7 @@ def test_ctrl_c_in_training_keeps_a_checkpoint_that_goes_on(tmp_path: Path) -> N
 
 SAVED_UNDER_CTRL_C = """
 import os, signal, sys
-from sa_hf.hf import publish
+from sa_hf.hf.checkpoints import publish
 from sa_hf.tasks.flags import run_script
 from sa_hf.tasks.verify import load_saved
 from sa_hf.tools import finetune
