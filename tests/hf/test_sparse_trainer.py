@@ -16,6 +16,7 @@ import sa_hf
 from sa_hf.hf.training.trainer import SparseTrainer
 
 EXPIRING = sa_hf.ExpireSpanAttentionConfig(max_span=12, ramp=4, initial_span=6, span_loss_coef=0.1)
+MASKS = sa_hf.SparseBertAttentionConfig(mask_length=32, density_coef=2.0)
 
 
 def squared(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -65,6 +66,32 @@ def test_a_stock_trainer_that_keeps_the_labels_back_trains_on_them(tmp_path: Any
     # All spans outlast the sequence: their loss alone moves them.
     for layer, bias in zip(model.model.layers, before, strict=True):
         assert layer.self_attn.sparse.bias < bias
+
+
+@pytest.mark.parametrize("pattern", [EXPIRING, MASKS], ids=lambda c: c.name)
+def test_a_trainer_that_calls_the_body_alone_weighs_as_the_stock_one(pattern: Any, tmp_path: Any) -> None:
+    """The items of a step are counted for the whole model: of each row one label fewer than the body would count."""
+
+    class OfTheBody(tf.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
+            logits = model.lm_head(model.model(input_ids=inputs["input_ids"])[0]).float()
+            labels = inputs["labels"][:, 1:].flatten()
+            summed = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum")
+            return summed / more["num_items_in_batch"]
+
+    class Look(tf.TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    found: list[dict[str, torch.Tensor]] = []
+    data = [{"input_ids": row, "labels": row} for row in (tokens(n, seed=n) for n in (12, 4, 7))]
+    for kind in (tf.Trainer, OfTheBody):
+        model = sa_hf.patch_model(tiny_model("llama"), pattern)
+        trainer = trainer_of(kind, model, data, tmp_path, gradient_accumulation_steps=3)
+        trainer.add_callback(Look())
+        trainer.train()
+    for name, gradient in found[0].items():
+        assert torch.allclose(found[1][name], gradient, rtol=1e-3, atol=1e-6), name
 
 
 def test_the_sparse_trainer_keeps_the_sequence_ids_of_a_data_set(tmp_path: Any) -> None:

@@ -158,3 +158,51 @@ def test_dpo_without_a_reference_names_the_remedy(tokenizer: Any, tmp_path: Any,
     trainer = dpo(loaded, tokenizer, tmp_path / "runs", trust_remote_code=True)
     with pytest.raises(ValueError, match=r"ref_model=copy.deepcopy\(model\).*LoRA"):
         trainer.train()
+
+
+@checks("trl", "GRPOTrainer with beta > 0: LoRA trains; without, the error names LoRA and beta=0")
+@pytest.mark.parametrize("lora", [True, False])
+def test_grpo_with_a_reference(tokenizer: Any, tmp_path: Any, lora: bool) -> None:
+    peft = pytest.importorskip("peft")
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    model = sa_hf.patch_model(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), STATIC)
+    arguments = trl.GRPOConfig(
+        str(tmp_path / "runs"), beta=0.1, num_generations=2, max_completion_length=4, per_device_train_batch_size=2,
+        max_steps=1, report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False, learning_rate=1e-2,
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=model, reward_funcs=lambda completion_ids, **_: [float(sum(row)) for row in completion_ids],
+        args=arguments, train_dataset=datasets.Dataset.from_list([{"prompt": "w3 w4 w5"}] * 2),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]) if lora else None,
+    )  # fmt: skip
+    if not lora:
+        with pytest.raises(ValueError, match="GRPO takes none: LoRA, or beta=0"):
+            trainer.train()
+        return
+    trainer.train()
+    trained = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
+    assert any(p.abs().max() > 0 for p in trained)
+
+
+@checks("trl", "RewardTrainer on a saved model, by path")
+def test_rewards_of_a_folder(tokenizer: Any, tmp_path: Any) -> None:
+    config = tiny_model("llama").config
+    config.num_labels = 1
+    model = sa_hf.patch_model(tf.AutoModelForSequenceClassification.from_config(config), EXPIRING)
+    model.save_pretrained(tmp_path / "saved")
+    arguments = trl.RewardConfig(
+        str(tmp_path / "runs"), max_length=48, per_device_train_batch_size=2, max_steps=1, report_to=[], use_cpu=True,
+        bf16=False, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, learning_rate=1e-2,
+        model_init_kwargs={"trust_remote_code": True},
+    )  # fmt: skip
+    rows = [{"chosen": "w3 w4 w6 w7", "rejected": "w3 w9 w10"}] * 2
+    trainer = trl.RewardTrainer(
+        model=str(tmp_path / "saved"), args=arguments, train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    sparse = trainer.model.model.layers[0].self_attn.sparse
+    assert int(sparse.step) == 1
+    assert not torch.equal(sparse.bias, model.model.layers[0].self_attn.sparse.bias)

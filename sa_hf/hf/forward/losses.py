@@ -54,7 +54,8 @@ def add_to_loss(
     if loss is None or not extra:
         return output
     check_live(children)
-    factor = share_of_step(model, given)
+    step = None if delivery is None else delivery.step
+    factor = share_of_step(model, given, None if step is None else step.trainer)
     total = _sum(value * factor for value in extra.values()).to(device=loss.device, dtype=loss.dtype)
     joined = loss + total if delivery is None else Joined.apply(loss, total, delivery)
     if isinstance(output, tuple):

@@ -70,6 +70,7 @@ def place_of(module: nn.Module) -> Place:
             f"{type(module).__name__} is set to sparse attention but carries no pattern: the model was built from the "
             "config of a patched one. Load it by its Auto class with `trust_remote_code=True`, or call "
             "`sa_hf.patch_model(model, ...)`. As a reference that a trainer makes of the model (trl), give it "
-            "`ref_model=copy.deepcopy(model)`, or train LoRA, which needs none"
+            "`ref_model=copy.deepcopy(model)` (DPO, KTO), or train LoRA, which needs none; GRPO takes none: LoRA, or "
+            "beta=0"
         )
     return place

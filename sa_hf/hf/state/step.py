@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from sa_hf.errors import SparseAttentionError
 
@@ -67,7 +68,7 @@ def share_of_loss(trainer: Any, model: Any, inputs: Any, items: Any) -> tuple[Te
         return 1.0 / _accumulation(trainer), False
     # The items are those of all processes, whose gradients are averaged.
     processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
-    return share_of_step(model, given) * processes, False
+    return share_of_step(model, given, trainer) * processes, False
 
 
 def _accumulation(trainer: Any) -> int:
@@ -200,19 +201,29 @@ class Joined(torch.autograd.Function):
         return grad, grad, None
 
 
-def share_of_step(model: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
+def share_of_step(model: nn.Module, given: Mapping[str, Any], trainer: Any = None) -> Tensor | float:
     """This micro-batch's part of the optimizer step's auxiliary loss.
 
     The Trainer divides each micro-batch's summed loss by the labels of the whole step (``num_items_in_batch``); the
     same share makes the auxiliary loss a mean over the step, not a sum that grows with the accumulation steps.
+
+    Args: model: the one that was called, perhaps a body without a loss of its own; trainer: who counted the items.
     """
     items, labels, counted = given.get("num_items_in_batch"), given.get("labels"), given.get("shift_labels")
     if not isinstance(counted, Tensor):
         if not isinstance(labels, Tensor):
             return 1.0
-        counted = labels[..., 1:] if getattr(model, "loss_type", None) == "ForCausalLM" else labels
+        counted = labels[..., 1:] if _first_labels_left_out(model, trainer) else labels
     if items is None:
         return 1.0
     ignored = given.get("ignore_index", IGNORED_LABEL)
     share: Tensor = (counted != ignored).sum() / torch.as_tensor(items, device=counted.device)
     return share
+
+
+def _first_labels_left_out(model: nn.Module, trainer: Any) -> bool:
+    """Whether the items do not count each row's first label, which no position predicts."""
+    if trainer is not None:
+        return bool(getattr(trainer, "_loss_shifts_labels", False))  # the oldest releases count every label
+    shifts = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
+    return shifts and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
