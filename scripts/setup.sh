@@ -33,5 +33,7 @@ if [ ! -f "$stamp" ] || ! grep -qxF "$wanted" "$stamp"; then
   triton="$([ "$extra" != test ] || .venv/bin/python .ci/triton_of_torch.py)"
   "${install[@]}" --editable ".[$extra]" ${triton:+"$triton"}
   echo "$wanted" >> "$stamp"
+  echo "setup: .venv holds $(du -sm .venv | cut -f1) MB, with torch $(.venv/bin/python -c '
+from importlib.metadata import version; print(version("torch"))')"
 fi
 unset extra stamp wanted install triton

@@ -184,7 +184,8 @@ def tokenize(
         ]
     else:
         chunks = _one_text(source.train, tokenizer, max_length, limits)
-    counts = ", ".join(f"{len(part)} to {use}" for part, use in zip(chunks, ("train on", "evaluate on"), strict=True))
+    uses = zip(chunks, ("train on", "evaluate on"), strict=True)
+    counts = ", ".join(f"{len(part)} to {use}" for part, use in uses if len(part))
     reached = [
         f"{flag} {limit}" for flag, limit, part in zip(("--train_rows", "--eval_rows"), limits, chunks, strict=True)
         if limit is not None and len(part) == limit

@@ -230,8 +230,7 @@ def inspect_command(folder: Folder) -> None:
     found = inspect_checkpoint(folder)
     say(f"{found.architecture}, sa_hf version {found.version}, {len(found.code_files)} code files")
     rows: list[list[Cell]] = [
-        [stack, f"{layers}:", pattern_name(name), shown_fields(fields)]
-        for stack, layers, name, fields in found.grouped()
+        [stack, layers, pattern_name(name), shown_fields(fields)] for stack, layers, name, fields in found.grouped()
     ]
     if rows:
         table(str(folder), ["stack", "layers", "pattern", "config"], rows)

@@ -162,6 +162,9 @@ def test_a_local_file_is_trained_on_whole_and_a_limit_is_said(
     assert "chunks of 8 tokens, 2401 to train on, 266 to evaluate on" in capsys.readouterr().err
     tokenize(source, "causal-lm", tokenizer, 8, 100, None)
     assert "100 to train on, 266 to evaluate on (--train_rows 100 reached)" in capsys.readouterr().err
+    held_out_alone = load_source("causal-lm", str(path), max_length=8, eval_split="all", evaluate_only=True)
+    tokenize(held_out_alone, "causal-lm", tokenizer, 8, None, 3)
+    assert "chunks of 8 tokens, 3 to evaluate on (--eval_rows 3 reached)" in capsys.readouterr().err
 
 
 def test_texts_that_are_cut_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
