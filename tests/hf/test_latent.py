@@ -14,7 +14,8 @@ from hf_cases import tokens
 from torch import Tensor
 
 import sa_hf
-from sa_hf import SparseAttentionError
+from sa_hf import SparseAttentionError, UnsupportedModelError
+from sa_hf.hf.patching import probe
 
 LATENT: dict[str, Any] = {
     **SIZES, **TOKENS, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
@@ -133,3 +134,38 @@ def test_what_needs_plain_projections_is_refused(case: str, pattern: Any, reason
     with pytest.raises(SparseAttentionError, match=reason):
         sa_hf.patch_model(model, pattern)
     assert not any("sparse" in name for name, _ in model.named_modules())
+
+
+INDEXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "v3.2": ("DeepseekV32", {"index_topk": 8, "index_n_heads": 4, "index_head_dim": 16}),
+    "v4": (
+        "DeepseekV4",
+        {"num_key_value_heads": 1, "head_dim": 16, "layer_types": ["heavily_compressed_attention"] * 2},
+    ),
+}
+
+
+def indexed(case: str) -> Any:
+    family, fields = INDEXED[case]
+    if not hasattr(tf, f"{family}ForCausalLM"):
+        pytest.skip(f"transformers {tf.__version__} has no {family}")
+    return getattr(tf, f"{family}ForCausalLM")(getattr(tf, f"{family}Config")(**{**LATENT, **fields})).eval()
+
+
+@pytest.mark.parametrize("case", INDEXED)
+def test_layers_that_choose_their_keys_themselves_are_refused(case: str) -> None:
+    model = indexed(case)
+    with pytest.raises(UnsupportedModelError, match="changing the mask that it is given"):
+        sa_hf.patch_model(model, "sliding_window", window=9)
+    assert not any("sparse" in name for name, _ in model.named_modules())
+
+
+def test_keys_beyond_the_positions_are_no_keys_of_a_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One compressed key for 128 tokens: the probe's input is too short to have any."""
+    model = indexed("v4")
+    monkeypatch.setattr(probe, "_changes_its_mask", lambda attention: False)
+    sa_hf.patch_model(model, "sliding_window", window=9)
+    with torch.no_grad():
+        model(tokens(1, 120), use_cache=False)
+        with pytest.raises(SparseAttentionError, match="131 keys for 130 positions"):
+            model(tokens(1, 130), use_cache=False)

@@ -99,6 +99,11 @@ def _attend(
             causal = request.causal if request is not None else bool(getattr(module, "is_causal", False))
         band = request.band if request is not None else window_band(window, causal)
         sequences = _sequences(place, request, query, key, kwargs)
+    if call.memory is None and not torch.compiler.is_compiling() and key.shape[2] > sequences.key_length:
+        raise SparseAttentionError(
+            f"{type(module).__name__} attends {key.shape[2]} keys for {sequences.key_length} positions without a "
+            "cache: it adds keys of its own, which no pattern names; keep the layer dense"
+        )
     inputs = AttentionInputs(
         query=query,
         key=key,

@@ -8,12 +8,15 @@ that the first one filled.
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
+import textwrap
 import threading
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -71,6 +74,13 @@ def probe(model: PreTrainedModel, sites: Sites, targets: Container[str]) -> None
         UnsupportedModelError: the skeleton cannot run, or a layer is not reached as described.
     """
     name = type(model).__name__
+    for site in sites.all_sites:
+        kind: Any = type(model.get_submodule(site.name))
+        if site.name in targets and _changes_its_mask(kind):
+            raise UnsupportedModelError(
+                f"{name} cannot be patched: {site.stack} layer {site.spec.layer_idx} ({site.name}) chooses or adds "
+                "keys by changing the mask that it is given, which a pattern would drop; keep it dense"
+            )
     try:
         with _LOCK:
             runs = _run(model, sites)
@@ -209,6 +219,22 @@ def _wrong(site: Site, attention: nn.Module, seen: _Seen | None) -> str | None:
     if seen.mask is not None and seen.mask.band.left != spec.band.left:
         return f"has a window of its own, {seen.mask.band}, that its module does not show ({spec.band})"
     return None
+
+
+@lru_cache(maxsize=256)
+def _changes_its_mask(attention: Any) -> bool:
+    """Whether an attention layer's ``forward`` computes another ``attention_mask`` from its own (indexers of top-k
+    tokens, compressed keys). Taking the encoder's instead is no such change."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(attention.forward))))
+    except (OSError, TypeError):
+        return False
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    return any(
+        ast.unparse(target) == "attention_mask" and not isinstance(node.value, ast.Name | ast.IfExp)
+        for node in assigned
+        for target in node.targets
+    )
 
 
 def _not_served(site: Site, attention: nn.Module, keywords: dict[str, Any]) -> str | None:
