@@ -15,7 +15,7 @@ slot          a row of a part: a position in natural or gathered order, or empty
               and puts them back
 tile          ``block_q x block_k`` pairs of slots; a block list (``layout``) names the tiles of each row of tiles
 lane          one head of one sequence of the batch, ``batch * heads + head``; query heads of a group share a key lane
-group         sequences of equal shape, stacked (``attend.Group``, ``grouped.Group``)
+group         sequences of equal shape, stacked (``attend.BatchGroup``, ``grouped.Group``)
 piece         some heads of some rows of a part, as a CPU holds at a time where slots are gathered (``pieces``); in
               the C++ kernels also one of the sums that a key lane's gradients are added up in
 means         a position that stands in several slots, each a softmax of its own, gets their mean (Routing)

@@ -113,9 +113,9 @@ class Batch:
             query_offset=offset,
         )
 
-    def groups(self) -> list[tuple[Sequence[Part], Group]]:
+    def groups(self) -> list[tuple[Sequence[Part], BatchGroup]]:
         return [
-            (self.plan_for(*shape), Group(self, shape, indices)) for shape, indices in self.sequences.groups
+            (self.plan_for(*shape), BatchGroup(self, shape, indices)) for shape, indices in self.sequences.groups
         ]  # fmt: skip
 
     def compact(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +146,7 @@ class Batch:
         return torch.full_like(x, fill).scatter_(2, index, x)
 
 
-class Group:
+class BatchGroup:
     """Sequences of equal shape, stacked along the batch."""
 
     def __init__(self, batch: Batch, shape: tuple[int, int], indices: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sa_hf.ops.parts import FULL, Band, BlockLayout, BlockPart, Index, OffsetsPart, Part, SegmentPart
 
 # Partial tiles counted at once: bounds the memory of a long plan (64 rows each).
-TILES_AT_ONCE = 1 << 16
+TILES_COUNTED_AT_ONCE = 1 << 16
 
 
 def row_counts(parts: Sequence[Part], query_length: int, num_heads: int, device: torch.device | str = "cpu") -> Tensor:
@@ -94,7 +94,7 @@ def _block_counts(part: BlockPart, device: torch.device | str) -> Tensor:
     full = torch.zeros(len(layout.row_start) - 1, dtype=torch.int64, device=device).index_add_(0, rows[whole], sizes)
     total = full[:, None].repeat(1, layout.block_q)
     mask_counts = layout.masks.sum(-1)
-    for at in torch.split(torch.nonzero(~whole).flatten(), TILES_AT_ONCE):
+    for at in torch.split(torch.nonzero(~whole).flatten(), TILES_COUNTED_AT_ONCE):
         total.index_add_(0, rows[at], _partial_counts(layout, at, rows[at], mask_counts))
     return total.view(layout.batch, layout.heads, -1)[0, :, : layout.query_slots]
 

@@ -24,7 +24,7 @@ from sa_hf.ops.run import plan_backward, plan_forward
 from sa_hf.ops.transforms import differentiable, refuse_second_derivative, refuse_traced_transforms
 from sa_hf.ops.widths import at_one_width
 
-UNBOUNDED = -1  # stands for None among the numbers of a rule
+NO_LIMIT = -1  # stands for None among the numbers of a rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ def _call(
         query_offset=n_k - n_q, sinks=sinks,
     )  # fmt: skip
     given = tuple(x for x in tensors if x is not None)
-    data = PlanData(n_q, n_k, given, tuple(None if x == UNBOUNDED else x for x in numbers), options)
+    data = PlanData(n_q, n_k, given, tuple(None if x == NO_LIMIT else x for x in numbers), options)
     return _RULES[rule](data), options, choose_engine(engine, query, options)
 
 
@@ -210,7 +210,7 @@ def planned_attention(
         options.distance_bias, options.spans, options.sinks, first, second, options.seed, options.sequence_ids
     )  # fmt: skip
     rest = (
-        rule, [UNBOUNDED if x is None else x for x in numbers], list(options.heads or ()), engine, mean_slots,
+        rule, [NO_LIMIT if x is None else x for x in numbers], list(options.heads or ()), engine, mean_slots,
         [options.scale, options.softcap or 0.0, options.dropout, options.ramp],
     )  # fmt: skip
 

@@ -53,12 +53,12 @@ def dense_attention(
         total = torch.where(total > 0, total + torch.exp(sinks - peak), total)
     probability = numerator / torch.where(total > 0, total, 1.0)
     if options.dropout > 0:
-        probability = probability * _dropout_factor(options, batch, heads, i, j)
+        probability = probability * _dropout_at(options, batch, heads, i, j)
     lse = torch.where(total > 0, torch.log(torch.where(total > 0, total, 1.0)) + peak, -torch.inf).squeeze(-1)
     return (probability @ v).to(query.dtype), lse
 
 
-def _dropout_factor(options: ScoreOptions, batch: int, heads: int, i: Tensor, j: Tensor) -> Tensor:
+def _dropout_at(options: ScoreOptions, batch: int, heads: int, i: Tensor, j: Tensor) -> Tensor:
     assert options.seed is not None
     ids = torch.arange(batch, device=i.device) if options.sequence_ids is None else options.sequence_ids
     sequence, head = ids[:, None, None, None], _head_ids(options, heads, i.device)[:, None, None]

@@ -15,7 +15,7 @@ import sa_hf
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.checkpoints import flatten
 from sa_hf.hf.checkpoints.files import HEADER, REMOTE_FILE
-from sa_hf.hf.checkpoints.flatten import carried_files, flatten_module
+from sa_hf.hf.checkpoints.flatten import ROOT, carried_files
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +76,29 @@ def test_only_flat_imports_are_left(folder):
 
 def test_code_and_comments_stay(folder):
     """A carried module differs from the package's own in its import lines and registered names alone."""
-    import sa_hf.ops.sequences as module
+    text = carried_files()["sa_hf_ops.py"]
+    for name in ("parts", "sequences", "host"):
+        module = importlib.import_module(f"sa_hf.ops.{name}")
+        source = Path(module.__file__).read_text("utf-8")
+        start = text.index(f"# ---------- sa_hf.ops.{name} ---")
+        carried = text[start : text.find("# ---------- sa_hf.", start + 1)].splitlines()
+        bodies = [
+            [line for line in lines if line.strip() and not re.match(r"\s*(from|import) |# -----", line)]
+            for lines in (re.sub(r"import \([^)]*\)", "import", source).splitlines(), carried)
+        ]
+        assert bodies[0] == bodies[1]
 
-    text = Path(module.__file__).read_text("utf-8")
-    carried = carried_files()["sa_hf_ops_sequences.py"].removeprefix(HEADER)
-    assert carried == re.sub(r"from sa_hf\.(\w+)", r"from .sa_hf_\1", text).replace(".sa_hf_ops.", ".sa_hf_ops_")
+
+def test_few_files(folder):
+    """A room of the package is a file: whoever reads what they are asked to trust opens no more than twenty."""
+    assert len(carried_files()) <= 20
+    assert len(carried_files("sa_hf.models.forecasting")) <= 20
 
 
 def test_nothing_of_the_tools(folder):
-    names = " ".join(carried_files())
-    assert not re.search("tools|tasks|models|drawing|flatten|cli|bench", names)
+    carried = re.findall(r"^# -{10} (\S+) -+$", "".join(carried_files().values()), flags=re.MULTILINE)
+    assert ROOT in carried
+    assert not re.search("tools|tasks|models|drawing|flatten|cli|bench", " ".join(carried))
     with pytest.raises(ImportError, match=r"does not carry sa_hf\.patterns\.drawing"):
         exec_in_copy(folder, "sa_hf_config").SparseAttentionConfig.preview(sa_hf.SlidingWindowAttentionConfig(), 8)
 
@@ -99,7 +112,7 @@ def exec_in_copy(folder, name):
 def test_lives_beside_the_package(folder):
     """Operators and attention functions of the copy have names of their own; the numbers are the same."""
     copy = exec_in_copy(folder, "sa_hf_patterns")
-    attention = exec_in_copy(folder, "sa_hf_hf_forward_adapter")
+    attention = exec_in_copy(folder, "sa_hf_hf_state")
     from sa_hf.hf.state.activity import IMPLEMENTATION
     from sa_hf.layer import AttentionInputs, LayerSpec
     from sa_hf.ops.sequences import Sequences
@@ -108,7 +121,7 @@ def test_lives_beside_the_package(folder):
     assert attention.IMPLEMENTATION.startswith(IMPLEMENTATION)
     q = torch.randn(1, 2, 70, 8, generator=torch.Generator().manual_seed(0))
     outputs = []
-    layer, sequences = exec_in_copy(folder, "sa_hf_layer"), exec_in_copy(folder, "sa_hf_ops_sequences")
+    layer, sequences = exec_in_copy(folder, "sa_hf_layer"), exec_in_copy(folder, "sa_hf_ops")
     for cls, spec, given, seqs in (
         (sa_hf.SlidingWindowAttentionConfig, LayerSpec, AttentionInputs, Sequences),
         (copy.SlidingWindowAttentionConfig, layer.LayerSpec, layer.AttentionInputs, sequences.Sequences),
@@ -118,35 +131,92 @@ def test_lives_beside_the_package(folder):
     assert torch.equal(*outputs)
 
 
+def carried(root):
+    """``{file: text}`` of a made-up package's root, without what stands above the first module."""
+    files = carried_files.__wrapped__(root)
+    return {name: re.split(r"# -{10} .*\n\n", text, maxsplit=1)[-1] for name, text in files.items()}
+
+
 FORMS = {
     "import sa_hf.b": "from .sa_hf_b import __name__ as _sa_hf_b\n",
-    "import sa_hf.b as x": "from .sa_hf_b import __name__ as _sa_hf_b\nfrom . import sa_hf_b as x\n",
-    "from sa_hf import b": "from .sa_hf_b import __name__ as _sa_hf_b\nfrom . import sa_hf_b as b\n",
     "from sa_hf.b import (\n    c,\n    d as e,\n)": "from .sa_hf_b import c, d as e\n",
     "from .b import c": "from .sa_hf_b import c\n",
-    "def f():\n    from sa_hf.b import c\n    return c": "def f():\n    from .sa_hf_b import c\n    return c\n",
+    "def f():\n    from sa_hf.b import c\n    return c": "def f():\n    from .sa_hf_b_late import c\n    return c\n",
     "import triton": "try:\n    import triton\nfinally:\n    pass\n",
     "import math, triton": "import math\ntry:\n    import triton\nfinally:\n    pass\n",
     "if TYPE_CHECKING:\n    from sa_hf.b import c": "if TYPE_CHECKING:\n    pass\n",
+    "from __future__ import annotations\nx = 1": "x = 1\n",
 }
 
 
 @pytest.mark.parametrize("source", FORMS)
 def test_import_forms(package, source):
     package({"__init__.py": "", "a.py": source + "\n", "b.py": ""})
-    text, imported = flatten_module("sa_hf.a")
-    assert text == HEADER + FORMS[source]
-    assert set(imported) == ({"sa_hf.b"} if "from .sa_hf_b" in text else set())
+    files = carried("sa_hf.a")
+    assert files["sa_hf_a.py"] == FORMS[source]
+    b = {"sa_hf_b_late.py"} if "_late" in FORMS[source] else {"sa_hf_b.py"} if "sa_hf_b" in FORMS[source] else set()
+    assert files.keys() == {"sa_hf_a.py", REMOTE_FILE, *b}
 
 
-REFUSED = ["import sa_hf", "from sa_hf import patch_model", "from sa_hf.b import *", '"""\nfrom .b import c\n"""']
+REFUSED = {
+    "import sa_hf": "cannot be carried",
+    "import sa_hf.b as x": "cannot be carried",
+    "from sa_hf import b": "cannot be carried",
+    "from sa_hf import patch_model": "cannot be carried",
+    "from sa_hf.b import *": "cannot be carried",
+    '"""\nfrom .b import c\n"""': "reword the docstring",
+    "sum = 1": "'sum' names two things, in Python and sa_hf.a",
+}
 
 
 @pytest.mark.parametrize("source", REFUSED)
 def test_what_cannot_be_flat_is_refused(package, source):
     package({"__init__.py": "", "a.py": source + "\n", "b.py": ""})
-    with pytest.raises(SparseAttentionError, match=r"sa_hf\.a"):
-        flatten_module("sa_hf.a")
+    with pytest.raises(SparseAttentionError, match=REFUSED[source]):
+        carried("sa_hf.a")
+
+
+ROOM = {
+    "__init__.py": "",
+    "r/__init__.py": "",
+    "r/top.py": "from sa_hf.r.low import one as two\nfrom sa_hf.s.other import three\n\nx = two + three\n",
+    "r/low.py": "one = 1\n\n\ndef late():\n    from sa_hf.r.low import one\n    return one\n",
+    "s/__init__.py": "",
+    "s/other.py": "from sa_hf.r.low import one\n\nthree = one + 2\n",
+}
+
+
+def test_a_room_is_a_file(package, tmp_path, monkeypatch):
+    """Each module after those that it needs; what needs another room that needs this one goes into a file above."""
+    package(ROOM)
+    files = carried_files.__wrapped__("sa_hf.r.top")
+    assert files.keys() == {"sa_hf_r.py", "sa_hf_s.py", "sa_hf_r_2.py", REMOTE_FILE}
+    (tmp_path / "copied_room").mkdir()
+    for name, text in {**files, "__init__.py": ""}.items():
+        (tmp_path / "copied_room" / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.import_module("copied_room.sa_hf_r_2").x == 4
+    assert importlib.import_module("copied_room.sa_hf_r").late() == 1
+    package({"r/top.py": "from sa_hf.r.low import one as two\nx = two\n"})
+    flatten._find.cache_clear()
+    assert "two = one\nx = two\n" in carried_files.__wrapped__("sa_hf.r.top")["sa_hf_r.py"]
+
+
+def test_a_name_means_one_thing_in_a_file(package):
+    files = {"__init__.py": "", "r/__init__.py": "", "r/b.py": "one = 1\n"}
+    package({**files, "r/a.py": "from sa_hf.r.b import one\n\none = 2\n"})
+    with pytest.raises(SparseAttentionError, match=r"'one' names two things, in sa_hf\.r\.b and sa_hf\.r\.a"):
+        carried("sa_hf.r.a")
+
+
+def test_files_do_not_import_each_other(package):
+    package({
+        "__init__.py": "", "r/__init__.py": "", "s/__init__.py": "", "r/a.py": "from sa_hf.s.b import x\n",
+        "s/b.py": "x = 1\n", "r/c.py": "y = 1\n", "s/d.py": "from sa_hf.r.c import y\n",
+        "root.py": "import sa_hf.r.a\nimport sa_hf.s.d\n",
+    })  # fmt: skip
+    with pytest.raises(SparseAttentionError, match="import each other"):
+        carried("sa_hf.root")
 
 
 FIXED_PATHS = {

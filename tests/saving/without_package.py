@@ -46,7 +46,7 @@ for case in sorted(folder.iterdir()):
         assert torch.equal(plain(**given)[0], seen["dense"]), case.name
     print("served", case.name)
 
-carried, installed = "sa_hf_hf_patching_sparse_model", "sa_hf.hf.patching.sparse_model"
+carried, installed = "sa_hf_hf_patching", "sa_hf.hf.patching.sparse_model"
 runtimes = {name for name in sys.modules if name == installed or name.endswith(f".{carried}")}
 assert len(runtimes) == 1, runtimes
 assert (installed not in runtimes) == blocked, runtimes

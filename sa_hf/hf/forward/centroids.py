@@ -20,8 +20,8 @@ from sa_hf.hf.state.activity import Activity
 from sa_hf.hf.state.layers import leaves, sparse_children
 from sa_hf.hf.state.patch import patch_of
 from sa_hf.hf.state.sites import root_model
-from sa_hf.patterns import centroids
 from sa_hf.patterns.centroids import CentroidState
+from sa_hf.patterns.centroids import update_centroids as move_centroids
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ def update_centroids(model: nn.Module) -> None:
     root = root_model(model)
     patch = patch_of(root)
     if patch is not None:
-        centroids.update_centroids(centroid_layers(patch.children(root)))
+        move_centroids(centroid_layers(patch.children(root)))
 
 
 def centroid_layers(children: Sequence[SparseAttention]) -> list[CentroidState]:
@@ -72,7 +72,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             continue
         known.activity.forwards.forget()
         moving |= {id(layer): layer for layer in centroid_layers(sparse_children(model, known.names))}
-    centroids.update_centroids(list(moving.values()))
+    move_centroids(list(moving.values()))
 
 
 def _is_trained(model: nn.Module, stepped: set[int]) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from sa_hf.hf.state.inputs import ForwardInputs, hand_over, handed_over
 
 # Where Transformers keeps the checkpoint function of a layer.
-FUNCTION = "_gradient_checkpointing_func"
+CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 
 
 @dataclass(eq=False)
@@ -45,9 +45,9 @@ def checkpointed(model: nn.Module) -> Iterator[nn.Module]:
 def carry_inputs(model: nn.Module) -> None:
     """Let checkpointed layers carry what a forward is given; called in each forward, as enabling sets them anew."""
     for module in checkpointed(model):
-        function = getattr(module, FUNCTION, None)
+        function = getattr(module, CHECKPOINT_FUNCTION, None)
         if function is not None and not isinstance(function, CarryingCheckpoint):
-            setattr(module, FUNCTION, CarryingCheckpoint(function))
+            setattr(module, CHECKPOINT_FUNCTION, CarryingCheckpoint(function))
 
 
 @dataclass(eq=False)
@@ -58,6 +58,6 @@ class CarryHandle:
 
     def remove(self) -> None:
         for module in self.model.modules():
-            function = getattr(module, FUNCTION, None)
+            function = getattr(module, CHECKPOINT_FUNCTION, None)
             if isinstance(function, CarryingCheckpoint):
-                setattr(module, FUNCTION, function.function)
+                setattr(module, CHECKPOINT_FUNCTION, function.function)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sa_hf.errors import SparseAttentionError
 
-FUNCTION = "apply_rotary_pos_emb"  # of transformers: (query, key, cos, sin) -> (query, key)
+ROTARY_FUNCTION = "apply_rotary_pos_emb"  # of transformers: (query, key, cos, sin) -> (query, key)
 
 RotaryFunction = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -70,17 +70,17 @@ def _function_of(attention: Any) -> RotaryFunction | None:
     calls = list(_rotary_calls(ast.parse(source), conditional=False))
     if not calls:
         return None
-    function: RotaryFunction | None = getattr(sys.modules[attention.__module__], FUNCTION, None)
+    function: RotaryFunction | None = getattr(sys.modules[attention.__module__], ROTARY_FUNCTION, None)
     named = [ast.unparse(call.func) for call, _ in calls]
-    if named != [FUNCTION] or function is None:
-        raise _refused(attention, f"turns queries and keys by {named}, not by one call of {FUNCTION}")
+    if named != [ROTARY_FUNCTION] or function is None:
+        raise _refused(attention, f"turns queries and keys by {named}, not by one call of {ROTARY_FUNCTION}")
     call, conditional = calls[0]
     if conditional:
-        raise _refused(attention, f"calls {FUNCTION} in some layers or cases alone")
+        raise _refused(attention, f"calls {ROTARY_FUNCTION} in some layers or cases alone")
     if [ast.unparse(argument) for argument in call.args[2:4]] != ["cos", "sin"] or not _dimensions_of_an_angle(
         function
     ):
-        raise _refused(attention, f"has an {FUNCTION} that the opposite angle does not undo")
+        raise _refused(attention, f"has an {ROTARY_FUNCTION} that the opposite angle does not undo")
     return function
 
 

@@ -31,7 +31,7 @@ from sa_hf.hf.caches.layer import cache_in
 from sa_hf.hf.forward.keywords import SINKS, unknown_keywords
 from sa_hf.hf.forward.layer_input import Carried
 from sa_hf.hf.forward.masks import MaskRequest, sparse_mask
-from sa_hf.hf.forward.rotary import FUNCTION
+from sa_hf.hf.forward.rotary import ROTARY_FUNCTION
 from sa_hf.hf.patching.families import switch_over
 from sa_hf.hf.state.classes import dense_class
 from sa_hf.hf.state.sites import Site, Sites
@@ -255,7 +255,7 @@ def _lost(model: PreTrainedModel, site: Site, call: _Seen, cached: dict[str, _Se
     carried, attention = call.carried, model.get_submodule(site.name)
     if carried is None or not isinstance(carried.hidden, Tensor):
         return f"({site.name}) does not get its input as 'hidden_states' or first ({_installed()})"
-    turns = FUNCTION in inspect.unwrap(type(attention).forward).__code__.co_names
+    turns = ROTARY_FUNCTION in inspect.unwrap(type(attention).forward).__code__.co_names
     if turns and carried.rotary is None:
         return f"({site.name}) turns queries and keys, but gets no 'position_embeddings' ({_installed()})"
     body = _parameters(model.base_model)

@@ -24,7 +24,7 @@ from sa_hf.patterns.learned import LearnedAttention
 # Forwards that one optimizer step may have; of older ones nothing is known.
 KEPT = 4096
 
-Place = tuple[StorageWeakRef, int, tuple[int, ...]]
+StoragePlace = tuple[StorageWeakRef, int, tuple[int, ...]]
 
 
 def in_backward() -> bool:
@@ -39,7 +39,7 @@ class Started:
     its auxiliary losses are delivered."""
 
     numbers: dict[int, int]
-    places: frozenset[Place]
+    places: frozenset[StoragePlace]
     delivery: Delivery
     recomputed: bool = False
 
@@ -85,7 +85,7 @@ class Forwards:
         self.started.clear()
 
 
-def _places(inputs: Iterable[Any]) -> Iterator[Place]:
+def _places(inputs: Iterable[Any]) -> Iterator[StoragePlace]:
     for value in inputs:
         if not isinstance(value, Tensor):
             continue

@@ -12,11 +12,11 @@ from sa_hf.ops.cpp.sources import FILES
 FAR = 2**40
 
 
-class Rows(ctypes.Structure):
+class CallRows(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), *((x, ctypes.c_int64) for x in ("batch_step", "head_step", "step")))
 
 
-class Index(ctypes.Structure):
+class CallIndex(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), *((x, ctypes.c_int64) for x in ("batch_step", "head_step")))
 
 
@@ -27,7 +27,7 @@ def _declared() -> list[tuple[str, str]]:
     return [(name, kind) for kind, names in declarations for name in names.split(", ")]
 
 
-_TYPES = {"Rows": Rows, "Index": Index, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
+_TYPES = {"Rows": CallRows, "Index": CallIndex, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
 _POINTED = {"float": torch.float32, "int32_t": torch.int32, "int64_t": torch.int64, "uint64_t": torch.int64}
 # Of the tensor behind each pointer.
 DTYPES = {name: _POINTED[kind.removeprefix("const ")[:-1]] for name, kind in _declared() if kind.endswith("*")}

@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sa_hf.ops.cpp import kernels
+from sa_hf.ops.cpp.kernels import (
+    Rows,
+    Sums,
+    backward,
+    backward_into,
+    forward,
+    forward_into,
+    has_every_query,
+    plain,
+    why_not,
+)
 from sa_hf.ops.engine import Engine, Gradients, Merging, Total
 from sa_hf.ops.memory import keep_freed_memory
 from sa_hf.ops.parts import OffsetsPart, Part, ScoreOptions, SegmentPart
@@ -24,19 +34,19 @@ class CppEngine(Engine):
             return f"the C++ kernels run on the CPU, not on {query.device.type}"
         if query.dtype == torch.float64:
             return "the C++ kernels compute in float32, and the query is float64"
-        return kernels.why_not()
+        return why_not()
 
     def forward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
         keep_freed_memory()
-        return kernels.forward(simplest(part), query, key, value, options)
+        return forward(simplest(part), query, key, value, options)
 
     def backward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
         options: ScoreOptions,
     ) -> Gradients:  # fmt: skip
-        return kernels.backward(simplest(part), query, key, value, out, lse, grad_out, options)
+        return backward(simplest(part), query, key, value, out, lse, grad_out, options)
 
     def merging(self, query: Tensor, start: tuple[Tensor, Tensor] | None) -> Merging:
         return InPlaceMerging(self, query, start)
@@ -58,36 +68,36 @@ def simplest(part: Part) -> Part:
 class InPlaceMerging(Merging):
     """Parts are merged as they are computed."""
 
-    rows: kernels.Rows | None = None
+    rows: Rows | None = None
 
     def attend(self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> None:
         keep_freed_memory()
         part = simplest(part)
-        self.rows = rows = self.rows or kernels.Rows.of(query, key, value, options)
-        fresh = self.merged is None and kernels.has_every_query(part, query.shape[2])
+        self.rows = rows = self.rows or Rows.of(query, key, value, options)
+        fresh = self.merged is None and has_every_query(part, query.shape[2])
         if self.merged is None:
             shape = query.shape
             out = rows.query.new_empty(shape) if fresh else rows.query.new_zeros(shape)
             self.merged = out, rows.query.new_full(shape[:3], -torch.inf)
         out, lse = (x.float().contiguous() for x in self.merged)
         self.merged = out, lse
-        kernels.forward_into(part, rows, self.merged, fresh=fresh)
+        forward_into(part, rows, self.merged, fresh=fresh)
 
 
 class InPlaceTotal(Total):
     """Gradients add up where they lie."""
 
-    rows: kernels.Rows | None = None
-    in_place: kernels.Sums | None = None
+    rows: Rows | None = None
+    in_place: Sums | None = None
 
     def attend(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor
     ) -> None:
         if self.rows is None or self.in_place is None:
-            self.rows = kernels.Rows.of(query, key, value, self.options)
-            self.in_place = kernels.Sums.zeros(self.rows)
-            self.results = kernels.plain(out), lse.float().contiguous(), kernels.plain(grad_out)
-        kernels.backward_into(simplest(part), self.rows, *self.results, self.in_place)
+            self.rows = Rows.of(query, key, value, self.options)
+            self.in_place = Sums.zeros(self.rows)
+            self.results = plain(out), lse.float().contiguous(), plain(grad_out)
+        backward_into(simplest(part), self.rows, *self.results, self.in_place)
 
     def gradients(self) -> Gradients:
         if self.rows is not None and self.in_place is not None:

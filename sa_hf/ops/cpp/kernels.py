@@ -15,9 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from sa_hf.ops.cpp import call
 from sa_hf.ops.cpp.build import BuildError, load
-from sa_hf.ops.cpp.call import DTYPES, FAR, Call
+from sa_hf.ops.cpp.call import DTYPES, FAR, Call, CallIndex, CallRows
 from sa_hf.ops.cpp.sources import FILES
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.lanes import Lanes, Places, Slots
@@ -93,7 +92,7 @@ class Rows:
             ):  # fmt: skip
                 fields[name] = places.dropout_words(lanes.ids, _positions(at, lanes, x.shape[2]), stream)
         query, key, value = (plain(x) for x in (query, key, value))
-        _check(query, key, value)
+        _check_shapes(query, key, value)
         return cls(query, key, value, options, {name: x.contiguous() for name, x in fields.items()}, span_at)
 
     @property
@@ -256,7 +255,7 @@ class _PartCall:
             self.held.append(x)
             if x.dtype != torch.float32:
                 raise TypeError(f"{name} is {x.dtype}, and torch.float32 is what the kernels read")
-            setattr(self.call, name, call.Rows(x.data_ptr(), *x.stride()[:3]))
+            setattr(self.call, name, CallRows(x.data_ptr(), *x.stride()[:3]))
 
     def _index(self, side: str, index: Index) -> None:
         if isinstance(index, slice):
@@ -265,7 +264,7 @@ class _PartCall:
             index = index.long().contiguous()
             self.held.append(index)
             steps = (step if size > 1 else 0 for step, size in zip(index.stride(), index.shape[:2], strict=False))
-            setattr(self.call, f"{side}_index", call.Index(index.data_ptr(), *steps))
+            setattr(self.call, f"{side}_index", CallIndex(index.data_ptr(), *steps))
 
     def _blocks(self, layout: BlockLayout) -> None:
         self.call.list_batch, self.call.list_heads = layout.batch, layout.heads
@@ -276,7 +275,7 @@ class _PartCall:
             self._tensors(key_range=layout.key_range)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     """The kernels trust what they are given: a shape that does not fit would be read out of bounds."""
     batch, heads, _, head_dim = query.shape
     fits = key.shape == value.shape and key.shape[0] == batch and key.shape[3] == head_dim

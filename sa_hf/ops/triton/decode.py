@@ -25,14 +25,14 @@ from sa_hf.ops.triton.common import (
     store_rows,
 )
 
-RUNTIME = (
+DECODE_RUNTIME = (
     "sqb", "sqh", "sqn", "skb", "skh", "skn", "svb", "svh", "svn", "sob", "soh", "son", "sib", "sih", "seb", "seh",
     "n_q", "n_k", "heads", "group", "packed", "most", "chunk", "splits", "centre", "extra", "scale", "softcap",
     "inv_ramp",
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=DECODE_RUNTIME)
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, part_lse_ptr, index_ptr, bias_ptr, spans_ptr,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, sib, sih, seb, seh,

@@ -35,27 +35,29 @@ class TritonEngine(Engine):
     def forward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
-        from sa_hf.ops.triton import launch_block, launch_offsets
+        from sa_hf.ops.triton.launch_block import block_forward
+        from sa_hf.ops.triton.launch_offsets import offsets_forward
         from sa_hf.ops.triton.scores import Scores
 
         scores = Scores.of(options, part.query_index, part.key_index, query, key)
         with on_device(query.device):
             if isinstance(part, OffsetsPart):
-                return launch_offsets.offsets_forward(part, query, key, value, scores)
-            return launch_block.block_forward(_held_lists(part, query), query, key, value, scores)
+                return offsets_forward(part, query, key, value, scores)
+            return block_forward(_held_lists(part, query), query, key, value, scores)
 
     def backward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
         options: ScoreOptions,
     ) -> Gradients:  # fmt: skip
-        from sa_hf.ops.triton import launch_block, launch_offsets
+        from sa_hf.ops.triton.launch_block import block_backward
+        from sa_hf.ops.triton.launch_offsets import offsets_backward
         from sa_hf.ops.triton.scores import Scores
 
         scores = Scores.of(options, part.query_index, part.key_index, query, key)
         with on_device(query.device):
             if isinstance(part, OffsetsPart):
-                return launch_offsets.offsets_backward(part, query, key, value, out, lse, grad_out, scores)
-            return launch_block.block_backward(_held_lists(part, query), query, key, value, out, lse, grad_out, scores)
+                return offsets_backward(part, query, key, value, out, lse, grad_out, scores)
+            return block_backward(_held_lists(part, query), query, key, value, out, lse, grad_out, scores)
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions) -> Tensor:
         """As ``ops.decode.decode_attention``; no gradients."""

@@ -22,7 +22,7 @@ from sa_hf.ops.triton.launch import (
     stats_empty,
     strides,
 )
-from sa_hf.ops.triton.scores import LOG2E
+from sa_hf.ops.triton.scores import LOG2_OF_E
 
 # A split reads at least this many keys: below it, merging costs more than the memory's latency saves.
 SMALLEST_SPLIT = 256
@@ -53,7 +53,7 @@ def decode(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: Sc
     if options.sinks is not None:
         part[: lines * d].view(-1, slots, d)[:, -1] = 0
         part_lse[:lines].view(batch, heads, n_q, slots)[..., -1] = options.sinks[:, None]
-    bias = None if options.distance_bias is None else (options.distance_bias.float() * LOG2E).contiguous()
+    bias = None if options.distance_bias is None else (options.distance_bias.float() * LOG2_OF_E).contiguous()
     spans = None if options.spans is None else packed(options.spans.float())
     rows = max(config.rows, 1 << (pack - 1).bit_length())
     with on_device(query.device):

@@ -13,9 +13,10 @@ import triton.language as tl
 from sa_hf.ops.triton.common import settle_keys
 
 BY_QUERY, BY_KEY, BY_DIAGONAL = 0, 1, 2
+MODES = {"BY_QUERY": BY_QUERY, "BY_KEY": BY_KEY, "BY_DIAGONAL": BY_DIAGONAL}
 _QUERY, _KEY = tl.constexpr(BY_QUERY), tl.constexpr(BY_KEY)
 FULL_TILE = tl.constexpr(-1)
-RUNTIME = (
+LIST_RUNTIME = (
     "sources", "repeats", "chunks", "rows", "query_tiles", "key_tiles", "query_slots", "key_slots", "tile_q", "tile_k",
     "cut", "room",
 )  # fmt: skip
@@ -45,7 +46,7 @@ def load_tiles(
     return tl.where(valid, owner, -1), word, full
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=LIST_RUNTIME)
 def list_kernel(
     row_start_ptr, row_ptr, column_ptr, kind_ptr, entries_ptr, items_ptr, splits_ptr, counters_ptr,
     sources, repeats, chunks, rows, query_tiles, key_tiles, query_slots, key_slots, tile_q, tile_k, cut, room,

@@ -171,8 +171,8 @@ class TileLists:
 
         Args: longest: given where no number may be read from the device; no list has more tiles.
         """
-        from sa_hf.ops.triton import list_kernel as kernels
         from sa_hf.ops.triton.launch import build_options
+        from sa_hf.ops.triton.list_kernel import MODES, list_kernel
 
         device, total = self.columns.device, self.columns.numel() * repeats
         reads = longest is None and not (capturing(self.columns) or recording(self.columns))
@@ -190,10 +190,10 @@ class TileLists:
         counters = buffer[places[2] :][:2]
         entries = torch.empty(max(total, 1), dtype=torch.int64, device=device)
         chunks = -(-rows // LISTS_PER_PROGRAM)
-        kernels.list_kernel[(groups * chunks,)](
+        list_kernel[(groups * chunks,)](
             self.row_start, self.row, self.columns, self.kind, entries, items, splits, counters, sources, repeats,
             chunks, rows, self.query_tiles, self.key_tiles, self.query_slots, self.key_slots, self.tile_q, self.tile_k,
-            cut, 2 * most, MODE=getattr(kernels, mode), ROWS=LISTS_PER_PROGRAM, TILES=TILES_PER_STEP,
+            cut, 2 * most, MODE=MODES[mode], ROWS=LISTS_PER_PROGRAM, TILES=TILES_PER_STEP,
             **build_options(),
         )  # fmt: skip
         if not reads:

@@ -32,7 +32,7 @@ _SHARED = (
     "k_base", "centre", "extra", "threshold", "scale", "softcap", "inv_ramp", "keep_scale",
 )  # fmt: skip
 FORWARD_RUNTIME = (*[f"s{x}{axis}" for x in "qkvo" for axis in "bhn"], *_SHARED)
-BACKWARD_RUNTIME = (*[f"s{x}{axis}" for x in "qkvgo" for axis in "bhn"], *_SHARED)
+OFFSETS_BACKWARD_RUNTIME = (*[f"s{x}{axis}" for x in "qkvgo" for axis in "bhn"], *_SHARED)
 
 
 @triton.jit(do_not_specialize=FORWARD_RUNTIME)
@@ -126,7 +126,7 @@ def pair_gradient(
     return p_out, bent, raw, slope * excess
 
 
-@triton.jit(do_not_specialize=BACKWARD_RUNTIME)
+@triton.jit(do_not_specialize=OFFSETS_BACKWARD_RUNTIME)
 def offsets_query_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dq_ptr, table_ptr, unit_ptr, offsets_ptr, counts_ptr,
     q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr, row_words_ptr, column_words_ptr,
@@ -185,7 +185,7 @@ def offsets_query_kernel(
     store_tile(dq_base, first, son * 8, n, acc0 * scale, acc1 * scale, ROWS, D, D0, D1)
 
 
-@triton.jit(do_not_specialize=BACKWARD_RUNTIME)
+@triton.jit(do_not_specialize=OFFSETS_BACKWARD_RUNTIME)
 def offsets_key_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dk_ptr, dv_ptr, d_span_ptr, offsets_ptr, counts_ptr,
     q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr, row_words_ptr, column_words_ptr,

@@ -14,7 +14,7 @@ from sa_hf.ops.random import counter_words, dropout_threshold, dropout_words
 from sa_hf.ops.slots import made_of, may_be_empty
 from sa_hf.ops.triton.launch import packed, padded_rows
 
-LOG2E = 1.4426950408889634
+LOG2_OF_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ class Scores:
             SlotPositions.of(index, offset) if placed or options.dropout > 0 or _has_empty(index) else NO_POSITIONS
             for index, offset in ((query_index, options.query_offset), (key_index, 0))
         )
-        bias = None if options.distance_bias is None else (options.distance_bias.float() * LOG2E).contiguous()
+        bias = None if options.distance_bias is None else (options.distance_bias.float() * LOG2_OF_E).contiguous()
         words: tuple[Tensor, Tensor] | None = None
         if options.dropout > 0:
             words = _words(options, q_at, k_at, query, key)
