@@ -43,7 +43,7 @@ def causal_plan(query_cluster: Tensor, key_cluster: Tensor, window: int, left: i
     return [own, BlockPart(layout, query_index=query_order, key_index=key_order)]
 
 
-def last_row_plan(query_cluster: Tensor, key_cluster: Tensor, window: int, left: int | None) -> list[Part]:
+def last_row_of_clusters(query_cluster: Tensor, key_cluster: Tensor, window: int, left: int | None) -> list[Part]:
     """:func:`causal_plan` of the last position alone (a decoding step): its keys by index, nothing sorted."""
     n_k = key_cluster.shape[2]
     group = query_cluster.shape[1] // key_cluster.shape[1]
@@ -69,7 +69,7 @@ def _causal_parts(data: PlanData) -> list[Part]:
     window, left = data.numbers
     if window is None:
         raise RuntimeError("the rule needs a window")
-    make = last_row_plan if data.query_length == 1 else causal_plan
+    make = last_row_of_clusters if data.query_length == 1 else causal_plan
     return make(query_cluster, key_cluster, window, left)
 
 

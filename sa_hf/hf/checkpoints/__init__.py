@@ -22,7 +22,7 @@ What remains, beyond our reach:
   moved, ``base_model_name_or_path`` in its config says the new one. ``dense_model.load_adapter(folder)`` with the
   oldest versions of Transformers (5.5), which look at no shapes, loads it onto a dense model; all others raise.
 - Overwriting a checkpoint needs room for both until the new one is complete.
-- From the hub, the first load of a checkpoint fetches its code, some fifteen files, and Transformers announces them; pin
+- From the hub, the first load of a checkpoint fetches its code, at most 20 files, and Transformers announces them; pin
   a ``revision`` to be sure of what runs.
 - What a checkpoint carries loads, runs, trains, saves and unpatches (``model.unpatch_model()``); drawing, the tools and
   the command line need sa_hf itself.
