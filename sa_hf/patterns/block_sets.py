@@ -152,7 +152,7 @@ def choose_blocks(
 
 
 @plan_rule(BLOCK_TOPK)
-def _parts(data: PlanData) -> list[Part]:
+def plan_parts(data: PlanData) -> list[Part]:
     """Tensors: the chosen blocks, int64 ``[G, H, R, k]``, -1 for none; R are the query blocks, or the queries.
     Numbers: block, window, sinks, causal, whether rows choose one by one, drop_diagonal, the model's window."""
     block, window, sinks, causal, by_row, drop_diagonal = (int(x or 0) for x in data.numbers[:6])
@@ -265,13 +265,15 @@ def range_plan(chosen: Tensor, sets: BlockSets, length: int, band: Band, drop_di
     """
     n_q = chosen.shape[2]
     position = torch.arange(length - n_q, length, device=chosen.device)
-    fixed = _fixed_ranges(sets, position, length, drop_diagonal)
-    clipped = [_clipped(low, high, position, band) for low, high in fixed]
+    fixed = [
+        (*_clipped(low, high, position, band), min(width, length))
+        for low, high, width in _fixed_ranges(sets, position, length, drop_diagonal)
+    ]
     parts: list[Part] = [
-        BlockPart(range_layout(low[None, None], high[None, None], length, length)) for low, high in clipped
+        BlockPart(range_layout(low[None, None], high[None, None], length, width)) for low, high, width in fixed
     ]
     blocks = sets.count(length)
-    others = sum((high - low for low, high in clipped), torch.zeros_like(position)).expand(chosen.shape[:3])
+    others = sum((high - low for low, high, _ in fixed), torch.zeros_like(position)).expand(chosen.shape[:3])
     for place in range(chosen.shape[3]):
         of_rows = torch.where(chosen[..., place] < 0, blocks, chosen[..., place])
         of_sorted, order = torch.sort(of_rows, dim=-1, stable=True)
@@ -287,18 +289,21 @@ def range_plan(chosen: Tensor, sets: BlockSets, length: int, band: Band, drop_di
     return parts
 
 
-def _fixed_ranges(sets: BlockSets, position: Tensor, length: int, drop_diagonal: bool) -> list[tuple[Tensor, Tensor]]:
-    """The keys ``low <= j < high`` that each position always reads, as ranges ascending with it."""
+def _fixed_ranges(
+    sets: BlockSets, position: Tensor, length: int, drop_diagonal: bool
+) -> list[tuple[Tensor, Tensor, int]]:
+    """The keys ``low <= j < high`` that each position always reads, as ascending ranges, and how long one can be."""
     first, last = sets.reach(position // sets.block)
     low = (first * sets.block).clamp(min=0)
     high = position + 1 if sets.causal else ((last + 1) * sets.block).clamp(max=length)
-    window = [(low, position), (position + 1, high)] if drop_diagonal else [(low, high)]
+    width = sets.window * sets.block
+    window = [(low, position, width), (position + 1, high, width)] if drop_diagonal else [(low, high, width)]
     if sets.sinks == 0:
         return window
     sunk = min(sets.sinks * sets.block, length)
-    sinks = [(torch.zeros_like(low), low.clamp(max=sunk))]
+    sinks = [(torch.zeros_like(low), low.clamp(max=sunk), sunk)]
     if not sets.causal:
-        sinks.append((high.clamp(max=sunk), torch.full_like(high, sunk)))
+        sinks.append((high.clamp(max=sunk), torch.full_like(high, sunk), sunk))
     return [*window, *sinks]
 
 
@@ -324,7 +329,7 @@ def kept_pairs(
 ) -> Tensor:
     """Which pairs are read, bool ``[G, H, query_length, key_length]``, straight from the definition.
 
-    Args: as :func:`_parts` reads them; the queries are the last ``query_length`` positions.
+    Args: as :func:`plan_parts` reads them; the queries are the last ``query_length`` positions.
     """
     i = torch.arange(key_length - query_length, key_length, device=chosen.device)
     j, blocks = torch.arange(key_length, device=chosen.device), sets.count(key_length)

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from sa_hf import BlockTopKAttentionConfig, NotStaticError, SparseAttentionError, sparse_attention
 from sa_hf.layer import AttentionInputs
-from sa_hf.ops.parts import Band
+from sa_hf.ops.parts import Band, ScoreOptions
+from sa_hf.ops.planned import PlanData
+from sa_hf.ops.reference import part_multiplicity
 from sa_hf.ops.sequences import Sequences
-from sa_hf.patterns.block_sets import choose_blocks, pooled_keys
+from sa_hf.patterns.block_sets import BlockSets, choose_blocks, kept_pairs, plan_parts, pooled_keys
 
 SMALL: dict[str, Any] = {"block_size": 4, "top_k": 2, "num_window_blocks": 1, "num_sink_blocks": 1}
 CASES: list[dict[str, Any]] = [
@@ -247,3 +249,61 @@ def test_what_is_chosen_is_told() -> None:
     # 12 blocks, sink 0, own; block I chooses min(2, I - 1): 0, 0, 1, then 2.
     assert module.figures()["blocks_chosen"] == (0 + 0 + 1 + 9 * 2) / 12
     assert 1 <= module.figures()["blocks_back"] <= 10
+
+
+@pytest.mark.parametrize("shape", [(1, 100, 100), (16, 100, 100), (48, 30, 130), (64, 200, 200)], ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_lists_of_fixed_capacity_hold_the_same_pairs(
+    shape: tuple[int, int, int], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off the CPU no length of a list is read: the entries past the last row belong to none."""
+    block, n_q, n_k = shape
+    sets = BlockSets(block, 1, 1, causal)
+    n_q = n_q if causal else n_k
+    own = torch.arange((n_k - n_q) // block, -(-n_k // block))
+    pooled, vectors = draw(2, 2, -(-n_k // block), 8), draw(2, 2, len(own), 8, seed=1)
+    chosen = choose_blocks(vectors, pooled, (own * block, own * block + block - 1), sets, Band(), 2)
+    data = PlanData(n_q, n_k, (chosen,), (*map(int, sets), 0, 0, None, None), ScoreOptions(1.0))
+    band = Band(None, 0) if causal else Band()
+    expected = kept_pairs(chosen, sets, False, n_q, n_k, band, False).long()
+    for exact in (True, False):
+        for module in ("sa_hf.patterns.block_sets", "sa_hf.ops.data_layout"):
+            monkeypatch.setattr(f"{module}.exact_lists", lambda device, exact=exact: exact)
+        parts = plan_parts(data)
+        total = sum(part_multiplicity(part, n_q, n_k) for part in parts)
+        assert torch.equal(torch.as_tensor(total).expand(expected.shape), expected)
+        for part in parts:
+            layout = part.layout
+            assert exact == (layout.longest is None)
+            rows = layout.row_count
+            assert exact or int(rows.max()) <= layout.longest
+            used = layout.columns[: int(layout.row_start[-1])]
+            assert exact or int(torch.bincount(used, minlength=1).max()) <= layout.longest * layout.batch * layout.heads
+
+
+def moba(query: Tensor, key: Tensor, value: Tensor, chunk: int, top_k: int) -> Tensor:
+    """MoBA as published (its section 2.2), one head ``[n, d]``: the gate is the product of a query with a chunk's mean
+    key, +inf for its own chunk, -inf for later ones; of the ``top_k`` chunks with the highest gate it reads all keys
+    that are not behind it."""
+    n, scale = len(query), query.shape[-1] ** -0.5
+    means = torch.stack([piece.mean(0) for piece in key.split(chunk)])
+    gate = query @ means.T
+    own = torch.arange(n) // chunk
+    chunks = torch.arange(len(means))
+    gate = gate.masked_fill(chunks > own[:, None], -torch.inf).masked_fill(chunks == own[:, None], torch.inf)
+    best = gate.topk(min(top_k, len(means)), dim=-1)
+    picked = torch.zeros_like(gate, dtype=torch.bool).scatter(-1, best.indices, best.values > -torch.inf)
+    kept = picked[:, own] & (torch.arange(n) <= torch.arange(n)[:, None])
+    return torch.softmax((query @ key.T * scale).masked_fill(~kept, -torch.inf), -1) @ value
+
+
+@pytest.mark.parametrize("length", [12, 61, 96])
+def test_moba_as_published(length: int) -> None:
+    """A second definition, of other hands' making: its top 4 are the own block and our top 3."""
+    inputs = inputs_of(length, True)
+    fields = {**BlockTopKAttentionConfig.presets()["moba"], "block_size": 8}
+    out = run(fields, inputs)
+    for row in range(2):
+        for head in range(4):
+            of = (inputs.query[row, head], inputs.key[row, head // 2], inputs.value[row, head // 2])
+            assert rms_ratio(out[row, head], moba(*of, 8, fields["top_k"] + 1)) < 1e-12

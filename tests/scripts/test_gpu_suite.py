@@ -54,6 +54,8 @@ def test_dry_run_measures_every_section(tmp_path: Path) -> None:
         "expire_span",
         "routing",
         "routing-causal",
+        "block_topk",
+        "block_topk-query",
     } <= tested
     # A speed-up is printed because parity held, and for no pattern that parity did not cover.
     assert all(isinstance(row["speed-up"], float) for row in sections["ours"].values())

@@ -15,6 +15,7 @@ import sa_hf
 from sa_hf import patch_model
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.state.layers import sparse_children
+from sa_hf.patterns.block_topk import read_pairs
 from sa_hf.tools.commands import app
 from sa_hf.tools.plot import attended, plot_model
 
@@ -159,3 +160,12 @@ def test_plot_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ):
         with pytest.raises(SparseAttentionError, match=message):
             runner.invoke(app, more, catch_exceptions=False)
+
+
+def test_chosen_blocks_are_seen_as_the_definition_reads_them() -> None:
+    model = gpt2("block_topk", block_size=4, top_k=2, num_window_blocks=1)
+    seen: list[Any] = []
+    first_layer(model).register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    weights = weights_of(model, torch.arange(40)[None]) > 0
+    expected = read_pairs(first_layer(model).config, seen[0].query, seen[0].key)
+    assert torch.equal(weights, expected[0])

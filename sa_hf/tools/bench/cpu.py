@@ -10,7 +10,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from sa_hf.ops.parts import BlockPart, ScoreOptions
 from sa_hf.ops.reference import dense_attention
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import StaticPatternConfig, dense_multiplicity, finished_plan
+from sa_hf.patterns.block_topk import BlockTopKAttentionConfig
 from sa_hf.patterns.sparsebert import SparseBertAttention
 from sa_hf.tools.bench.data_oracle import data_oracle
 from sa_hf.tools.bench.parity import relative_rms
@@ -73,6 +74,9 @@ def cpu_cases(length: int, toy: bool = False) -> dict[str, CpuCase]:
     def config(name: str, **fields: Any) -> SparseAttentionConfig:
         return pattern_class(name)(**fields)
 
+    top_k = 2 if toy else 8
+    chosen = BlockTopKAttentionConfig(block_size=block, top_k=top_k)
+
     def longnet(n: int) -> float:
         branches = ((min(w, n), r) for w, r in zip(segments, ratios, strict=True))
         return sum(n * w / (2 * r * r) for w, r in branches)
@@ -111,6 +115,8 @@ def cpu_cases(length: int, toy: bool = False) -> dict[str, CpuCase]:
             "routing causal", config("routing", num_clusters=clusters, window=-(-length // clusters)), True,
             lambda n: n * n / clusters,
         ),
+        CpuCase("block_topk", chosen, True, lambda n: n * block * (top_k + 2.5)),
+        CpuCase("block_topk query", replace(chosen, selection="query"), True, lambda n: n * block * (top_k + 2.5)),
     ]  # fmt: skip
     return {case.label: case for case in cases}
 

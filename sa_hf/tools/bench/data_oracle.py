@@ -13,6 +13,7 @@ from torch.nn.functional import layer_norm, normalize
 from sa_hf.config import SparseAttention
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.reference import dense_attention
+from sa_hf.patterns.block_topk import BlockTopKAttention
 from sa_hf.patterns.expire_span import ExpireSpanAttention
 from sa_hf.patterns.routing import RoutingAttention
 from sa_hf.patterns.sparsebert import SparseBertAttention
@@ -36,6 +37,8 @@ def data_oracle(
     if isinstance(module, RoutingAttention) and not (module.local or module.config.shared_qk):
         route = _routed_causal if causal else _routed
         return route(module, q, k, v)
+    if isinstance(module, BlockTopKAttention):
+        return _masked(q, k, v, _chosen_pairs(module, q[0].detach(), k[0].detach(), causal))
     return None
 
 
@@ -97,3 +100,29 @@ def _routed(module: RoutingAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor
         return mean[None]
     near = _masked(q, k, v, _distances(n).abs() < module.config.local_window)
     return torch.where((count > 0)[..., None], mean, near[0])[None]
+
+
+def _chosen_pairs(module: BlockTopKAttention, q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """block_topk: sinks, window and the best other blocks of each row, as pairs ``[H, n, n]``. Row by row of blocks;
+    ``q [H, n, d]`` and ``k``, of which every head has its own."""
+    config, (heads, n, dim) = module.config, q.shape
+    b, w = config.block_size, config.num_window_blocks
+    blocks, at = -(-n // b), torch.arange(n) // b
+    pooled = torch.stack(
+        [(k[:, at == j].mean(1) if config.pooling == "mean" else k[:, at == j].amax(1)) for j in range(blocks)], dim=1
+    )
+    vectors = q
+    if config.selection == "query_block":
+        means = torch.stack([q[:, at == j].mean(1) for j in range(blocks)], dim=1)
+        if causal:  # the block before
+            means = torch.cat([torch.zeros(heads, 1, dim, dtype=q.dtype), means[:, :-1]], dim=1)
+        vectors = means[:, at]
+    distance = at[:, None] - torch.arange(blocks)
+    window = (distance >= 0) & (distance < w) if causal else distance.abs() <= w // 2
+    always = window | ((torch.arange(blocks) < config.num_sink_blocks) & (distance >= 0 if causal else True))
+    open_to_choice = ~always & (distance >= w if causal else torch.ones_like(always))
+    scores = (vectors @ pooled.transpose(1, 2)).masked_fill(~open_to_choice, -torch.inf)
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., : config.top_k]
+    best = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True) & open_to_choice
+    pairs = (always | best)[:, :, at]
+    return pairs & (_distances(n) >= 0) if causal else pairs

@@ -16,12 +16,14 @@ from torch import Tensor
 from sa_hf.ops.data_layout import EXPIRING
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.planned import planned_attention
+from sa_hf.patterns.block_sets import BLOCK_TOPK
 from sa_hf.patterns.clusters import CLUSTERS, MEMBERS
 from sa_hf.tools.bench.parity import ParityResult, Shape, bound_of, relative_rms
 from sa_hf.tools.bench.timing import capture
 
 NUM_CLUSTERS = 4
 RAMP = 16.0
+BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,34 @@ def _bidirectional(query: Tensor, key: Tensor, value: Tensor, data: tuple[Tensor
     )  # fmt: skip
 
 
+def _draw_blocks(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """A choice per query, on the blocks before its own and its window of one."""
+    own = torch.arange(shape.length) // BLOCK
+    drawn = torch.rand(shape.batch, shape.num_heads, shape.length, int(own[-1]) + 1, generator=generator)
+    earlier = (torch.arange(drawn.shape[-1]) < own[:, None]) & (torch.arange(drawn.shape[-1]) > 0)
+    best = drawn.masked_fill(~earlier, -1.0).topk(min(2, drawn.shape[-1]), dim=-1)
+    return (torch.where(best.values >= 0, best.indices, -1).contiguous(),)
+
+
+def _draw_lists(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """A choice per block of queries."""
+    return (_draw_blocks(shape, generator)[0][:, :, ::BLOCK].contiguous(),)
+
+
+def _choose(query: Tensor, key: Tensor, value: Tensor, data: tuple[Tensor, ...], engine: str) -> Tensor:
+    by_row = int(data[0].shape[2] == query.shape[2])
+    return planned_attention(
+        query, key, value, BLOCK_TOPK, _options(query), engine, tensors=data,
+        numbers=[BLOCK, 1, 1, 1, by_row, 0, None, None],
+    )  # fmt: skip
+
+
 CASES = (
     DataCase("expire_span", _draw_spans, _expire),
     DataCase("routing-causal", _draw_clusters, _causal),
     DataCase("routing", _draw_members, _bidirectional),
+    DataCase("block_topk", _draw_lists, _choose),
+    DataCase("block_topk-query", _draw_blocks, _choose),
 )
 
 

@@ -38,6 +38,8 @@ NAMES = {
     "expire_span": Named("expire_span", "max_span=512", True),
     "routing": Named("routing", "num_clusters=√n", False),
     "routing causal": Named("routing", "num_clusters=√n, window=√n", True),
+    "block_topk": Named("block_topk", "", True),
+    "block_topk query": Named("block_topk", "selection=query", True),
 }
 LEGEND = (
     "The names are the patterns', with the options that differ from the defaults; √n is the square root of the length "
