@@ -169,3 +169,18 @@ def test_keys_beyond_the_positions_are_no_keys_of_a_pattern(monkeypatch: pytest.
         model(tokens(1, 120), use_cache=False)
         with pytest.raises(SparseAttentionError, match="131 keys for 130 positions"):
             model(tokens(1, 130), use_cache=False)
+
+
+@pytest.mark.parametrize("family", ["Glm4MoeLite", "MiniCPM3", "Youtu", "Mistral4", "AXK1"])
+def test_kin(family: str) -> None:
+    if not hasattr(tf, f"{family}ForCausalLM"):
+        pytest.skip(f"transformers {tf.__version__} has no {family}")
+    kind = getattr(tf, f"{family}Config")
+    fields = {**LATENT, "head_dim": 8, "num_local_experts": 4, "num_experts": 4, "dim_model_base": 32}
+    known = {name: value for name, value in fields.items() if name in kind.__dataclass_fields__ or name in SIZES}
+    torch.manual_seed(0)
+    model = getattr(tf, f"{family}ForCausalLM")(kind(**known)).eval()
+    scattered(sa_hf.patch_model(model, PATTERNS["window"]))
+    for side in ("right", "left"):
+        check_against_eager(model, *batch(side), limit=1e-4)
+    check(model, past_key_values=sa_hf.sparse_cache(model))
