@@ -19,9 +19,10 @@ field() { # name, file of requirements: its version
 }
 
 # uv takes seconds for a Python where pip takes more than a minute, and the pip that a Python brings may be slower yet.
+# Sources are allowed, as pip allows them: lm-eval needs sqlitedict, of which the registry has no wheel.
 twice "$python" -m pip --isolated install --quiet --disable-pip-version-check --target "$work/tools" 'pip>=25' uv
 for release in 3.11 3.12 3.13; do
-  twice "$work/tools/bin/uv" pip compile --no-config --quiet --only-binary :all: \
+  twice "$work/tools/bin/uv" pip compile --no-config --quiet \
     --python-version "$release" --python-platform x86_64-manylinux_2_28 --extra test --extra stacks -c .ci/constraints.txt \
     --output-file "$work/$release" pyproject.toml > /dev/null
   torch="$(field torch "$work/$release")" triton="$(field triton "$work/$release")"
