@@ -97,12 +97,12 @@ class Batch:
 
     @property
     def whole_plan(self) -> Sequence[Part]:
-        first = self.sequences.spans[0]
+        first = self.sequences.first
         return self.plan_for(first.query_length, first.key_length)
 
     @property
     def whole_options(self) -> ScoreOptions:
-        first, options = self.sequences.spans[0], self.options
+        first, options = self.sequences.first, self.options
         offset = first.key_length - first.query_length
         if options.seed is None and options.distance_bias is None and options.query_offset == offset:
             return options

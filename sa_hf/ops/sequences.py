@@ -124,6 +124,16 @@ class Sequences:
                 found.setdefault((span.query_length, span.key_length), []).append(index)
         return tuple((shape, tuple(indices)) for shape, indices in sorted(found.items()))
 
+    @property
+    def first(self) -> Span:
+        """Of a full batch, the sequence that all others are like."""
+        return self.spans[0]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """``(sequences, query_length, key_length)`` of each group of equal ones."""
+        return tuple((len(indices), *shape) for shape, indices in self.groups)
+
     def with_extra_tokens(self, extra: int) -> Sequences:
         """The same sequences with ``extra`` learned tokens in front of every row.
 
@@ -178,11 +188,74 @@ class PendingSequences:
     @property
     def spans(self) -> tuple[Span, ...]:
         raise SparseAttentionError(
-            "a pattern with learned state does not trace with an attention_mask or packed sequences: compile it on "
-            "whole rows, or leave this model uncompiled"
+            "a pattern with learned state or convolutions does not trace with an attention_mask or packed sequences: "
+            "compile or export it on whole rows, leave this model uncompiled, or export the dense model inside "
+            "`with sa_hf.dense(model)`"
         )
 
-    groups = spans
+    groups = shapes = spans
+
+
+LENGTH_OPEN = (
+    "torch.export leaves the length (or batch) open, and what this pattern does for one cannot be traced for all; "
+    "nearest: export one shape (no dynamic_shapes), a static pattern or a mask frozen by sa_hf.freeze_masks(model), or "
+    "the dense model inside `with sa_hf.dense(model)`"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class WholeRows:
+    """Every row as one sequence, of a batch and lengths that torch.export may leave open: the operator reads them from
+    its tensors when it runs. Sizes count the ``extra_tokens``."""
+
+    batch_size: int
+    query_length: int
+    key_length: int
+    extra_tokens: int = 0
+    query_gather: None = None
+    key_gather: None = None
+    is_full: bool = True
+
+    @property
+    def first(self) -> Span:
+        start = self.extra_tokens
+        return Span(0, start, self.query_length - start, start, self.key_length - start)
+
+    @property
+    def is_open(self) -> bool:
+        return any(isinstance(size, torch.SymInt) for size in (self.batch_size, self.query_length, self.key_length))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        return ((self.batch_size, *self.first[2::2]),)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return self._closed().spans
+
+    @property
+    def groups(self) -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
+        return self._closed().groups
+
+    def _closed(self) -> Sequences:
+        if self.is_open:
+            raise SparseAttentionError(LENGTH_OPEN)
+        extra = self.extra_tokens
+        rows = Sequences.full(self.batch_size, self.query_length - extra, self.key_length - extra)
+        return rows.with_extra_tokens(extra)
+
+
+def refuse_open_length(sequences: Sequences | WholeRows) -> None:
+    """Raise where the length is open."""
+    if isinstance(sequences.key_length, torch.SymInt):
+        raise SparseAttentionError(LENGTH_OPEN)
+
+
+def whole_rows(batch_size: int, query_length: int, key_length: int, extra_tokens: int = 0) -> Sequences | WholeRows:
+    """Every row as one sequence, ``extra_tokens`` in front of it."""
+    if torch.compiler.is_exporting():
+        return WholeRows(batch_size, query_length + extra_tokens, key_length + extra_tokens, extra_tokens)
+    return Sequences.full(batch_size, query_length, key_length).with_extra_tokens(extra_tokens)
 
 
 def _from_host(whole: Sequences, keep: Tensor, ids: Tensor | None, device: torch.device) -> Sequences:

@@ -36,6 +36,10 @@ JIT_TRACE = (
     "torch.jit.trace (and torch.onnx.export by it) records sparse attention for one length alone; trace the dense "
     "model inside `with sa_hf.dense(model)`"
 )
+ONNX = (
+    "torch.onnx.export: ONNX has no operator for sparse attention; export the dense model inside "
+    "`with sa_hf.dense(model)`, or the sparse one by torch.export"
+)
 
 
 class Call(Protocol):
@@ -80,7 +84,9 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 
 
 def refuse_traced_transforms(*tensors: Tensor | None) -> None:
-    """Raise where a graph is traced by torch.jit, inside a function transform, or with tangents."""
+    """Raise where a graph is traced by torch.jit or for ONNX, inside a function transform, or with tangents."""
+    if torch.onnx.is_in_onnx_export():
+        raise SparseAttentionError(ONNX)
     if not torch.compiler.is_compiling() and torch._C._is_tracing():  # which torch.compile could not trace
         raise SparseAttentionError(JIT_TRACE)
     if torch._C._are_functorch_transforms_active():

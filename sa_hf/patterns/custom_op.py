@@ -23,7 +23,7 @@ from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager, tracing
 from sa_hf.ops.host import own_rules
 from sa_hf.ops.parts import Band, Part, ScoreOptions
-from sa_hf.ops.sequences import PendingSequences, Sequences, Span
+from sa_hf.ops.sequences import PendingSequences, Sequences, Span, WholeRows
 from sa_hf.ops.slots import examine_slots
 from sa_hf.ops.transforms import differentiable, refuse_second_derivative, refuse_traced_transforms
 from sa_hf.ops.widths import at_one_width
@@ -32,7 +32,7 @@ from sa_hf.patterns.base import StaticPatternConfig, finished_plan
 # Plans of one model: at most (distinct layers) x (distinct lengths) of a run; the oldest go first.
 PLANS_CACHED = 256
 _SPAN_FIELDS = 5
-AnySequences: TypeAlias = Sequences | PendingSequences
+AnySequences: TypeAlias = Sequences | WholeRows | PendingSequences
 # Leading arguments of the operator that are tensors: query, key, value, bias, sinks, seed, two gathers, mask, ids.
 TENSORS = 10
 
@@ -224,7 +224,7 @@ def static_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    sequences: Sequences | PendingSequences,
+    sequences: AnySequences,
     layer: str,
     options: ScoreOptions,
 ) -> Tensor:

@@ -153,7 +153,8 @@ class ExpireSpanAttention(LearnedAttention):
         count = (real.sum() * fresh.shape[1]).clamp(min=1)
         mean = fresh.masked_fill(~real[:, None], 0).sum() / count
         self._keep_loss("expire_span", mean, self.config.span_loss_coef)
-        self._seen = _Seen(spans.detach(), fresh.detach(), real, inputs.sequences)
+        if not torch.compiler.is_exporting():  # tensors of a trace mean nothing after it
+            self._seen = _Seen(spans.detach(), fresh.detach(), real, inputs.sequences)
         if self.training and self.config.random_shortening:
             limit = self.uniform(1, layer=SHORTENING_LAYER, steps_back=self.steps_back).float() * self.config.max_span
             spans = torch.minimum(spans, limit)

@@ -32,7 +32,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
 from sa_hf.ops.planned import planned_attention
-from sa_hf.ops.sequences import Sequences
+from sa_hf.ops.sequences import Sequences, refuse_open_length
 from sa_hf.patterns.centroids import CentroidState
 from sa_hf.patterns.clusters import CLUSTERS, MEMBERS, expired
 from sa_hf.patterns.learned import refuse_drop_diagonal
@@ -192,11 +192,13 @@ class RoutingAttention(CentroidState):
         if inputs.causal and clusters is not None:
             of_queries = clusters[0]
             of_keys = self._remembered(inputs, "clusters", clusters[1], dim=2)
-            self._seen = of_keys, inputs.sequences
+            if not torch.compiler.is_exporting():  # tensors of a trace mean nothing after it
+                self._seen = of_keys, inputs.sequences
 
             def attend_group(group: Group) -> Tensor:
                 return self._causal(group, of_queries, of_keys, inputs)
         else:
+            refuse_open_length(inputs.sequences)
             query, key = (x.detach() for x in vectors)
 
             def attend_group(group: Group) -> Tensor:

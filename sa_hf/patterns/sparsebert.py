@@ -31,7 +31,7 @@ from sa_hf.ops.gated import gated_attention, rows_by_distance
 from sa_hf.ops.grouped import Group, key_places, map_groups
 from sa_hf.ops.parts import Band
 from sa_hf.ops.planned import planned_attention
-from sa_hf.ops.sequences import Sequences
+from sa_hf.ops.sequences import Sequences, refuse_open_length
 from sa_hf.patterns.frozen_mask import FROZEN_MASK
 from sa_hf.patterns.learned import LearnedAttention
 from sa_hf.patterns.static import score_options
@@ -229,12 +229,15 @@ class SparseBertAttention(LearnedAttention):
 
     def forward(self, inputs: AttentionInputs) -> Tensor:
         band = inputs.band.intersect(Band(None, 0)) if inputs.causal else inputs.band
-        for (_, key_length), _ in inputs.sequences.groups:
+        for _, _, key_length in inputs.sequences.shapes:
             self._check_length(key_length)
-        self._sequences = inputs.sequences
-        self._seen, self._band = [(len(rows), *shape) for shape, rows in inputs.sequences.groups], band
-        options = score_options(inputs, self.heads)
         _, kept = self._held()
+        if kept is None:
+            refuse_open_length(inputs.sequences)
+        if not torch.compiler.is_exporting():  # sizes of a trace mean nothing after it
+            self._sequences = inputs.sequences
+            self._seen, self._band = [*inputs.sequences.shapes], band
+        options = score_options(inputs, self.heads)
         kept = None if kept is None else kept.to(inputs.query.device)  # the owner's may be another one's
         gate = self.gate().to(inputs.query.device) if kept is None else kept
 

@@ -34,7 +34,7 @@ from sa_hf.hf.state.sites import window_band
 from sa_hf.hf.state.versions import tested_range
 from sa_hf.layer import AttentionInputs
 from sa_hf.ops.host import with_host_defaults
-from sa_hf.ops.sequences import Sequences
+from sa_hf.ops.sequences import Sequences, whole_rows
 from sa_hf.patterns.base import default_scale
 from sa_hf.patterns.learned import LearnedAttention
 
@@ -214,7 +214,8 @@ def _sequences(
     outer = handed_over()
     if ids is not None or lengths is not None or (outer is not None and outer.sequence_ids is not None):
         raise _without_mask()
-    return Sequences.full(query.shape[0], query.shape[2] - extra, key.shape[2] - extra).with_extra_tokens(extra)
+    rows = whole_rows(query.shape[0], query.shape[2] - extra, key.shape[2] - extra, extra)
+    return cast(Sequences, rows)
 
 
 def _without_mask() -> SparseAttentionError:

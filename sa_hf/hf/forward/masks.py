@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 from sa_hf.hf.state.inputs import ForwardInputs, handed_over
 from sa_hf.ops.parts import Band
-from sa_hf.ops.sequences import PendingSequences, Sequences
+from sa_hf.ops.sequences import PendingSequences, Sequences, WholeRows, whole_rows
 
 OFFSETS = ("q_offset", "kv_offset")
 
@@ -43,9 +43,9 @@ class MaskRequest:
         self.arguments: dict[str, Any] = {
             name: x.clone() if name in OFFSETS and isinstance(x, Tensor) else x for name, x in arguments.items()
         }
-        self.query_length = int(arguments["q_length"])
-        self.query_offset = int(arguments.get("q_offset", 0))
-        self.key_offset = int(arguments.get("kv_offset", 0))
+        self.query_length = _size(arguments["q_length"])
+        self.query_offset = _size(arguments.get("q_offset", 0))
+        self.key_offset = _size(arguments.get("kv_offset", 0))
         self.padding: Tensor | None = arguments.get("attention_mask")
         self.given = handed_over()
         self._dense: dict[tuple[str, int], Any] = {}
@@ -54,7 +54,7 @@ class MaskRequest:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return self.arguments["batch_size"], 1, self.query_length, int(self.arguments["kv_length"])
+        return self.arguments["batch_size"], 1, self.query_length, _size(self.arguments["kv_length"])
 
     def dim(self) -> int:
         return self.ndim
@@ -191,7 +191,7 @@ def check_no_past(keys: int, total: int) -> None:
 
 def traced_sequences(
     request: MaskRequest, given: ForwardInputs | None, causal: bool, extra_tokens: int
-) -> Sequences | PendingSequences:
+) -> Sequences | WholeRows | PendingSequences:
     """The sequences of a call that torch.compile traces: what needs a device read waits for the operator.
 
     Raises:
@@ -206,7 +206,7 @@ def traced_sequences(
             "under torch.compile a model's mask may be causality, its window and padding; this one joins others: "
             "run it uncompiled"
         )
-    batch, length = int(arguments["batch_size"]), request.query_length
+    batch, length = _size(arguments["batch_size"]), request.query_length
     if not causal:
         check_no_past(request.shape[-1], length)
     if request.query_offset or request.key_offset:
@@ -216,7 +216,7 @@ def traced_sequences(
         positions = given.position_ids
         ids = (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1).expand(batch, -1)
     if ids is None and request.padding is None:
-        return Sequences.full(batch, length, length).with_extra_tokens(extra_tokens)
+        return whole_rows(batch, length, length, extra_tokens)
     total = length + extra_tokens
     return PendingSequences(batch, total, total, request.padding, ids, extra_tokens)
 
@@ -336,6 +336,13 @@ class _Rules:
             band = band.intersect(part.band)
             packed = packed if part.packed is None else part.packed
         return cls(any(part.causal for part in parts), band, packed)
+
+
+def _size(x: Any) -> int:
+    """A length or place that transformers hands out as a number or a tensor; one that torch.export leaves open stays
+    so."""
+    size: int = x if isinstance(x, torch.SymInt) else int(x)  # type: ignore[assignment]
+    return size
 
 
 def _closure(function: Callable[..., Any]) -> dict[str, Any]:
