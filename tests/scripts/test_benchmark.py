@@ -172,7 +172,7 @@ def test_what_has_no_oracle_is_not_measured_and_not_timed(
     result = json.loads((tmp_path / "benchmark_cpu_quick.json").read_text())
     assert result["parity"]["routing"] is None
     assert all("routing" not in row["rows"] for row in result["speed"])
-    assert "routing, bidirectional not measured" in (tmp_path / "benchmark_cpu_quick.md").read_text()
+    assert "routing num_clusters=√n, bidirectional not measured" in (tmp_path / "benchmark_cpu_quick.md").read_text()
 
 
 def test_parity_alone_leaves_the_other_figures(
