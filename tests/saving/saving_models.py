@@ -93,7 +93,7 @@ LEARNED = {
     "bigbird": ("bert", {"num_extra_tokens": 2}),
     "star": ("bert", {"relay": "virtual"}),
 }
-WITHOUT_STATE = {"dense", "longnet", "sliding_window", "sparse_transformer", "star"}
+WITHOUT_STATE = {"block_topk", "dense", "longnet", "sliding_window", "sparse_transformer", "star"}
 
 
 def one_step(model):
