@@ -10,6 +10,7 @@ from transformers import AutoModel, BertConfig, BertModel
 from sa_hf.hf.checkpoints import publish
 from sa_hf.hf.checkpoints.files import HEADER
 from sa_hf.hf.checkpoints.publish import save_whole
+from sa_hf.hf.patching.patch import patch_model
 
 CODE = {"modeling_sa_hf.py": HEADER + "new = 1\n", "sa_hf_config.py": HEADER}
 
@@ -166,3 +167,29 @@ def test_push_to_hub(tmp_path, monkeypatch):
     assert calls["upload"]["repo_id"] == "me/mine"
     assert calls["upload"]["commit_message"] == "c"
     assert set(calls["upload"]["allow_patterns"]) == {"config.json", "model.safetensors", *CODE}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_card_on_the_hub_stays(there, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    uploaded = []
+
+    class Api:
+        def __init__(self, token=None): ...
+
+        def create_repo(self, repo_id, **options):
+            return type("Repo", (), {"repo_id": f"me/{repo_id}"})
+
+        def file_exists(self, repo_id, filename):
+            assert (repo_id, filename) == ("me/mine", "README.md")
+            return there
+
+        def upload_folder(self, **options):
+            uploaded.extend(options["allow_patterns"])
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    model = patch_model(bert(1.0), "star")
+    model.save_pretrained(tmp_path / "mine", push_to_hub=True)
+    assert "config.json" in uploaded
+    assert ("README.md" in uploaded) == (not there)

@@ -183,10 +183,15 @@ def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _upload(target: Path, names: list[str], token: Any, hub: dict[str, Any]) -> None:
-    """What ``save_pretrained(push_to_hub=True)`` does, after the files are safe here."""
+    """What ``save_pretrained(push_to_hub=True)`` does, after the files are safe here.
+
+    A card on the hub stays: it may be somebody's own.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     repo_id = api.create_repo(hub.pop("repo_id", target.name), exist_ok=True, private=hub.pop("private", None)).repo_id
     hub.setdefault("commit_message", "Upload model")
+    if CARD_FILE in names and api.file_exists(repo_id, CARD_FILE):
+        names = [name for name in names if name != CARD_FILE]
     api.upload_folder(repo_id=repo_id, folder_path=target, allow_patterns=names, **hub)
