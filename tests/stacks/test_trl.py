@@ -186,6 +186,17 @@ def test_grpo_with_a_reference(tokenizer: Any, tmp_path: Any, lora: bool) -> Non
     assert any(p.abs().max() > 0 for p in trained)
 
 
+@checks("trl", "SFTTrainer and DPOTrainer by path raise and name the loaded model and ref_model=copy.deepcopy(model)")
+@pytest.mark.parametrize("make", [sft, dpo], ids=["sft", "dpo"])
+def test_a_path_names_the_remedy(make: Any, tokenizer: Any, tmp_path: Any) -> None:
+    """trl makes a model of a path by the concrete class, whatever it is told of trust."""
+    sa_hf.patch_model(tiny_model("llama"), EXPIRING).save_pretrained(tmp_path / "saved")
+    data = (rows((24,)),) if make is sft else ()
+    trusting = {"model_init_kwargs": {"trust_remote_code": True}}
+    with pytest.raises(ValueError, match=r"AutoModelForCausalLM.*that model and not its path.*copy.deepcopy\(model\)"):
+        make(str(tmp_path / "saved"), tokenizer, *data, tmp_path / "runs", **trusting)
+
+
 @checks("trl", "RewardTrainer on a saved model, by path")
 def test_rewards_of_a_folder(tokenizer: Any, tmp_path: Any) -> None:
     config = tiny_model("llama").config

@@ -19,14 +19,17 @@ REMEDY = "sa_hf: load with "
 # Of several Auto classes that give a class, the ones that its users know first, and those that stand for others last.
 _BEST_KNOWN = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 _LEAST_KNOWN = ("AutoModelForPreTraining", "AutoModelWithLMHead")
+# No "/" in it: that has Transformers look for a kernel on the hub.
+TO_TRAINERS = "; give a trainer that model and not its path (trl: with ref_model=copy.deepcopy(model), or LoRA)"
 
 
 def remedy(entries: Mapping[str, str], name: str) -> str:
     """What the error of a load without our code says: the Auto class that gives the model's class, ``name``.
 
-    A class's own ``from_pretrained`` runs no code of a checkpoint, whatever it is told.
+    A class's own ``from_pretrained`` runs no code of a checkpoint, whatever it is told; trl, given a path, calls that.
     """
-    return f"{REMEDY}{auto_class_name(entries, name) or 'AutoModel*'}.from_pretrained(..., trust_remote_code=True)"
+    auto = auto_class_name(entries, name) or "AutoModel*"
+    return f"{REMEDY}{auto}.from_pretrained(..., trust_remote_code=True){TO_TRAINERS}"
 
 
 def auto_class_name(entries: Mapping[str, str], name: str) -> str | None:
