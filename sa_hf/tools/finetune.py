@@ -277,7 +277,7 @@ def train(
             metrics["reload_verified"] = True
         metrics["log"] = trainer.state.log_history
         (output / METRICS_FILE).write_text(json.dumps({"arguments": vars(args), **metrics}, indent=2) + "\n")
-        if is_ours(output / CARD_FILE):
+        if args.pattern != "dense" and is_ours(output / CARD_FILE):
             write_card(output)  # once more: the figures are known now
     trainer.accelerator.wait_for_everyone()
     return metrics

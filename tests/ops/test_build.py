@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sa_hf.ops.cpp import build, kernels
+from sa_hf.ops.cpp import CppEngine, build, kernels
 from sa_hf.ops.cpp.build import BuildError, load
 from sa_hf.tools.doctor import _cpu_kernels
 
@@ -344,8 +344,7 @@ def test_doctor_names_compiler_and_folder(cache: Path, monkeypatch: pytest.Monke
 
 
 def test_doctor_says_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "library", lambda: None)
-    monkeypatch.setattr(kernels, "why_not", lambda: "switched off by SA_HF_CPU_KERNELS=0")
+    monkeypatch.setattr(CppEngine, "unsupported", lambda *_: "switched off by SA_HF_CPU_KERNELS=0")
     finding = _cpu_kernels()
     assert finding.ok is None
     assert "SA_HF_CPU_KERNELS=0" in finding.found

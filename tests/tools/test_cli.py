@@ -23,6 +23,7 @@ from sa_hf.tools.describe import argument_docs
 from sa_hf.tools.inspect import inspect_checkpoint
 from sa_hf.tools.load import make_config, parse_options
 from sa_hf.tools.suggest import left_out, suggest
+from sa_hf.tools.tables import console
 
 runner = CliRunner()
 
@@ -150,6 +151,7 @@ def test_equal_layers_stand_in_one_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("columns", [40, 80])
 def test_no_line_is_wider_than_the_terminal(columns: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(console, "width", columns)  # read at import where the variable was set before
     for words in (
         ["patterns"], ["patterns", "longnet"], ["inspect", str(checkpoint)], ["suggest", "minilm"], ["doctor"],
         ["summary", str(checkpoint), "--trust-remote-code"], ["preview", "bigbird"],
