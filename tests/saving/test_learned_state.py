@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from saving_models import AUTO, FAMILIES, LEARNED, WITHOUT_STATE, bert, inputs, llama, one_step, output
+from saving_models import AUTO, FAMILIES, LEARNED, bert, inputs, llama, one_step, output
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from sa_hf import (
@@ -17,6 +17,9 @@ from sa_hf import (
 )
 from sa_hf.hf.patching.patch import patch_model
 from sa_hf.hf.patching.sparse_model import unpatch_model
+
+# A virtual relay starts as a mean and learns nothing.
+WITHOUT_STATE = {"star", *(set(available_patterns()) - set(LEARNED))}
 
 
 def learned(share_layers=False):

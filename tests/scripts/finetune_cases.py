@@ -1,4 +1,4 @@
-"""The eight systems at toy size: encoders on the real MiniLM, causal ones on a small decoder."""
+"""The systems at toy size: encoders on the real MiniLM, causal ones on a small decoder."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ CASES: dict[str, list[str]] = {
     "expire_span": [*DECODER, "--set", "max_span=32", "--set", "ramp=8"],
     "routing": [*ENCODER, "--set", "num_clusters=4"],
     "bigbird": [*ENCODER, "--set", "block_size=16", "--set", "num_random_blocks=1"],
+    "block_topk": [*ENCODER, "--set", "block_size=16", "--set", "top_k=2", "--set", "num_window_blocks=1"],
     "star": [*ENCODER, "--set", "relay=virtual"],
 }
 
