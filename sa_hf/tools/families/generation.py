@@ -1,0 +1,77 @@
+"""Generation with each cache, and a reload by the auto class."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import sa_hf
+from sa_hf.errors import SparseAttentionError
+from sa_hf.tools.families.compare import LIMIT, Result, outputs, relative_error
+from sa_hf.tools.families.inputs import padded, padding_token
+from sa_hf.tools.families.reference import NoReference, own_attention
+from sa_hf.tools.families.registry import Entry
+
+NEW_TOKENS = 4
+
+
+def check_generation(model: Any, inputs: dict[str, Any], found: Result) -> None:
+    """Logits of greedy decoding with three caches against the model's own eager attention without any."""
+    if not getattr(model, "can_generate", bool)() or not {"input_ids", "attention_mask"} <= inputs.keys():
+        return
+    given = {name: x for name, x in padded(inputs, "left", padding_token(model)).items() if name != "decoder_input_ids"}
+    if "decoder_input_ids" in inputs:
+        given["decoder_start_token_id"] = 1
+    try:
+        with own_attention(model, patterns=False):
+            plain, cached = _logits(model, given, use_cache=False), _logits(model, given)
+        if not relative_error(cached, plain) < LIMIT:
+            found.notes.append("generation: its own cache changes its logits")
+            return
+        with own_attention(model):
+            expected = _logits(model, given, use_cache=False)
+    except (NoReference, SparseAttentionError) as error:
+        found.notes.append(f"generation: no reference, {error}")
+        return
+    except Exception as error:
+        found.notes.append(f"generation: the dense model does not: {type(error).__name__}: {str(error)[:120]}")
+        return
+    for name, extra in _caches(model, given, found):
+        found.figures[f"generation, {name}"] = relative_error(_logits(model, given, **extra), expected)
+
+
+def _caches(model: Any, given: dict[str, Any], found: Result) -> Any:
+    yield "dynamic", {}
+    static = {"cache_implementation": "static"}
+    try:
+        with own_attention(model, patterns=False):
+            _logits(model, given, **static)
+    except Exception as error:
+        found.notes.append(f"generation, static: the dense model does not: {type(error).__name__}: {str(error)[:80]}")
+    else:
+        yield "static", static
+    yield "sparse_cache", {"past_key_values": sa_hf.sparse_cache(model)}
+
+
+def _logits(model: Any, given: dict[str, Any], **options: Any) -> Tensor:
+    """``[batch, new tokens, vocabulary]``"""
+    with torch.no_grad():
+        out = model.generate(
+            **given, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, disable_compile=True, **options,
+        )  # fmt: skip
+    return torch.stack(out.logits, 1)
+
+
+def check_reload(entry: Entry, model: Any, inputs: dict[str, Any], found: Result) -> None:
+    """``save_pretrained``, then the auto class with the code of the checkpoint: the same outputs."""
+    before = outputs(model, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = getattr(transformers, entry.auto).from_pretrained(folder, trust_remote_code=True)
+    after = outputs(loaded.eval(), inputs)
+    found.figures["reload"] = max(relative_error(after[name], value) for name, value in before.items())

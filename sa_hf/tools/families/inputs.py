@@ -1,0 +1,101 @@
+"""What a tiny model is called with: tokens, pixels or sound, by its signature and config."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sa_hf.tools.families.shrink import FRAMES, IMAGE
+
+BATCH, LENGTH, DECODER_LENGTH, CHOICES = 2, 19, 13, 2
+SHORT = 13  # real tokens of the padded row
+SAMPLES, END = 6400, 2
+FIRST_TOKEN, TOKENS = 5, 80  # clear of special tokens at either end of the vocabulary
+SOUNDS = ("input_features", "input_values", "audio_values")
+
+
+def parameters(model: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(model.forward).parameters)
+
+
+def candidates(model: Any) -> Iterator[dict[str, Any]]:
+    """Inputs to try, the plainest first: text alone, with pixels, with sound; or what the main input is."""
+    taken = parameters(model)
+    text = _text(model, taken)
+    pixels = {"pixel_values": _pixels(model)} if "pixel_values" in taken else {}
+    sound = {name: _sound(name, model) for name in SOUNDS if name in taken}
+    decoder = {"decoder_input_ids": tokens(DECODER_LENGTH, 3)} if "decoder_input_ids" in taken else {}
+    for parts in ((text,), (pixels,), (sound,), (text, pixels), (text, sound)):
+        if all(parts):
+            given = {name: value for part in parts for name, value in part.items()}
+            if decoder:
+                yield {**given, **decoder}
+            yield given
+
+
+def tokens(length: int, seed: int) -> Tensor:
+    """Ids that end with the end of a text, which some heads look for."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(FIRST_TOKEN, TOKENS, (BATCH, length), generator=generator)
+    ids[:, -1] = END
+    return ids
+
+
+def _text(model: Any, taken: dict[str, Any]) -> dict[str, Any]:
+    if "input_ids" not in taken:
+        return {}
+    ids = tokens(LENGTH, 1)
+    given: dict[str, Any] = {"input_ids": ids}
+    if "attention_mask" in taken:
+        given["attention_mask"] = torch.ones_like(ids)
+    if "bbox" in taken:
+        corners = torch.randint(0, 50, (*ids.shape, 4), generator=torch.Generator().manual_seed(4))
+        given["bbox"] = corners + torch.tensor([0, 0, 50, 50])
+    if "MultipleChoice" in type(model).__name__:
+        given = {name: value[:, None].repeat_interleave(CHOICES, 1) for name, value in given.items()}
+    return given
+
+
+def _pixels(model: Any) -> Tensor:
+    config = model.config
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None) or IMAGE
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    channels = getattr(vision, "num_channels", None) or 3
+    shape = [BATCH, channels, height, width]
+    frames = getattr(vision, "num_frames", None)
+    if isinstance(frames, int):
+        shape = [BATCH, frames, channels, height, width]
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+def _sound(name: str, model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    if name != "input_features":
+        return torch.randn(BATCH, SAMPLES, generator=generator)
+    config = model.config
+    audio = getattr(config, "audio_config", None) or getattr(config, "encoder_config", None) or config
+    bins = next((getattr(audio, n) for n in ("num_mel_bins", "feature_size", "n_mels") if hasattr(audio, n)), 16)
+    by_bins = getattr(audio, "max_source_positions", None) == FRAMES // 2 and getattr(audio, "num_mel_bins", None)
+    shape = (BATCH, bins, FRAMES) if by_bins else (BATCH, FRAMES, bins)
+    return torch.randn(shape, generator=generator)
+
+
+def padded(inputs: dict[str, Any], side: str, pad: int) -> dict[str, Any]:
+    """The same with the last row ``SHORT`` tokens long, padded on the ``side`` with the token ``pad``."""
+    mask, ids = inputs["attention_mask"].clone(), inputs["input_ids"].clone()
+    hidden = slice(SHORT, None) if side == "right" else slice(None, LENGTH - SHORT)
+    mask[-1, ..., hidden] = 0
+    ids[-1, ..., hidden] = pad
+    if side == "right":
+        ids[-1, ..., SHORT - 1] = END
+    return {**inputs, "input_ids": ids, "attention_mask": mask}
+
+
+def padding_token(model: Any) -> int:
+    value = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return value if isinstance(value, int) and value >= 0 else 0

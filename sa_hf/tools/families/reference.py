@@ -1,0 +1,84 @@
+"""A model's own eager attention under the pairs that its patterns keep."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import AttentionInterface
+
+import sa_hf
+from sa_hf.config import SparseAttention
+from sa_hf.hf.state.layers import active_child
+from sa_hf.hf.state.patch import required_patch
+
+NAME = "sa_hf_families"
+HIDDEN = torch.finfo(torch.float32).min
+
+
+class NoReference(Exception):
+    """A call whose pairs are not written here (one with a cache)."""
+
+
+@contextmanager
+def own_attention(model: Any, *, patterns: bool = True) -> Iterator[None]:
+    """Inside, a patched model runs its original eager attention, with the pairs of its patterns as a mask of each layer
+    (``patterns=False``: with its own mask alone)."""
+    patch = required_patch(model, "own_attention")
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        child = active_child(module)
+        if patterns and isinstance(child, SparseAttention):
+            attention_mask = under_pattern(child, attention_mask, query, key)
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        return eager(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    try:
+        with sa_hf.dense(model):
+            for config, _ in patch.configs:
+                config._attn_implementation_internal = NAME
+            yield
+    finally:
+        AttentionInterface._global_mapping.pop(NAME, None)
+        AttentionMaskInterface._global_mapping.pop(NAME, None)
+
+
+def under_pattern(child: SparseAttention, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """The model's own mask ``[batch, 1 or heads, n, n]`` (or None) with the pairs that a static pattern keeps of each
+    row's real tokens; a token is real where any query reads it. A pair that counts twice gets the logarithm of 2."""
+    batch, n, keys = query.shape[0], query.shape[2], key.shape[2]
+    if n != keys:
+        raise NoReference(f"{n} queries of {keys} keys")
+    spec = child.spec
+    whole = torch.zeros(batch, spec.num_heads, n, n, dtype=query.dtype)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, HIDDEN)
+        whole = whole + mask[..., :n].to(query.dtype)
+    seen = (whole > HIDDEN / 2).any(1).any(1)  # [batch, keys]
+    for row in range(batch):
+        real = seen[row].nonzero().flatten()
+        pairs = log_weights(child, len(real)).to(query.dtype)
+        at = torch.tensor(row), slice(None), real[:, None], real[None, :]
+        whole[at] = torch.clamp(whole[at] + pairs, min=HIDDEN)
+    return whole
+
+
+def log_weights(child: Any, n: int) -> Tensor:
+    """The logarithm of how often each pair counts, ``[heads, n, n]``."""
+    config, spec = child.config, child.spec
+    if hasattr(config, "multiplicity"):
+        weight = config.multiplicity(n, spec.num_heads, spec.layer_idx, spec.causal)
+    else:
+        weight = config.mask(n, spec.num_heads, spec.layer_idx, spec.causal)
+    weight = weight.float()
+    return torch.where(weight > 0, weight.clamp(min=1).log(), torch.tensor(HIDDEN))
