@@ -25,12 +25,13 @@ from typing import Annotated, Any
 import typer
 
 RESULTS = Path(__file__).resolve().parent.parent / "model_cards" / "results"
-SECTIONS = ("speed", "training", "memory", "growth")
+SECTIONS = ("speed", "training", "memory", "growth", "decode")
 PARITY = "parity"  # alone: into a known result file, whose other figures, commit and date stay
 SPEED_LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
 GROWTH_LENGTHS = [2048, 4096, 8192, 16384, 32768, 65536]
 # Dense attention with dropout is n x n in memory here: it reaches the first only.
 TRAINING_LENGTHS = [8192, 16384]
+DECODE_LENGTHS = [512, 8192, 32768]  # tokens in the cache
 QUICK_SPEED, QUICK_GROWTH = [128, 256], [128, 256, 512]
 DROPOUT = 0.1
 # Torch's own switch: its tensors from 2 MB on live in pages of 2 MB, where the system hands those out on request
@@ -72,8 +73,9 @@ def main(
         print(json.dumps(measure(json.loads(child))))
         return
     from sa_hf.tools.bench.cpu import cpu_cases
+    from sa_hf.tools.bench.decoding import decode_cases
 
-    labels = list(cpu_cases(1024, toy=quick))
+    labels = list(dict.fromkeys((*cpu_cases(1024, toy=quick), *decode_cases(1024, toy=quick))))
     check_choices("section", section, (*SECTIONS, PARITY))
     check_choices("pattern", pattern, labels)
     shared = {"threads": threads, "toy": quick, "seconds": 0.0 if quick else seconds, "huge_pages": huge_pages}
@@ -97,6 +99,8 @@ def main(
         bench.memory(speed)
     if "growth" in wanted:
         bench.growth(growth)
+    if "decode" in wanted:
+        bench.decode(length or (QUICK_SPEED if quick else DECODE_LENGTHS))
     bench.draw()
     print(f"wrote {bench.path('json')}, .md and .png")
 
@@ -114,7 +118,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Run one task; what it prints is read by the parent."""
     import torch
 
-    from sa_hf.tools.bench import cpu
+    from sa_hf.tools.bench import cpu, decoding
 
     if task["threads"]:
         torch.set_num_threads(task["threads"])
@@ -128,6 +132,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         return cpu.peak_memory(task["label"], length, causal=task["causal"], toy=toy)
     if kind == "parity":
         return {label: cpu.parity_error(label, length, toy=toy) for label in task["labels"]}
+    if kind == "decode":
+        return decoding.decode_times(task["label"], length, toy=toy)
     return cpu.growth(task["label"], length, toy=toy)
 
 
@@ -157,7 +163,7 @@ class Bench:
             },
             "shape": "batch 1, 8 heads, head_dim 64, fp32",
             "configs": {label: describe(case.config) for label, case in self.cases.items()},
-            "speed": [], "memory": [], "growth": [],
+            "speed": [], "memory": [], "growth": [], "decode": [],
         }  # fmt: skip
         self.labels = labels
         if resume and self.path("json").exists():
@@ -167,14 +173,14 @@ class Bench:
                 raise typer.BadParameter(f"{self.path('json')} is from elsewhere or another day; leave --resume out")
             self.result["machine"]["commit"] = " and ".join(dict.fromkeys(" and ".join(commits).split(" and ")))
             self.result["command"] = f"{known['command']}; {self.result['command']}"
-            self.result |= {section: known[section] for section in ("speed", "memory", "growth")}
+            self.result |= {section: known.get(section, []) for section in ("speed", "memory", "growth", "decode")}
         if not parity_alone:
             self.result["parity"] = self.parity()
             self.sound = [label for label, error in self.result["parity"].items() if error is not None and error < 1e-5]
 
     def parity(self) -> dict[str, float | None]:
         """Outputs and gradients against fp64; a pattern that fails, or was not measured, shows no speed-up."""
-        return self.run(kind="parity", labels=self.labels, length=96 if self.shared["toy"] else 1000)
+        return self.run(kind="parity", labels=list(self.cases), length=96 if self.shared["toy"] else 1000)
 
     def parity_anew(self) -> None:
         """Parity alone into the known result file: the other figures keep their command, commit and date, and parity
@@ -236,6 +242,16 @@ class Bench:
             fits = {key: exponent(points, key) for key in ("seconds", "mb", "pairs", "formula") if key in points[0]}
             self.result["growth"].append({"label": label, "points": points, "exponents": fits})
             self.save(f"growth {label}")
+
+    def decode(self, lengths: list[int]) -> None:
+        from sa_hf.tools.bench.decoding import decode_cases
+
+        for length in lengths:
+            for label in decode_cases(length, self.shared["toy"]):
+                key = {"length": length, "label": label}
+                if label in self.labels and not self.has("decode", key):
+                    self.result["decode"].append({**key, **self.run(kind="decode", **key)})
+                    self.save(f"decode n={length} {label}")
 
     def has(self, section: str, key: dict[str, Any]) -> bool:
         return any(all(row[k] == value for k, value in key.items()) for row in self.result[section])

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.ops.choice import CANDIDATES, TRITON
+from sa_hf.ops.choice import CANDIDATES, CPP, TRITON
+from sa_hf.ops.cpp.steps import ELEMENTS, Listed, decode_step
+from sa_hf.ops.graphs import eager
 from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.reads import Reads, Row, RunLists
 from sa_hf.ops.sinks import with_sinks
 from sa_hf.ops.transforms import has_tangent
 from sa_hf.ops.widths import at_one_width
@@ -17,8 +20,9 @@ GATHERED_AT_ONCE = 2**24
 
 
 def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions, engine: str = "auto"
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor | Reads, options: ScoreOptions, engine: str = "auto",
+    kept: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Each query attends the key positions that its list names.
 
     Args:
@@ -26,9 +30,11 @@ def decode_attention(
         key: ``[B, Hkv, Nk, D]``, H a multiple of Hkv; value: ``[B, Hkv, Nk, Dv]``.
         index: integer ``[B | 1, 1 | Hkv | H, Nq, m]``, positions in ``0 .. Nk - 1`` in any order; -1 is empty, a
             repeated position counts each time. Lists that the heads of a group share are read once for the group.
+            Or :class:`Reads`, where :func:`runs_in_place`.
         options: scale, softcap, distance bias, spans and sinks; dropout must be 0.
-        engine: "auto" (triton on a GPU where no gradient is wanted), "triton", or "native" and "torch" (torch's
-            operators, differentiable).
+        engine: "auto" (triton on a GPU where no gradient is wanted), "triton", "native" (the C++ kernel where no
+            gradient is wanted), or "torch" (torch's operators, differentiable, also where the others do not serve).
+        kept: the slots of the keys, int64 ``[Nk]`` ascending, with :class:`Reads` alone; None: key j stands at slot j.
 
     Returns:
         ``[B, H, Nq, Dv]`` in the query's dtype; a query without a key is 0.
@@ -36,6 +42,8 @@ def decode_attention(
     Raises:
         SparseAttentionError: shapes that do not fit together, dropout, or an engine that cannot serve the input.
     """
+    if isinstance(index, Reads):
+        return decode_step(query, key, value, index, options, kept=kept)
     _check(query, key, value, index, options)
     if engine not in CANDIDATES:
         raise SparseAttentionError(f"engine={engine!r} must be one of {list(CANDIDATES)}")
@@ -45,7 +53,31 @@ def decode_attention(
             raise SparseAttentionError(f"engine 'triton' cannot decode {tuple(query.shape)}: {reason}; use 'native'")
         if reason is None and (query.is_cuda or engine == "triton"):
             return at_one_width(lambda q, k, v: TRITON.decode(q, k, v, index, options), query, key, value)
+    if runs_in_place(query, key, value, options, engine) and not options.extra_tokens:
+        length, n_q = key.shape[2], query.shape[2]
+        first = length - n_q
+        rows = [
+            (Row(b, q, 0, 0, first + q, 0, length), _NO_RUNS) for b in range(query.shape[0]) for q in range(n_q)
+        ]  # fmt: skip
+        reads = Reads.of(rows, len(rows))
+        return decode_step(query, key, value, reads, options, listed=Listed(index))
     return _gathered(query, key, value, index, options)
+
+
+_NO_RUNS = RunLists.of([[]])
+
+
+def runs_in_place(query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, engine: str) -> bool:
+    """Whether the C++ kernel takes a step: on the CPU, not in fp64, without gradients, in no graph or transform."""
+    if engine not in ("auto", "native") or query.device.type != "cpu" or options.dropout > 0:
+        return False
+    tensors = query, key, value, options.distance_bias, options.spans, options.sinks
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return False
+    one_dtype = query.dtype == key.dtype == value.dtype and query.dtype in ELEMENTS
+    if not one_dtype or not eager(*tensors) or torch._C._are_functorch_transforms_active() or has_tangent(*tensors):
+        return False
+    return CPP.unsupported(query, options) is None
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions) -> None:

@@ -16,6 +16,7 @@ from sa_hf.ops.counts import row_counts
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.layout import Predicate, build_layout
 from sa_hf.ops.parts import BlockPart, Part, SegmentPart, shift
+from sa_hf.ops.reads import Run, runs_of
 
 
 class StaticPatternConfig(SparseAttentionConfig):
@@ -101,6 +102,16 @@ class StaticPatternConfig(SparseAttentionConfig):
         j = torch.arange(position + 1 if geometry.causal else geometry.key_length)
         index, i = torch.full_like(j, head), torch.full_like(j, position)
         return torch.cat([j[branch(index, i, j)] for branch in self.branches(geometry)]).sort().values
+
+    def row_runs(self, head: int, position: int, geometry: Geometry) -> list[Run]:
+        """The same keys as runs ``(first, end, step)`` of positions, in any order; what lies outside of causality and
+        the model's window may stay in them. A step of decoding reads these: closed forms in plain numbers are quick."""
+        return runs_of(self.row_keys(head, position, geometry))
+
+    def runs_serve(self, position: int) -> int:
+        """The last position with the same :meth:`row_runs` as this one where causal, but for what is behind each: so
+        long a step reads the list of the step before."""
+        return position
 
     def decode_keys(self, position: int, geometry: Geometry) -> list[Tensor]:
         """Positions that the query at ``position`` reads, one ascending int64 tensor per head of ``geometry.heads``

@@ -21,6 +21,7 @@ from sa_hf.layer import Geometry, LayerSpec
 from sa_hf.ops.layout import Predicate, build_layout
 from sa_hf.ops.parts import Band, BlockPart, Part
 from sa_hf.ops.random import splitmix64, splitmix64_tensor
+from sa_hf.ops.reads import Run, positions_of
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.tiles import band_tiles, on_lists, tiles_of
 
@@ -174,22 +175,24 @@ class BigBirdAttentionConfig(StaticPatternConfig):
         )
 
     def row_keys(self, head: int, position: int, geometry: Geometry) -> Tensor:
-        row, count = position // self.block_size, self._num_blocks(geometry)
+        return positions_of(self.row_runs(head, position, geometry))
+
+    def row_runs(self, head: int, position: int, geometry: Geometry) -> list[Run]:
+        row, count, size = position // self.block_size, self._num_blocks(geometry), self.block_size
         leading, trailing = self._global_counts(geometry)
         if not geometry.causal and (row < leading or row >= count - trailing):
-            return torch.arange(geometry.key_length)
+            return [(0, geometry.key_length, 1)]
         half = self.num_window_blocks // 2
-        drawn = self._random_blocks(geometry)[head, row]
-        blocks = torch.cat(
-            [
-                torch.arange(min(leading, count)),
-                torch.arange(max(0, row - half), min(count, row + half + 1)),
-                torch.arange(max(0, count - trailing), count),
-                drawn[drawn >= 0],
-            ]
-        )
-        first: Tensor = torch.unique(blocks) * self.block_size
-        return (first[:, None] + torch.arange(min(self.block_size, geometry.key_length))).flatten()
+        blocks = {
+            *range(min(leading, count)),
+            *range(max(0, row - half), min(count, row + half + 1)),
+            *range(max(0, count - trailing), count),
+            *(block for block in self._random_blocks(geometry)[head, row].tolist() if block >= 0),
+        }
+        return [(b * size, min((b + 1) * size, geometry.key_length), 1) for b in sorted(blocks)]
+
+    def runs_serve(self, position: int) -> int:
+        return (position // self.block_size + 1) * self.block_size - 1
 
     def keep(self, position: int, geometry: Geometry) -> Tensor:
         if self.num_random_blocks:  # a later row may draw any block of the past

@@ -11,6 +11,7 @@ from torch import Tensor
 from sa_hf.config import register_pattern
 from sa_hf.layer import Geometry
 from sa_hf.ops.parts import Part
+from sa_hf.ops.reads import Run
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.sliding_window import window_part
 
@@ -30,3 +31,6 @@ class DenseAttentionConfig(StaticPatternConfig):
 
     def row_keys(self, head: int, position: int, geometry: Geometry) -> Tensor:
         return torch.arange(geometry.key_length)
+
+    def row_runs(self, head: int, position: int, geometry: Geometry) -> list[Run]:
+        return [(0, geometry.key_length, 1)]

@@ -21,6 +21,7 @@ from sa_hf.config import check_choice, check_integer, register_pattern
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import Geometry
 from sa_hf.ops.parts import OffsetsPart, Part
+from sa_hf.ops.reads import Run, positions_of
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.sliding_window import window_part
 from sa_hf.patterns.tiles import query_tiles, tiles_of
@@ -92,10 +93,13 @@ class LogSparseAttentionConfig(StaticPatternConfig):
         return (*ahead, *behind)
 
     def row_keys(self, head: int, position: int, geometry: Geometry) -> Tensor:
+        return positions_of(self.row_runs(head, position, geometry))
+
+    def row_runs(self, head: int, position: int, geometry: Geometry) -> list[Run]:
         distances = offsets_below(self, geometry.key_length)
         back = [position - d for d in reversed(distances) if d <= position]
         ahead = [] if geometry.causal else [position + d for d in distances if 0 < d < geometry.key_length - position]
-        return torch.tensor(back + ahead)
+        return [(at, at + 1, 1) for at in back + ahead]
 
     def keep(self, position: int, geometry: Geometry) -> Tensor:
         if geometry.band.left is None:  # a later query is some power of two away from every key

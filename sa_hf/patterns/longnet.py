@@ -23,6 +23,7 @@ from sa_hf.layer import Geometry
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.layout import Predicate
 from sa_hf.ops.parts import Band, Part, SegmentPart
+from sa_hf.ops.reads import Run, positions_of
 from sa_hf.patterns.base import StaticPatternConfig
 
 # Each branch is a part of the plan: 31 double from 1 to the longest segment there can be.
@@ -75,6 +76,10 @@ class LongNetAttentionConfig(StaticPatternConfig):
 
     def offset(self, head: Tensor, ratio: int, num_heads: int) -> Tensor:
         """``s_h`` of the heads in a branch of this ratio."""
+        return head % ratio if self.head_offset == "modulo" else head // -(-num_heads // ratio)
+
+    def offset_of(self, head: int, ratio: int, num_heads: int) -> int:
+        """``s_h`` of one head."""
         return head % ratio if self.head_offset == "modulo" else head // -(-num_heads // ratio)
 
     def branches(self, geometry: Geometry) -> list[Predicate]:
@@ -161,14 +166,17 @@ class LongNetAttentionConfig(StaticPatternConfig):
     # -- decoding --------------------------------------------------------------------------------------------------
 
     def row_keys(self, head: int, position: int, geometry: Geometry) -> Tensor:
-        keys = [torch.empty(0, dtype=torch.int64)]
+        return positions_of(self.row_runs(head, position, geometry))
+
+    def row_runs(self, head: int, position: int, geometry: Geometry) -> list[Run]:
+        runs = []
         for w, r in zip(self.segment_length, self.dilated_ratio, strict=True):
-            s = int(self.offset(torch.tensor(head), r, geometry.num_heads))
+            s = self.offset_of(head, r, geometry.num_heads)
             begin = position // w * w
             end = min(begin + w, position + 1 if geometry.causal else geometry.key_length)
             if position % w % r == s:
-                keys.append(torch.arange(begin + s, end, r))
-        return torch.cat(keys).sort().values
+                runs.append((begin + s, end, r))
+        return runs
 
     @with_host_defaults
     def row_sizes(self, geometry: Geometry) -> Tensor:

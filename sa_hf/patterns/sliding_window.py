@@ -16,6 +16,7 @@ from sa_hf.config import check_integer, register_pattern
 from sa_hf.layer import Geometry
 from sa_hf.ops.layout import Predicate, build_layout
 from sa_hf.ops.parts import Band, BlockPart, Part, SegmentPart
+from sa_hf.ops.reads import Run, positions_of
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.tiles import band_tiles, query_tiles, tiles_of, within_band
 
@@ -58,10 +59,13 @@ class SlidingWindowAttentionConfig(StaticPatternConfig):
         return [window_part(geometry, device, self.window, self.num_sink_tokens, self.drop_diagonal)]
 
     def row_keys(self, head: int, position: int, geometry: Geometry) -> Tensor:
+        return positions_of(self.row_runs(head, position, geometry))
+
+    def row_runs(self, head: int, position: int, geometry: Geometry) -> list[Run]:
         first = max(0, position - self.window + 1)
         last = min(geometry.key_length, position + self.window)
-        sinks = torch.arange(min(self.num_sink_tokens, geometry.key_length))
-        return torch.cat([sinks[:first], torch.arange(first, last), sinks[last:]])
+        sinks = min(self.num_sink_tokens, geometry.key_length)
+        return [(0, min(sinks, first), 1), (first, last, 1), (last, sinks, 1)]
 
     def keep(self, position: int, geometry: Geometry) -> Tensor:
         j = torch.arange(position)

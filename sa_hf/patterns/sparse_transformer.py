@@ -23,6 +23,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import Geometry, LayerSpec
 from sa_hf.ops.layout import Predicate, build_layout, on_heads
 from sa_hf.ops.parts import Band, BlockLayout, BlockPart, OffsetsPart, Part, SegmentPart
+from sa_hf.ops.reads import Run, positions_of
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.sliding_window import window_part
 from sa_hf.patterns.tiles import band_tiles, on_lists, query_tiles, tiles_of
@@ -289,20 +290,33 @@ class SparseTransformerAttentionConfig(StaticPatternConfig):
     # -- decoding --------------------------------------------------------------------------------------------------
 
     def row_keys(self, head: int, position: int, geometry: Geometry) -> Tensor:
+        return positions_of(self.row_runs(head, position, geometry))
+
+    def row_runs(self, head: int, position: int, geometry: Geometry) -> list[Run]:
         n = position + 1 if geometry.causal else geometry.key_length
         stride, parts = self.stride, self._parts(head, geometry)
-        keys = []
-        if LOCAL in parts:
-            low = position // stride * stride if self.kind == "fixed" else max(0, position - stride + 1)
-            keys.append(torch.arange(low, min(n, low + stride if self.kind == "fixed" else position + stride)))
-        if COLUMN in parts and self.kind == "strided":
-            keys.append(torch.arange(position % stride, n, stride))
-        if COLUMN in parts and self.kind == "fixed":
-            begin = stride - (self._group(head) + 1) * self.summary
-            columns = (torch.arange(-(-n // stride)) * stride + begin)[:, None] + torch.arange(min(self.summary, n))
-            keys += [columns.flatten(), torch.tensor([position])]
-        distinct: Tensor = torch.unique(torch.cat(keys))
-        return distinct[distinct < n]
+        low = position // stride * stride if self.kind == "fixed" else max(0, position - stride + 1)
+        high = min(n, low + stride if self.kind == "fixed" else position + stride)
+        local = [(low, high, 1)] if LOCAL in parts else []
+        if COLUMN not in parts:
+            return local
+        if not local:
+            low = high = position  # a column part that stands alone holds the own position
+        if self.kind == "strided":
+            column = position % stride
+            behind = high + (column - high) % stride
+            own = [] if local else [(position, position + 1, 1)]
+            return [(column, low, stride), *local, *own, (behind + stride * (not local), n, stride)]
+        begin = stride - (self._group(head) + 1) * self.summary
+        columns = [(at + begin, min(n, at + begin + self.summary), 1) for at in range(0, n, stride)]
+        if local:  # whole blocks: the own one has its columns
+            return [run for run in columns if not low <= run[0] < high] + local
+        own = [] if any(a <= position < b for a, b, _ in columns) else [(position, position + 1, 1)]
+        return columns + own
+
+    def runs_serve(self, position: int) -> int:
+        whole = self.kind == "fixed" and self.head_mode == "merged"
+        return (position // self.stride + 1) * self.stride - 1 if whole else position
 
     def keep(self, position: int, geometry: Geometry) -> Tensor:
         j = torch.arange(position)

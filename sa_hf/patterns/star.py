@@ -19,6 +19,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import Geometry, LayerSpec
 from sa_hf.ops.layout import Predicate
 from sa_hf.ops.parts import Band, OffsetsPart, Part, SegmentPart
+from sa_hf.ops.reads import Run, positions_of
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.tiles import band_tiles, tiles_of
 
@@ -97,13 +98,16 @@ class StarAttentionConfig(StaticPatternConfig):
         return torch.cat([band_tiles(geometry, Band(1, 1)), tiles_of(geometry, 0, *torch.tensor(rectangles).unbind(1))])
 
     def row_keys(self, head: int, position: int, geometry: Geometry) -> Tensor:
+        return positions_of(self.row_runs(head, position, geometry))
+
+    def row_runs(self, head: int, position: int, geometry: Geometry) -> list[Run]:
         first, last = self._satellites(geometry)
         if position < first:
-            return torch.arange(geometry.key_length)
+            return [(0, geometry.key_length, 1)]
         keys = {*range(first), *range(max(position - 1, 0), position + 2)}
         if self._closed(geometry) and position in (first, last):
             keys |= {first, last}
-        return torch.tensor(sorted(keys))
+        return [(at, at + 1, 1) for at in sorted(keys)]
 
     def keep(self, position: int, geometry: Geometry) -> Tensor:
         first, _ = self._satellites(geometry)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sa_hf.config import SparseAttention
-from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, Geometry
-from sa_hf.ops.decode import decode_attention
-from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.cpp.steps import missing_key
+from sa_hf.ops.decode import decode_attention, runs_in_place
+from sa_hf.ops.parts import Band, ScoreOptions
+from sa_hf.ops.reads import Reads, Row, RunLists, runs_of
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.custom_op import cached_plan, layer_key, static_attention
@@ -50,6 +51,11 @@ class StaticSparseAttention(SparseAttention):
         if self._decodes(inputs):
             layer = self.config.layer_of_plan(self.spec.layer_idx)
             at = Geometry(1, 1, self.heads, self.spec.num_heads, layer, True, inputs.band)
+            if runs_in_place(inputs.query, inputs.key, inputs.value, options, inputs.engine):
+                reads = static_reads(self.config, at, inputs.sequences)
+                return decode_attention(
+                    inputs.query, inputs.key, inputs.value, reads, options, inputs.engine, inputs.key_slots
+                )  # fmt: skip
             index = _index_on(self.config, at, inputs.sequences, inputs.query.device)
             if inputs.key_slots is not None:
                 index = _places(index, inputs.key_slots)
@@ -79,10 +85,7 @@ def _places(index: Tensor, key_slots: Tensor) -> Tensor:
     """Where the listed slots stand among those that a cache kept; every listed one must be there."""
     places = torch.searchsorted(key_slots, index.clamp(min=0)).clamp(max=max(0, len(key_slots) - 1))
     if bool(((key_slots[places] != index) & (index >= 0)).any()):
-        raise SparseAttentionError(
-            "the cache dropped a key that this layer's pattern reads: it was filled under another pattern; start again "
-            "from the prompt, with a new cache"
-        )
+        raise missing_key()
     return places.where(index >= 0, -1)
 
 
@@ -93,6 +96,43 @@ def _row(config: StaticPatternConfig, at: Geometry, position: int) -> Tensor:
     rows = config.decode_keys(position, geometry)
     rows = rows[:1] if config.same_for_all_heads(geometry) else rows
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+# The layers of a step share what they read.
+@lru_cache(maxsize=64)
+def static_reads(config: StaticPatternConfig, at: Geometry, sequences: Sequences) -> Reads:
+    """What the new queries of causal sequences read."""
+    rows = [
+        (row, _run_lists(config, at, max(row.position, config.runs_serve(row.position))))
+        for row in step_rows(sequences, at.band)
+    ]
+    order = None if sequences.key_gather is None else sequences.key_gather.cpu()
+    queries = sequences.batch_size * sequences.query_length
+    alone = config.drop_diagonal and not config.extra_tokens
+    return Reads.of(rows, queries, skip_own=alone, order=order)
+
+
+def step_rows(sequences: Sequences, band: Band) -> list[Row]:
+    """The new queries of causal sequences, each with the positions that the model's window lets it read."""
+    rows = []
+    for span in sequences.spans:
+        first = span.key_length - span.query_length
+        for new in range(span.query_length):
+            position, query = first + new, span.query_start + new
+            if sequences.query_gather is not None:
+                query = int(sequences.query_gather[span.row, query])
+            low = 0 if band.left is None else max(0, position - band.left)
+            rows.append(Row(span.row, query, 0, span.key_start, position, low, position + 1))
+    return rows
+
+
+@lru_cache(maxsize=DECODE_CACHED)
+def _run_lists(config: StaticPatternConfig, at: Geometry, position: int) -> RunLists:
+    geometry = replace(at, key_length=position + 1)
+    heads = at.heads[:1] if config.same_for_all_heads(geometry) else at.heads
+    if type(config).decode_keys is not StaticPatternConfig.decode_keys:  # says itself what is read
+        return RunLists.of([runs_of(keys) for keys in config.decode_keys(position, geometry)[: len(heads)]])
+    return RunLists.of([config.row_runs(head, position, geometry) for head in heads])
 
 
 def _index_on(config: StaticPatternConfig, at: Geometry, sequences: Sequences, device: torch.device) -> Tensor:

@@ -40,12 +40,17 @@ def test_a_dry_run_writes_every_section(benchmark: ModuleType, tmp_path: Path) -
     assert {row["dropout"] for row in result["speed"]} == {0.0, 0.1}
     assert {row["label"] for row in result["memory"]} == {"dense", "logsparse", "bigbird"}
     assert [row["label"] for row in result["growth"]] == ["bigbird", "logsparse"]
+    assert [(row["label"], row["length"]) for row in result["decode"]] == [("logsparse", 64), ("logsparse", 96)]
+    steps = {"dense static", "dense dynamic", "zero static", "static", "sparse", "dynamic"}
+    assert all(row[name] > 0 for row in result["decode"] for name in steps)
     table = (tmp_path / "benchmark_cpu_quick.md").read_text()
     for part in (
         "## Speed",
         "## Training mode",
         "## Peak memory",
         "## Growth",
+        "## Decoding",
+        "### 96 tokens in the cache",
         "| 96 | causal, forward | logsparse, causal |",
     ):
         assert part in table

@@ -1,5 +1,6 @@
 // The CPU kernels: what Python calls (kernels.py). Compiled at first use by build.py, as one unit.
 
+#include "decode.h"
 #include "offsets.h"
 
 // -- the calls: tiles go to whichever thread is free; no result depends on which one that is --------------------------
@@ -38,5 +39,16 @@ extern "C" void sa_hf_backward(const Call* call) {
                     if (t.rows > 0) (c.offset_start ? backward_offsets : backward_tile)(c, t, x % c.pieces, work);
                 }
         free(work);
+    }
+}
+
+extern "C" int sa_hf_decode(const DecodeCall* call) {
+    switch (call->element) {
+        case 0:
+            return decode<0>(*call);
+        case 1:
+            return decode<1>(*call);
+        default:
+            return decode<2>(*call);
     }
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.cpp.build import BuildError, load
-from sa_hf.ops.cpp.call import DTYPES, FAR, Call, CallIndex, CallRows
+from sa_hf.ops.cpp.call import DTYPES, FAR, Call, CallIndex, CallRows, DecodeCall
 from sa_hf.ops.cpp.sources import FILES
 from sa_hf.ops.engine import Gradients
 from sa_hf.ops.lanes import Lanes, Places, Slots
@@ -55,6 +55,7 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
     for function in (found.sa_hf_forward, found.sa_hf_backward):
         function.argtypes, function.restype = [ctypes.POINTER(Call)], None
+    found.sa_hf_decode.argtypes, found.sa_hf_decode.restype = [ctypes.POINTER(DecodeCall)], ctypes.c_int
     return found, None
 
 

@@ -50,12 +50,17 @@ class CpuCase:
 
 def frozen_at_every_32nd_distance(module: SparseAttention) -> None:
     """A SparseBERT mask as if it had learned the 16 nearest distances and every 32nd one, frozen."""
+    keep_every_32nd_distance(module).freeze()
+
+
+def keep_every_32nd_distance(module: SparseAttention) -> SparseBertAttention:
+    """The same, not frozen; the module."""
     if not isinstance(module, SparseBertAttention) or module.logits is None:
         raise TypeError(f"{type(module).__name__} has no mask to freeze")
     distance = torch.arange(module.logits.shape[1])
     with torch.no_grad():
         module.logits.copy_(torch.where((distance < 16) | (distance % 32 == 0), 1.0, -1.0))
-    module.freeze()
+    return module
 
 
 def cpu_cases(length: int, toy: bool = False) -> dict[str, CpuCase]:

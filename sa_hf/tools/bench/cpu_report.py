@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sa_hf.patterns.palette import OTHER, colour_of
+from sa_hf.tools.bench.decode_report import decode_tables
 from sa_hf.tools.bench.names import FLEX, LEGEND, NAMES, row_title
 
 DPI = 200  # 2,400 points across: twice what a page shows
@@ -31,7 +32,7 @@ def markdown(result: dict[str, Any]) -> str:
     plain = [row for row in result["speed"] if not row["dropout"]]
     trained = [row for row in result["speed"] if row["dropout"]]
     lines += _speed("Speed", plain) + _speed("Training mode: dropout 0.1", trained)
-    lines += _memory(result["memory"]) + _growth(result["growth"])
+    lines += _memory(result["memory"]) + _growth(result["growth"]) + decode_tables(result.get("decode", []))
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,129 @@
+"""A decoding step by the kernel in C++, which reads keys and values where they lie in a cache."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sa_hf.errors import SparseAttentionError
+from sa_hf.ops.cpp.call import CallRows, DecodeCall
+from sa_hf.ops.cpp.kernels import library, plain
+from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.reads import Reads
+
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """What a step reads beside its runs: int64 ``index [B | 1, 1 | Hkv | H, Nq, m]``, where an entry x stands for the
+    positions ``x * unit .. x * unit + unit - 1`` and -1 for none."""
+
+    index: Tensor
+    unit: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """What a step reads beside its runs: each row its own key and the last ``most`` before it with the row's label.
+    ``keys`` int64 ``[B, Hkv, Nk]``, of each key; ``rows`` int64 ``[B, H, Nq]``."""
+
+    keys: Tensor
+    rows: Tensor
+    most: int
+
+
+def decode_step(
+    query: Tensor, key: Tensor, value: Tensor, reads: Reads, options: ScoreOptions, *, kept: Tensor | None = None,
+    listed: Listed | None = None, labelled: Labelled | None = None,
+) -> Tensor:  # fmt: skip
+    """The attention of a step's rows, ``[B, H, Nq, Dv]`` in the query's dtype; rows without a key are 0.
+
+    Args:
+        query: ``[B, H, Nq, D]``; key: ``[B, Hkv, Nk, D]``; value: ``[B, Hkv, Nk, Dv]``, all of one dtype of
+            ``ELEMENTS``, in any layout of rows.
+        options: scale, softcap, distance bias, spans ``[B, H | 1, Nk]`` of the keys that are there, and sinks.
+        kept: int64 ``[Nk]`` ascending, the slots of the keys; None: key j stands at slot j.
+
+    Raises:
+        SparseAttentionError: a row reads a slot that is not among the ``kept``.
+    """
+    batch, heads, n_q, head_dim = query.shape
+    kv_heads, held = key.shape[1:3]
+    group, value_dim = heads // kv_heads, value.shape[3]
+    own_lists = [reads.list_heads, 1 if listed is None else listed.index.shape[1]]
+    apart = labelled is not None or (options.spans is not None and options.spans.shape[1] > 1)
+    lanes = heads if group > 1 and (apart or heads in own_lists) else kv_heads
+    rows, key, value = plain(query), last_together(key), last_together(value)
+    made = rows.new_empty if reads.complete else rows.new_zeros
+    out = made(batch, n_q, heads, value_dim).transpose(1, 2)
+    call = DecodeCall(
+        query=_lying(rows), key=_lying(key), value=_lying(value), out=_lying(out),
+        rows=reads.rows.buffer_info()[0], run_start=reads.lists.starts.buffer_info()[0],
+        runs=reads.lists.runs.buffer_info()[0], num_rows=reads.count, heads=heads, kv_heads=kv_heads, lanes=lanes,
+        list_heads=reads.list_heads, queries=n_q, head_dim=head_dim, value_dim=value_dim, held=held,
+        relative=reads.relative, skip_own=reads.skip_own, element=ELEMENTS[key.dtype],
+        threads=torch.get_num_threads(), scale=options.scale, softcap=options.softcap or 0.0, ramp=options.ramp,
+    )  # fmt: skip
+    held_tensors = [
+        _set(call, "order", reads.order, torch.int64), _set(call, "kept", kept, torch.int64),
+        _set(call, "bias", options.distance_bias, torch.float32), _set(call, "sinks", options.sinks, torch.float32),
+    ]  # fmt: skip
+    if reads.order is not None:
+        call.order_width = reads.order.shape[1]
+    if options.distance_bias is not None:
+        call.bias_columns = options.distance_bias.shape[1]
+    if options.spans is not None:
+        spans = options.spans.detach().float()
+        spans = spans if spans.stride(2) == 1 else spans.contiguous()
+        call.spans, call.span_batch_step, call.span_head_step = spans.data_ptr(), *_steps(spans)
+        held_tensors.append(spans)
+    if listed is not None:
+        held_tensors.append(_set(call, "index", listed.index, torch.int64))
+        call.index_batch, call.index_heads, _, call.index_width = listed.index.shape
+        call.unit = listed.unit
+    if labelled is not None:
+        labels = labelled.keys if labelled.keys.stride(2) == 1 else labelled.keys.contiguous()
+        call.labels, call.label_batch_step, call.label_head_step = labels.data_ptr(), *labels.stride()[:2]
+        held_tensors += [labels, _set(call, "row_label", labelled.rows, torch.int64)]
+        call.most = labelled.most
+    library_of_steps = library()
+    if library_of_steps is None:
+        raise RuntimeError("the C++ kernels are not there: ask CppEngine.unsupported first")
+    if library_of_steps.sa_hf_decode(ctypes.byref(call)):
+        raise missing_key()
+    return out.to(query.dtype)
+
+
+def missing_key() -> SparseAttentionError:
+    return SparseAttentionError(
+        "the cache dropped a key that this layer's pattern reads: it was filled under another pattern; start again "
+        "from the prompt, with a new cache"
+    )
+
+
+def last_together(x: Tensor) -> Tensor:
+    """Each row's elements next to each other."""
+    x = x.detach()
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _lying(x: Tensor) -> CallRows:
+    return CallRows(x.data_ptr(), *x.stride()[:3])
+
+
+def _steps(x: Tensor) -> list[int]:
+    """By batch and head, 0 where the head is shared."""
+    return [x.stride(0), x.stride(1) if x.shape[1] > 1 else 0]
+
+
+def _set(call: DecodeCall, name: str, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Point a field at a tensor, which the caller holds."""
+    if x is None:
+        return None
+    x = x.detach().to(dtype).contiguous()
+    setattr(call, name, x.data_ptr())
+    return x
