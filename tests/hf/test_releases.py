@@ -98,10 +98,6 @@ def test_a_sparse_cache_works_under_any_name(monkeypatch: pytest.MonkeyPatch) ->
     [
         (hidden, "attends 24 cached keys, but no cache reaches it"),
         (
-            lambda cache, mask, angles: {"store": cache, "attention_mask": mask, "angles": {"angles": angles}},
-            "turns queries and keys, but gets no 'position_embeddings'",
-        ),
-        (
             lambda cache, mask, angles: {**renamed(cache, mask, angles), "is_causal": False},
             "is causal by its module, but its attention gets is_causal=False",
         ),
@@ -110,7 +106,7 @@ def test_a_sparse_cache_works_under_any_name(monkeypatch: pytest.MonkeyPatch) ->
             "does not get the padding mask that the model was given",
         ),
     ],
-    ids=["cache", "positions", "is_causal", "mask"],
+    ids=["cache", "is_causal", "mask"],
 )
 @pytest.mark.parametrize("pattern", ["window", "routing"])
 def test_what_does_not_reach_the_adapter_is_refused_and_not_run(
@@ -122,6 +118,20 @@ def test_what_does_not_reach_the_adapter_is_refused_and_not_run(
     with pytest.raises(UnsupportedModelError, match=f"decoder layer 0.*{reason}"):
         sa_hf.patch_model(model, PATTERNS[pattern])
     assert dict(model.named_modules()) == modules
+
+
+def test_angles_under_another_name_are_missed_by_what_undoes_the_rotation_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    release(
+        monkeypatch,
+        lambda cache, mask, angles: {"store": cache, "attention_mask": mask, "angles": {"angles": angles}},
+    )
+    model = tiny_model("llama")
+    with pytest.raises(UnsupportedModelError, match=r"layer 0.*turns queries and keys, but gets no 'position_emb"):
+        sa_hf.patch_model(model, PATTERNS["routing"])
+    sa_hf.patch_model(model, PATTERNS["window"])
+    check(model)
 
 
 @pytest.mark.parametrize("pattern", [*KEEPING, "three"])

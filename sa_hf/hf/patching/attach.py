@@ -17,6 +17,7 @@ from sa_hf.hf.forward.outer import register_forwards
 from sa_hf.hf.forward.position_bias import has_bias_table
 from sa_hf.hf.forward.rotary import rotary_function
 from sa_hf.hf.patching.families import find_sites, switch_over
+from sa_hf.hf.patching.probe import Needs
 from sa_hf.hf.patching.probe import probe as run_probe
 from sa_hf.hf.state.activity import IMPLEMENTATION, PLACE, STATE, Activity, DenseMarker, Place
 from sa_hf.hf.state.assignment import (
@@ -65,7 +66,7 @@ def attach(
     assignment = {stack: dict(assignment.get(stack, {})) for stack in sites.stacks}
     extra = _check_stacks(root, sites, assignment)
     if probe:
-        run_probe(root, sites, {site.name for site, _ in targets(sites, assignment)})
+        run_probe(root, sites, {site.name: _needs(site, entry) for site, entry in targets(sites, assignment)})
     children = {site.name: _build(entry, site, root) for site, entry in targets(sites, assignment)}
     patch = Patch(assignment, engine, sites, Activity(type(root).__name__))
     if old is not None:
@@ -99,12 +100,16 @@ def _check_stacks(root: PreTrainedModel, sites: Sites, assignment: Assignment) -
         attention = root.get_submodule(site.name)
         if getattr(entry, "conv_kernel_size", 1) > 1:
             check_projections(attention)
-        if any(config.reads_before_rotary for _, config in _running(entry, site)):
+        if _needs(site, entry).before_rotary:
             rotary_function(attention)  # raises where it cannot be undone
     return {
         stack: extra_tokens_of_stack([e for e in entries.values() if isinstance(e, SparseAttentionConfig)], stack)
         for stack, entries in assignment.items()
     }
+
+
+def _needs(site: Site, entry: LayerEntry) -> Needs:
+    return Needs(before_rotary=any(config.reads_before_rotary for _, config in _running(entry, site)))
 
 
 def _running(entry: LayerEntry, site: Site) -> list[tuple[LayerSpec, SparseAttentionConfig]]:

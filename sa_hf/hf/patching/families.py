@@ -196,10 +196,13 @@ def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | Non
 
 
 def own_window(module: nn.Module, index: int, causal: bool) -> Band:
-    """The model's own sliding window in this layer, as its mask function builds it."""
+    """The model's own sliding window in this layer, as its mask function builds it; ``index`` is its place among the
+    attention layers, which a hybrid counts along with others."""
     config = _config(module)
     types = getattr(config, "layer_types", None)
-    sliding = types is None or types[index] == "sliding_attention"
+    own = getattr(module, "layer_idx", None)
+    at = own if isinstance(own, int) and own >= 0 else index
+    sliding = types is None or (at < len(types) and types[at] in ("sliding_attention", "hybrid_sliding"))
     window: Any = getattr(config, "sliding_window", None) if sliding else None
     if hasattr(module, "sliding_window"):
         window = module.sliding_window

@@ -1,6 +1,6 @@
-"""Proof, before anything is changed, that every targeted layer is reached: forwards on a meta-device skeleton.
+"""Proof, before anything is changed, that every targeted layer is reached: forwards of the model without its weights.
 
-The skeleton is built from a copy of the model's config and holds no data: no cost, no random numbers, and the user's
+What is run (``skeleton.py``) is built from a copy of the model's config: no cost, no random numbers, and the user's
 weights may be sharded or offloaded. It runs the installed transformers: what a release hands to a layer under another
 name, or no longer, is refused here and not left out in silence. A decoder runs twice, the second time with the cache
 that the first one filled.
@@ -9,11 +9,10 @@ that the first one filled.
 from __future__ import annotations
 
 import ast
-import copy
 import inspect
 import textwrap
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,16 +31,14 @@ from sa_hf.hf.forward.keywords import SINKS, unknown_keywords
 from sa_hf.hf.forward.layer_input import Carried
 from sa_hf.hf.forward.masks import MaskRequest, sparse_mask
 from sa_hf.hf.forward.rotary import ROTARY_FUNCTION
-from sa_hf.hf.patching.families import switch_over
-from sa_hf.hf.state.classes import dense_class
+from sa_hf.hf.patching.skeleton import failed_line, partly_known, skeleton_of
+from sa_hf.hf.state.positions import configs_of, position_limit
 from sa_hf.hf.state.sites import Site, Sites
 from sa_hf.hf.state.versions import tested_range
 
 PROBE = "sparse_sa_hf_probe"
-# The other implementations of a mixture of experts need 16-bit weights, or values, which "meta" has not.
+# The other implementations of a mixture of experts need 16-bit weights, or loop over the experts.
 EXPERTS = "batched_mm"
-# Different lengths tell self-attention from attention to the encoder, and new tokens from cached ones.
-LENGTH, DECODER_LENGTH, NEW = 24, 17, 5
 # Transformers' registries are one per process, and so is the probe's entry in them.
 _LOCK = threading.Lock()
 
@@ -59,16 +56,24 @@ class _Seen:
 @dataclass(eq=False)
 class _Runs:
     """What each layer was called with, by its name: without a cache, and on new tokens with one (None: the model takes
-    none)."""
+    none), and the tokens of these calls."""
 
+    sizes: _Sizes
     plain: dict[str, _Seen]
     cached: dict[str, _Seen] | None = None
 
 
-def probe(model: PreTrainedModel, sites: Sites, targets: Container[str]) -> None:
+@dataclass(frozen=True)
+class Needs:
+    """What a pattern needs of its layer beside queries, keys and values."""
+
+    before_rotary: bool = False
+
+
+def probe(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs]) -> None:
     """Run the skeleton and compare what each layer's attention was called with to what its site says.
 
-    Args: targets: the names of the attention modules that get a pattern.
+    Args: targets: the names of the attention modules that get a pattern, and what that needs.
 
     Raises:
         UnsupportedModelError: the skeleton cannot run, or a layer is not reached as described.
@@ -88,42 +93,39 @@ def probe(model: PreTrainedModel, sites: Sites, targets: Container[str]) -> None
         raise UnsupportedModelError(f"{name} cannot be patched: {error}") from error
     except Exception as error:  # whatever a model's own code raises on shapes alone
         raise UnsupportedModelError(
-            f"{name} cannot be patched: a forward on its meta-device skeleton failed: {type(error).__name__}: {error}"
+            f"{name} cannot be patched: a forward of its architecture without its weights failed at "
+            f"{failed_line(error)}: {type(error).__name__}: {error}"
         ) from error
     for site in sites.all_sites:
         call = runs.plain.get(site.name)
         attention = model.get_submodule(site.name)
         reason = _wrong(site, attention, call)
         if reason is None and call is not None and site.name in targets:
-            reason = _not_served(site, attention, call.keywords) or _lost(model, site, call, runs.cached)
+            reason = _not_served(site, attention, call.keywords) or _lost(model, site, call, runs, targets[site.name])
         if reason is not None:
             raise UnsupportedModelError(f"{name} cannot be patched: {site.stack} layer {site.spec.layer_idx} {reason}")
 
 
 def _run(model: PreTrainedModel, sites: Sites) -> _Runs:
-    config = copy.deepcopy(model.config)
-    config.__dict__.pop("sa_hf", None)
-    with torch.device("meta"):
-        skeleton = dense_class(type(model))(config)
-    skeleton.eval()
-    switch_over(skeleton)
-    for module in skeleton.modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation = PROBE
-            module.config._experts_implementation = EXPERTS
-    body = skeleton.base_model
-    caching = any(site.spec.causal for site in sites.all_sites) and "use_cache" in _parameters(body)
-    runs: list[dict[str, _Seen]] = []
-    with _recorder(skeleton, sites, runs) as call, torch.no_grad():
-        output = call(**_inputs(body), **({"use_cache": caching} if "use_cache" in _parameters(body) else {}))
-        cache = cache_in((), dict(output)) if caching else None
-        if cache is not None:
-            call(**_next_inputs(body, cache))
-    return _Runs(*runs)
+    with partly_known() as mode:
+        skeleton = skeleton_of(model, mode, PROBE, EXPERTS)
+        body, sizes = _body(skeleton), _Sizes.of(model)
+        caching = any(site.spec.causal for site in sites.all_sites) and "use_cache" in _parameters(body)
+        runs: list[dict[str, _Seen]] = []
+        with _recorder(skeleton, body, sites, runs) as call:
+            output = call(
+                **_inputs(body, sizes), **({"use_cache": caching} if "use_cache" in _parameters(body) else {})
+            )
+            cache = cache_in((), dict(output)) if caching else None
+            if cache is not None:
+                call(**_next_inputs(body, cache, sizes))
+    return _Runs(sizes, *runs)
 
 
 @contextmanager
-def _recorder(skeleton: PreTrainedModel, sites: Sites, runs: list[dict[str, _Seen]]) -> Iterator[Any]:
+def _recorder(
+    skeleton: PreTrainedModel, body: PreTrainedModel, sites: Sites, runs: list[dict[str, _Seen]]
+) -> Iterator[Any]:
     """Calls of the skeleton's body that append to ``runs`` what each layer's attention is called with."""
     names = {module: module_name for module_name, module in skeleton.named_modules()}
 
@@ -136,7 +138,7 @@ def _recorder(skeleton: PreTrainedModel, sites: Sites, runs: list[dict[str, _See
 
     def call(**inputs: Any) -> Any:
         runs.append({})
-        return skeleton.base_model(**inputs)
+        return body(**inputs)
 
     for site in sites.all_sites:
         skeleton.get_submodule(site.name).register_forward_pre_hook(
@@ -152,41 +154,74 @@ def _recorder(skeleton: PreTrainedModel, sites: Sites, runs: list[dict[str, _See
         AttentionMaskInterface._global_mapping.pop(PROBE, None)
 
 
+def _body(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head; the whole, where what is called its base is a part that takes no inputs (DINOv3)."""
+    body: PreTrainedModel = model.base_model
+    return body if body.main_input_name in _parameters(body) else model
+
+
 def _parameters(body: PreTrainedModel) -> Any:
     return inspect.signature(body.forward).parameters
 
 
-def _inputs(body: PreTrainedModel) -> dict[str, Any]:
-    """Meta inputs of the kind that the model takes."""
+@dataclass(frozen=True)
+class _Sizes:
+    """Tokens of the two calls, and one that is none of the config's special ones. Different lengths tell
+    self-attention from attention to the encoder, and new tokens from cached ones."""
+
+    length: int = 24
+    decoder_length: int = 17
+    new: int = 5
+    token: int = 0
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Sizes:
+        limit = min(position_limit(model) or 29, 29)
+        new = min(5, max(1, limit // 5))
+        length = limit - new
+        special = {
+            value
+            for config in configs_of(model)
+            for name, value in config.__dict__.items()
+            if name.endswith(("token_id", "token_index")) and isinstance(value, int)
+        }
+        return cls(length, max(1, length - 7), new, next(x for x in range(len(special) + 1) if x not in special))
+
+
+def _tokens(sizes: _Sizes, length: int) -> Tensor:
+    return torch.full((1, length), sizes.token, dtype=torch.long)
+
+
+def _inputs(body: PreTrainedModel, sizes: _Sizes) -> dict[str, Any]:
+    """Inputs of the kind that the model takes."""
     main, config, parameters = body.main_input_name, body.config, _parameters(body)
     given: dict[str, Any] = {}
     if main == "input_ids":
-        given["input_ids"] = torch.zeros(1, LENGTH, dtype=torch.long, device="meta")
+        given["input_ids"] = _tokens(sizes, sizes.length)
         if "attention_mask" in parameters:
-            given["attention_mask"] = torch.ones(1, LENGTH, dtype=torch.long, device="meta")
+            given["attention_mask"] = torch.ones(1, sizes.length, dtype=torch.long)
         if "decoder_input_ids" in parameters:
-            given["decoder_input_ids"] = torch.zeros(1, DECODER_LENGTH, dtype=torch.long, device="meta")
+            given["decoder_input_ids"] = _tokens(sizes, sizes.decoder_length)
     elif main == "pixel_values":
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        given["pixel_values"] = torch.zeros(1, config.num_channels, height, width, device="meta")
+        given["pixel_values"] = torch.zeros(1, config.num_channels, height, width)
     else:
         raise UnsupportedModelError(f"its input is {main!r}; sparse attention serves models of tokens and of images")
     return given
 
 
-def _next_inputs(body: PreTrainedModel, cache: Any) -> dict[str, Any]:
+def _next_inputs(body: PreTrainedModel, cache: Any, sizes: _Sizes) -> dict[str, Any]:
     """Inputs of a second call, on new tokens after those in the cache."""
-    given, parameters = _inputs(body), _parameters(body)
+    given, parameters = _inputs(body, sizes), _parameters(body)
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
     if name is None:
         raise UnsupportedModelError(
             f"{type(body).__name__} returns a cache, but takes none as 'cache' or 'past_key_values' ({_installed()})"
         )
-    new = torch.zeros(1, NEW, dtype=torch.long, device="meta")
-    given["decoder_input_ids" if "decoder_input_ids" in given else "input_ids"] = new
+    given["decoder_input_ids" if "decoder_input_ids" in given else "input_ids"] = _tokens(sizes, sizes.new)
     if "attention_mask" in given and "decoder_input_ids" not in given:
-        given["attention_mask"] = torch.ones(1, LENGTH + NEW, dtype=torch.long, device="meta")
+        given["attention_mask"] = torch.ones(1, sizes.length + sizes.new, dtype=torch.long)
     return {**given, "use_cache": True, name: cache}
 
 
@@ -250,21 +285,21 @@ def _not_served(site: Site, attention: nn.Module, keywords: dict[str, Any]) -> s
     return None
 
 
-def _lost(model: PreTrainedModel, site: Site, call: _Seen, cached: dict[str, _Seen] | None) -> str | None:
+def _lost(model: PreTrainedModel, site: Site, call: _Seen, runs: _Runs, needs: Needs) -> str | None:
     """What a pattern relies on and does not find in a call of a targeted layer, or None."""
     carried, attention = call.carried, model.get_submodule(site.name)
     if carried is None or not isinstance(carried.hidden, Tensor):
         return f"({site.name}) does not get its input as 'hidden_states' or first ({_installed()})"
     turns = ROTARY_FUNCTION in inspect.unwrap(type(attention).forward).__code__.co_names
-    if turns and carried.rotary is None:
+    if turns and needs.before_rotary and carried.rotary is None:
         return f"({site.name}) turns queries and keys, but gets no 'position_embeddings' ({_installed()})"
-    body = _parameters(model.base_model)
-    masked = body.keys() & {"attention_mask"} and model.base_model.main_input_name == "input_ids"
-    if masked and call.key[2] == LENGTH and (call.mask is None or call.mask.padding is None):
+    body = _parameters(_body(model))
+    masked = body.keys() & {"attention_mask"} and _body(model).main_input_name == "input_ids"
+    if masked and call.key[2] == runs.sizes.length and (call.mask is None or call.mask.padding is None):
         return f"({site.name}) does not get the padding mask that the model was given ({_installed()})"
     if turns and site.spec.causal and not any(name.endswith("position_ids") for name in body):
         return f"({site.name}) turns by positions, but its model takes no 'position_ids' ({_installed()})"
-    later = None if cached is None or not site.spec.causal else cached.get(site.name)
+    later = None if runs.cached is None or not site.spec.causal else runs.cached.get(site.name)
     if later is None or later.carried is None or later.key[2] <= later.query[2]:
         return None
     if later.carried.cache is None:
