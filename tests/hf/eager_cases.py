@@ -96,6 +96,9 @@ def eager_under_its_pattern(model: Any, mask: Tensor) -> Iterator[None]:
                 pairs = pairs[list(heads)] if len(pairs) > len(heads) else pairs
                 at = (torch.tensor(row), torch.tensor(list(heads))[:, None, None], real[:, None], real[None, :])
                 whole = whole.index_put(at, pairs)
+        given = kwargs.get("attention_mask")
+        if isinstance(given, dict):  # a mask for each kind of mixer (Zaya)
+            return args, {**kwargs, "attention_mask": {**given, "causal": whole}}
         return args, {**kwargs, "attention_mask": whole}
 
     layers = [m for m in model.modules() if isinstance(getattr(m, "sparse", None), SparseAttention)]

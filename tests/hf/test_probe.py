@@ -57,7 +57,9 @@ MODELS: dict[str, Callable[[], Any]] = {
         "Llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     ),
     "router": lambda: named("JetMoe", num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2, kv_channels=8),
-    "HY": lambda: named("HYV3", num_experts=4, num_experts_per_tok=2, num_key_value_heads=2, head_dim=8, moe_intermediate_size=16),
+    "HY": lambda: named(
+        "HYV3", num_experts=4, num_experts_per_tok=2, num_key_value_heads=2, head_dim=8, moe_intermediate_size=16
+    ),
     "LaraMini": lambda: named("LaraMini", num_key_value_heads=2, head_dim=8, num_hidden_layers=4),
     "8 positions": lambda: gpt2(8),
     "2 positions": lambda: gpt2(2),

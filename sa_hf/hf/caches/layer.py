@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from sa_hf.config import SparseAttention
@@ -158,11 +158,11 @@ class LayerMemory:
     pending: dict[str, Remembered] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, cache: Any, module: nn.Module) -> LayerMemory | None:
-        """What a layer keeps in this cache; None without one, or where the cache has no layers to keep it on."""
+    def of(cls, cache: Any, layer_idx: int | None) -> LayerMemory | None:
+        """What a layer, by the model's own number of it, keeps in this cache; None without one, or where the cache has
+        no layers to keep it on."""
         cache = getattr(cache, "self_attention_cache", cache)
-        layer_idx = getattr(module, "layer_idx", None)
-        if not isinstance(layer_idx, int):
+        if layer_idx is None:
             return None
         return cls(cache, layer_idx) if is_cache(cache) and hasattr(cache, "layers") else None
 

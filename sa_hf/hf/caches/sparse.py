@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.caches.layer import memory_of
+from sa_hf.hf.state.activity import place_of
 from sa_hf.hf.state.layers import active_child, leaves
 from sa_hf.hf.state.patch import required_patch
 from sa_hf.hf.state.sites import root_model
@@ -41,21 +42,58 @@ def sparse_cache(model: nn.Module) -> Cache:
     sites = patch.sites.stacks.get("decoder")
     if sites is None:
         raise SparseAttentionError(f"{type(root).__name__} has no causal layers, so nothing to cache")
-    layers: dict[int, KeptLayer | DynamicLayer] = {}
+    takes_caches = getattr(type(root), "_supports_default_dynamic_cache", None)
+    if takes_caches is not None and not takes_caches():
+        raise SparseAttentionError(
+            f"{type(root).__name__} keeps a cache of its own kind and takes no other; generate without `cache=`"
+        )
+    # What lies between the attention layers of a hybrid, or beside attention in the same layer, stays as it is.
+    plain: list[Any] = DynamicCache(config=root.config).layers
+    layers: dict[int, Any] = {}
     names: dict[int, str] = {}
     for site in sites:
         module = root.get_submodule(site.name)
-        child = active_child(module)
-        at = getattr(module, "layer_idx", site.spec.layer_idx)
+        child, index = active_child(module), place_of(module).index
+        at = site.spec.layer_idx if index is None else index
         sparse = isinstance(child, SparseAttention)
         if getattr(module, "is_kv_shared_layer", False):
             layers[at] = SharedLayer()
         else:  # what is read by other layers, too, stays whole
             whole = not sparse or getattr(module, "store_full_length_kv", False)
-            layers[at] = DynamicLayer() if whole else KeptLayer()
+            layers[at] = _layer_like(plain[at] if at < len(plain) else None, DynamicLayer if whole else KeptLayer)
         names[at] = "+".join(leaf.config.name for leaf in leaves(child)) if sparse else "dense"
-    kept = SparseCache([layers.get(at) or DynamicLayer() for at in range(max(layers) + 1)], names)
+    for at in range(max(len(plain), max(layers) + 1)):
+        if at not in layers:
+            layers[at] = plain[at] if at < len(plain) and not isinstance(plain[at], DynamicLayer) else DynamicLayer()
+    kept = SparseCache([layers[at] for at in sorted(layers)], names)
     return SparseEncoderDecoderCache(kept, DynamicCache()) if root.config.is_encoder_decoder else kept
+
+
+def _layer_like(plain: Any, kind: Any) -> Any:
+    """A cache layer of a kind; with the states of what runs beside attention in the same layer, where there are any."""
+    states = getattr(plain, "number_of_states", None)
+    return kind() if states is None else _beside_states(kind)(number_of_states=states)
+
+
+@lru_cache(maxsize=8)
+def _beside_states(kind: Any) -> Any:
+    from transformers.cache_utils import LinearAttentionAndFullAttentionLayer  # late: older releases have none
+
+    if kind is DynamicLayer:
+        return LinearAttentionAndFullAttentionLayer
+    return type(kind.__name__, (kind, LinearAttentionAndFullAttentionLayer), {"__reduce__": _reduced})
+
+
+def _reduced(layer: Any) -> tuple[Any, ...]:
+    # The class has no name of its own that a pickle could find.
+    return _beside_states_again, (dict(vars(layer)),)
+
+
+def _beside_states_again(state: dict[str, Any]) -> Any:
+    kind = _beside_states(KeptLayer)
+    layer = kind.__new__(kind)
+    vars(layer).update(state)
+    return layer
 
 
 class SparseCache(Cache):

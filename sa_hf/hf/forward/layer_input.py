@@ -36,7 +36,9 @@ class Carried:
         rotary = kwargs.get("position_embeddings")
         if rotary is None and len(args) > 1 and isinstance(args[1], tuple):
             rotary = args[1]
-        request = next((x for x in (*args, *kwargs.values()) if isinstance(x, MaskRequest)), None)
+        # Some models hand down a mask for each kind of mixer by its name (Zaya).
+        masks = [y for x in (*args, *kwargs.values()) for y in (x.values() if isinstance(x, dict) else [x])]
+        request = next((x for x in masks if isinstance(x, MaskRequest)), None)
         return cls(hidden, rotary, cache_in(args, kwargs), request)
 
 
@@ -62,7 +64,7 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     _check_implementation(module)
     given = Carried.by(args, kwargs)
     hidden, request = given.hidden, given.request
-    memory = LayerMemory.of(given.cache, module)
+    memory = LayerMemory.of(given.cache, place.index)
     if memory is not None:
         memory.announce(active_child(module))
     kwargs = {**kwargs, "sparse_call": LayerCall(hidden, given.rotary, memory)}

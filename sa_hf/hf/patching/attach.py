@@ -32,11 +32,12 @@ from sa_hf.hf.state.extension import own_configs
 from sa_hf.hf.state.layers import active_child, learned_leaves, tie_layers
 from sa_hf.hf.state.nested import check_not_nested
 from sa_hf.hf.state.patch import Patch, patch_of
-from sa_hf.hf.state.sites import Site, Sites, root_model
+from sa_hf.hf.state.sites import Site, Sites, own_index, root_model
 from sa_hf.hf.state.step import follow_trainers
 from sa_hf.hf.state.versions import check_transformers
 from sa_hf.layer import LayerSpec
 from sa_hf.ops.choice import check_engine
+from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.mixture import MixedSparseAttention, part_spec
 
 
@@ -109,7 +110,12 @@ def _check_stacks(root: PreTrainedModel, sites: Sites, assignment: Assignment) -
 
 
 def _needs(site: Site, entry: LayerEntry) -> Needs:
-    return Needs(before_rotary=any(config.reads_before_rotary for _, config in _running(entry, site)))
+    configs = [config for _, config in _running(entry, site)]
+    taps = max(getattr(config, "conv_kernel_size", 1) for config in configs) - 1
+    return Needs(
+        before_rotary=any(config.reads_before_rotary for config in configs),
+        hidden=taps > 0 or not all(isinstance(config, StaticPatternConfig) for config in configs),
+    )
 
 
 def _running(entry: LayerEntry, site: Site) -> list[tuple[LayerSpec, SparseAttentionConfig]]:
@@ -156,7 +162,8 @@ def _attach(root: PreTrainedModel, patch: Patch, children: dict[str, SparseAtten
     original = _original_of(root, patch)
     for site in patch.sites.all_sites:
         module = root.get_submodule(site.name)
-        place = Place(site.spec, patch.engine, original(module), patch.activity, extra[site.stack])
+        index = own_index(site.name, module)
+        place = Place(site.spec, patch.engine, original(module), patch.activity, extra[site.stack], index)
         _put(module, children.get(site.name) or DenseMarker(), place)
         if site.name in children or has_bias_table(module):
             patch.handles.append(module.register_forward_pre_hook(attention_pre_hook, with_kwargs=True))

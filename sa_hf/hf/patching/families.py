@@ -168,7 +168,8 @@ def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
 
 def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | None) -> LayerSpec:
     heads = _first(module, _HEADS)
-    hidden = getattr(_config(module), "hidden_size", None)
+    # Zamba's attention reads twice the width of its residual stream.
+    hidden = getattr(_config(module), "attention_hidden_size", None) or getattr(_config(module), "hidden_size", None)
     if heads is None or hidden is None:
         raise UnsupportedModelError(
             f"the number of heads or the hidden size of {type(module).__name__} is in none of the attributes {_HEADS} "

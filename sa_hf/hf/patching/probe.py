@@ -68,6 +68,7 @@ class Needs:
     """What a pattern needs of its layer beside queries, keys and values."""
 
     before_rotary: bool = False
+    hidden: bool = False
 
 
 def probe(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs]) -> None:
@@ -290,6 +291,9 @@ def _lost(model: PreTrainedModel, site: Site, call: _Seen, runs: _Runs, needs: N
     carried, attention = call.carried, model.get_submodule(site.name)
     if carried is None or not isinstance(carried.hidden, Tensor):
         return f"({site.name}) does not get its input as 'hidden_states' or first ({_installed()})"
+    width = carried.hidden.shape[-1]
+    if needs.hidden and width != site.spec.hidden_size:
+        return f"({site.name}) reads an input {width} wide, but its config says {site.spec.hidden_size}"
     turns = ROTARY_FUNCTION in inspect.unwrap(type(attention).forward).__code__.co_names
     if turns and needs.before_rotary and carried.rotary is None:
         return f"({site.name}) turns queries and keys, but gets no 'position_embeddings' ({_installed()})"

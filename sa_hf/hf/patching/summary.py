@@ -28,8 +28,10 @@ TILE_BYTES, STATISTIC_BYTES = 8, 4
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer. ``density`` is kept pairs over those of dense attention, None where it depends on the data;
-    ``memory`` estimates the bytes of attention for one sequence (q, k, v, output, statistics, lists or weights)."""
+    """One layer; ``index`` is its place in the stack, ``own`` the model's number of it where that is another (a hybrid
+    counts the layers without attention, too). ``density`` is kept pairs over those of dense attention, None where it
+    depends on the data; ``memory`` estimates the bytes of attention for one sequence (q, k, v, output, statistics,
+    lists or weights)."""
 
     stack: str
     index: int
@@ -38,6 +40,7 @@ class LayerSummary:
     engine: str
     reason: str
     memory: int
+    own: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Summary:
         for layer in self.layers:
             density = "by data" if layer.density is None else f"{layer.density:.2%}"
             memory = f"{layer.memory / 2**20:.1f} MB"
-            rows.append((layer.stack, str(layer.index), layer.pattern, density, layer.engine, memory, layer.reason))
+            index = str(layer.index) if layer.own is None else f"{layer.index} (layer {layer.own})"
+            rows.append((layer.stack, index, layer.pattern, density, layer.engine, memory, layer.reason))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([f"{self.model} at {self.length} tokens", *lines])
@@ -93,17 +97,18 @@ def _layer(root: nn.Module, site: Site, length: int) -> LayerSummary:
     place, child = place_of(module), active_child(module)
     device, dtype = computes_in(module)  # the model may have moved since it was patched
     spec, index = replace(site.spec, device=device, dtype=dtype), site.spec.layer_idx
+    own = None if place.index == index else place.index
     if not isinstance(child, SparseAttention):
         kept = _static_density(DenseAttentionConfig(), spec, tuple(range(spec.num_heads)), length)
         memory = _memory(spec, length, None, materialised=place.original == "eager")
-        return LayerSummary(site.stack, index, "dense", kept, place.original, "left dense", memory)
+        return LayerSummary(site.stack, index, "dense", kept, place.original, "left dense", memory, own)
     parts = list(leaves(child))
     densities = [_density(part, spec, length) for part in parts]
     known = [d * len(p.heads) for d, p in zip(densities, parts, strict=True) if d is not None]
     density = sum(known) / spec.num_heads if len(known) == len(parts) else None
     name = " + ".join(dict.fromkeys(part.config.name for part in parts))
     engine, reason = _engine(place.engine, spec)
-    return LayerSummary(site.stack, index, name, density, engine, reason, _memory(spec, length, density))
+    return LayerSummary(site.stack, index, name, density, engine, reason, _memory(spec, length, density), own)
 
 
 def _density(part: SparseAttention, spec: LayerSpec, length: int) -> float | None:

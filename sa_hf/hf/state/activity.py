@@ -45,13 +45,15 @@ class Activity:
 
 @dataclass(eq=False)
 class Place:
-    """How one attention module runs. ``spec`` is None for cross-attention."""
+    """How one attention module runs. ``spec`` is None for cross-attention; ``index`` is the model's own number of its
+    layer (``own_index``)."""
 
     spec: LayerSpec | None
     engine: str
     original: str
     activity: Activity
     extra_tokens: int = 0
+    index: int | None = None
 
 
 class DenseMarker(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -69,6 +70,16 @@ def _outermost_models(module: nn.Module, name: str) -> Iterator[tuple[str, PreTr
             yield path, child
         else:
             yield from _outermost_models(child, path)
+
+
+def own_index(name: str, module: nn.Module) -> int | None:
+    """The model's own number of an attention module's layer, which places it in caches: a hybrid counts its other layers,
+    too. None where the model numbers none."""
+    index = getattr(module, "layer_idx", None)
+    if isinstance(index, int) and index >= 0:
+        return index
+    found = re.search(r"\.(\d+)(?=\.|$)", name)
+    return int(found[1]) if found else None
 
 
 def computes_in(module: nn.Module) -> tuple[torch.device, torch.dtype]:
