@@ -73,8 +73,8 @@ def _outermost_models(module: nn.Module, name: str) -> Iterator[tuple[str, PreTr
 
 
 def own_index(name: str, module: nn.Module) -> int | None:
-    """The model's own number of an attention module's layer, which places it in caches: a hybrid counts its other layers,
-    too. None where the model numbers none."""
+    """The model's own number of an attention module's layer, which places it in caches (a hybrid counts its other
+    layers, too); None where the model numbers none."""
     index = getattr(module, "layer_idx", None)
     if isinstance(index, int) and index >= 0:
         return index
