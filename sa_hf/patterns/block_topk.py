@@ -4,16 +4,20 @@ Positions are cut into blocks of ``block_size``. A query always reads the first 
 to its own, and of the others the ``top_k`` whose pooled keys have the highest product with it. Attention inside what is
 read is exact; the choice carries no gradient. Causal rows choose among complete blocks behind their window, by queries
 that no later token changes.
+
+With ``indexer`` two small projections ``A`` and ``B`` of the layer's input join queries and keys in the choice: the
+score of a block gains ``A x . pool(B x)``. ``A`` starts at zero, so that the choice starts as the unlearned one. They
+learn from the mass that dense attention puts on each block (the warm-up of DeepSeek-V3.2's indexer, section 2.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sa_hf.config import (
     SparseAttention,
@@ -30,8 +34,14 @@ from sa_hf.ops.parts import Band
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.reference import dense_attention
 from sa_hf.ops.sequences import Sequences
+from sa_hf.patterns.block_index import Index, divergence, keys_of, rows_mass, sampled_rows
 from sa_hf.patterns.block_sets import BLOCK_TOPK, BlockSets, block_queries, choose_blocks, kept_pairs, pooled_keys
+from sa_hf.patterns.learned import LearnedAttention, seeded_uniform
 from sa_hf.patterns.static import score_options
+
+DENSE_ROWS = 1024  # queries of a forward whose dense attention an indexer learns from
+INDEX_WIDTH = 16  # r
+
 
 # Of a group: queries [G, H, m, D] and the position of the first.
 Recent: TypeAlias = Callable[[Group], tuple[Tensor, int]]
@@ -51,7 +61,8 @@ class BlockTopKAttentionConfig(SparseAttentionConfig):
             before) or "query" (each query chooses).
         pooling: of a block's keys, "mean" or "max" (elementwise).
         shared_by_group: one choice for the query heads of a key head, by the sum of their scores; else one each.
-        indexer: learned projections choose.
+        indexer: two learned projections of the layer's input take part in the choice; in training they follow dense
+            attention's mass on each block (of 1,024 queries a forward), and nothing else learns from that.
     """
 
     name: ClassVar[str] = "block_topk"
@@ -73,10 +84,6 @@ class BlockTopKAttentionConfig(SparseAttentionConfig):
         check_choice(self, "pooling", ("mean", "max"))
         check_bool(self, "shared_by_group")
         check_bool(self, "indexer")
-        if self.indexer:
-            raise SparseAttentionError(
-                "block_topk.indexer=True (learned projections that choose) is not built yet; use indexer=False"
-            )
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:
@@ -114,7 +121,7 @@ class BlockTopKAttentionConfig(SparseAttentionConfig):
             )
 
     def build(self, spec: LayerSpec) -> BlockTopKAttention:
-        return BlockTopKAttention(self, spec)
+        return IndexedBlockTopKAttention(self, spec) if self.indexer else BlockTopKAttention(self, spec)
 
 
 class BlockTopKAttention(SparseAttention):
@@ -126,20 +133,21 @@ class BlockTopKAttention(SparseAttention):
     def __init__(self, config: BlockTopKAttentionConfig, spec: LayerSpec) -> None:
         config.check_layer(spec)
         super().__init__(config, spec)
-        # A step of decoding chooses by the queries of the block before its own.
-        self.remembers = spec.causal and config.selection == "query_block"
+        # A step of decoding chooses by the queries of the block before its own, and by what was learned of the keys.
+        self.remembers = spec.causal and (config.selection == "query_block" or config.indexer)
         self._seen: list[tuple[Tensor, Tensor]] = []  # choices [G, C, R, k] of the last forward, the rows' blocks [R]
 
     def forward(self, inputs: AttentionInputs) -> Tensor:
         self.config.check_causality(inputs.causal, "this call")
-        recent = self._recent_queries(inputs)
+        index = self._index(inputs)
+        recent = self._recent_queries(inputs, index)
         options = score_options(inputs, self.heads)
         sets, config = self.config.sets(inputs.causal), self.config
         by_row = config.selection == "query"
         self._seen = []
 
         def attend_group(group: Group) -> Tensor:
-            chosen = self._choose(group, sets, inputs, recent)
+            chosen = self._choose(group, sets, inputs, recent, index)
             chosen = chosen.repeat_interleave(group.query.shape[1] // chosen.shape[1], 1)
             if inputs.engine == "reference":
                 lengths = group.query.shape[2], group.key.shape[2]
@@ -152,52 +160,64 @@ class BlockTopKAttention(SparseAttention):
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
 
+    def _index(self, inputs: AttentionInputs) -> Index | None:
+        """What learned projections give of the tokens beside their queries and keys; None without them."""
+        return None
+
     @torch.no_grad()
-    def _choose(self, group: Group, sets: BlockSets, inputs: AttentionInputs, recent: Recent) -> Tensor:
+    def _choose(
+        self, group: Group, sets: BlockSets, inputs: AttentionInputs, recent: Recent, index: Index | None
+    ) -> Tensor:
         """What :func:`chosen_blocks` gives for a group; kept for the figures."""
         query, start = recent(group)
-        pooled = self._pooled(group, inputs)
+        pooled = self._pooled(group, inputs, index)
         lengths = group.query_offset, group.key.shape[2]
         chosen, rows = chosen_blocks(self.config, query, start, pooled, *lengths, sets, inputs.band)
         self._seen.append((chosen, rows))
         return chosen
 
-    def _pooled(self, group: Group, inputs: AttentionInputs) -> Tensor:
+    def _pooled(self, group: Group, inputs: AttentionInputs, index: Index | None) -> Tensor:
         """The pooled keys of the blocks that may be chosen; of whole rows with a cache, those known are kept beside it,
         so that a step reads new blocks alone."""
-        key, block, known = group.key.detach(), self.config.block_size, None
+        key, block, known = keys_of(group, index), self.config.block_size, None
         if not inputs.causal:
-            return pooled_keys(key, block, self.config.pooling)
-        key = key[:, :, : key.shape[2] // block * block]  # no causal row chooses a block that is not complete
+            return self._pool(key)
+        complete = group.key.shape[2] // block * block  # no causal row chooses a block that is not complete
+        key = [x[:, :, :complete] for x in key]
         beside = inputs.beside if inputs.sequences.is_full else None
         if beside is not None:
             known = beside("pooled")
         if known is None or beside is None:
-            pooled = pooled_keys(key, block, self.config.pooling)
+            pooled = self._pool(key)
             if beside is not None:
                 beside("pooled", pooled)
             return pooled
         count = min(known.shape[2], group.query_offset // block)
-        fresh = key[:, :, count * block :]
-        if fresh.shape[2] == 0 and known.shape[2] == count:
+        if complete == count * block and known.shape[2] == count:
             return known
-        pooled = torch.cat([known[:, :, :count], pooled_keys(fresh, block, self.config.pooling)], dim=2)
+        pooled = torch.cat([known[:, :, :count], self._pool([x[:, :, count * block :] for x in key])], dim=2)
         beside("pooled", pooled)
         return pooled
 
-    def _recent_queries(self, inputs: AttentionInputs) -> Recent:
+    def _pool(self, key: Sequence[Tensor]) -> Tensor:
+        """The pooled keys of all blocks, and beside them what was learned of the keys, pooled alike."""
+        pooled = [pooled_keys(x, self.config.block_size, self.config.pooling) for x in key]
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)
+
+    def _recent_queries(self, inputs: AttentionInputs, index: Index | None) -> Recent:
         """The queries of a group's last positions ``[G, H, m, D]``, those of the new tokens and with a cache of the
-        block before them; and the position of the first."""
-        query = inputs.query.detach()
-        if inputs.remember is None or not self.remembers:
-            return lambda group: (group.query.detach(), group.query_offset)
-        query = inputs.remember("queries", query, dim=2, need=2 * self.config.block_size)
-        slots = inputs.key.shape[2]
-        missing = slots - query.shape[2]
+        block before them; and the position of the first. Of learned projections the new ones carry a graph."""
+        query = inputs.query.detach() if index is None else torch.cat([inputs.query.detach(), index.queries], -1)
+        if inputs.remember is None or not self.remembers or self.config.selection == "query":
+            return lambda group: (group.queries(query), group.query_offset)
+        given = inputs.remember("queries", query.detach(), dim=2, need=2 * self.config.block_size)
+        slots, missing = inputs.key.shape[2], inputs.key.shape[2] - given.shape[2]
+        if index is not None:
+            given = torch.cat([given[:, :, : given.shape[2] - query.shape[2]], query], dim=2)
         if inputs.sequences.is_full:
-            return lambda group: (query, missing)
+            return lambda group: (given, missing)
         check_remembered(inputs.sequences, missing, self.config.sets(True))
-        filled = torch.nn.functional.pad(query, (0, 0, missing, 0))
+        filled = torch.nn.functional.pad(given, (0, 0, slots - given.shape[2], 0))
         return lambda group: (group.keys(filled), 0)
 
     def figures(self) -> dict[str, float]:
@@ -208,6 +228,82 @@ class BlockTopKAttention(SparseAttention):
         rows = sum(there[..., 0].numel() for there, _ in listed)
         back = sum(int(distance[there].sum()) for there, distance in listed)
         return {"blocks_chosen": taken / rows, "blocks_back": back / max(1, taken)}
+
+
+class IndexedBlockTopKAttention(BlockTopKAttention, LearnedAttention):
+    """The choice with learned projections.
+
+    State: ``index_query`` fp32 ``[C, r, hidden]``, C choosing heads (key heads where their query heads choose together,
+    else query heads), zero at the start; ``index_key`` fp32 ``[key heads, r, hidden]``, of unit variance; r is 16. They
+    read the layer's input at a root mean square of 1 and are divided by ``hidden ** 0.75`` and ``hidden ** 0.5``, so
+    that the learning rate of sparse state (1e-2) suits both at any width.
+    """
+
+    def __init__(self, config: BlockTopKAttentionConfig, spec: LayerSpec) -> None:
+        super().__init__(config, spec)
+        keys, width = spec.num_key_value_heads, spec.hidden_size
+        choosing = keys if config.shared_by_group else len(self.heads)
+        words = (spec.layer_idx, self.heads[0])
+        draws = seeded_uniform(config.seed, words, keys * INDEX_WIDTH * width, spec.device)
+        of_keys = (3**0.5 * (2 * draws - 1)).float().view(keys, INDEX_WIDTH, width)
+        self.index_query = nn.Parameter(torch.zeros(choosing, INDEX_WIDTH, width, device=spec.device))
+        self.index_key = nn.Parameter(of_keys)
+        self._sums: list[tuple[Tensor, Tensor]] = []  # divergence and rows of each group of the running forward
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        self._sums = []
+        out = super().forward(inputs)
+        if self._sums:
+            total, rows = (sum(x[1:], start=x[0]) for x in zip(*self._sums, strict=True))
+            self._keep_loss("block_topk_indexer", total / rows.clamp(min=1), 1.0)
+            self._sums = []
+        elif not self.training:
+            self._unscaled.pop("block_topk_indexer", None)  # of an earlier forward
+        return out
+
+    def _index(self, inputs: AttentionInputs) -> Index:
+        hidden = inputs.hidden_states
+        if hidden is None:
+            raise SparseAttentionError("block_topk.indexer=True reads the layer's input, but hidden_states is None")
+        x = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        with torch.autocast(x.device.type, enabled=False):
+            queries = torch.einsum("bnh,crh->bcnr", x, self.index_query.to(x.dtype))
+            queries = queries / (inputs.scale * x.shape[-1] ** 0.75)
+            keys = torch.einsum("bnh,crh->bcnr", x, self.index_key.to(x.dtype)) / x.shape[-1] ** 0.5
+        if inputs.remember is not None:
+            known = inputs.remember("index_keys", keys.detach(), dim=2)
+            keys = torch.cat([known[:, :, : known.shape[2] - keys.shape[2]], keys], dim=2) if self.training else known
+        return Index(queries.repeat_interleave(inputs.query.shape[1] // queries.shape[1], 1), keys)
+
+    def _choose(
+        self, group: Group, sets: BlockSets, inputs: AttentionInputs, recent: Recent, index: Index | None
+    ) -> Tensor:
+        chosen = super()._choose(group, sets, inputs, recent, index)
+        if self.training:
+            self._sums.append(self._divergence(group, sets, inputs, recent, index))
+        return chosen
+
+    def _divergence(
+        self, group: Group, sets: BlockSets, inputs: AttentionInputs, recent: Recent, index: Index | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of some of the rows that choose: the summed divergence of their scores from dense attention's mass, and their
+        number."""
+        query, start = recent(group)
+        offset, length = group.query_offset, group.key.shape[2]
+        pooled = self._pool(keys_of(group, index))
+        vectors, pooled, low, high = choosing_vectors(self.config, query, start, pooled, offset, length, sets)
+        per_row = 1 if self.config.selection == "query" else sets.block
+        rows = sampled_rows(len(low), DENSE_ROWS // per_row, self.step - self.steps_back)
+        there, rows = rows < len(low), rows.clamp(max=len(low) - 1)
+        low, high, vectors = low[rows], high[rows], vectors[:, :, rows]
+        mass = rows_mass(group, low, per_row, sets, inputs.band).unflatten(1, (vectors.shape[1], -1)).sum(2)
+        # A key head's query heads choose by the sum of their scores; that of one is what dense attention knows.
+        scores = (vectors @ pooled.to(vectors.dtype).transpose(-1, -2)).to(mass.dtype)
+        scores = scores * (inputs.scale * vectors.shape[1] / inputs.query.shape[1])
+        blocks = torch.arange(pooled.shape[2], device=low.device)
+        allowed = sets.eligible(low[:, None], high[:, None], blocks, inputs.band)
+        return divergence(mass, scores, allowed & there[:, None])
 
 
 def chosen_blocks(
@@ -224,6 +320,16 @@ def chosen_blocks(
             block before them.
         pooled: ``[G, Hkv, blocks, D]``, of the whole sequence of ``length``.
     """
+    vectors, pooled, low, high = choosing_vectors(config, query, start, pooled, offset, length, sets)
+    return choose_blocks(vectors, pooled, (low, high), sets, band, config.top_k), low // sets.block
+
+
+def choosing_vectors(
+    config: BlockTopKAttentionConfig, query: Tensor, start: int, pooled: Tensor, offset: int, length: int,
+    sets: BlockSets,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What chooses and what is chosen from, for the arguments of :func:`chosen_blocks`: ``[G, C, R, D]``, pooled
+    keys ``[G, C, blocks, D]``, and the first and the last position of each row, int64 ``[R]``."""
     if offset and not sets.causal:
         raise SparseAttentionError(
             "bidirectional block_topk attends whole sequences: query and key length must be equal"
@@ -250,7 +356,7 @@ def chosen_blocks(
         pooled = pooled.repeat_interleave(group_size, 1)
     elif group_size > 1:
         vectors = vectors.unflatten(1, (-1, group_size)).sum(2, dtype=torch.float64)
-    return choose_blocks(vectors, pooled, (low, high), sets, band, config.top_k), low // sets.block
+    return vectors, pooled, low, high
 
 
 def read_pairs(config: BlockTopKAttentionConfig, query: Tensor, key: Tensor, causal: bool = True) -> Tensor:

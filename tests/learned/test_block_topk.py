@@ -203,7 +203,7 @@ def test_the_bare_operator_serves_it(selection: str) -> None:
         ({"selection": "block"}, "query_block"),
         ({"pooling": "sum"}, "mean"),
         ({"shared_by_group": 1}, "True or False"),
-        ({"indexer": True}, "indexer=True"),
+        ({"indexer": 1}, "True or False"),
     ],
 )
 def test_wrong_fields_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -22,6 +22,7 @@ CASES: list[tuple[SparseAttentionConfig, bool]] = [
     (BlockTopKAttentionConfig(block_size=4, top_k=2), True),
     (BlockTopKAttentionConfig(block_size=16, top_k=1, num_window_blocks=1), False),
     (BlockTopKAttentionConfig(block_size=4, top_k=2, num_window_blocks=1, selection="query"), False),
+    (BlockTopKAttentionConfig(block_size=4, top_k=2, num_window_blocks=1, indexer=True), True),
     (SparseBertAttentionConfig(mask_length=64), True),
     (SparseBertAttentionConfig(mask_length=64, frozen=True), False),
 ]
