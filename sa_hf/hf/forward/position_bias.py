@@ -6,6 +6,7 @@ the table ``[1, heads, 1, 2 N - 1]`` instead: column ``j - i + N - 1`` is the bi
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 
 from sa_hf.hf.forward.masks import MaskRequest
 
+BUCKET = "_relative_position_bucket"
+
 
 def has_bias_table(module: nn.Module) -> bool:
     """Whether this attention layer computes the bias that later layers share."""
-    return bool(getattr(module, "has_relative_attention_bias", False)) and hasattr(module, "_relative_position_bucket")
+    takes = "position_bias" in inspect.signature(type(module).forward).parameters
+    return takes and bool(getattr(module, "has_relative_attention_bias", False)) and hasattr(module, BUCKET)
 
 
 def bias_table(module: Any, length: int, device: torch.device) -> Tensor:

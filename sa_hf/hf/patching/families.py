@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sa_hf.errors import UnsupportedModelError
+from sa_hf.hf.patching.asking import let_ask, let_ask_no_more
 from sa_hf.hf.state.positions import position_limit
 from sa_hf.hf.state.sites import Site, Sites, computes_in, window_band
 from sa_hf.layer import LayerSpec
@@ -28,6 +29,8 @@ _HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key
 
 def calls_interface(module: nn.Module) -> bool:
     """Whether the module's ``forward`` looks its attention function up in transformers' interface."""
+    if getattr(type(module), "asks_interface", False):
+        return True
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
@@ -94,16 +97,18 @@ def _sites(model: PreTrainedModel, max_length: int | None) -> Sites:
 def switch_over(model: nn.Module) -> bool:
     """Let attention that computes the same as the interface's ask the interface (BigBird's own architecture); returns
     whether any had to be changed for it."""
+    changed = let_ask(model)
     if not _has_bigbird(model):
-        return False
+        return changed
     # Late: it loads Transformers' BigBird.
     from sa_hf.hf.patching.big_bird import ask_interface
 
-    return ask_interface(model)
+    return ask_interface(model) or changed
 
 
 def switch_back(model: nn.Module) -> None:
     """Undo :func:`switch_over`."""
+    let_ask_no_more(model)
     if _has_bigbird(model):
         from sa_hf.hf.patching.big_bird import ask_no_more  # late, as above
 

@@ -281,7 +281,8 @@ def _not_served(site: Site, attention: nn.Module, keywords: dict[str, Any]) -> s
     if unknown:
         return f"hands {unknown[0]!r} to its attention, which sparse attention would have to drop"
     taken = inspect.signature(type(attention).forward).parameters
-    if keywords.get("position_bias") is not None and "position_bias" not in taken:
+    bias = keywords.get("position_bias")
+    if bias is not None and bias.shape[-2] != 1 and "position_bias" not in taken:
         return "builds a position bias of all pairs inside the layer"
     return None
 

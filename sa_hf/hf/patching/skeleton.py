@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from sa_hf.hf.patching.families import switch_over
+from sa_hf.hf.state.activity import IMPLEMENTATION
 from sa_hf.hf.state.classes import dense_class
 
 # Elements of the largest tensor that has values: 24 tokens of a layer 43,000 wide.
@@ -144,6 +145,7 @@ def skeleton_of(model: PreTrainedModel, mode: PartlyKnown, attention: str, exper
     """The model's architecture from a copy of its config, with other implementations of attention and experts."""
     config = copy.deepcopy(model.config)
     config.__dict__.pop("sa_hf", None)
+    _forget_ours(config)
     mode.building = True
     skeleton: PreTrainedModel = dense_class(type(model))(config)
     mode.building = False
@@ -158,6 +160,13 @@ def skeleton_of(model: PreTrainedModel, mode: PartlyKnown, attention: str, exper
         if not parameter.is_meta and parameter.is_floating_point():
             parameter.copy_(1 + 0.3 * mode._filled(torch.empty_like(parameter, device="meta")))
     return skeleton
+
+
+def _forget_ours(config: Any) -> None:
+    """Let a patched model's config name an attention of Transformers: some models choose their layers' class by it."""
+    for one in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
+        if one is not None and one._attn_implementation == IMPLEMENTATION:
+            one._attn_implementation_internal = "eager"
 
 
 def failed_line(error: BaseException) -> str:

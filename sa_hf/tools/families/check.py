@@ -68,7 +68,7 @@ def build(entry: Entry) -> tuple[Any, dict[str, Any]]:
     except Exception as error:
         raise NotBuilt(said(error) + _where(error)) from error
     size = sum(p.numel() for p in model.parameters())
-    if size > 2e7:
+    if size > 1e8:
         raise NotBuilt(f"still has {size / 1e6:.0f} M parameters in tiny form")
     scatter(model)
     first = None

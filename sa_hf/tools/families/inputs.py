@@ -14,7 +14,7 @@ from sa_hf.tools.families.shrink import FRAMES, IMAGE
 BATCH, LENGTH, DECODER_LENGTH, CHOICES = 2, 19, 13, 2
 SHORT = 13  # real tokens of the padded row
 SAMPLES, END = 6400, 2
-FIRST_TOKEN, TOKENS = 5, 80  # clear of special tokens at either end of the vocabulary
+FIRST_TOKEN, TOKENS = 5, 28  # clear of special tokens at either end of the vocabulary, also of a protein's
 SOUNDS = ("input_features", "input_values", "audio_values")
 
 
@@ -27,9 +27,10 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
     taken = parameters(model)
     text = _text(model, taken)
     pixels = {"pixel_values": _pixels(model)} if "pixel_values" in taken else {}
-    sound = {name: _sound(name, model) for name in SOUNDS if name in taken}
+    sounds = [{name: sound} for name in SOUNDS if name in taken for sound in _sounds(name, model)]
     decoder = {"decoder_input_ids": tokens(DECODER_LENGTH, 3)} if "decoder_input_ids" in taken else {}
-    for parts in ((text,), (pixels,), (sound,), (text, pixels), (text, sound)):
+    together = [(text,), (pixels,), *((sound,) for sound in sounds), (text, pixels)]
+    for parts in [*together, *((text, sound) for sound in sounds), (_patches(model, taken),)]:
         if all(parts):
             given = {name: value for part in parts for name, value in part.items()}
             if decoder:
@@ -73,16 +74,33 @@ def _pixels(model: Any) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
 
-def _sound(name: str, model: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    if name != "input_features":
-        return torch.randn(BATCH, SAMPLES, generator=generator)
+def _sounds(name: str, model: Any) -> Iterator[Tensor]:
+    """Samples, with and without a channel, or features, in either order."""
     config = model.config
     audio = getattr(config, "audio_config", None) or getattr(config, "encoder_config", None) or config
-    bins = next((getattr(audio, n) for n in ("num_mel_bins", "feature_size", "n_mels") if hasattr(audio, n)), 16)
-    by_bins = getattr(audio, "max_source_positions", None) == FRAMES // 2 and getattr(audio, "num_mel_bins", None)
-    shape = (BATCH, bins, FRAMES) if by_bins else (BATCH, FRAMES, bins)
-    return torch.randn(shape, generator=generator)
+    names = ("num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel")
+    bins = next((getattr(audio, n) for n in names if isinstance(getattr(audio, n, None), int)), 16)
+    samples = [(BATCH, SAMPLES), (BATCH, 1, SAMPLES)] if name != "input_features" else []
+    for shape in [
+        *samples,
+        (BATCH, bins, FRAMES),
+        (BATCH, FRAMES, bins),
+        (BATCH, getattr(audio, "max_length", 1), bins),
+    ]:
+        yield torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+def _patches(model: Any, taken: dict[str, Any]) -> dict[str, Any]:
+    """Flat patches with a grid of them for each image, as Qwen's towers take them."""
+    if "grid_thw" not in taken:
+        return {}
+    config = model.config
+    name = "pixel_values" if "pixel_values" in taken else "hidden_states"
+    side = getattr(config, "patch_size", 1)
+    width = getattr(config, "in_channels", None) or getattr(config, "num_channels", None) or 3
+    width = width * side * side * (getattr(config, "temporal_patch_size", None) or 1)
+    patches = torch.randn(BATCH * 16, width, generator=torch.Generator().manual_seed(2))
+    return {name: patches, "grid_thw": torch.tensor([[1, 4, 4]] * BATCH)}
 
 
 def padded(inputs: dict[str, Any], side: str, pad: int) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from transformers.modeling_utils import AttentionInterface
 
 import sa_hf
 from sa_hf.config import SparseAttention
+from sa_hf.hf.state.activity import IMPLEMENTATION
 from sa_hf.hf.state.layers import active_child
 from sa_hf.hf.state.patch import required_patch
 
-NAME = "sa_hf_families"
+NAME = f"{IMPLEMENTATION}_families"
 HIDDEN = torch.finfo(torch.float32).min
 
 

@@ -16,6 +16,9 @@ MOST_LAYERS = 4
 
 # The first pattern that a field's name matches as a whole says its value.
 _SIZES: tuple[tuple[str, Any], ...] = (
+    (r"mamba_d_state|state_size|ssm_state_size|mamba_state_size|d_state", 16),
+    (r"mamba_d_head|mamba_head_dim", 2 * HEAD_DIM),
+    (r"mamba_d_ssm", WIDE),
     (r"vocab_size|.*_vocab_size|padded_vocab_size|vocab_size_.*|unpadded_vocab_size", VOCABULARY),
     (r"type_vocab_size|token_type_vocab_size", None),
     (r"hidden_size_per_layer_input", 16),
@@ -51,8 +54,8 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"patch_size", PATCH),
     (r"mm_tokens_per_image|image_seq_length|num_image_tokens", 16),
     (r"num_mel_bins|feature_size|input_feat_per_channel|n_mels|num_mel_channels|mel_dim", 16),
-    (r"mamba_d_state|state_size|ssm_state_size|mamba_state_size|d_state", 16),
-    (r"mamba_d_head|mamba_head_dim", 32),
+    (r"encoder_hash_byte_group_vocab", 64),
+    (r"num_kv_shared_layers", 0),
     (r"time_step_rank|mamba_dt_rank", 8),
     (r"num_queries|num_query_tokens|resampler_n_latents", 8),
     (r"conv_dim", 32),
@@ -63,7 +66,7 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"shape_size", 16),
     (r"index_n_heads", 2),
     (r"index_head_dim", HEAD_DIM),
-    (r"index_topk", 4),
+    (r"index_topk", 16),
 )  # fmt: skip
 _COMPILED = tuple((re.compile(pattern), value) for pattern, value in _SIZES)
 # Lists of places of layers.
@@ -71,9 +74,20 @@ _PLACES = re.compile(
     r"deepstack_visual_indexes|fullatt_block_indexes|global_attn_indexes|full_attn_.*idx.*|encode_proj_layers_"
 )
 _DROPPED = ("out_features", "out_indices", "stage_names", "backbone_config_", "transformers_version", "_name_or_path")
-_NESTED = re.compile(r".*_config$|^backbone$")
+# Sizes that have to be equal where they meet, whatever the default is; others are only made smaller.
+_EXACT = (HIDDEN, WIDE, HEAD_DIM, HEADS)
+# Fields that have to be said and whose default is None.
+UNSAID = {"vocab_size": VOCABULARY, "num_experts_per_tok": 2, "n_routed_experts": 4}
 
-OWN: dict[str, dict[str, Any]] = {}
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+    },
+    "align": {"vision_config.num_hidden_layers": 2},
+    "big_bird": {"attention_type": "original_full"},
+    "fastspeech2_conformer_with_hifigan": {"vocoder_config.model_in_dim": 16},
+}  # fmt: skip
 
 
 def tiny_config(config_class: Any, model_type: str) -> Any:
@@ -85,6 +99,8 @@ def tiny_config(config_class: Any, model_type: str) -> Any:
         for key in outer:
             where = where[key]
         where[name] = value
+    if model_type.startswith("glm"):
+        _say_sections(fields)
     config = config_class.from_dict(fields)
     _end_tokens(config)
     config._attn_implementation = "eager"
@@ -110,11 +126,16 @@ def shrunk(fields: dict[str, Any]) -> dict[str, Any]:
     small: dict[str, Any] = {}
     tokens = iter(range(VOCABULARY - 1, 0, -1))
     for name, value in fields.items():
-        if name in _DROPPED:
+        if name in _DROPPED or (name == "hidden_size" and "depths" in fields):
             continue
-        if isinstance(value, dict) and name not in ("id2label", "label2id"):
-            small[name] = _rope(value, fields) if "rope" in name else shrunk(value)
-        elif isinstance(name, str) and name.endswith(("_token_id", "_token_index", "token_ids")):
+        if name == "per_layer_config" and isinstance(value, dict):
+            small[name] = _by_layer(value, kept)
+            continue
+        if not isinstance(name, str):
+            small[name] = value
+        elif isinstance(value, dict) and name not in ("id2label", "label2id"):
+            small[name] = _rope(value) if "rope" in name else shrunk(value)
+        elif name.endswith(("_token_id", "_token_index", "token_ids")):
             small[name] = _token(name, value, tokens)
         elif isinstance(value, list) and kept is not None and len(value) == kept[1] and not isinstance(value[0], list):
             small[name] = [value[i] for i in kept[0]]
@@ -128,24 +149,42 @@ def shrunk(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _small(name: str, value: Any, fields: dict[str, Any]) -> Any:
+    if value is None:
+        return UNSAID.get(name)
     if isinstance(value, bool) or not isinstance(value, int | list):
         return value
     if name in ("vision_feature_layer", "feature_layer"):
         return -1
     if _PLACES.fullmatch(name):
         return [0]
-    for pattern, size in _COMPILED:
-        if size is not None and pattern.fullmatch(name):
-            if isinstance(value, list):
-                return [min(x, size) if isinstance(x, int) else x for x in value]
-            if size == KEY_HEADS and value == _heads(fields):
-                return HEADS
-            if size == HEAD_DIM and name == "head_dim" and "qk_rope_head_dim" in fields:
-                return HEAD_DIM // 2
-            if name == "qk_head_dim":
-                return HEAD_DIM + HEAD_DIM // 2
-            return min(value, size)
-    return value
+    staged = "depths" in fields
+    if staged and name in ("num_heads", "num_attention_heads") and isinstance(value, list):
+        return [2, 4, 8, 16, 32][: len(value)]
+    if staged and name == "embed_dim" and isinstance(value, int):
+        return HIDDEN // 2
+    if name == "depths" and isinstance(value, list):
+        return [1] * len(value)
+    size = next((size for pattern, size in _COMPILED if pattern.fullmatch(name)), None)
+    if size is None:
+        return value
+    if isinstance(value, list):
+        return [min(x, size) if isinstance(x, int) else x for x in value]
+    if size == KEY_HEADS and value == _heads(fields):
+        return HEADS
+    if name == "head_dim" and "qk_rope_head_dim" in fields:
+        return HEAD_DIM // 2
+    if name == "qk_head_dim":
+        return HEAD_DIM + HEAD_DIM // 2
+    return size if size in _EXACT and value > 0 else min(value, size)
+
+
+def _by_layer(value: dict[Any, Any], kept: tuple[list[int], int] | None) -> dict[Any, Any]:
+    """Fields of single layers, of those that stay; their heads are wider than the others'."""
+    places = {old: new for new, old in enumerate(kept[0])} if kept is not None else {0: 0, 1: 1}
+    given = {places[int(key)]: shrunk(fields) for key, fields in value.items() if int(key) in places}
+    return {
+        key: {**fields, **({"head_dim": 2 * HEAD_DIM} if "head_dim" in fields else {})} for key, fields in given.items()
+    }
 
 
 def _heads(fields: dict[str, Any]) -> Any:
@@ -160,12 +199,12 @@ def _token(name: str, value: Any, tokens: Any) -> Any:
     return 2 if name == "eos_token_id" else next(tokens)
 
 
-def _rope(value: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+def _rope(value: dict[str, Any]) -> dict[str, Any]:
     """Rotary parameters: sections and factors for the small heads."""
     small: dict[str, Any] = {}
     for name, x in value.items():
         if isinstance(x, dict):
-            small[name] = _rope(x, fields)
+            small[name] = _rope(x)
         elif name == "mrope_section":
             small[name] = [2, 3, 3] if len(x) == 3 else [2, 2, 2, 2]
         elif name in ("long_factor", "short_factor"):
@@ -175,6 +214,16 @@ def _rope(value: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
         else:
             small[name] = x
     return small
+
+
+def _say_sections(fields: dict[str, Any]) -> None:
+    """GLM's sections of rotary channels are a default of its code, made for wide heads."""
+    for name, value in fields.items():
+        if name == "rope_parameters" and isinstance(value, dict) and "rope_type" in value:
+            half = int(HEAD_DIM * value.get("partial_rotary_factor", 1.0)) // 2
+            value.setdefault("mrope_section", [half - 2 * (half // 3), half // 3, half // 3])
+        elif isinstance(value, dict):
+            _say_sections(value)
 
 
 def layers_kept(fields: dict[str, Any]) -> tuple[list[int], int] | None:

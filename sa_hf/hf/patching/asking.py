@@ -1,0 +1,51 @@
+"""Which attention modules of Transformers are given a class that asks the interface, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sa_hf.hf.patching.asking_base import Asking, asking_class
+from sa_hf.hf.patching.asking_decoders import DECODERS
+from sa_hf.hf.patching.asking_encoders import ENCODERS
+
+CLASSES = {**ENCODERS, **DECODERS}
+
+
+def let_ask(model: nn.Module) -> bool:
+    """Put the classes that ask on a model's own attention modules; returns whether there are any that did not."""
+    changed = False
+    config = None
+    for _, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            config = module.config
+        mixin = CLASSES.get(type(module).__name__)
+        if mixin is None or isinstance(module, Asking) or not type(module).__module__.startswith("transformers."):
+            continue
+        _switch(module, mixin, config)
+        changed = True
+    return changed
+
+
+def _switch(module: Any, mixin: Any, config: Any) -> None:
+    own = set(vars(module))
+    if "config" not in own:
+        module.config = config
+    if mixin.causal is not None:
+        module.is_causal = mixin.causal
+    own_class: Any = type(module)
+    module.__class__ = asking_class(mixin, own_class)
+    module.prepare()
+    module.sa_hf_added = tuple(set(vars(module)) - own)
+
+
+def let_ask_no_more(model: nn.Module) -> None:
+    """Undo :func:`let_ask`."""
+    for module in model.modules():
+        if isinstance(module, Asking):
+            asking: Any = module
+            for name in (*asking.sa_hf_added, "sa_hf_added"):
+                delattr(asking, name)
+            asking.__class__ = asking.own

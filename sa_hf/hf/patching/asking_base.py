@@ -1,0 +1,145 @@
+"""Attention that Transformers computes by itself, asking the attention interface instead.
+
+An attention module of such an architecture gets, while its model is patched, a class on top of its own: where the
+config asks for our attention it hands queries, keys and values to the interface; else its own ``forward`` runs, so
+``dense(model)`` stays bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sa_hf.hf.caches.layer import cache_in
+from sa_hf.hf.forward.masks import MaskRequest
+from sa_hf.hf.state.activity import IMPLEMENTATION
+
+# The keywords of a call that our attention reads.
+_HANDED_ON = {"sparse_call", "output_attentions", "sequence_ids", "cu_seq_lens_q"}
+
+
+def asked_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    dropout: float = 0.0, scaling: float | None = None, position_bias: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Dense attention of a layer that its patch leaves dense, softmax in float32 at least."""
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    scores = torch.matmul(query * scale, key.transpose(-1, -2))
+    if position_bias is not None:
+        scores = scores + expanded_table(position_bias, query.shape[2], key.shape[2])
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[2]]
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = nn.functional.dropout(weights.to(value.dtype), dropout, module.training)
+    return torch.matmul(weights, value).permute(0, 2, 1, 3).contiguous(), weights
+
+
+def expanded_table(bias: Tensor, queries: int, keys: int) -> Tensor:
+    """A bias of distances ``[1, heads, 1, 2 N - 1]`` as one of pairs; one of pairs stays."""
+    if bias.shape[2] == queries and bias.shape[3] == keys:
+        return bias
+    i = torch.arange(keys - queries, keys, device=bias.device)[:, None]
+    j = torch.arange(keys, device=bias.device)[None, :]
+    return bias[:, :, 0][:, :, j - i + bias.shape[-1] // 2]
+
+
+def asks(module: Any) -> bool:
+    """Whether the config of a module asks for our attention now (or the probe's, which goes by its name)."""
+    return str(module.config._attn_implementation).startswith(IMPLEMENTATION)
+
+
+class Asking:
+    """Put on top of an attention module's class; ``asked(hidden, args, kwargs)`` is its ``forward`` where it asks.
+
+    Attributes: own: the class below; causal: what the module is, None where it says so itself.
+    """
+
+    asks_interface: ClassVar[bool] = True
+    own: ClassVar[Any]
+    causal: ClassVar[bool | None] = False
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not asks(self):
+            return self.own.forward(self, hidden_states, *args, **kwargs)
+        return self.asked(hidden_states, args, kwargs)
+
+    def asked(self, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Set what the rest of the package reads on an attention module and this one lacks."""
+
+    def __reduce__(self) -> Any:
+        return _new_asking, (type(self).__bases__[0], self.own), vars(self).copy()
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *,
+    narrow: Callable[[Any], Any] | None = None, bias: Callable[[int], Tensor] | None = None, dropout: float = 0.0,
+    scaling: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The interface's attention ``[batch, queries, heads * head_dim]``; the cache among the arguments is updated first.
+
+    Args: narrow: what becomes of the mask; bias: the table of distances up to a length.
+    """
+    cache = cache_in(args, kwargs)
+    if cache is not None:
+        cache = getattr(cache, "self_attention_cache", cache)
+        key, value = cache.update(key, value, module.layer_idx)
+    mask = mask_in(args, kwargs)
+    call = {name: x for name, x in kwargs.items() if name in _HANDED_ON}
+    if bias is not None:
+        call["position_bias"] = bias(max(key.shape[2], _positions(mask)))
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, asked_attention_forward)
+    out = function(
+        module, query, key, value, mask if narrow is None else narrow(mask),
+        dropout=dropout if module.training else 0.0, scaling=scaling, **call,
+    )[0]  # fmt: skip
+    flat: Tensor = out.flatten(2)
+    return flat
+
+
+def _positions(mask: Any) -> int:
+    """Places that a call's distances may span: a cache may have dropped keys."""
+    if not isinstance(mask, MaskRequest):
+        return 0
+    return max(mask.key_offset + mask.shape[-1], mask.query_offset + mask.query_length)
+
+
+def mask_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The mask of a call: under its name, else the first argument after the hidden states."""
+    return kwargs["attention_mask"] if "attention_mask" in kwargs else (args[0] if args else None)
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    """``[batch, n, count * head_dim]`` as ``[batch, count, n, head_dim]``."""
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def projected(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``[batch, heads, n, head_dim]`` of a layer that has a projection for each."""
+    query, key, value = (heads(p(hidden), module.num_heads) for p in (module.q_proj, module.k_proj, module.v_proj))
+    return query, key, value
+
+
+@lru_cache(maxsize=256)
+def asking_class(mixin: type, own: type) -> Any:
+    """A class of the same name that asks."""
+    body = {"__module__": mixin.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__, "own": own}
+    return type(own.__name__, (mixin, own), body)
+
+
+def dense_masks(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's keywords with the mask that an attention of the model's own takes (cross-attention stays dense)."""
+    return {name: x.dense("eager") if isinstance(x, MaskRequest) else x for name, x in kwargs.items()}
+
+
+def _new_asking(mixin: Any, own: Any) -> Any:
+    made: Any = asking_class(mixin, own)
+    return made.__new__(made)

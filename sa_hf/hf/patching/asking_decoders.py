@@ -1,0 +1,152 @@
+"""Decoders whose attention computes itself, asking the interface."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import and_masks, sliding_window_overlay
+
+from sa_hf.hf.forward.masks import MaskRequest
+from sa_hf.hf.patching.asking_base import Asking, asked_attention_forward, attend, dense_masks, heads
+
+eager_attention_forward = asked_attention_forward  # found by this name, as in Transformers' modules
+
+
+class AskingGPTNeo(Asking):
+    """GPT-Neo's attention, without a scale; every other layer reads the last ``window_size`` tokens."""
+
+    causal = None
+
+    def prepare(self: Any) -> None:
+        self.layer_idx = self.layer_id
+        self.sliding_window = self.config.window_size if self.attention_type == "local" else None
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        query, key, value = (
+            heads(part(hidden_states), self.num_heads) for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        window = self.sliding_window
+        out = attend(
+            self, query, key, value, args, kwargs, dropout=self.attn_dropout.p, scaling=1.0,
+            narrow=None if window is None else lambda mask: within(mask, window),
+        )  # fmt: skip
+        return self.resid_dropout(self.out_proj(out)), None
+
+
+def within(mask: Any, window: int) -> Any:
+    """A causal mask with the layer's own window, which the model leaves to its layers."""
+    if isinstance(mask, MaskRequest):
+        function = and_masks(sliding_window_overlay(window), mask.arguments["mask_function"])
+        narrower = MaskRequest({**mask.arguments, "mask_function": function, "allow_is_causal_skip": False})
+        narrower.given = mask.given
+        return narrower
+    far = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril(
+        mask.shape[-1] - mask.shape[-2] - window
+    )
+    return mask.masked_fill(far, torch.finfo(mask.dtype).min)
+
+
+class AskingXGLM(Asking):
+    """XGLM's self-attention."""
+
+    causal = None
+
+    def prepare(self: Any) -> None:
+        self.is_causal = bool(self.is_decoder)
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("key_value_states") is not None:
+            return self.own.forward(self, hidden_states, *args, **dense_masks(kwargs))
+        query, key, value = (
+            heads(part(hidden_states), self.num_heads) for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = attend(self, query, key, value, args, kwargs, dropout=self.dropout, scaling=self.scaling)
+        return self.out_proj(out), None
+
+
+class AskingBloom(Asking):
+    """BLOOM's attention: ALiBi as a table of distances, which its softmax cannot tell from one of places."""
+
+    causal = True
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        query, key, value = self._reshape(self.query_key_value(hidden_states))
+        residual = kwargs["residual"] if "residual" in kwargs else args[0]
+        slopes = bloom_slopes(self.num_heads).to(hidden_states)
+        out = attend(
+            self, query, key, value, args, kwargs, dropout=self.attention_dropout.p, scaling=self.inv_norm_factor,
+            bias=lambda length: alibi_table(slopes, length),
+        )  # fmt: skip
+        out = torch.nn.functional.dropout(self.dense(out), p=self.hidden_dropout, training=self.training)
+        return residual + out, None
+
+
+class AskingMpt(Asking):
+    """MPT's attention, with its own ALiBi."""
+
+    causal = True
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mixed = self.Wqkv(hidden_states)
+        if self.clip_qkv:
+            mixed = mixed.clamp(min=-self.clip_qkv, max=self.clip_qkv)
+        query, key, value = (heads(part, self.n_heads) for part in mixed.chunk(3, dim=2))
+        given = kwargs["position_bias"] if "position_bias" in kwargs else args[0]
+        # [heads, 1, limit], the last two places' difference being the slope
+        slopes = None if given is None or given.shape[-1] < 2 else given[:, 0, -1] - given[:, 0, -2]
+        out = attend(
+            self, query, key, value, args, kwargs, dropout=self.attn_dropout_p, scaling=self.softmax_scale,
+            bias=None if slopes is None else lambda length: alibi_table(slopes.to(hidden_states), length),
+        )  # fmt: skip
+        return self.out_proj(out), None
+
+
+class AskingFalcon(Asking):
+    """Falcon's attention with rotary positions (the models with ALiBi join it to their mask, and stay refused)."""
+
+    causal = None
+
+    def prepare(self: Any) -> None:
+        self.num_key_value_heads = self.num_heads if self.new_decoder_architecture else self.num_kv_heads
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        split = self._split_heads(self.query_key_value(hidden_states))
+        query, key, value = (x.transpose(1, 2) for x in split)
+        cos, sin = kwargs["position_embeddings"]
+        query, key = (x * cos[:, None] + _half_turned(x) * sin[:, None] for x in (query, key))
+        out = attend(self, query, key, value, args, kwargs)
+        return self.dense(out), None
+
+
+def _half_turned(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def bloom_slopes(count: int) -> Tensor:
+    """ALiBi's slope of each head (Press et al. 2022), as BLOOM has them: ``[heads]``."""
+    closest = 2 ** math.floor(math.log2(count))
+    base = 2 ** -(2 ** -(math.log2(closest) - 3))
+    slopes = [base**power for power in range(1, closest + 1)]
+    if closest != count:
+        extra = 2 ** -(2 ** -(math.log2(2 * closest) - 3))
+        slopes += [extra**power for power in range(1, 2 * (count - closest) + 1, 2)]
+    return torch.tensor(slopes)
+
+
+def alibi_table(slopes: Tensor, length: int) -> Tensor:
+    """``slope * (j - i)`` for every distance below ``length``, ``[1, heads, 1, 2 * length - 1]``."""
+    distance = torch.arange(1 - length, length, device=slopes.device)
+    return (slopes[:, None] * distance)[None, :, None]
+
+
+DECODERS: dict[str, Any] = {
+    "GPTNeoSelfAttention": AskingGPTNeo,
+    "XGLMAttention": AskingXGLM,
+    "BloomAttention": AskingBloom,
+    "MptAttention": AskingMpt,
+    "FalconAttention": AskingFalcon,
+}
