@@ -131,13 +131,10 @@ def test_minilm_with_a_ragged_batch() -> None:
         lambda: tf.DebertaV2Model(
             tf.DebertaV2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
         ),
-        lambda: tf.FalconForCausalLM(
-            tf.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
-        ),
-        lambda: tf.BloomForCausalLM(tf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99)),
-        lambda: tf.MptForCausalLM(tf.MptConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=99)),
+        lambda: tf.XLNetModel(tf.XLNetConfig(d_model=32, n_layer=2, n_head=4, d_inner=64, vocab_size=99)),
+        lambda: tf.XLMModel(tf.XLMConfig(emb_dim=32, n_layers=2, n_heads=4, vocab_size=99)),
     ],
-    ids=["deberta-v2", "falcon", "bloom", "mpt"],
+    ids=["deberta-v2", "xlnet", "xlm"],
 )
 def test_unsupported_models_raise_and_stay(make: object) -> None:
     model = make()
@@ -176,11 +173,6 @@ def test_what_an_attention_would_lose_is_refused_at_once() -> None:
         del layer.self_attn.sinks
     with pytest.raises(UnsupportedModelError, match="'s_aux'"):
         sa_hf.patch_model(sinks, "bigbird")
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
-    # The oldest release has the T5 family compute its attention itself.
-    reason = "position bias" if is_served("t5") else "computes its attention itself"
-    with pytest.raises(UnsupportedModelError, match=reason):
-        sa_hf.patch_model(tf.UMT5Model(tf.UMT5Config(**sizes)), "bigbird")
 
 
 def test_half_an_encoder_decoder_is_refused() -> None:

@@ -119,7 +119,8 @@ def mask_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def heads(x: Tensor, count: int) -> Tensor:
     """``[batch, n, count * head_dim]`` as ``[batch, count, n, head_dim]``."""
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (count, -1))
+    return split.transpose(1, 2)
 
 
 def projected(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,9 +43,8 @@ def within(mask: Any, window: int) -> Any:
         narrower = MaskRequest({**mask.arguments, "mask_function": function, "allow_is_causal_skip": False})
         narrower.given = mask.given
         return narrower
-    far = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril(
-        mask.shape[-1] - mask.shape[-2] - window
-    )
+    queries, keys = mask.shape[-2:]
+    far = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries - window)
     return mask.masked_fill(far, torch.finfo(mask.dtype).min)
 
 
@@ -100,8 +99,16 @@ class AskingMpt(Asking):
         out = attend(
             self, query, key, value, args, kwargs, dropout=self.attn_dropout_p, scaling=self.softmax_scale,
             bias=None if slopes is None else lambda length: alibi_table(slopes.to(hidden_states), length),
+            narrow=lambda mask: _additive(mask, hidden_states),
         )  # fmt: skip
         return self.out_proj(out), None
+
+
+def _additive(mask: Any, like: Tensor) -> Any:
+    """MPT's mask of what is hidden, as one to add."""
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, torch.finfo(like.dtype).min)
+    return mask
 
 
 class AskingFalcon(Asking):

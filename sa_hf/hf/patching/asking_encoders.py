@@ -46,7 +46,7 @@ class AskingMPNet(Asking):
 
 
 class AskingMPNetEncoder(Asking):
-    """The layers' owner, which computes the bias that they share: a table ``[1, heads, 1, 2 n - 1]``, never all pairs."""
+    """The layers' owner, which computes the bias that they share: ``[1, heads, 1, 2 n - 1]``, never of all pairs."""
 
     asks_interface = False
 

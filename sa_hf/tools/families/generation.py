@@ -12,7 +12,7 @@ from torch import Tensor
 import sa_hf
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tools.families.compare import LIMIT, Result, outputs, relative_error
-from sa_hf.tools.families.inputs import padded, padding_token
+from sa_hf.tools.families.inputs import padded
 from sa_hf.tools.families.reference import NoReference, own_attention
 from sa_hf.tools.families.registry import Entry
 
@@ -23,12 +23,12 @@ def check_generation(model: Any, inputs: dict[str, Any], found: Result) -> None:
     """Logits of greedy decoding with three caches against the model's own eager attention without any."""
     if not getattr(model, "can_generate", bool)() or not {"input_ids", "attention_mask"} <= inputs.keys():
         return
-    given = {name: x for name, x in padded(inputs, "left", padding_token(model)).items() if name != "decoder_input_ids"}
+    given = {name: x for name, x in padded(model, inputs, "left").items() if name != "decoder_input_ids"}
     if "decoder_input_ids" in inputs:
         given["decoder_start_token_id"] = 1
     try:
         with own_attention(model, patterns=False):
-            plain, cached = _logits(model, given, use_cache=False), _logits(model, given)
+            plain, cached = _logits(model, given, use_cache=False), _logits(model, given, use_cache=True)
         if not relative_error(cached, plain) < LIMIT:
             found.notes.append("generation: its own cache changes its logits")
             return
@@ -45,8 +45,8 @@ def check_generation(model: Any, inputs: dict[str, Any], found: Result) -> None:
 
 
 def _caches(model: Any, given: dict[str, Any], found: Result) -> Any:
-    yield "dynamic", {}
-    static = {"cache_implementation": "static"}
+    yield "dynamic", {"use_cache": True}
+    static = {"cache_implementation": "static", "use_cache": True}
     try:
         with own_attention(model, patterns=False):
             _logits(model, given, **static)
@@ -54,7 +54,7 @@ def _caches(model: Any, given: dict[str, Any], found: Result) -> Any:
         found.notes.append(f"generation, static: the dense model does not: {type(error).__name__}: {str(error)[:80]}")
     else:
         yield "static", static
-    yield "sparse_cache", {"past_key_values": sa_hf.sparse_cache(model)}
+    yield "sparse_cache", {"past_key_values": sa_hf.sparse_cache(model), "use_cache": True}
 
 
 def _logits(model: Any, given: dict[str, Any], **options: Any) -> Tensor:

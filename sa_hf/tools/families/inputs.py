@@ -13,7 +13,7 @@ from sa_hf.tools.families.shrink import FRAMES, IMAGE
 
 BATCH, LENGTH, DECODER_LENGTH, CHOICES = 2, 19, 13, 2
 SHORT = 13  # real tokens of the padded row
-SAMPLES, END = 6400, 2
+SAMPLES = 6400
 FIRST_TOKEN, TOKENS = 5, 28  # clear of special tokens at either end of the vocabulary, also of a protein's
 SOUNDS = ("input_features", "input_values", "audio_values")
 
@@ -28,7 +28,7 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
     text = _text(model, taken)
     pixels = {"pixel_values": _pixels(model)} if "pixel_values" in taken else {}
     sounds = [{name: sound} for name in SOUNDS if name in taken for sound in _sounds(name, model)]
-    decoder = {"decoder_input_ids": tokens(DECODER_LENGTH, 3)} if "decoder_input_ids" in taken else {}
+    decoder = {"decoder_input_ids": tokens(DECODER_LENGTH, 3, end_token(model))} if "decoder_input_ids" in taken else {}
     together = [(text,), (pixels,), *((sound,) for sound in sounds), (text, pixels)]
     for parts in [*together, *((text, sound) for sound in sounds), (_patches(model, taken),)]:
         if all(parts):
@@ -38,18 +38,18 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
             yield given
 
 
-def tokens(length: int, seed: int) -> Tensor:
+def tokens(length: int, seed: int, end: int) -> Tensor:
     """Ids that end with the end of a text, which some heads look for."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(FIRST_TOKEN, TOKENS, (BATCH, length), generator=generator)
-    ids[:, -1] = END
+    ids[:, -1] = end
     return ids
 
 
 def _text(model: Any, taken: dict[str, Any]) -> dict[str, Any]:
     if "input_ids" not in taken:
         return {}
-    ids = tokens(LENGTH, 1)
+    ids = tokens(LENGTH, 1, end_token(model))
     given: dict[str, Any] = {"input_ids": ids}
     if "attention_mask" in taken:
         given["attention_mask"] = torch.ones_like(ids)
@@ -78,7 +78,7 @@ def _sounds(name: str, model: Any) -> Iterator[Tensor]:
     """Samples, with and without a channel, or features, in either order."""
     config = model.config
     audio = getattr(config, "audio_config", None) or getattr(config, "encoder_config", None) or config
-    names = ("num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel")
+    names = ("num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", "feature_projection_input_dim")
     bins = next((getattr(audio, n) for n in names if isinstance(getattr(audio, n, None), int)), 16)
     samples = [(BATCH, SAMPLES), (BATCH, 1, SAMPLES)] if name != "input_features" else []
     for shape in [
@@ -103,17 +103,26 @@ def _patches(model: Any, taken: dict[str, Any]) -> dict[str, Any]:
     return {name: patches, "grid_thw": torch.tensor([[1, 4, 4]] * BATCH)}
 
 
-def padded(inputs: dict[str, Any], side: str, pad: int) -> dict[str, Any]:
-    """The same with the last row ``SHORT`` tokens long, padded on the ``side`` with the token ``pad``."""
+def padded(model: Any, inputs: dict[str, Any], side: str) -> dict[str, Any]:
+    """The same with the last row ``SHORT`` tokens long, padded on the ``side``."""
     mask, ids = inputs["attention_mask"].clone(), inputs["input_ids"].clone()
     hidden = slice(SHORT, None) if side == "right" else slice(None, LENGTH - SHORT)
     mask[-1, ..., hidden] = 0
-    ids[-1, ..., hidden] = pad
+    ids[-1, ..., hidden] = padding_token(model)
     if side == "right":
-        ids[-1, ..., SHORT - 1] = END
+        ids[-1, ..., SHORT - 1] = end_token(model)
     return {**inputs, "input_ids": ids, "attention_mask": mask}
 
 
 def padding_token(model: Any) -> int:
-    value = getattr(model.config.get_text_config(), "pad_token_id", None)
-    return value if isinstance(value, int) and value >= 0 else 0
+    return _token(model, "pad_token_id", 0)
+
+
+def end_token(model: Any) -> int:
+    return _token(model, "eos_token_id", 2)
+
+
+def _token(model: Any, name: str, default: int) -> int:
+    value = getattr(model.config.get_text_config(), name, None)
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, int) and value >= 0 else default

@@ -27,9 +27,11 @@ class NoReference(Exception):
 
 
 @contextmanager
-def own_attention(model: Any, *, patterns: bool = True) -> Iterator[None]:
-    """Inside, a patched model runs its original eager attention, with the pairs of its patterns as a mask of each layer
-    (``patterns=False``: with its own mask alone)."""
+def own_attention(model: Any, *, patterns: bool = True, zeros: bool = False) -> Iterator[None]:
+    """Inside, a patched model runs its original eager attention under its own mask and the pairs of its patterns.
+
+    Args: patterns: False is its own mask alone; zeros: what a row of padding attends to is 0, as it is here.
+    """
     patch = required_patch(model, "own_attention")
 
     def attend(
@@ -39,7 +41,11 @@ def own_attention(model: Any, *, patterns: bool = True) -> Iterator[None]:
         if patterns and isinstance(child, SparseAttention):
             attention_mask = under_pattern(child, attention_mask, query, key)
         eager = sys.modules[type(module).__module__].eager_attention_forward
-        return eager(module, query, key, value, attention_mask, **kwargs)
+        out = eager(module, query, key, value, attention_mask, **kwargs)
+        if zeros and isinstance(child, SparseAttention):
+            real = (attention_mask > HIDDEN / 2).any(1).any(1)
+            out = (out[0] * real[:, :, None, None], *out[1:])
+        return out
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, eager_mask)

@@ -77,8 +77,8 @@ def markdown(table: Table) -> str:
         f"{counts[WRONG]} wrong, {counts[ERROR]} errors without a reason**, of {len(known)} "
         f"(`{COMMAND}`, torch {shown['torch']}, {shown['date']}).",
         "",
-        "One difference is by design and left out: a row of padding is 0 here, so a head that pools the first position "
-        "of a row padded on the left reads 0.",
+        "One difference is by design: a row of padding is 0 here, so a head that pools the first position of a row "
+        "padded on the left reads 0. Such heads are compared with rows of padding set to 0; their notes say so.",
         "",
         "## Right",
         "",

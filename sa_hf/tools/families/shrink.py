@@ -24,13 +24,13 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"hidden_size_per_layer_input", 16),
     (r"(.*_)?(hidden_size|hidden_dim|d_model|embed_dim|n_embd|emb_dim|embedding_size|embedding_dim)|dim|project_dim"
      r"|.*projection_dim|projection_size|word_embed_proj_dim|out_hidden_size|pooler_output_size|output_dim|dim_model"
-     r"|hidden_size_global|.*_hidden_dimension|attention_hidden_size|query_dim_|encoder_dim|decoder_dim|width|lm_dim"
+     r"|hidden_size_global|.*_hidden_dimension|attention_hidden_size|intra_bottleneck_size|encoder_dim|decoder_dim|width|lm_dim"
      r"|vision_output_dim|text_dim|vision_dim|projector_dim|fpn_hidden_size|model_dim|out_dim|n_state", HIDDEN),
     (r"(.*_)?(intermediate_size|ffn_dim|d_ff|d_inner|n_inner|ffn_hidden_size|mlp_dim|feedforward_dim"
      r"|inner_dim|ff_dim|mlp_hidden_size|linear_units|mlp_hidden_dim|dim_ff|ffn_hidden_dim|dim_feedforward)", WIDE),
     (r"num_key_value_heads|.*_key_value_heads|num_kv_heads|n_kv_heads|multi_query_group_num|.*num_kv_heads", KEY_HEADS),
     (r"num_attention_heads|num_heads|n_heads?|.*attention_heads|.*num_heads|.*_n_heads?|attention_heads|linear_num_\w+_heads"
-     r"|mamba_num_heads", HEADS),
+     r"|mamba_num_heads|mamba_n_heads|n_mamba_heads", HEADS),
     (r"num_hidden_layers|n_layers?|num_layers|depth|layers|.*encoder_layers|.*decoder_layers|.*num_hidden_layers"
      r"|.*num_layers|.*_depth|.*n_layers|num_blocks|num_encoder_blocks_", LAYERS),
     (r"qk_nope_head_dim|v_head_dim|nope_head_dim|value_head_dim", HEAD_DIM),
@@ -53,7 +53,8 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"image_size|img_size|crop_size|input_resolution|resolution|max_image_size|pretrain_image_size", IMAGE),
     (r"patch_size", PATCH),
     (r"mm_tokens_per_image|image_seq_length|num_image_tokens", 16),
-    (r"num_mel_bins|feature_size|input_feat_per_channel|n_mels|num_mel_channels|mel_dim", 16),
+    (r"num_mel_bins|feature_size|feature_projection_input_dim|input_feat_per_channel|n_mels|num_mel_channels"
+     r"|mel_dim", 16),
     (r"encoder_hash_byte_group_vocab", 64),
     (r"num_kv_shared_layers", 0),
     (r"time_step_rank|mamba_dt_rank", 8),
@@ -75,31 +76,42 @@ _PLACES = re.compile(
 )
 _DROPPED = ("out_features", "out_indices", "stage_names", "backbone_config_", "transformers_version", "_name_or_path")
 # Sizes that have to be equal where they meet, whatever the default is; others are only made smaller.
-_EXACT = (HIDDEN, WIDE, HEAD_DIM, HEADS)
+_EXACT = (HIDDEN, WIDE, HEAD_DIM, HEADS, 2 * HEAD_DIM)
 # Fields that have to be said and whose default is None.
-UNSAID = {"vocab_size": VOCABULARY, "num_experts_per_tok": 2, "n_routed_experts": 4}
+UNSAID = {
+    "vocab_size": VOCABULARY, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1,
+    "head_dim": HEAD_DIM, "num_key_value_heads": HEADS,
+}  # fmt: skip
 
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "jamba": {
-        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
-    },
-    "align": {"vision_config.num_hidden_layers": 2},
     "big_bird": {"attention_type": "original_full"},
-    "fastspeech2_conformer_with_hifigan": {"vocoder_config.model_in_dim": 16},
-}  # fmt: skip
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "num_hidden_layers": 2},
+    "mistral4": {"head_dim": HEAD_DIM},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 120},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_key_value_heads": 1},
+    "xmod": {"default_language": "en_XX"},
+}
+# Whose code has a default of its own for the sections of rotary channels, made for wide heads.
+_SECTIONS = ("glm", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "paddleocr_vl")
 
 
 def tiny_config(config_class: Any, model_type: str) -> Any:
     """A config of the class, shrunk; ``attn_implementation`` is eager."""
     fields = shrunk(config_class().to_dict())
+    if fields.get("is_encoder_decoder"):
+        fields.setdefault("decoder_start_token_id", 1)
     for path, value in OWN.get(model_type, {}).items():
         *outer, name = path.split(".")
         where = fields
         for key in outer:
             where = where[key]
         where[name] = value
-    if model_type.startswith("glm"):
+    if model_type.startswith(_SECTIONS):
         _say_sections(fields)
     config = config_class.from_dict(fields)
     _end_tokens(config)
@@ -206,7 +218,7 @@ def _rope(value: dict[str, Any]) -> dict[str, Any]:
         if isinstance(x, dict):
             small[name] = _rope(x)
         elif name == "mrope_section":
-            small[name] = [2, 3, 3] if len(x) == 3 else [2, 2, 2, 2]
+            small[name] = [2, 3, 3]
         elif name in ("long_factor", "short_factor"):
             small[name] = [1.0] * (HEAD_DIM // 2)
         elif name == "original_max_position_embeddings":
@@ -217,7 +229,7 @@ def _rope(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _say_sections(fields: dict[str, Any]) -> None:
-    """GLM's sections of rotary channels are a default of its code, made for wide heads."""
+    """Say the sections of rotary channels, for small heads."""
     for name, value in fields.items():
         if name == "rope_parameters" and isinstance(value, dict) and "rope_type" in value:
             half = int(HEAD_DIM * value.get("partial_rotary_factor", 1.0)) // 2
@@ -231,6 +243,8 @@ def layers_kept(fields: dict[str, Any]) -> tuple[list[int], int] | None:
     count = next(
         (fields[n] for n in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(fields.get(n), int)), 0
     )
+    if "depths" in fields:
+        return None
     lists = {
         name: value
         for name, value in fields.items()

@@ -1,0 +1,110 @@
+"""Architectures that compute their attention themselves, or hand nothing on, and ask the interface while patched."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import sa_hf
+from sa_hf.hf.patching.asking import CLASSES
+from sa_hf.hf.patching.asking_base import Asking
+from sa_hf.hf.patching.asking_decoders import bloom_slopes
+from sa_hf.tools.families.check import FIRST, build, check
+from sa_hf.tools.families.compare import RIGHT, outputs
+from sa_hf.tools.families.registry import entries
+
+ENTRIES = {entry.name: entry for entry in entries()}
+NAMES = [
+    "MPNetModel", "RoFormerModel", "MegatronBertModel", "RemBertModel", "TapasModel", "UMT5ForConditionalGeneration",
+    "SiglipVisionModel", "Aimv2VisionModel", "GPTNeoForCausalLM", "XGLMForCausalLM", "BloomForCausalLM",
+    "MptForCausalLM", "FalconForCausalLM",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_gradients_padding_generation_and_reloads(name: str) -> None:
+    if name not in ENTRIES:
+        pytest.skip(f"transformers {tf.__version__} has no {name}")
+    found = check(ENTRIES[name])
+    assert found.status == RIGHT, found.reason
+    assert {"reload", FIRST.name, f"{FIRST.name} gradients"} <= found.figures.keys()
+    if "ForC" in name:
+        assert {"generation, dynamic", "generation, sparse_cache"} <= found.figures.keys(), found.notes
+
+
+@pytest.mark.parametrize("name", ["MPNetModel", "GPTNeoForCausalLM", "BloomForCausalLM", "SiglipVisionModel"])
+def test_dense_and_unpatched_are_the_original_bit_for_bit(name: str) -> None:
+    model, inputs = build(ENTRIES[name])
+    classes = {path: type(module) for path, module in model.named_modules()}
+    held = _attributes(model)
+    before = outputs(model, inputs)
+    sa_hf.patch_model(model, FIRST)
+    with sa_hf.dense(model):
+        assert _equal(outputs(model, inputs), before)
+    assert not _equal(outputs(model, inputs), before)
+    sa_hf.unpatch_model(model)
+    assert _equal(outputs(model, inputs), before)
+    assert {path: type(module) for path, module in model.named_modules()} == classes
+    assert _attributes(model) == held
+
+
+def _attributes(model: Any) -> dict[str, set[str]]:
+    return {path: set(vars(m)) for path, m in model.named_modules() if type(m).__name__ in CLASSES}
+
+
+def _equal(got: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_a_layer_left_dense_beside_a_sparse_one() -> None:
+    """Its bias of distances is expanded: with a covering pattern in the other layer all is dense."""
+    for name in ("MPNetModel", "BloomForCausalLM", "GPTNeoForCausalLM"):
+        model, inputs = build(ENTRIES[name])
+        before = outputs(model, inputs)
+        sa_hf.patch_model(model, "sliding_window", window=1000, layers="1")
+        for key, value in outputs(model, inputs).items():
+            assert torch.allclose(value, before[key], atol=1e-4, rtol=1e-4), (name, key)
+
+
+def test_copies_and_pickles_of_a_patched_model() -> None:
+    model, inputs = build(ENTRIES["MPNetModel"])
+    sa_hf.patch_model(model, FIRST)
+    expected = outputs(model, inputs)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model.encoder.layer[0].attention.attn))):
+        asking = [module for module in twin.modules() if isinstance(module, Asking)]
+        assert asking
+        if isinstance(twin, tf.PreTrainedModel):
+            assert _equal(outputs(twin, inputs), expected)
+
+
+def test_mpnet_never_builds_a_bias_of_all_pairs() -> None:
+    model, _ = build(ENTRIES["MPNetModel"])
+    sa_hf.patch_model(model, FIRST)
+    seen = []
+    model.encoder.layer[0].register_forward_pre_hook(lambda m, args: seen.append(args[2].shape))
+    with torch.no_grad():
+        model(input_ids=torch.randint(5, 28, (1, 50)))
+    assert seen == [(1, 4, 1, 99)]
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4, 8, 12, 40])
+def test_slopes_are_those_of_transformers(heads: int) -> None:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    theirs = build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), heads, torch.float32)[:, 0, 1]
+    assert torch.allclose(bloom_slopes(heads), theirs)
+
+
+def test_the_table_names_classes_that_transformers_has() -> None:
+    found: set[str] = set()
+    for name in NAMES:
+        if name in ENTRIES:
+            model, _ = build(ENTRIES[name])
+            found |= {type(module).__name__ for module in model.modules() if isinstance(module, nn.Module)}
+    assert set(CLASSES) <= found
