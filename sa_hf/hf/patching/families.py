@@ -1,7 +1,8 @@
 """Where a model's attention is: its stacks of self-attention, its cross-attention, and the shape of each layer.
 
-Nothing here names a model but BigBird (``switch_over``; others are in ``asking.py``). An attention module can be replaced when its ``forward`` asks
-transformers' ``AttentionInterface`` for the function to call; what it is called with is then checked by the probe.
+Nothing here names a model but BigBird (``switch_over``; others are in ``asking.py``). An attention module can be
+replaced when its ``forward`` asks transformers' ``AttentionInterface`` for the function to call; what it is called with
+is then checked by the probe.
 """
 
 from __future__ import annotations
