@@ -26,6 +26,7 @@ from sa_hf.tasks.verify import verify_reload
 from sa_hf.tools.load import make_config, parse_options
 
 VERIFIED_ROWS = 2
+DISTILL = ("logits", "outputs", "both")  # of SparseTrainer, whose module takes seconds to import
 # Words in the names of the schedulers that fail without options.
 NEEDS_OPTIONS = frozenset({"plateau", "decay", "min"})
 
@@ -67,6 +68,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     run.add_argument("--gradient_accumulation", "--gradient_accumulation_steps", type=whole(1), default=1)
     run.add_argument("--lr", "--learning_rate", type=real(0), default=5e-5)
     run.add_argument("--sparse_lr", type=real(0), default=1e-2, help="learning rate of masks and spans")
+    run.add_argument(
+        "--distill",
+        choices=DISTILL,
+        help="also follow the model's own dense attention: its logits, each attention layer's output, or both",
+    )
+    run.add_argument("--distill_weight", type=real(0), default=1.0, help="weight of the distance to it")
     run.add_argument("--weight_decay", type=real(0), default=0.01)
     run.add_argument(
         "--warmup_steps", "--warmup_ratio", type=real(0), default=0.1, help="steps, or below 1 a share of all steps"
@@ -253,7 +260,8 @@ def train(
     if args.lora_rank:
         model = with_lora(model, args.lora_rank, output / "base", arguments.process_index == 0)
     rows, evaluation = data
-    trainer = task_trainer(args.task, model, arguments, tokenizer, rows, evaluation, sparse_lr=args.sparse_lr)
+    options = {"sparse_lr": args.sparse_lr, "distill": args.distill, "distill_weight": args.distill_weight}
+    trainer = task_trainer(args.task, model, arguments, tokenizer, rows, evaluation, **options)
     clock = StepClock()
     trainer.add_callback(clock)
     stop = StopAndSave()

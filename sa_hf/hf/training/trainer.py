@@ -10,11 +10,13 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sa_hf.config import SparseAttention
+from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.forward.centroids import update_centroids
 from sa_hf.hf.forward.losses import collected_losses, total_losses
 from sa_hf.hf.state.patch import patch_of
 from sa_hf.hf.state.sites import root_model
 from sa_hf.hf.state.step import share_of_loss
+from sa_hf.hf.training.distillation import Distillation
 from sa_hf.hf.training.groups import parameter_groups
 
 DEFAULT_SPARSE_LR = 1e-2
@@ -75,13 +77,29 @@ class SparseTrainer(Trainer):
 
     Args:
         sparse_lr: learning rate of the learned sparse state; the scheduler scales it along with the other rate.
+        distill: "logits", "outputs" or "both": training also follows the model's own dense attention, with the weights
+            it has now (:class:`~sa_hf.hf.training.distillation.Distillation`); one dense forward a step. None: no.
+        distill_weight: what the distance to it is multiplied by; the task's loss keeps its weight of 1.
+
+    Raises:
+        SparseAttentionError: distillation of a model that is not patched, of a ``model_init``, or with another value.
     """
 
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, *args: Any, sparse_lr: float = DEFAULT_SPARSE_LR, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, sparse_lr: float = DEFAULT_SPARSE_LR, distill: str | None = None, distill_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self.sparse_lr = sparse_lr
+        self.distill_weight = _weight(distill_weight)
+        if distill is not None and self.model_init is not None:
+            raise SparseAttentionError(
+                f"distill={distill!r} takes the weights of a model that there is: give SparseTrainer a model, not a "
+                "model_init"
+            )
+        self.distillation = None if distill is None else Distillation(self.model, distill)
         # First in the line, so that the figures are in the record before anything reports it.
         self.callback_handler.callbacks.insert(0, SparseAttentionCallback())
 
@@ -106,17 +124,45 @@ class SparseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The Trainer's, with the auxiliary losses added where it is not the model that computes the loss."""
+        """The Trainer's, with the auxiliary losses added where it is not the model that computes the loss, and in
+        training the distance to the dense teacher."""
+        if self.distillation is None or not model.training:
+            return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = dict(inputs)  # the Trainer takes labels out of `inputs`
+        with self.accelerator.autocast():
+            taught = self.distillation.teach(self.model, given)
+        with self.distillation.outputs_of(self.model) as outputs:
+            loss, answer = self._own_loss(model, inputs, True, num_items_in_batch)
+        share, _ = share_of_loss(self, root_model(self.model), given, num_items_in_batch)
+        distance = self.distillation.loss(answer, outputs, taught, given) * (self.distill_weight * share)
+        loss = loss + distance.to(device=loss.device, dtype=loss.dtype)
+        return (loss, answer) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's; a record of a training step also has the last distance to the teacher."""
+        if self.distillation is not None and "loss" in logs:
+            logs.update(self.distillation.figures)
+        super().log(logs, *args, **kwargs)
+
+    def _own_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, items: torch.Tensor | int | None
+    ) -> Any:
         patch = patch_of(root_model(self.model))
         if patch is None or (self.label_smoother is None and self.compute_loss_func is None):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        given = dict(inputs)  # the Trainer takes labels out of `inputs`
+            return super().compute_loss(model, inputs, return_outputs, items)
+        given = dict(inputs)
         with collected_losses(self.model) as extra:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, inputs, True, items)
         if extra:
-            share, _ = share_of_loss(self, root_model(self.model), given, num_items_in_batch)
+            share, _ = share_of_loss(self, root_model(self.model), given, items)
             loss = loss + sum((value * share).to(device=loss.device, dtype=loss.dtype) for value in extra)
         return (loss, outputs) if return_outputs else loss
+
+
+def _weight(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise SparseAttentionError(f"distill_weight={value!r} must be a number >= 0; nearest: 1.0")
+    return float(value)
 
 
 def _layers(model: nn.Module) -> list[SparseAttention]:
