@@ -127,6 +127,13 @@ class ExtraTokenHooks:
         return nn.functional.pad(cos, pad, value=1.0), nn.functional.pad(sin, pad)
 
 
+class EmptyTokenHooks(ExtraTokenHooks):
+    """Tokens of zeros, by which a model is tried."""
+
+    def _initial(self, hidden: Tensor, given: list[Any]) -> Tensor:
+        return hidden.new_zeros(hidden.shape[0], self.count, hidden.shape[2])
+
+
 def trimmed(output: Any) -> Any:
     """A model's output without the extra tokens of recorded inputs of a layer."""
     if isinstance(output, Tensor):

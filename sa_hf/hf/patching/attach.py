@@ -67,7 +67,7 @@ def attach(
     assignment = {stack: dict(assignment.get(stack, {})) for stack in sites.stacks}
     extra = _check_stacks(root, sites, assignment)
     if probe:
-        run_probe(root, sites, {site.name: _needs(site, entry) for site, entry in targets(sites, assignment)})
+        run_probe(root, sites, {site.name: _needs(site, entry) for site, entry in targets(sites, assignment)}, extra)
     children = {site.name: _build(entry, site, root) for site, entry in targets(sites, assignment)}
     patch = Patch(assignment, engine, sites, Activity(type(root).__name__))
     if old is not None:
@@ -111,10 +111,11 @@ def _check_stacks(root: PreTrainedModel, sites: Sites, assignment: Assignment) -
 
 def _needs(site: Site, entry: LayerEntry) -> Needs:
     configs = [config for _, config in _running(entry, site)]
-    taps = max(getattr(config, "conv_kernel_size", 1) for config in configs) - 1
+    taps = any(getattr(config, "conv_kernel_size", 1) > 1 for config in configs)
     return Needs(
         before_rotary=any(config.reads_before_rotary for config in configs),
-        hidden=taps > 0 or not all(isinstance(config, StaticPatternConfig) for config in configs),
+        hidden=taps or not all(isinstance(config, StaticPatternConfig) for config in configs),
+        taps=taps,
     )
 
 

@@ -12,9 +12,9 @@ import ast
 import inspect
 import textwrap
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -27,11 +27,14 @@ from transformers.modeling_utils import AttentionInterface
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 from sa_hf.hf.caches.layer import cache_in
+from sa_hf.hf.forward.extra_tokens import EmptyTokenHooks
 from sa_hf.hf.forward.keywords import SINKS, unknown_keywords
 from sa_hf.hf.forward.layer_input import Carried
 from sa_hf.hf.forward.masks import MaskRequest, sparse_mask
 from sa_hf.hf.forward.rotary import ROTARY_FUNCTION
-from sa_hf.hf.patching.skeleton import failed_line, partly_known, skeleton_of
+from sa_hf.hf.patching.proofs import Replay, rotation_stays, taps_astray
+from sa_hf.hf.patching.skeleton import PartlyKnown, failed_line, partly_known, skeleton_of
+from sa_hf.hf.state.activity import Activity
 from sa_hf.hf.state.positions import configs_of, position_limit
 from sa_hf.hf.state.sites import Site, Sites
 from sa_hf.hf.state.versions import tested_range
@@ -56,9 +59,10 @@ class _Seen:
 @dataclass(eq=False)
 class _Runs:
     """What each layer was called with, by its name: without a cache, and on new tokens with one (None: the model takes
-    none), and the tokens of these calls."""
+    none), and the tokens of these calls; and why what a pattern does inside a layer would not be right."""
 
     sizes: _Sizes
+    disproved: dict[str, str]
     plain: dict[str, _Seen]
     cached: dict[str, _Seen] | None = None
 
@@ -69,12 +73,17 @@ class Needs:
 
     before_rotary: bool = False
     hidden: bool = False
+    taps: bool = False
 
 
-def probe(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs]) -> None:
+def probe(
+    model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs], extra: Mapping[str, int] | None = None
+) -> None:
     """Run the skeleton and compare what each layer's attention was called with to what its site says.
 
-    Args: targets: the names of the attention modules that get a pattern, and what that needs.
+    Args:
+        targets: the names of the attention modules that get a pattern, and what that needs.
+        extra: how many tokens join each stack.
 
     Raises:
         UnsupportedModelError: the skeleton cannot run, or a layer is not reached as described.
@@ -89,7 +98,7 @@ def probe(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs]) ->
             )
     try:
         with _LOCK:
-            runs = _run(model, sites)
+            runs = _run(model, sites, targets, extra or {})
     except SparseAttentionError as error:
         raise UnsupportedModelError(f"{name} cannot be patched: {error}") from error
     except Exception as error:  # whatever a model's own code raises on shapes alone
@@ -103,56 +112,120 @@ def probe(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs]) ->
         reason = _wrong(site, attention, call)
         if reason is None and call is not None and site.name in targets:
             reason = _not_served(site, attention, call.keywords) or _lost(model, site, call, runs, targets[site.name])
+            reason = reason or runs.disproved.get(site.name)
         if reason is not None:
             raise UnsupportedModelError(f"{name} cannot be patched: {site.stack} layer {site.spec.layer_idx} {reason}")
 
 
-def _run(model: PreTrainedModel, sites: Sites) -> _Runs:
+def _run(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs], extra: Mapping[str, int]) -> _Runs:
     with partly_known() as mode:
         skeleton = skeleton_of(model, mode, PROBE, EXPERTS)
         body, sizes = _body(skeleton), _Sizes.of(model)
         caching = any(site.spec.causal for site in sites.all_sites) and "use_cache" in _parameters(body)
-        runs: list[dict[str, _Seen]] = []
-        with _recorder(skeleton, body, sites, runs) as call:
-            output = call(
-                **_inputs(body, sizes), **({"use_cache": caching} if "use_cache" in _parameters(body) else {})
+        with _recorder(skeleton, sites) as recorder:
+            output = recorder.run(
+                body,
+                (),
+                {**_inputs(body, sizes), **({"use_cache": caching} if "use_cache" in _parameters(body) else {})},
             )
             cache = cache_in((), dict(output)) if caching else None
             if cache is not None:
-                call(**_next_inputs(body, cache, sizes))
-    return _Runs(sizes, *runs)
+                recorder.run(body, (), _next_inputs(body, cache, sizes))
+            plain, cached = recorder.runs[0], recorder.runs[1] if cache is not None else None
+            disproved = {
+                site.name: _disproved(site, skeleton.get_submodule(site.name), targets[site.name], recorder, mode)
+                for site in sites.all_sites
+                if site.name in targets and site.name in plain
+            }
+            for stack, count in extra.items():
+                if count:
+                    _join(skeleton, sites.stacks[stack], count, lambda: recorder.run(body, (), _inputs(body, sizes)))
+    return _Runs(sizes, {name: reason for name, reason in disproved.items() if reason is not None}, plain, cached)
+
+
+@dataclass(eq=False)
+class _Recorder:
+    """What each layer's attention is called with in the calls of a skeleton, ``runs`` in order; ``given`` is what each
+    layer was called with first, and ``last`` the latest queries, keys and values."""
+
+    names: dict[nn.Module, str]
+    runs: list[dict[str, _Seen]] = field(default_factory=list)
+    given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.runs.append({})
+        return module(*args, **kwargs)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The hook of an attention module."""
+        self.given.setdefault(self.names[module], (args, kwargs))
+        return args, {**kwargs, "sparse_call": Carried.by(args, kwargs)}
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """The attention function."""
+        shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+        self.runs[-1][self.names[module]] = _Seen(*shapes, attention_mask, kwargs, kwargs.get("sparse_call"))
+        self.last = query, key, value
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 
 @contextmanager
-def _recorder(
-    skeleton: PreTrainedModel, body: PreTrainedModel, sites: Sites, runs: list[dict[str, _Seen]]
-) -> Iterator[Any]:
-    """Calls of the skeleton's body that append to ``runs`` what each layer's attention is called with."""
-    names = {module: module_name for module_name, module in skeleton.named_modules()}
-
-    def stub(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
-        runs[-1][names[module]] = _Seen(*shapes, attention_mask, kwargs, kwargs.get("sparse_call"))
-        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-
-    def call(**inputs: Any) -> Any:
-        runs.append({})
-        return body(**inputs)
-
+def _recorder(skeleton: PreTrainedModel, sites: Sites) -> Iterator[_Recorder]:
+    """Inside, what a skeleton's layers are called with is recorded."""
+    recorder = _Recorder({module: module_name for module_name, module in skeleton.named_modules()})
     for site in sites.all_sites:
-        skeleton.get_submodule(site.name).register_forward_pre_hook(
-            lambda _, args, kwargs: (args, {**kwargs, "sparse_call": Carried.by(args, kwargs)}), with_kwargs=True
-        )
-    AttentionInterface.register(PROBE, stub)
+        skeleton.get_submodule(site.name).register_forward_pre_hook(recorder.before, with_kwargs=True)
+    AttentionInterface.register(PROBE, recorder.attend)
     AttentionMaskInterface.register(PROBE, sparse_mask)
     try:
-        yield call
+        yield recorder
     finally:
         # The registries are process-wide: leave nothing of the probe in them.
         AttentionInterface._global_mapping.pop(PROBE, None)
         AttentionMaskInterface._global_mapping.pop(PROBE, None)
+
+
+def _join(skeleton: PreTrainedModel, sites: list[Site], count: int, run: Callable[[], Any]) -> None:
+    """Run the skeleton with extra tokens in a stack.
+
+    Raises:
+        SparseAttentionError: its layers take more that is of each token than they are given for those.
+    """
+    blocks = [skeleton.get_submodule(name) for name in dict.fromkeys(site.block for site in sites)]
+    handles = EmptyTokenHooks(count, skeleton, blocks[0], Activity()).register(blocks)
+    try:
+        run()
+    except Exception as error:
+        raise SparseAttentionError(
+            f"its layers do not run with {count} extra token{'s' * (count > 1)} in front of the others "
+            f"(num_extra_tokens, relay='virtual'): they fail at {failed_line(error)}: {type(error).__name__}: {error}; "
+            "leave them out"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _disproved(site: Site, module: nn.Module, needs: Needs, recorder: _Recorder, mode: PartlyKnown) -> str | None:
+    """Why what a pattern does inside a layer would not be what it means, or None."""
+    seen = recorder.runs[0][site.name]
+    if seen.carried is None or not (needs.before_rotary or needs.taps):
+        return None
+
+    def call(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        mode.again()
+        recorder.last = None
+        recorder.run(*given)
+        assert recorder.last is not None  # it has called its attention function before
+        return recorder.last
+
+    replay = Replay(module, *recorder.given[site.name], call)
+    reason = rotation_stays(replay, seen.carried.rotary) if needs.before_rotary else None
+    reason = reason or (taps_astray(replay, site.spec) if needs.taps else None)
+    return None if reason is None else f"({site.name}) {reason}"
 
 
 def _body(model: PreTrainedModel) -> PreTrainedModel:
