@@ -23,6 +23,7 @@ from sa_hf.hf.forward.checkpointing import CarryHandle, carry_inputs, checkpoint
 from sa_hf.hf.forward.extra_tokens import trimmed
 from sa_hf.hf.forward.keywords import refuse_attentions
 from sa_hf.hf.forward.losses import add_to_loss, carrying, check_live, loss_of, total_losses
+from sa_hf.hf.forward.pooled import pooled_position, warn_of_padding
 from sa_hf.hf.state.activity import PACKED, Activity
 from sa_hf.hf.state.inputs import ForwardInputs, hand_over, handed_over
 from sa_hf.hf.state.layers import learned_leaves, sparse_children, tie_layers
@@ -51,6 +52,7 @@ class ModelForward:
         self.own = own
         self.configs = configs
         self.parameters = list(inspect.signature(model.forward).parameters)
+        self.pooled = pooled_position(model)  # None once it was warned about
         self.tied: tuple[int, ...] = ()
         self.running = False
         self.around: ForwardInputs | None = None  # what a forward around this one was given
@@ -109,6 +111,8 @@ class ModelForward:
         if named.get("output_attentions") or getattr(model.config, "output_attentions", False):
             refuse_attentions()
         _check_not_crossed(model, named)
+        if self.pooled is not None and not torch.compiler.is_compiling() and warn_of_padding(model, self.pooled, named):
+            self.pooled = None
         children = sparse_children(model, self.names)
         self._tie(children)
         given = ForwardInputs(named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q"))
