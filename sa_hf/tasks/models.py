@@ -89,13 +89,13 @@ def load_tokenizer(name: str, max_length: int) -> Any:
     forecaster. A toy's is made for ``max_length``."""
     import transformers
 
-    from sa_hf.tools.load import resolve
+    from sa_hf.tools.load import tokenizer_of
 
     if name == CONV_TRANS:
         return None
     if name in TOYS:
         return transformers.ByT5Tokenizer(mask_token="<extra_id_0>", model_max_length=max_length)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve(name))
+    tokenizer = tokenizer_of(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

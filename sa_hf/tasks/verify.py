@@ -66,8 +66,7 @@ def saved_config(folder: str | Path, task: str) -> Any:
     """The config of a saved model, of an adapter that of its base.
 
     Raises:
-        SparseAttentionError: the model has no head for the task.
-        OSError: there is no config.
+        SparseAttentionError: there is no such model, or it has no head for the task.
     """
     from sa_hf.tasks.models import check_head
     from sa_hf.tools.load import read_config

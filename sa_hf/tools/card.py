@@ -7,6 +7,7 @@ from pathlib import Path
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.checkpoints.card import CARD_FILE, card_text, is_ours, known_of
 from sa_hf.tools.inspect import inspect_checkpoint
+from sa_hf.tools.load import check_place
 
 
 def write_card(
@@ -27,6 +28,7 @@ def write_card(
         SparseAttentionError: the folder is no sparse checkpoint, or has a README.md of its own and ``force`` is False.
     """
     folder = Path(folder)
+    check_place(str(folder))
     found = inspect_checkpoint(folder)
     if not found.layers:
         raise SparseAttentionError(f"{folder} is not a sparse checkpoint: {'; '.join(found.problems) or 'no layers'}")

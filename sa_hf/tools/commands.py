@@ -10,7 +10,7 @@ import typer
 
 from sa_hf.config import SparseAttentionConfig, available_patterns, pattern_class
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tools.load import load_model, make_config, parse_options, resolve, text_ids
+from sa_hf.tools.load import check_place, load_model, make_config, parse_options, resolve, text_ids
 from sa_hf.tools.suggest import left_out, stacks_of, tokens_to_measure
 from sa_hf.tools.suggest import suggest as rank_patterns
 from sa_hf.tools.tables import (
@@ -205,6 +205,7 @@ def plot(
 
     if str(folder) in available_patterns():
         raise SparseAttentionError(f"{folder} is a pattern, not a folder: sa-hf preview {folder} --plot {out}")
+    check_place(str(folder))
     found = inspect_checkpoint(folder)
     if not found.layers:
         raise SparseAttentionError(f"{folder}: {'; '.join(found.problems) or 'no sparse layers'}")
@@ -224,11 +225,12 @@ def plot(
 
 @app.command("inspect")
 def inspect_command(folder: Folder) -> None:
-    """What a saved checkpoint holds: patterns per layer, learned state, carried code. Exit 1 on problems."""
+    """What a saved checkpoint or adapter holds: patterns per layer, learned state, carried code. Exit 1 on problems."""
     from sa_hf.tools.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(folder)
-    say(f"{found.architecture}, sa_hf version {found.version}, {len(found.code_files)} code files")
+    kind = f"{found.architecture}, sa_hf version {found.version}, {len(found.code_files)} code files"
+    say(kind if found.base is None else f"an adapter; its base {found.base}: {kind}")
     rows: list[list[Cell]] = [
         [stack, layers, pattern_name(name), shown_fields(fields)] for stack, layers, name, fields in found.grouped()
     ]

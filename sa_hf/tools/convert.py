@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, BigBirdConfig, PreTrainedModel
+from transformers import AutoTokenizer, BigBirdConfig, PreTrainedModel
 
 from sa_hf.config import SparseAttentionConfig, check_fields
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.patching.patch import patch_model
 from sa_hf.patterns.bigbird import BigBirdAttentionConfig
 from sa_hf.patterns.dense import DenseAttentionConfig
+from sa_hf.tools.load import read_config
 
 # Blocks that Hugging Face's model does not let one choose: three around the own one, the first and the last.
 FIXED = {"num_window_blocks": 3, "global_blocks": "ends", "num_global_blocks": 2}
@@ -40,12 +41,12 @@ def convert_bigbird(
         The model, of the source's class (``BigBirdForMaskedLM``, ...), in evaluation mode where it was loaded.
 
     Raises:
-        SparseAttentionError: the source is no BigBird of Hugging Face, or an option does not fit.
+        SparseAttentionError: there is no such source, it is no BigBird of Hugging Face, or an option does not fit.
     """
     if isinstance(source, PreTrainedModel):
         config, loaded = source.config, source
     else:
-        config, loaded = AutoConfig.from_pretrained(source), None
+        config, loaded = read_config(str(source)), None
     if not isinstance(config, BigBirdConfig) or getattr(config, "sa_hf", None) is not None:
         found = "a checkpoint that sa_hf has patched" if getattr(config, "sa_hf", None) else config.model_type
         raise SparseAttentionError(

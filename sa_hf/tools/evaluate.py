@@ -25,6 +25,7 @@ from sa_hf.tasks.flags import FlagParser, add_data_flags, devices, parse_flags, 
 from sa_hf.tasks.forecast import forecast_figures
 from sa_hf.tasks.metrics import perplexity
 from sa_hf.tasks.verify import load_saved, saved_config
+from sa_hf.tools.load import tokenizer_of
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -98,26 +99,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
         SparseAttentionError: a flag, the data or the model does not fit.
         OSError: a file or folder cannot be read or written.
     """
-    import transformers
-
     import sa_hf
 
     args = parse_flags(build_parser(prog), argv)
     # The config alone, so that what is wrong with the data comes before the model is loaded.
-    try:
-        config = saved_config(args.model, args.task)
-    except OSError as error:
-        if Path(args.model).exists():
-            raise
-        raise SparseAttentionError(
-            f"--model {args.model!r} is no folder here, and the hub did not give it: {' '.join(str(error).split())}"
-        ) from error
+    config = saved_config(args.model, args.task)
     source = source_of(args, evaluate_only=True, label2id=known_classes(config, args.task))
     if args.task == "forecasting":
         model = load_saved(args.model, args.task)
         model.to("cpu" if args.cpu else torch.accelerator.current_accelerator() or "cpu")
         return show(forecast_figures(model, source.evaluation), args)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    tokenizer = tokenizer_of(args.model)
     _, rows = tokenize(source, args.task, tokenizer, args.max_length, 1, args.eval_rows)
     model = load_saved(args.model, args.task)
     with sa_hf.dense(model) if args.attention == "dense" else contextlib.nullcontext():

@@ -10,6 +10,7 @@ from typing import Any
 
 from sa_hf.config import SparseAttentionConfig, shown
 from sa_hf.errors import SparseAttentionError
+from sa_hf.tools.load import ADAPTER_CONFIG, CONFIG, adapter_fields, check_place, near
 
 
 @dataclass
@@ -17,7 +18,8 @@ class Inspection:
     """What a checkpoint says of itself.
 
     ``layers``: (stack, layer, pattern or "dense", the config's dict); ``state``: tensor name to (dtype, shape) of the
-    learned sparse state; ``problems``: what would stop it from loading as it was saved.
+    learned sparse state; ``problems``: what would stop it from loading as it was saved; ``base``: of an adapter the
+    model that it names, whose architecture, version, layers and code these are.
     """
 
     folder: Path
@@ -27,6 +29,7 @@ class Inspection:
     state: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     code_files: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    base: str | None = None
 
     def grouped(self) -> list[tuple[str, str, str, dict[str, Any]]]:
         """``layers`` with equal ones in one entry, their numbers as "0-3,6"; numbers that are none stay apart."""
@@ -69,17 +72,23 @@ def _split_at_number(name: str) -> tuple[str, str, str]:
 
 
 def inspect_checkpoint(folder: str | Path) -> Inspection:
-    """Read config.json and the safetensors headers of a saved model.
+    """Read config.json and the safetensors headers of a saved model, of an adapter those of its base, too.
 
     Raises:
         SparseAttentionError: the folder has no readable config.json.
     """
     folder = Path(folder)
+    adapter = adapter_fields(folder)
+    if adapter and not (folder / CONFIG).exists():
+        return _inspect_adapter(folder, adapter)
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
+    except FileNotFoundError as error:
+        what = f"has no {CONFIG}" if folder.is_dir() else "is no folder"
+        raise SparseAttentionError(f"{folder} {what}{near(str(folder))}; give a folder of save_pretrained") from error
+    except (OSError, ValueError) as error:
         raise SparseAttentionError(
-            f"{folder} has no readable config.json ({error}); give a folder of save_pretrained"
+            f"{folder} has no readable {CONFIG} ({error}); give a folder of save_pretrained"
         ) from error
     if not isinstance(config, dict):
         raise SparseAttentionError(f"{folder}/config.json holds {type(config).__name__}, not the fields of a model")
@@ -99,6 +108,19 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
             found.layers += _entries(stack, index, entry, found.problems)
     found.problems += _code_problems(config.get("auto_map"), found.code_files)
     found.state = _sparse_state(folder)
+    return found
+
+
+def _inspect_adapter(folder: Path, fields: dict[str, Any]) -> Inspection:
+    """An adapter's own learned state, and all else of its base, where that is a folder and not on the hub."""
+    base = str(fields.get("base_model_name_or_path"))
+    try:
+        check_place(base)
+        found = inspect_checkpoint(base) if Path(base).is_dir() else Inspection(folder, "unknown", None)
+    except SparseAttentionError as error:
+        found = Inspection(folder, "unknown", None)
+        found.problems.append(f"its base: {error}. It is base_model_name_or_path in {ADAPTER_CONFIG}")
+    found.folder, found.base, found.state = folder, base, {**found.state, **_sparse_state(folder)}
     return found
 
 

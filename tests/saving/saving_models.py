@@ -20,48 +20,27 @@ from transformers import (
 from transformers.models.t5.modeling_t5 import T5Attention
 
 
+def made(cls, config_class, **fields):
+    """A tiny model of 60 tokens, with the same weights at every call."""
+    torch.manual_seed(0)
+    return cls(config_class(vocab_size=60, **fields)).eval()
+
+
 def llama(**options):
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
-    config = LlamaConfig(
-        vocab_size=60,
-        num_hidden_layers=3,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **sizes,
-        **options,
-    )
-    return made(LlamaForCausalLM, config)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 256, "tie_word_embeddings": True}
+    return made(LlamaForCausalLM, LlamaConfig, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes, **options)
 
 
 def bert():
-    config = BertConfig(
-        vocab_size=60,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=32,
-        max_position_embeddings=128,
-        num_labels=3,
-    )
-    return made(BertForSequenceClassification, config)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    return made(BertForSequenceClassification, BertConfig, max_position_embeddings=128, num_labels=3, **sizes)
 
 
 def bart():
-    config = BartConfig(
-        vocab_size=60,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_position_embeddings=128,
-    )
-    return made(BartForConditionalGeneration, config)
+    of_each = {"layers": 2, "attention_heads": 4, "ffn_dim": 32}
+    sizes = {f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in of_each.items()}
+    return made(BartForConditionalGeneration, BartConfig, d_model=32, max_position_embeddings=128, **sizes)
 
 
 # The oldest release has T5 compute its attention itself, which is refused (tests/hf/test_families.py).
@@ -71,10 +50,8 @@ T5_IS_SERVED = "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(T5Attention.forward).
 def t5():
     if not T5_IS_SERVED:
         pytest.skip("this transformers has T5 compute its attention itself")
-    config = T5Config(
-        vocab_size=60, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
-    )
-    return made(T5ForConditionalGeneration, config)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+    return made(T5ForConditionalGeneration, T5Config, decoder_start_token_id=0, pad_token_id=0, **sizes)
 
 
 FAMILIES = {"llama": llama, "bert": bert, "bart": bart, "t5": t5}
@@ -104,11 +81,6 @@ def one_step(model):
     optimizer.step()
     optimizer.zero_grad()
     return model.eval()
-
-
-def made(cls, config):
-    torch.manual_seed(0)
-    return cls(config).eval()
 
 
 def inputs(model, length=80, batch=2):

@@ -17,7 +17,7 @@ from sa_hf.tools import cli, evaluate, finetune
     ("name", "flags", "message"),
     [
         ("finetune", ["--dataset", "nofile.csv"], "dataset 'nofile.csv' does not exist"),
-        ("evaluate", ["--model", "./nowhere"], "--model './nowhere' is no folder here"),
+        ("evaluate", ["--model", "./nowhere"], "'./nowhere' is no folder here"),
     ],
 )
 def test_a_mistake_ends_a_script_with_one_line(name: str, flags: list[str], message: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, BigBirdConfig, BigBirdForMaskedLM
 from typer.testing import CliRunner
 
@@ -150,8 +151,8 @@ def test_equal_layers_stand_in_one_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [40, 80])
 def test_no_line_is_wider_than_the_terminal(columns: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "width", columns)  # first: the width to go back to is not that of the variable
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr(console, "width", columns)  # read at import where the variable was set before
     for words in (
         ["patterns"], ["patterns", "longnet"], ["inspect", str(checkpoint)], ["suggest", "minilm"], ["doctor"],
         ["summary", str(checkpoint), "--trust-remote-code"], ["preview", "bigbird"],
@@ -327,6 +328,11 @@ def test_bad_input_is_one_clear_error(words: list[str]) -> None:
         (["summary", "/nowhere"], "/nowhere"),
         (["convert", "/nowhere", "out"], "/nowhere"),
         (["card", "/nowhere"], "/nowhere"),
+        (["suggest", "nowhere"], "'nowhere' is no folder here, and the hub did not give it"),
+        (["suggest", "minlm"], "(did you mean 'minilm'?); a model is a folder of save_pretrained, a hub name"),
+        (["convert", "nowhere", "out"], "'nowhere' is no folder here, and the hub did not give it"),
+        (["evaluate", "--model", "nowhere"], "'nowhere' is no folder here, and the hub did not give it"),
+        (["suggest", __file__], "test_cli.py' is a file; a model is a folder"),
         (["preview", "bigbird", "--plot", "/nowhere/x.png"], "/nowhere/x.png"),
     ],
 )
@@ -358,6 +364,42 @@ def test_a_sparse_checkpoint_asks_for_trust(
     command: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "--trust-remote-code" in stopped([command, str(checkpoint)], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("command", ["suggest", "inspect"])
+def test_a_wrong_folder_names_the_near_one(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "checkpoint-10").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-10" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert "did you mean 'run/checkpoint-10'" in stopped([command, "run/checkpont-10"], monkeypatch, capsys)
+    assert "config.json (nearest: 'run/checkpoint-10')" in stopped([command, "run"], monkeypatch, capsys)
+
+
+def test_inspect_of_an_adapter_names_its_base(checkpoint: Path, tmp_path: Path) -> None:
+    state = {"base_model.model.bert.encoder.layer.1.attention.self.sparse.logits": torch.zeros(3)}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+
+    def inspected(base: str) -> str:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        return " ".join(runner.invoke(app, ["inspect", str(tmp_path)]).output.split())
+
+    shown = inspected(str(checkpoint))
+    assert f"an adapter; its base {checkpoint}: BertForMaskedLM" in shown
+    assert "bigbird" in shown
+    assert "sparse.logits" in shown
+    assert "an adapter; its base some/model: unknown" in inspected("some/model")
+    assert "problem" not in inspected("some/model")
+    assert "problem: its base: '/moved' is no folder here" in inspected("/moved")
+
+
+@pytest.mark.parametrize("command", ["summary", "plot", "card"])
+def test_an_adapter_is_no_model_of_its_own(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/its/base"}))
+    assert "is an adapter of '/its/base'" in stopped([command, str(tmp_path)], monkeypatch, capsys)
 
 
 def test_convert_names_an_unknown_option(
