@@ -154,7 +154,7 @@ def test_plot_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "text.txt").write_text("a text")
     for more, message in (
         (["plot", "bigbird"], "sa-hf preview bigbird --plot"),
-        (["plot", str(tmp_path)], "no readable config.json"),
+        (["plot", str(tmp_path)], "a folder without config.json"),
         ([*words, "--text", "text.txt"], "has no tokenizer"),
         ([*words, "--out", "x.foo"], "no image format"),
     ):

@@ -3,6 +3,10 @@
 Each program makes ROWS neighbouring lists on its own. Where they begin follows from the layout's ``row_start`` and a
 count, so no program waits for another; only the room for the pieces of cut lists comes from a counter. Which pieces
 get which room may differ from run to run, what they add up to and in which order does not.
+
+Shapes: of a layout ``row_start_ptr [lists + 1]``, and of each tile its list, column and kind, ``row_ptr, column_ptr,
+kind_ptr [tiles]``; ``entries_ptr [tiles * repeats]``. A program has R = ROWS lists and reads T = TILES tiles at a step:
+``owners, counts, full_counts, start [R]``; ``owner, word, full, earlier [T]``; ``mine, place [T, R]``.
 """
 
 from __future__ import annotations
