@@ -378,7 +378,7 @@ def test_a_wrong_folder_names_the_near_one(
 
 
 def test_inspect_of_an_adapter_names_its_base(checkpoint: Path, tmp_path: Path) -> None:
-    state = {"base_model.model.bert.encoder.layer.1.attention.self.sparse.logits": torch.zeros(3)}
+    state = {"model.layer.1.sparse.logits": torch.zeros(3)}
     save_file(state, tmp_path / "adapter_model.safetensors")
 
     def inspected(base: str) -> str:
