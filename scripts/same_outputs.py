@@ -4,9 +4,10 @@
     python scripts/same_outputs.py --out now.json         # sha256 of each tensor, by case
     python scripts/same_outputs.py --compare a.json b.json
 
-A refactoring shows with it that it changed nothing. Only public names are used, so that old revisions run it, too;
-they run in a worktree of their own. fp64 cases and a second run with SA_HF_CPU_KERNELS=0 (``--torch``) are of torch's
-operators, whose sums may be in another order on purpose: they are compared by ``--torch`` alone.
+A refactoring shows with it that it changed nothing (with ``same_speed.py``: not the time either). Only public names are
+used, so that old revisions run it, too; they run in a worktree of their own. fp64 cases and a second run with
+SA_HF_CPU_KERNELS=0 (``--torch``) are of torch's operators, whose sums may be in another order on purpose: they are
+compared by ``--torch`` alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -221,19 +223,26 @@ def run_in(tree: Path, out: Path, torch_only: bool) -> dict[str, Any]:
     return result
 
 
-def against(revision: str, torch_too: bool) -> list[str]:
-    """Differences between this checkout and a revision."""
+@contextmanager
+def worktree(revision: str) -> Iterator[Path]:
+    """A checkout of a git revision, while the block runs."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        subprocess.run(["git", "worktree", "add", "--detach", str(tree), revision], check=True, cwd=ROOT)
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), revision], check=True, cwd=ROOT)
         try:
-            lines = []
-            for torch_only in (False, True) if torch_too else (False,):
-                mine, theirs = (run_in(x, Path(folder) / f"{x.name}.json", torch_only) for x in (ROOT, tree))
-                lines += differences(mine, theirs, torch_too)
-            return lines
+            yield tree
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], check=True, cwd=ROOT)
+
+
+def against(revision: str, torch_too: bool) -> list[str]:
+    """Differences between this checkout and a revision."""
+    lines = []
+    with worktree(revision) as tree, tempfile.TemporaryDirectory() as folder:
+        for torch_only in (False, True) if torch_too else (False,):
+            mine, theirs = (run_in(x, Path(folder) / f"{x.name}.json", torch_only) for x in (ROOT, tree))
+            lines += differences(mine, theirs, torch_too)
+    return lines
 
 
 def main() -> int:
