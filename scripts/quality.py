@@ -89,7 +89,7 @@ def unchanged_encoder(count: int) -> list[dict[str, Any]]:
     from transformers import AutoModel, AutoTokenizer
 
     from sa_hf import patch_model, unpatch_model
-    from sa_hf.tools.load import minilm_path
+    from sa_hf.tasks.load import minilm_path
 
     folder = str(minilm_path())
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)

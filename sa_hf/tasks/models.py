@@ -7,6 +7,7 @@ from typing import Any
 
 from sa_hf.config import did_you_mean
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
+from sa_hf.tasks.load import check_trust, read_config, resolve, tokenizer_of
 from sa_hf.tasks.ranks import say
 
 AUTO_CLASSES = {
@@ -60,8 +61,6 @@ def load_for_task(
         model = auto_class.from_config(config)
         check_causality(model, task)
         return model, tokenizer
-    from sa_hf.tools.load import check_trust, read_config, resolve
-
     folder = resolve(name)
     config = read_config(name, trust_remote_code=trust_remote_code)
     check_trust(config, name, trust_remote_code, "--trust_remote_code")
@@ -89,8 +88,6 @@ def load_tokenizer(name: str, max_length: int) -> Any:
     forecaster. A toy's is made for ``max_length``."""
     import transformers
 
-    from sa_hf.tools.load import tokenizer_of
-
     if name == CONV_TRANS:
         return None
     if name in TOYS:
@@ -104,8 +101,6 @@ def load_tokenizer(name: str, max_length: int) -> Any:
 def check_model(name: str, task: str, trust_remote_code: bool) -> None:
     """Raise ``SparseAttentionError`` where a model may not be loaded, or has no head for the task; loads its config
     alone."""
-    from sa_hf.tools.load import check_trust, read_config
-
     auto_class_of(task)
     if name != CONV_TRANS and name not in TOYS:
         config = read_config(name, trust_remote_code=trust_remote_code)
@@ -115,8 +110,6 @@ def check_model(name: str, task: str, trust_remote_code: bool) -> None:
 
 def trained_classes(name: str, task: str, trust_remote_code: bool) -> dict[str, int] | None:
     """The classes of a model that has a trained classification head, numbered; None for every other model and task."""
-    from sa_hf.tools.load import read_config
-
     if task != "sequence-classification" or name == CONV_TRANS or name in TOYS:
         return None
     return _classes(read_config(name, trust_remote_code=trust_remote_code))

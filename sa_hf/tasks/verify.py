@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
+from sa_hf.tasks.load import adapter_fields, read_config
+from sa_hf.tasks.models import auto_class_of, check_head
 
 # What a launcher sets for its ranks; the verifying process is alone.
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
@@ -68,9 +70,6 @@ def saved_config(folder: str | Path, task: str) -> Any:
     Raises:
         SparseAttentionError: there is no such model, or it has no head for the task.
     """
-    from sa_hf.tasks.models import check_head
-    from sa_hf.tools.load import read_config
-
     config = read_config(_base_of(folder) or str(folder), trust_remote_code=True)
     check_head(config, task)
     return config
@@ -78,8 +77,6 @@ def saved_config(folder: str | Path, task: str) -> Any:
 
 def load_saved(folder: str | Path, task: str) -> Any:
     """A saved model through the task's Auto class; a folder with an adapter is loaded with its patched base."""
-    from sa_hf.tasks.models import auto_class_of
-
     saved_config(folder, task)
     base = _base_of(folder)
     model = auto_class_of(task).from_pretrained(base or str(folder), trust_remote_code=True)
@@ -92,11 +89,7 @@ def load_saved(folder: str | Path, task: str) -> Any:
 
 def _base_of(folder: str | Path) -> str | None:
     """What the adapter in a folder names as its base; None where there is no adapter."""
-    if not (Path(folder) / "adapter_config.json").exists():
-        return None
-    from peft import PeftConfig
-
-    base: str = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base: str | None = adapter_fields(Path(folder)).get("base_model_name_or_path")
     return base
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.checkpoints.card import CARD_FILE, card_text, is_ours, known_of
+from sa_hf.tasks.load import check_place
 from sa_hf.tools.inspect import inspect_checkpoint
-from sa_hf.tools.load import check_place
 
 
 def write_card(

@@ -10,7 +10,8 @@ import typer
 
 from sa_hf.config import SparseAttentionConfig, available_patterns, pattern_class
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tools.load import check_place, load_model, make_config, parse_options, resolve, text_ids
+from sa_hf.tasks.load import check_place, load_model, resolve, text_ids
+from sa_hf.tools.options import make_config, parse_options
 from sa_hf.tools.suggest import left_out, stacks_of, tokens_to_measure
 from sa_hf.tools.suggest import suggest as rank_patterns
 from sa_hf.tools.tables import (

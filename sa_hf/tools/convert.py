@@ -20,7 +20,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.patching.patch import patch_model
 from sa_hf.patterns.bigbird import BigBirdAttentionConfig
 from sa_hf.patterns.dense import DenseAttentionConfig
-from sa_hf.tools.load import read_config
+from sa_hf.tasks.load import read_config
 
 # Blocks that Hugging Face's model does not let one choose: three around the own one, the first and the last.
 FIXED = {"num_window_blocks": 3, "global_blocks": "ends", "num_global_blocks": 2}

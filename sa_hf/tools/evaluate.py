@@ -23,9 +23,9 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.data import CLASSIFICATION, Rows, tokenize
 from sa_hf.tasks.flags import FlagParser, add_data_flags, devices, parse_flags, source_of, whole
 from sa_hf.tasks.forecast import forecast_figures
+from sa_hf.tasks.load import tokenizer_of
 from sa_hf.tasks.metrics import perplexity
 from sa_hf.tasks.verify import load_saved, saved_config
-from sa_hf.tools.load import tokenizer_of
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ from sa_hf.tasks.models import CONV_TRANS, TOYS, check_model, load_for_task, loa
 from sa_hf.tasks.ranks import is_main, quiet_others, say
 from sa_hf.tasks.resume import check_checkpoint, checkpoint_of
 from sa_hf.tasks.verify import verify_reload
-from sa_hf.tools.load import make_config, parse_options
+from sa_hf.tools.options import make_config, parse_options
 
 VERIFIED_ROWS = 2
 DISTILL = ("logits", "outputs", "both")  # of SparseTrainer, whose module takes seconds to import

@@ -10,7 +10,7 @@ from typing import Any
 
 from sa_hf.config import SparseAttentionConfig, shown
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tools.load import ADAPTER_CONFIG, CONFIG, adapter_fields, check_place, near
+from sa_hf.tasks.load import ADAPTER_CONFIG, CONFIG, adapter_fields, check_place, near
 
 
 @dataclass

@@ -22,7 +22,7 @@ from sa_hf.tools.cli import main
 from sa_hf.tools.commands import app
 from sa_hf.tools.describe import argument_docs
 from sa_hf.tools.inspect import inspect_checkpoint
-from sa_hf.tools.load import make_config, parse_options
+from sa_hf.tools.options import make_config, parse_options
 from sa_hf.tools.suggest import left_out, suggest
 from sa_hf.tools.tables import console
 

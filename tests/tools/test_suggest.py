@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
-from sa_hf.tools.load import auto_class
+from sa_hf.tasks.load import auto_class
 from sa_hf.tools.suggest import Measured, measure, stacks_of, suggest
 
 

@@ -1,8 +1,7 @@
-"""Models and configurations for the command line: from a hub name, a folder, or the embedded MiniLM."""
+"""Models and tokenizers by name: of the hub, a folder, or the embedded MiniLM."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -11,12 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sa_hf.config import SparseAttentionConfig, check_fields, did_you_mean, pattern_class
+from sa_hf.config import did_you_mean
 from sa_hf.errors import SparseAttentionError
 
 MINILM = "minilm"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"  # of a model, of an adapter of PEFT
-SHARED = {f.name for f in dataclasses.fields(SparseAttentionConfig)}  # fields that every pattern has
 # The Auto class to name where several stand for one architecture, as AutoModelForPreTraining stands beside many.
 PREFERRED = (
     "AutoModel",
@@ -190,66 +188,3 @@ def text_ids(model: str, text: Path, tokens: int) -> Tensor:
     if ids.shape[1] < 2:
         raise SparseAttentionError(f"{text} holds {ids.shape[1]} tokens; there must be at least 2 to measure on")
     return ids
-
-
-def parse_value(text: str) -> Any:
-    """A flag's value: JSON (numbers, true, null, lists), a sequence as ``1,2`` or ``(1, 2)``, else the text itself."""
-    items = text[1:-1] if text.startswith("(") and text.endswith(")") else text
-    # A sequence of one is written "(1,)" in Python and "1," in haste.
-    for candidate in (text, f"[{items.removesuffix(',')}]" if "," in text else text):
-        try:
-            value = json.loads(candidate)
-        except json.JSONDecodeError:
-            continue
-        return tuple(value) if isinstance(value, list) else value
-    return {"None": None, "True": True, "False": False}.get(text, text)
-
-
-def parse_options(pairs: Sequence[str], config: type[SparseAttentionConfig] | None = None) -> dict[str, Any]:
-    """``["window=512", ...]`` as a dict.
-
-    Args:
-        config: the class whose fields they are, for the error texts.
-
-    Raises:
-        SparseAttentionError: an entry without "=" or without a value, a name given twice or, of ``config``, no field.
-    """
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, separator, value = (part.strip() for part in pair.partition("="))
-        if not separator or not name or not value:
-            raise SparseAttentionError(f"--set {pair!r} must have the form field=value{_fields_to_set(name, config)}")
-        if name in options:
-            raise SparseAttentionError(f"--set {name} is given twice, as {options[name]!r} and {value}; give it once")
-        options[name] = parse_value(value)
-    if config is not None:
-        check_fields(config, options)
-    return options
-
-
-def _fields_to_set(name: str, config: type[SparseAttentionConfig] | None) -> str:
-    if config is None:
-        return ", e.g. window=512"
-    fields = {f.name: f.default for f in dataclasses.fields(config)}
-    example = name if name in fields else next((f for f in fields if f not in SHARED), "seed")
-    default = fields[example]
-    typed = ",".join(str(v) for v in default) if isinstance(default, tuple) else default
-    return f", e.g. {example}={typed}{did_you_mean(name, fields)}; fields: {sorted(fields)}"
-
-
-def make_config(pattern: str, pairs: Sequence[str] = (), preset: str | None = None) -> SparseAttentionConfig:
-    """A configuration from a pattern's name, an optional preset and ``field=value`` options."""
-    cls = pattern_class(pattern)
-    options = parse_options(pairs, cls)
-    try:
-        if preset is not None:
-            return cls.preset(preset, **options)
-        return cls(**options)
-    except SparseAttentionError as error:
-        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(cls)}
-        sequences = [name for name in options if isinstance(defaults.get(name), tuple)]
-        if not sequences:
-            raise
-        # The pattern's own example is Python, whose parentheses and blanks a shell does not pass on.
-        typed = " ".join(f"{name}={','.join(str(v) for v in defaults[name][:2])}" for name in sequences)
-        raise SparseAttentionError(f"{error}. On the command line a sequence is typed so: {typed}") from error
