@@ -15,6 +15,7 @@ from sa_hf.config import pattern_class
 from sa_hf.patterns.palette import colour_of
 from sa_hf.tools.bench import cpu_report
 from sa_hf.tools.bench.cpu import cpu_cases
+from sa_hf.tools.bench.decoding import decode_cases
 from sa_hf.tools.bench.names import NAMES, row_title
 from sa_hf.tools.describe import argument_docs
 
@@ -46,7 +47,7 @@ def test_every_field_of_every_system_has_a_meaning(cards: ModuleType) -> None:
 
 def test_rows_have_names_of_patterns_with_options() -> None:
     """Every label of the committed results, and of the benchmark, has a name that begins with its pattern's."""
-    cases = cpu_cases(16384)
+    cases = cpu_cases(16384) | decode_cases(16384)
     assert set(NAMES) == set(cases)
     for label, named in NAMES.items():
         case = cases[label]

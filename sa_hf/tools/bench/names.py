@@ -35,7 +35,7 @@ NAMES = {
     "strided": Named("sparse_transformer", "kind=strided, stride=√n", True),
     "star": Named("star", "", False),
     "star causal": Named("star", "", True),
-    "sparsebert": Named("sparsebert", "not frozen (mask set by hand)", True),
+    "sparsebert": Named("sparsebert", "frozen=False (mask set by hand)", True),
     "sparsebert frozen": Named("sparsebert", "frozen=True (mask set by hand)", True),
     "expire_span": Named("expire_span", "max_span=512", True),
     "routing": Named("routing", "num_clusters=√n", False),
