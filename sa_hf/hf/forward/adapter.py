@@ -60,15 +60,15 @@ def sparse_attention_forward(
     """The registered attention function: output ``[batch, queries, heads, head_dim]`` and no attention weights."""
     place = place_of(module)
     call: LayerCall = kwargs.pop("sparse_call", None) or LayerCall()
-    if isinstance(attention_mask, Tensor):
+    child = active_child(module)
+    if isinstance(attention_mask, Tensor) and (isinstance(child, SparseAttention) or place.extra_tokens):
         raise SparseAttentionError(
             f"a mask of shape {tuple(attention_mask.shape)} reached {type(module).__name__}; sparse attention takes a "
             "2-D mask [batch, length] (1 real, 0 padding), given to the model"
         )
-    request: MaskRequest | None = attention_mask
-    child = active_child(module)
     if not isinstance(child, SparseAttention):
-        return _dense_forward(module, place, query, key, value, request, scaling, dropout, kwargs)
+        return _dense_forward(module, place, query, key, value, attention_mask, scaling, dropout, kwargs)
+    request: MaskRequest | None = attention_mask
     attend = _attend
     if call.memory is not None and torch.compiler.is_compiling():
         attend = _attend_uncompiled
@@ -233,15 +233,15 @@ def _given(place: Place, request: MaskRequest, kwargs: dict[str, Any]) -> Forwar
 
 
 def _dense_forward(
-    module: nn.Module, place: Place, query: Tensor, key: Tensor, value: Tensor, request: MaskRequest | None,
+    module: nn.Module, place: Place, query: Tensor, key: Tensor, value: Tensor, mask: MaskRequest | Tensor | None,
     scaling: float | None, dropout: float, kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The original attention, with the mask that it would have got."""
+    """The original attention, with the mask that it would have got (or has got, ready-made)."""
     if kwargs.get("output_attentions"):
         refuse_attentions()
-    mask = (
-        None if request is None else request.dense(place.original, place.extra_tokens, _given(place, request, kwargs))
-    )
+    request = mask if isinstance(mask, MaskRequest) else None
+    if request is not None:
+        mask = request.dense(place.original, place.extra_tokens, _given(place, request, kwargs))
     # Cross-attention computes its own bias, which is no table.
     if kwargs.get("position_bias") is not None and place.spec is not None:
         kwargs["position_bias"] = expanded_bias(kwargs["position_bias"], query, key, request, place.extra_tokens)

@@ -34,6 +34,7 @@ from sa_hf.hf.state.nested import check_not_nested
 from sa_hf.hf.state.patch import Patch, patch_of
 from sa_hf.hf.state.sites import Site, Sites, own_index, root_model
 from sa_hf.hf.state.step import follow_trainers
+from sa_hf.hf.state.towers import language_modules
 from sa_hf.hf.state.versions import check_transformers
 from sa_hf.layer import LayerSpec
 from sa_hf.ops.choice import check_engine
@@ -61,9 +62,10 @@ def attach(
     check_engine(engine)
     old = patch_of(root)
     sites = find_sites(root, max_length)
-    attention = [*(site.name for site in sites.all_sites), *sites.cross]
+    attention = [*(site.name for site in sites.with_towers.all_sites), *sites.bystanders]
     check_not_nested(root, attention, None if old is None else old.activity)
-    check_assignment(assignment, sites.num_heads)
+    check_assignment(assignment, sites.with_towers.num_heads)
+    sites = sites.taking(assignment)
     assignment = {stack: dict(assignment.get(stack, {})) for stack in sites.stacks}
     extra = _check_stacks(root, sites, assignment)
     if probe:
@@ -158,8 +160,10 @@ def _keep_state(
 def _attach(root: PreTrainedModel, patch: Patch, children: dict[str, SparseAttention], extra: dict[str, int]) -> None:
     register()
     switch_over(root)
-    if not patch.configs:
-        _rebind_configs(root, patch)
+    if not patch.originals:
+        # The originals may belong to other models, too.
+        patch.originals = own_configs(root)
+    _switch_configs(root, patch)
     original = _original_of(root, patch)
     for site in patch.sites.all_sites:
         module = root.get_submodule(site.name)
@@ -170,7 +174,7 @@ def _attach(root: PreTrainedModel, patch: Patch, children: dict[str, SparseAtten
             patch.handles.append(module.register_forward_pre_hook(attention_pre_hook, with_kwargs=True))
         if getattr(children.get(site.name), "conv", None) is not None:
             patch.handles += ConvHook(module, site.spec).register()
-    for name in patch.sites.cross:
+    for name in _switched_bystanders(root, patch):
         module = root.get_submodule(name)
         _put(module, DenseMarker(), Place(None, patch.engine, original(module), patch.activity))
     for stack, count in extra.items():
@@ -201,16 +205,32 @@ def _attach_extra_tokens(root: PreTrainedModel, patch: Patch, stack: str, count:
     patch.handles += ExtraTokenHooks(count, owner, blocks[0], patch.activity).register(blocks)
 
 
-def _rebind_configs(root: PreTrainedModel, patch: Patch) -> None:
-    """Give the model copies of its configs and switch those over; the originals may belong to other models, too."""
-    patch.originals = own_configs(root)
-    implementations: dict[int, tuple[PreTrainedConfig, str]] = {}
+def _switch_configs(root: PreTrainedModel, patch: Patch) -> None:
+    """Switch over the model's own configs, but those of towers that are left as they are."""
+    language = {
+        id(value) for _, module in language_modules(root, patch.sites.stacks) for value in vars(module).values()
+    }
+    switched: dict[int, tuple[PreTrainedConfig, str]] = {}
     for name, attribute, original in patch.originals:
         own = getattr(root.get_submodule(name), attribute)
-        implementations[id(own)] = own, original._attn_implementation or "eager"
-    patch.configs = list(implementations.values())
-    for config, _ in patch.configs:
-        config._attn_implementation_internal = IMPLEMENTATION
+        before = original._attn_implementation or "eager"
+        if id(own) in language:
+            switched[id(own)] = own, before
+        elif any(own is config for config, _ in patch.configs):  # of a tower that had a pattern
+            own._attn_implementation_internal = original._attn_implementation_internal
+    patch.configs = list(switched.values())
+    for config, before in patch.configs:
+        config._attn_implementation_internal = IMPLEMENTATION if patch.activity.on else before
+
+
+def _switched_bystanders(root: PreTrainedModel, patch: Patch) -> list[str]:
+    """The attention modules that get no pattern, but ask the adapter, as their config is one of those switched over."""
+    switched = {id(config) for config, _ in patch.configs}
+    return [
+        name
+        for name in patch.sites.bystanders
+        if id(getattr(root.get_submodule(name), "config", root.config)) in switched
+    ]
 
 
 def restore_configs(root: PreTrainedModel, patch: Patch) -> None:
@@ -246,7 +266,7 @@ def remove(root: PreTrainedModel, patch: Patch) -> None:
     """Take children and hooks out; configs and positions stay."""
     for handle in patch.handles:
         handle.remove()
-    for name in [*patch.names, *patch.sites.cross]:
+    for name in [*patch.names, *_switched_bystanders(root, patch)]:
         module = root.get_submodule(name)
         del module.sparse
         delattr(module, PLACE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from sa_hf.errors import UnsupportedModelError
 from sa_hf.hf.patching.asking import let_ask, let_ask_no_more
 from sa_hf.hf.state.positions import position_limit
-from sa_hf.hf.state.sites import Site, Sites, computes_in, window_band
+from sa_hf.hf.state.sites import Left, Site, Sites, computes_in, window_band
+from sa_hf.hf.state.towers import TOWERS, tower_of
 from sa_hf.layer import LayerSpec
 from sa_hf.ops.parts import Band
 
@@ -40,7 +41,8 @@ def calls_interface(module: nn.Module) -> bool:
 def find_sites(model: PreTrainedModel, max_length: int | None = None) -> Sites:
     """The attention layers of a model, described for inputs up to ``max_length`` (None: the model's limit).
 
-    Leaves the model as it is.
+    Of a multimodal model the language stack alone is among the stacks; its towers stand beside. Leaves the model as
+    it is.
 
     Raises:
         UnsupportedModelError: no attention goes through the interface, or there are two stacks of one kind.
@@ -53,8 +55,11 @@ def find_sites(model: PreTrainedModel, max_length: int | None = None) -> Sites:
             switch_back(model)
 
 
+_Layers: TypeAlias = "list[tuple[str, nn.Module]]"
+
+
 def _sites(model: PreTrainedModel, max_length: int | None) -> Sites:
-    found: dict[str, list[tuple[str, nn.Module]]] = {}
+    found: dict[str, _Layers] = {}
     cross: list[str] = []
     for name, module in model.named_modules():
         if not calls_interface(module):
@@ -63,36 +68,105 @@ def _sites(model: PreTrainedModel, max_length: int | None) -> Sites:
             cross.append(name)
         else:
             found.setdefault(_stack_path(name), []).append((name, module))
-    if not found:
+    kinds = {path: tower_of(model, path) for path in found}
+    language = {path: layers for path, layers in found.items() if kinds[path] is None}
+    if not language:
         raise UnsupportedModelError(
-            f"{type(model).__name__} (model_type {model.config.model_type!r}) computes its attention itself instead of "
-            "asking transformers' AttentionInterface for it, so no layer can be replaced; models that ask: Llama, "
-            "Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, BERT, RoBERTa, DistilBERT, ModernBERT, ALBERT, ELECTRA, "
-            "BART, T5, ViT"
+            f"{_language_part(model, found)} (model_type {model.config.model_type!r}) computes its attention itself "
+            "instead of asking transformers' AttentionInterface for it, so no layer can be replaced; models that ask: "
+            "Llama, Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, BERT, RoBERTa, DistilBERT, ModernBERT, ALBERT, "
+            "ELECTRA, BART, T5, ViT"
         )
     limit = position_limit(model) if max_length is None else max_length
     recorded = _recorded_layers(model)
-    stacks: dict[str, list[Site]] = {}
-    for path, modules in found.items():
-        stack = "decoder" if _is_causal(modules[0][1]) else "encoder"
-        if stack in stacks:
-            other = _stack_path(stacks[stack][0].name)
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has two {stack} stacks, {other!r} and {path!r}; patch one of its parts, e.g. "
-                f"patch_model(model.get_submodule({path.rpartition('.')[0]!r}), ...)"
-            )
-        stacks[stack] = [
-            Site(name, _block(model, name, recorded), stack, _layer_spec(module, index, len(modules), limit))
-            for index, (name, module) in enumerate(modules)
+
+    def described(layers: _Layers, stack: str, limit: int | None) -> list[Site]:
+        return [
+            Site(name, _block(model, name, recorded), stack, _layer_spec(module, index, len(layers), limit))
+            for index, (name, module) in enumerate(layers)
         ]
+
+    chosen, left = _language_stacks(model, language)
+    stacks = {stack: described(layers, stack, limit) for stack, layers in chosen.items()}
+    _check_halves(model, stacks)
+    towers: dict[str, list[Site]] = {}
+    for kind in TOWERS:
+        paths = sorted((path for path in found if kinds[path] == kind), key=lambda path: -len(found[path]))
+        for path in paths:
+            name, layers = (kind if path == paths[0] else path), found[path]
+            reason = None if name == kind else f"beside the larger {kind} stack {paths[0]!r}"
+            try:
+                if reason is None:
+                    towers[name] = described(layers, name, None)
+            except UnsupportedModelError as error:
+                reason = str(error)
+            left[name] = Left(path, tuple(layer for layer, _ in layers), reason)
+    return Sites(dict(sorted(stacks.items(), reverse=True)), cross, towers, left)
+
+
+def _language_part(model: PreTrainedModel, found: dict[str, _Layers]) -> str:
+    name = type(model).__name__
+    return f"the language model of {name}" if found else name
+
+
+def _language_stacks(model: PreTrainedModel, found: dict[str, _Layers]) -> tuple[dict[str, _Layers], dict[str, Left]]:
+    """The stacks "encoder" and "decoder" of those that are no tower, in the model where the token embedding is; others
+    (a resampler between tower and language) are left.
+
+    Raises:
+        UnsupportedModelError: there are two of one kind.
+    """
+    by_kind: dict[str, dict[str, _Layers]] = {}
+    for path, layers in found.items():
+        by_kind.setdefault("decoder" if _is_causal(layers[0][1]) else "encoder", {})[path] = layers
+    chosen: dict[str, _Layers] = {}
+    left: dict[str, Left] = {}
+    several = any(len(paths) > 1 for paths in by_kind.values())
+    # An encoder-decoder may keep its embedding in one half.
+    around = _around_embedding(model) if several or not model.config.is_encoder_decoder else ""
+    for kind, paths in by_kind.items():
+        inside = [path for path in paths if f"{path}.".startswith(around)]
+        if len(inside) > 1 or (not inside and len(paths) > 1):
+            one, other = list(paths)[:2]
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has two {kind} stacks, {one!r} and {other!r}; patch one of its parts, e.g. "
+                f"patch_model(model.get_submodule({other.rpartition('.')[0]!r}), ...)"
+            )
+        for path, layers in paths.items():
+            if path in inside:
+                chosen[kind] = layers
+            else:
+                reason = "it is no part of the language model, where the token embedding is"
+                left[path] = Left(path, tuple(name for name, _ in layers), reason)
+    return chosen, left
+
+
+def _around_embedding(model: PreTrainedModel) -> str:
+    """The name, with a dot behind, of the innermost model around the token embedding; "" where that is the whole."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return ""
+    name = next((name for name, module in model.named_modules() if module is embedding), "")
+    while name:
+        name = name.rpartition(".")[0]
+        if name and isinstance(model.get_submodule(name), PreTrainedModel):
+            return f"{name}."
+    return ""
+
+
+def _check_halves(model: PreTrainedModel, stacks: dict[str, list[Site]]) -> None:
     body = model.base_model
-    lacking = [stack for stack in ("encoder", "decoder") if stack not in stacks]
-    if lacking and all(isinstance(getattr(body, stack, None), nn.Module) for stack in ("encoder", "decoder")):
+    halves = {stack: getattr(body, stack, None) for stack in ("encoder", "decoder")}
+    if not all(isinstance(half, nn.Module) for half in halves.values()):
+        return
+    names = {half: name for name, half in model.named_modules() if half in halves.values()}
+    lacking = [stack for stack, half in halves.items() if stack not in stacks and not tower_of(model, names[half])]
+    if lacking:
         raise UnsupportedModelError(
             f"the {lacking[0]} of {type(model).__name__} computes its attention itself instead of asking transformers' "
             "AttentionInterface for it, so the pattern would reach the other half alone"
         )
-    return Sites(dict(sorted(stacks.items(), reverse=True)), cross)
 
 
 def switch_over(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from sa_hf.hf.patching.attach import targets
 from sa_hf.hf.patching.families import find_sites
 from sa_hf.hf.patching.peft import warn_of_adapter_without_state
 from sa_hf.hf.patching.sparse_model import apply_assignment
+from sa_hf.hf.state.activity import IMPLEMENTATION
 from sa_hf.hf.state.assignment import parse_assignment
 from sa_hf.hf.state.extension import check_tokenizer, plan_extension
 from sa_hf.hf.state.patch import patch_of, required_patch
@@ -47,7 +48,8 @@ def patch_model(
 
     Args:
         pattern: a name, a config, ``{"0-3": "dense", "4-": config}`` by layers, ``{"heads": {"0-5": config, ...}}`` by
-            heads, or ``{"encoder": ..., "decoder": ...}``. Unlisted layers stay dense.
+            heads, or ``{"encoder": ..., "decoder": ...}``. Unlisted layers stay dense. Of a multimodal model the
+            language stack gets it; ``{"language": ..., "vision": ..., "audio": ...}`` says more.
         layers: "0-3,6" or a list of places in the stack; None is all.
         max_length: lengthen the model to this many tokens, as ``extend_positions`` does; ``unpatch_model`` undoes it.
         tokenizer: gets the new limit, too; without one a warning says that it still cuts at its own.
@@ -67,7 +69,14 @@ def patch_model(
     root = root_model(model)
     check_tokenizer(tokenizer)
     sites = find_sites(root)
-    assignment = parse_assignment(pattern, sites.num_heads, layers=layers, options=options)
+    assignment = parse_assignment(
+        pattern,
+        sites.num_heads,
+        towers={name: [site.spec.num_heads for site in tower] for name, tower in sites.towers.items()},
+        refused={name: left.reason for name, left in sites.left.items() if left.reason is not None},
+        layers=layers,
+        options=options,
+    )
     lengthening = None
     if max_length is not None or rope_parameters is not None:
         lengthening = plan_extension(root, max_length, tokenizer, rope_parameters)
@@ -75,7 +84,7 @@ def patch_model(
     if lengthening is not None:
         patch = required_patch(root, "patch_model")
         patch.extension = lengthening.apply(root, before=patch.extension)
-    warn_of_adapter_without_state(model, (site.name for site, _ in targets(sites, assignment)))
+    warn_of_adapter_without_state(model, (site.name for site, _ in targets(sites.taking(assignment), assignment)))
     return model
 
 
@@ -88,7 +97,7 @@ def dense(model: Model) -> Iterator[Model]:
     """
     root = root_model(model)
     patch = required_patch(root, "dense")
-    before = [config._attn_implementation for config, _ in patch.configs]
+    before = {id(config): config._attn_implementation for config, _ in patch.configs}
     was_on, patch.activity.on = patch.activity.on, False
     for config, original in patch.configs:
         config._attn_implementation_internal = original
@@ -97,6 +106,7 @@ def dense(model: Model) -> Iterator[Model]:
     finally:
         patch.activity.on = was_on
         now = patch_of(root)
-        if now is not None and now.configs is patch.configs:  # else unpatched meanwhile: its configs are as they were
-            for (config, _), implementation in zip(patch.configs, before, strict=True):
+        if now is not None and now.activity is patch.activity:  # else unpatched meanwhile: its configs are as they were
+            for config, original in now.configs:
+                implementation = before.get(id(config), IMPLEMENTATION if was_on else original)
                 config._attn_implementation_internal = implementation

@@ -29,11 +29,12 @@ from sa_hf.hf.forward.adapter import register
 from sa_hf.hf.forward.outer import counted_forward
 from sa_hf.hf.patching.attach import attach, remove, restore_configs
 from sa_hf.hf.patching.families import find_sites, switch_back
-from sa_hf.hf.state.activity import IMPLEMENTATION
+from sa_hf.hf.state.activity import IMPLEMENTATION, PLACE
 from sa_hf.hf.state.assignment import Assignment
 from sa_hf.hf.state.classes import DENSE, dense_class
 from sa_hf.hf.state.patch import Patch, patch_of, required_patch
 from sa_hf.hf.state.sites import root_model
+from sa_hf.hf.state.towers import only_kind
 from sa_hf.hf.state.versions import is_untested
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -99,8 +100,14 @@ def _resume(patch: Patch) -> None:
 def enable_saving(model: PreTrainedModel) -> None:
     """Make a patched model, and the models inside it, save what a load needs; ``config.sa_hf`` must be there."""
     saved = getattr(model.config, CONFIG_KEY)
+    models = _models(model)
+    holders = [one for one in models if any(PLACE in vars(part) for part in one.modules())]
+    for module in models:
+        if module not in holders:  # a tower left as it is
+            module.__class__ = dense_class(module.__class__)
+            _clear(module.config)
     # The outer model last: where models share a config, it says what loads the whole.
-    for module in reversed(_models(model)):
+    for module in reversed(holders):
         vars(module).pop("save_pretrained", None)
         module.__class__ = sparse_class(module.__class__)
         module.config.sa_hf = saved
@@ -262,7 +269,10 @@ def _new_sparse(cls: type, *inputs: Any) -> Any:
 
 def _apply(model: PreTrainedModel, assignment: Assignment) -> None:
     """Patch a model under construction; of an encoder-decoder's assignment, a class of one half takes its half."""
-    stacks = find_sites(model).stacks
+    stacks = find_sites(model).with_towers.stacks
+    kind = only_kind(model)
+    if kind in assignment:  # a tower that was saved by itself
+        assignment = dict.fromkeys(stacks, assignment[kind])
     if len(assignment) > len(stacks):
         assignment = {stack: entries for stack, entries in assignment.items() if stack in stacks}
     # Saved models were probed when they were patched, with a release that is not this one.

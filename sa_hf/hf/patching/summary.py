@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +14,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.state.activity import place_of
 from sa_hf.hf.state.layers import active_child, leaves
 from sa_hf.hf.state.patch import required_patch
-from sa_hf.hf.state.sites import Site, computes_in, root_model
+from sa_hf.hf.state.sites import Left, Site, computes_in, root_model
 from sa_hf.layer import DEFAULT_BLOCK, LayerSpec
 from sa_hf.ops.choice import TRITON, choose_engine
 from sa_hf.ops.host import with_host_defaults
@@ -45,15 +45,18 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """All layers at one length, encoder first; prints as a table."""
+    """All layers at one length, encoder first; prints as a table. ``left``: what else of the model attends and is left
+    as it is, ``{stack: why}`` (towers of images and sound)."""
 
     model: str
     length: int
     layers: list[LayerSummary]
+    left: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict."""
-        return {"model": self.model, "length": self.length, "layers": [asdict(layer) for layer in self.layers]}
+        layers = [asdict(layer) for layer in self.layers]
+        return {"model": self.model, "length": self.length, "layers": layers, "left": dict(self.left)}
 
     def __str__(self) -> str:
         rows = [("stack", "layer", "pattern", "density", "engine", "memory", "reason")]
@@ -64,7 +67,8 @@ class Summary:
             rows.append((layer.stack, index, layer.pattern, density, layer.engine, memory, layer.reason))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([f"{self.model} at {self.length} tokens", *lines])
+        left = [f"left as it is: {stack}, {why}" for stack, why in self.left.items()]
+        return "\n".join([f"{self.model} at {self.length} tokens", *lines, *left])
 
     __repr__ = __str__
 
@@ -89,7 +93,14 @@ def summary(model: nn.Module, length: int | None = None) -> Summary:
             f"{type(root).__name__} has no length limit of its own; give summary(model, length=...)"
         )
     whole_geometry(length, 1, 0, False)
-    return Summary(type(root).__name__, length, [_layer(root, site, length) for site in sites])
+    left = {name: _left(name, one) for name, one in patch.sites.left.items()}
+    return Summary(type(root).__name__, length, [_layer(root, site, length) for site in sites], left)
+
+
+def _left(name: str, stack: Left) -> str:
+    layers = f"{len(stack.names)} layers" + ("" if name == stack.path else f" in {stack.path!r}")
+    why = f"no pattern can go there: {stack.reason}" if stack.reason else f"a mapping can name it: {{{name!r}: ...}}"
+    return f"{layers} ({why})"
 
 
 def _layer(root: nn.Module, site: Site, length: int) -> LayerSummary:

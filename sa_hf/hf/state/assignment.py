@@ -1,7 +1,7 @@
 """Which pattern runs in which layer: what the user writes, the normal form, and what ``config.json`` holds.
 
-The normal form is ``{stack: {layer: entry}}`` with stacks "encoder" and "decoder"; an entry is a config, or
-``{"heads": {"0-5": config, ...}}``. Layers that are not listed are dense.
+The normal form is ``{stack: {layer: entry}}`` with stacks "encoder" and "decoder", and "vision" and "audio" where such
+towers get patterns; an entry is a config, or ``{"heads": {"0-5": config, ...}}``. Layers not listed are dense.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Any, TypeAlias
 import sa_hf.patterns  # noqa: F401  (registers the patterns that a config names)
 from sa_hf.config import CONFIG_VERSION, SparseAttentionConfig, check_fields, pattern_class
 from sa_hf.errors import ConfigVersionError, SparseAttentionError
+from sa_hf.hf.state.towers import TOWERS
 from sa_hf.patterns.dense import DenseAttentionConfig
 
-STACKS = ("encoder", "decoder")
+STACKS = ("encoder", "decoder", *TOWERS)
+# What stands for the stacks of a model that are no tower.
+LANGUAGE = "language"
 HEADS = "heads"
 
 HeadsEntry: TypeAlias = dict[str, dict[str, SparseAttentionConfig]]
@@ -30,6 +33,8 @@ def parse_assignment(
     pattern: Any,
     stacks: StackShapes,
     *,
+    towers: StackShapes | None = None,
+    refused: Mapping[str, str] | None = None,
     layers: str | int | Iterable[int] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Assignment:
@@ -37,7 +42,9 @@ def parse_assignment(
 
     Args:
         pattern: a name, a config, a mapping of layer ranges, ``{"encoder": ..., "decoder": ...}``, ``{"heads": ...}``.
-        stacks: the model's stacks and the query heads of each layer.
+        stacks: the model's stacks of language and the query heads of each layer.
+        towers: likewise those that get a pattern only where the mapping names them.
+        refused: stacks that can get none, and why.
         layers: "0-3,6", a number, or a list of numbers; None is every layer.
         options: fields of the config.
 
@@ -58,23 +65,39 @@ def parse_assignment(
         )
     if not pattern:
         raise SparseAttentionError('the mapping is empty; give e.g. {"0-3": "dense", "4-": config}')
-    named = [key for key in pattern if key in STACKS]
+    named = [key for key in pattern if key in (*STACKS, LANGUAGE)]
     if not named:
         return {stack: _parse_stack(pattern, heads, stack) for stack, heads in stacks.items()}
     if len(named) != len(pattern):
-        others = [key for key in pattern if key not in STACKS]
+        others = [key for key in pattern if key not in named]
         raise SparseAttentionError(
             f"the mapping mixes stacks {named} with {others}; nest the others, e.g. {{'decoder': {{'0-3': ...}}}}"
         )
-    missing = [stack for stack in named if stack not in stacks]
-    if missing:
-        raise SparseAttentionError(f"the model has no {missing[0]!r} stack; its stacks: {sorted(stacks)}")
+    towers = towers or {}
+    _check_named(named, stacks, towers, refused or {})
+    by_stack = {**dict.fromkeys(stacks, pattern.get(LANGUAGE, "dense")), **pattern}
     result: Assignment = {}
-    for stack, heads in stacks.items():
-        chosen = pattern.get(stack, "dense")
+    for stack, heads in {**stacks, **{name: towers[name] for name in towers if name in named}}.items():
+        chosen = by_stack[stack]
         inner = chosen if isinstance(chosen, Mapping) else {f"0-{len(heads) - 1}": chosen}
         result[stack] = _parse_stack(inner, heads, stack)
     return result
+
+
+def _check_named(named: list[str], stacks: StackShapes, towers: StackShapes, refused: Mapping[str, str]) -> None:
+    twice = [key for key in named if key in stacks]
+    if LANGUAGE in named and twice:
+        raise SparseAttentionError(
+            f"{LANGUAGE!r} stands for all of {sorted(stacks)} and {twice[0]!r} is among them; name each stack once"
+        )
+    for key in named:
+        if key in refused:
+            raise SparseAttentionError(f"the stack {key!r} cannot get a pattern: {refused[key]}; leave it out")
+        if key not in stacks and key not in towers and key != LANGUAGE:
+            others = "".join(f"; {name!r} cannot get a pattern: {reason}" for name, reason in refused.items())
+            raise SparseAttentionError(
+                f"the model has no {key!r} stack; its stacks: {[*sorted(stacks), *towers]}{others}"
+            )
 
 
 def make_config(pattern: Any, options: Mapping[str, Any] | None = None) -> SparseAttentionConfig:

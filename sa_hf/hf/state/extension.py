@@ -33,6 +33,7 @@ from sa_hf.hf.state.positions import (
     position_limit,
     position_tables,
 )
+from sa_hf.hf.state.towers import language_modules
 
 TRAINED_LIMIT = "original_max_position_embeddings"
 # Buffers with one entry per position, and what stands at position p.
@@ -43,7 +44,7 @@ _told_of_tokenizer: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 def grows_by_itself(root: PreTrainedModel) -> bool:
     """Whether a model computes its table of sinusoids anew where an input is longer (M2M100, XGLM)."""
-    return any(hasattr(m, "make_weights") for name, m in root.named_modules() if name.rpartition(".")[2] in TABLES)
+    return any(hasattr(m, "make_weights") for name, m in language_modules(root) if name.rpartition(".")[2] in TABLES)
 
 
 def computed_rows(root: PreTrainedModel, table: Table, rows: int) -> Tensor | None:
@@ -181,7 +182,7 @@ class ExtensionPlan:
             self._lengthen_buffers(root, old, new, done)
 
     def _lengthen_buffers(self, root: PreTrainedModel, old: int, new: int, done: Extension) -> None:
-        for name, module in root.named_modules():
+        for name, module in language_modules(root):
             for buffer, value in list(module.named_buffers(recurse=False)):
                 if buffer in BUFFERS and value.shape[-1] == old:
                     rest = torch.arange(old, new, device=value.device) if buffer == "position_ids" else 0
@@ -225,7 +226,7 @@ def rotary_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
     """The modules that compute rotary angles."""
     return {
         name: module
-        for name, module in root.named_modules()
+        for name, module in language_modules(root)
         if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config")
     }
 

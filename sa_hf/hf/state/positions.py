@@ -1,4 +1,4 @@
-"""How long an input a model takes: its tables of absolute positions, and what its configs say."""
+"""How long an input a model takes: its tables of absolute positions, and what its configs say; towers aside."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from sa_hf.hf.state.towers import language_modules
 
 LIMIT = "max_position_embeddings"
 # Module names of learned or sinusoidal tables of absolute positions.
@@ -28,7 +30,7 @@ class Table:
 def position_tables(model: PreTrainedModel) -> list[Table]:
     """The tables of absolute positions of a model."""
     found = []
-    for name, module in model.named_modules():
+    for name, module in language_modules(model):
         if name.rpartition(".")[2] in TABLES and isinstance(module, nn.Embedding):
             first = getattr(module, "offset", 0)
             if module.padding_idx is not None and first == 0:
@@ -82,8 +84,8 @@ def lengthening(model: PreTrainedModel, length: int | None) -> int | None:
 
 
 def configs_of(root: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The distinct config objects of a model."""
+    """The distinct config objects of a model, towers of images and sound left out."""
     found: dict[int, PreTrainedConfig] = {}
-    for module in root.modules():
+    for _, module in language_modules(root):
         found.update({id(v): v for v in vars(module).values() if isinstance(v, PreTrainedConfig)})
     return list(found.values())

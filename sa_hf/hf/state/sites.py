@@ -1,10 +1,10 @@
-"""A model's attention as patching sees it: stacks of self-attention layers, and the names of its cross-attention."""
+"""A model's attention as patching sees it: stacks of self-attention layers, and the names of what is left as it is."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -26,11 +26,25 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Left:
+    """A stack that is left as it is: where it lies, its attention modules, and why no pattern can go there (None: it
+    can, and was not asked for)."""
+
+    path: str
+    names: tuple[str, ...]
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Sites:
-    """All attention of a model: ``{stack: [site, ...]}`` in order, and the names of its cross-attention modules."""
+    """All attention of a model: ``{stack: [site, ...]}`` in order, of the stacks that get patterns; the names of its
+    cross-attention modules; its towers, which get one only where they are named, with their sites; and what is left as
+    it is, by name."""
 
     stacks: dict[str, list[Site]]
     cross: list[str] = field(default_factory=list)
+    towers: dict[str, list[Site]] = field(default_factory=dict)
+    left: dict[str, Left] = field(default_factory=dict)
 
     @property
     def num_heads(self) -> dict[str, list[int]]:
@@ -39,6 +53,22 @@ class Sites:
     @property
     def all_sites(self) -> list[Site]:
         return [site for sites in self.stacks.values() for site in sites]
+
+    @property
+    def bystanders(self) -> list[str]:
+        """The attention modules that get no pattern."""
+        return [*self.cross, *(name for one in self.left.values() for name in one.names)]
+
+    @property
+    def with_towers(self) -> Sites:
+        """The same with every tower among the stacks."""
+        return self.taking(self.towers)
+
+    def taking(self, stacks: Iterable[str]) -> Sites:
+        """The same with the towers of these names among the stacks, and no longer among what is left."""
+        taken = {name: self.towers[name] for name in stacks if name in self.towers}
+        left = {name: one for name, one in self.left.items() if name not in taken}
+        return replace(self, stacks={**self.stacks, **taken}, towers={}, left=left)
 
 
 def root_model(model: nn.Module) -> PreTrainedModel:
