@@ -23,6 +23,7 @@ class Geometry:
         num_heads: query heads of the whole layer.
         layer_idx: the layer's place in its stack.
         band: the model's own window, intersected with the pattern; ``right=0`` where causal.
+        chunk: the model's own chunks of this many tokens, likewise: pairs of two chunks are left out; None: none.
         block: tile size of the block lists.
     """
 
@@ -34,6 +35,7 @@ class Geometry:
     causal: bool = False
     band: Band = Band()
     block: int = DEFAULT_BLOCK
+    chunk: int | None = None
 
     @property
     def query_offset(self) -> int:
@@ -44,17 +46,40 @@ class Geometry:
         """The model's window and causality together."""
         return self.band.intersect(Band(None, 0)) if self.causal else self.band
 
+    def reached(self, i: Tensor, j: Tensor) -> Tensor:
+        """The pairs of positions inside the model's window, causality and chunks, bool."""
+        kept = self.full_band.contains(i, j)
+        return kept if self.chunk is None else kept & self.same_chunk(i, j)
+
+    def same_chunk(self, i: Tensor, j: Tensor) -> Tensor:
+        assert self.chunk is not None
+        return i // self.chunk == j // self.chunk
+
     def readable(self, position: int) -> Tensor:
-        """Which positions ``j < position`` the model's own window still lets a query at ``position`` read, bool."""
+        """Which positions ``j < position`` the model's own window and chunk still let a query at ``position`` read,
+        bool."""
         j = torch.arange(position)
-        return torch.ones_like(j, dtype=torch.bool) if self.band.left is None else position - j <= self.band.left
+        kept = torch.ones_like(j, dtype=torch.bool) if self.band.left is None else position - j <= self.band.left
+        return kept if self.chunk is None else kept & (j >= position // self.chunk * self.chunk)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Positions that read each other, forward too, beside what the pattern lets them read: those of one image.
+
+    ``ids [batch, slots]`` int64 number each slot's block, -1 is none; ``band`` is the window that holds for them.
+    """
+
+    ids: Tensor
+    band: Band = Band()
 
 
 @dataclass(frozen=True)
 class LayerSpec:
     """One attention layer of a model, as far as a pattern needs to know it.
 
-    ``max_length`` is the longest input the model takes, None where unbounded; ``band`` its own sliding window.
+    ``max_length`` is the longest input the model takes, None where unbounded; ``band`` its own sliding window, and
+    ``chunk`` the tokens of its own chunks (Llama 4), beyond which nothing is read.
     ``heads`` are the query heads that a part of a mixture serves, None is all; ``num_heads`` is the whole layer's, and
     ``num_key_value_heads`` counts the key heads that the part is given, and ``whole_groups`` says that it has all query
     heads of each (grouped-query attention).
@@ -75,6 +100,7 @@ class LayerSpec:
     heads: tuple[int, ...] | None = None
     whole_groups: bool = True
     sinks: bool = False
+    chunk: int | None = None
 
 
 @dataclass(eq=False)
@@ -91,7 +117,8 @@ class AttentionInputs:
     ``beside(name)`` gives what an earlier call on the same cache has put there by ``beside(name, tensor)``, ``[B, C, m,
     D]`` made of the keys; it follows the rows of the batch, and after a crop it is empty. None without a cache, too.
     ``key_slots [Nk]`` are the slots of the keys, ascending, where a cache has dropped others and the pattern
-    ``reads_listed_keys``; None: key ``j`` stands at slot ``j``. ``sinks [H]`` as in ``ScoreOptions``.
+    ``reads_listed_keys``; None: key ``j`` stands at slot ``j``. ``sinks [H]`` as in ``ScoreOptions``, ``chunk`` as in
+    ``Geometry``; ``blocks`` over all key slots of this call, None where there are none.
     """
 
     query: Tensor
@@ -111,3 +138,5 @@ class AttentionInputs:
     beside: Callable[..., Tensor | None] | None = None
     key_slots: Tensor | None = None
     sinks: Tensor | None = None
+    chunk: int | None = None
+    blocks: Blocks | None = None

@@ -76,6 +76,7 @@ class StaticPatternConfig(SparseAttentionConfig):
         def on_lists(branch: Predicate) -> Predicate:
             def predicate(index: Tensor, i: Tensor, j: Tensor) -> Tensor:
                 kept = branch(heads[index], i, j)
+                kept = kept if geometry.chunk is None else kept & geometry.same_chunk(i, j)
                 return kept & (i != j) if self.drop_diagonal else kept
 
             return predicate
@@ -119,9 +120,7 @@ class StaticPatternConfig(SparseAttentionConfig):
         rows = []
         for head in geometry.heads[:1] if self.same_for_all_heads(geometry) else geometry.heads:
             keys = self.row_keys(head, position, geometry)
-            keys = keys[
-                geometry.full_band.contains(torch.full_like(keys, position), keys) & (keys < geometry.key_length)
-            ]
+            keys = keys[geometry.reached(torch.full_like(keys, position), keys) & (keys < geometry.key_length)]
             if self.drop_diagonal and (self.extra_tokens or bool((keys != position).any())):
                 keys = keys[keys != position]
             rows.append(keys)
@@ -173,7 +172,7 @@ def dense_multiplicity(config: StaticPatternConfig, geometry: Geometry) -> Tenso
     head = torch.tensor(geometry.heads)[:, None, None]
     i = torch.arange(geometry.query_offset, geometry.key_length)[None, :, None]
     j = torch.arange(geometry.key_length)[None, None, :]
-    band = geometry.full_band.contains(i, j)
+    band = geometry.reached(i, j)
     total = torch.zeros(len(geometry.heads), geometry.query_length, geometry.key_length, dtype=torch.int64)
     for branch in config.branches(geometry):
         total += (branch(head, i, j) & band).long()
@@ -200,7 +199,9 @@ def pattern_parts(
 ) -> list[Part]:
     """The pattern's parts over the sequence alone, lonely rows included: none where every row reads ``extra`` tokens
     (None: the pattern's own)."""
-    if geometry.query_offset == 0:
+    if geometry.chunk is not None:  # closed forms know nothing of chunks
+        parts = StaticPatternConfig.block_plan(config, geometry, device, config.candidates(geometry))
+    elif geometry.query_offset == 0:
         parts = config.plan(geometry, device)
     else:
         parts = config.block_plan(geometry, device, config.candidates(geometry))

@@ -57,30 +57,33 @@ def layer_key(
     causal: bool,
     band: Band,
     engine: str,
+    chunk: int | None = None,
 ) -> str:
     """The string that names one layer's pattern in the operator's arguments (plain formatting: it is traced)."""
-    place = f"{num_heads} {config.layer_of_plan(layer_idx)} {int(causal)} {band.left} {band.right} {engine}"
+    place = f"{num_heads} {config.layer_of_plan(layer_idx)} {int(causal)} {band.left} {band.right} {chunk} {engine}"
     return f"{config.key}\n{place}\n{' '.join([str(h) for h in heads])}"
 
 
 @lru_cache(maxsize=1024)
 def _layer(key: str) -> tuple[StaticPatternConfig, Geometry, str]:
     fields, place, heads = key.split("\n")
-    num_heads, layer_idx, causal, left, right, engine = place.split()
+    num_heads, layer_idx, causal, *numbers, engine = place.split()
     config = SparseAttentionConfig.from_dict(json.loads(fields))
     if not isinstance(config, StaticPatternConfig):
         raise NotStaticError(f"pattern {config.name!r} is not static and has no operator of its own")
-    band = Band(*(None if bound == "None" else int(bound) for bound in (left, right)))
+    left, right, chunk = (None if number == "None" else int(number) for number in numbers)
     at = tuple(int(h) for h in heads.split())
-    return config, Geometry(1, 1, at, int(num_heads), int(layer_idx), causal == "1", band), engine
+    band = Band(left, right)
+    return config, Geometry(1, 1, at, int(num_heads), int(layer_idx), causal == "1", band, chunk=chunk), engine
 
 
 def _plan_for(key: str, device: torch.device, extra: int) -> PlanFor:
     config, at, _ = _layer(key)
 
     def plan_for(query_length: int, key_length: int) -> tuple[Part, ...]:
+        chunk = at.chunk if at.chunk is not None and at.chunk < key_length else None
         geometry = Geometry(
-            key_length, query_length, at.heads, at.num_heads, at.layer_idx, at.causal, at.band, at.block
+            key_length, query_length, at.heads, at.num_heads, at.layer_idx, at.causal, at.band, at.block, chunk
         )  # fmt: skip
         return cached_plan(config, geometry, device, extra)
 

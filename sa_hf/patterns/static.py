@@ -17,6 +17,7 @@ from sa_hf.ops.reads import Reads, Row, RunLists, runs_of
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.custom_op import cached_plan, layer_key, static_attention
+from sa_hf.patterns.image_blocks import with_blocks
 
 # Up to this many new queries read their keys by lists of positions; above it (prefill in chunks) a plan is cheaper.
 DECODE_QUERIES = 16
@@ -48,9 +49,20 @@ class StaticSparseAttention(SparseAttention):
 
     def forward(self, inputs: AttentionInputs) -> Tensor:
         options = score_options(inputs, self.heads)
+        out = self._attend(inputs, options)
+        if inputs.blocks is None:
+            return out
+        return with_blocks(out, inputs, self.config, self._at(inputs), options)
+
+    def _at(self, inputs: AttentionInputs) -> Geometry:
+        layer = self.config.layer_of_plan(self.spec.layer_idx)
+        return Geometry(
+            1, 1, self.heads, self.spec.num_heads, layer, inputs.causal, inputs.band, chunk=inputs.chunk
+        )  # fmt: skip
+
+    def _attend(self, inputs: AttentionInputs, options: ScoreOptions) -> Tensor:
         if self._decodes(inputs):
-            layer = self.config.layer_of_plan(self.spec.layer_idx)
-            at = Geometry(1, 1, self.heads, self.spec.num_heads, layer, True, inputs.band)
+            at = self._at(inputs)
             if runs_in_place(inputs.query, inputs.key, inputs.value, options, inputs.engine):
                 reads = static_reads(self.config, at, inputs.sequences)
                 return decode_attention(
@@ -61,7 +73,8 @@ class StaticSparseAttention(SparseAttention):
                 index = _places(index, inputs.key_slots)
             return decode_attention(inputs.query, inputs.key, inputs.value, index, options, inputs.engine)
         key = layer_key(
-            self.config, self.heads, self.spec.num_heads, self.spec.layer_idx, inputs.causal, inputs.band, inputs.engine
+            self.config, self.heads, self.spec.num_heads, self.spec.layer_idx, inputs.causal, inputs.band,
+            inputs.engine, inputs.chunk,
         )  # fmt: skip
         return static_attention(inputs.query, inputs.key, inputs.value, inputs.sequences, key, options)
 

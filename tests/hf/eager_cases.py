@@ -46,6 +46,9 @@ def log_weights(child: SparseAttention, module: nn.Module, hidden: Tensor, left:
     distance = torch.arange(n)[:, None] - torch.arange(n)[None, :]
     causal = child.spec.causal
     reached = ((distance >= 0) | (not causal)) & (distance.abs() <= (n if left is None else left))
+    if child.spec.chunk is not None:
+        chunk = torch.arange(n) // child.spec.chunk
+        reached = reached & (chunk[:, None] == chunk[None, :])
     if config.name == "expire_span":
         gate = torch.clamp(1 + (child.spans(hidden)[0, :, None, :] - distance) / config.ramp, 0, 1)  # type: ignore[operator]
         weight = torch.where(distance == 0, 1.0, gate).expand(heads, n, n)

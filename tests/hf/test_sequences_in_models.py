@@ -227,15 +227,12 @@ def test_unions_of_masks_raise() -> None:
     c = case("llama")
     sa_hf.patch_model(c.model, "sliding_window", window=3)
     embeds = c.model.get_input_embeddings()(c.inputs["input_ids"])
-    unions: list[dict[str, object]] = [{"or_mask_function": lambda b, h, q, k: q == k}]
     taken = inspect.signature(create_causal_mask).parameters
     nothing = {name: None for name in ("cache", "past_key_values") if name in taken}
-    if "block_sequence_ids" in taken:  # not in the oldest release
-        unions.append({"block_sequence_ids": torch.zeros(3, 20, dtype=torch.long)})
-    for asked in unions:
-        mask = create_causal_mask(c.model.config, embeds, attention_mask=None, **nothing, **asked)
-        with pytest.raises(UnsupportedModelError, match="union"):
-            c.output(attention_mask=mask)
+    union = {"or_mask_function": lambda b, h, q, k: q == k}
+    mask = create_causal_mask(c.model.config, embeds, attention_mask=None, **nothing, **union)
+    with pytest.raises(UnsupportedModelError, match="union"):
+        c.output(attention_mask=mask)
 
 
 def test_what_would_be_dropped_raises() -> None:

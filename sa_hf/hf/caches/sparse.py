@@ -247,7 +247,7 @@ def _readable(leaf: SparseAttention, inputs: AttentionInputs) -> Tensor | None:
     if not isinstance(leaf.config, StaticPatternConfig):
         expired = leaf.expired_keys()
         return None if expired is None else ~expired.all(0).cpu()
-    at = Geometry(1, 1, leaf.heads, leaf.spec.num_heads, leaf.spec.layer_idx, True, inputs.band)
+    at = Geometry(1, 1, leaf.heads, leaf.spec.num_heads, leaf.spec.layer_idx, True, inputs.band, chunk=inputs.chunk)
     sequences = inputs.sequences
     kept = torch.zeros(sequences.key_length, dtype=torch.bool)
     for span in sequences.spans:

@@ -35,7 +35,7 @@ from sa_hf.hf.state.versions import tested_range
 from sa_hf.layer import AttentionInputs
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.sequences import Sequences, whole_rows
-from sa_hf.patterns.base import default_scale
+from sa_hf.patterns.base import StaticPatternConfig, default_scale
 from sa_hf.patterns.learned import LearnedAttention
 
 
@@ -92,18 +92,22 @@ def _attend(
     if request is not None and torch.compiler.is_compiling():
         causal = bool(getattr(module, "is_causal", False)) if causal is None else causal
         band = window_band(window, causal) if place.spec is None else place.spec.band
+        chunk = blocks = None  # the mask function is then none of those that have them
         # What waits for the operator stands in for sequences: static patterns alone take it, the others raise.
         sequences = cast(Sequences, traced_sequences(request, place.activity.traced, causal, place.extra_tokens))
     else:
         if causal is None:
             causal = request.causal if request is not None else bool(getattr(module, "is_causal", False))
         band = request.band if request is not None else window_band(window, causal)
+        chunk, blocks = (None, None) if request is None else (request.chunk, request.blocks)
         sequences = _sequences(place, request, query, key, kwargs)
     if call.memory is None and not torch.compiler.is_compiling() and key.shape[2] > sequences.key_length:
         raise SparseAttentionError(
             f"{type(module).__name__} attends {key.shape[2]} keys for {sequences.key_length} positions without a "
             "cache: it adds keys of its own, which no pattern names; keep the layer dense"
         )
+    if blocks is not None:
+        _check_blocks(module, child, key, sequences)
     inputs = AttentionInputs(
         query=query,
         key=key,
@@ -117,6 +121,8 @@ def _attend(
         dropout=float(dropout),
         engine=place.engine,
         sinks=sinks,
+        chunk=chunk,
+        blocks=blocks,
         hidden_states=call.hidden_states,
         before_rotary=partial(before_rotary, module, call.rotary),
         remember=None if call.memory is None else call.memory.remember,
@@ -142,6 +148,23 @@ def _attend(
     if isinstance(conv, ConvTaps):
         conv.forget()
     return out.transpose(1, 2).contiguous()
+
+
+def _check_blocks(module: nn.Module, child: SparseAttention, key: Tensor, sequences: Sequences) -> None:
+    """That the pairs of an image's tokens can be added to the pattern in this call."""
+    names = [leaf.config.name for leaf in leaves(child) if not isinstance(leaf.config, StaticPatternConfig)]
+    reason = None
+    if names:
+        reason = f"{names[0]!r} chooses its pairs by what it has learned or by the data"
+    elif sequences.extra_tokens:
+        reason = "the pattern adds tokens of its own"
+    elif key.shape[2] < sequences.key_length:
+        reason = "the cache has dropped keys"
+    if reason is not None:
+        raise SparseAttentionError(
+            f"in {type(module).__name__} the tokens of an image (or of a prefix) read each other, and these pairs "
+            f"cannot be added to the pattern: {reason}. Give text alone, another pattern, or keep the layer dense"
+        )
 
 
 def _steps_back(module: nn.Module, leaf: SparseAttention, started: ForwardInputs | None) -> int:

@@ -7,8 +7,6 @@ from it; layers left dense have the original mask built from it, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +20,9 @@ from transformers.masking_utils import (
 )
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
+from sa_hf.hf.forward.rules import MaskRules
 from sa_hf.hf.state.inputs import ForwardInputs, handed_over
+from sa_hf.layer import Blocks
 from sa_hf.ops.parts import Band
 from sa_hf.ops.sequences import PendingSequences, Sequences, WholeRows, whole_rows
 
@@ -50,7 +50,9 @@ class MaskRequest:
         self.given = handed_over()
         self._dense: dict[tuple[str, int], Any] = {}
         self._sequences: dict[int, Sequences] = {}
-        self._rules: _Rules | None = None
+        self._rules: MaskRules | None = None
+        self._blocks: Blocks | None = None
+        self._looked_at_blocks = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -83,9 +85,24 @@ class MaskRequest:
         """The model's own window, without causality."""
         return self._read().band
 
-    def _read(self) -> _Rules:
+    @property
+    def chunk(self) -> int | None:
+        """The tokens of the model's own chunks; None where it has none."""
+        return self._read().chunk
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Tokens that see each other beside what causality lets them see (those of one image); None where there are
+        none, as in text alone. A device read, once."""
+        if not self._looked_at_blocks:
+            self._looked_at_blocks, rules = True, self._read()
+            if rules.blocks is not None and bool((rules.blocks.ids >= 0).any()):
+                self._blocks = rules.blocks
+        return self._blocks
+
+    def _read(self) -> MaskRules:
         if self._rules is None:
-            self._rules = _Rules.read(self.arguments["mask_function"])
+            self._rules = MaskRules.read(self.arguments["mask_function"])
         return self._rules
 
     def _is_known(self) -> bool:
@@ -292,59 +309,8 @@ def ids_from_lengths(cu_seq_lens: Tensor, batch: int, total: int) -> Tensor:
     return torch.searchsorted(cu_seq_lens[1:].contiguous(), slots, right=True)[None]
 
 
-@dataclass(frozen=True, eq=False)
-class _Rules:
-    """What a mask function means."""
-
-    causal: bool = False
-    band: Band = Band()
-    packed: Tensor | None = None
-
-    @classmethod
-    def read(cls, function: Callable[..., Any]) -> _Rules:
-        """Read transformers' mask closures; every piece must be one that is understood.
-
-        Raises:
-            UnsupportedModelError: a union of masks, a chunked or block mask, or a function of the model's own.
-        """
-        if function is causal_mask_function:
-            return cls(causal=True)
-        if function is bidirectional_mask_function:
-            return cls()
-        kind = function.__qualname__
-        held = _closure(function)
-        if kind == "and_masks.<locals>.and_mask":
-            parts = [cls.read(part) for part in held["mask_functions"]]
-            return cls._joined(parts)
-        if kind == "sliding_window_overlay.<locals>.inner_mask":
-            return cls(band=Band(int(held["sliding_window"]) - 1, None))
-        if kind == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
-            return cls(band=Band(int(held["sliding_window"]), int(held["sliding_window"])))
-        if kind == "packed_sequence_mask_function.<locals>.inner_mask":
-            return cls(packed=held["packed_sequence_mask"])
-        if kind == "remap_positions_for_packed_sequence.<locals>.inner_mask":
-            return cls.read(held["mask_function"])  # positions inside each sequence are what ours are, too
-        raise UnsupportedModelError(
-            f"the model's mask uses {kind.split('.')[0]!r}, which a sparse pattern cannot be combined with exactly "
-            "(unions of masks, chunks and blocks of images); keep such layers dense"
-        )
-
-    @classmethod
-    def _joined(cls, parts: list[_Rules]) -> _Rules:
-        band, packed = Band(), None
-        for part in parts:
-            band = band.intersect(part.band)
-            packed = packed if part.packed is None else part.packed
-        return cls(any(part.causal for part in parts), band, packed)
-
-
 def _size(x: Any) -> int:
     """A length or place that transformers hands out as a number or a tensor; one that torch.export leaves open stays
     so."""
     size: int = x if isinstance(x, torch.SymInt) else int(x)  # type: ignore[assignment]
     return size
-
-
-def _closure(function: Callable[..., Any]) -> dict[str, Any]:
-    cells = getattr(function, "__closure__", None) or ()
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))

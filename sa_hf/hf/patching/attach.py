@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sa_hf.config import SparseAttention, SparseAttentionConfig
+from sa_hf.errors import UnsupportedModelError
 from sa_hf.hf.checkpoints.auto import CONFIG_FIELDS
 from sa_hf.hf.forward.adapter import register
 from sa_hf.hf.forward.convolution import ConvHook, ConvTaps, check_projections
@@ -96,6 +97,7 @@ def _check_stacks(root: PreTrainedModel, sites: Sites, assignment: Assignment) -
         together: dict[tuple[SparseAttentionConfig, tuple[int, ...] | None], list[LayerSpec]] = {}
         for index, entry in sorted(assignment.get(stack, {}).items()):
             for spec, config in _running(entry, layers[index]):
+                _check_chunk(config, spec)
                 together.setdefault((config, spec.heads), []).append(spec)
         for (config, _), specs in together.items():
             config.check_layers(specs)
@@ -119,6 +121,14 @@ def _needs(site: Site, entry: LayerEntry) -> Needs:
         hidden=taps or not all(isinstance(config, StaticPatternConfig) for config in configs),
         taps=taps,
     )
+
+
+def _check_chunk(config: SparseAttentionConfig, spec: LayerSpec) -> None:
+    if spec.chunk is not None and not isinstance(config, StaticPatternConfig):
+        raise UnsupportedModelError(
+            f"layer {spec.layer_idx} is cut into chunks of {spec.chunk} tokens, in which {config.name!r}, whose pairs "
+            "are learned or chosen by the data, does not run; give it a static pattern, or keep it dense"
+        )
 
 
 def _running(entry: LayerEntry, site: Site) -> list[tuple[LayerSpec, SparseAttentionConfig]]:

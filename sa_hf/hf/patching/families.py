@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -24,6 +25,7 @@ from sa_hf.ops.parts import Band
 
 # The attribute names under which decoders keep attention over the encoder's output.
 CROSS_NAMES = {"encoder_attn", "crossattention", "EncDecAttention", "cross_attn", "cross_attention"}
+_SLIDING = ("sliding_attention", "hybrid_sliding")
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 # Of queries and keys: the head_dim of a config with latent attention is that of the rotary part.
 _HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
@@ -270,6 +272,7 @@ def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | Non
         causal=causal,
         max_length=limit,
         band=own_window(module, index, causal),
+        chunk=own_chunk(module, index),
         device=device,
         dtype=dtype,
         sinks=isinstance(getattr(module, "sinks", None), nn.Parameter),
@@ -277,14 +280,33 @@ def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | Non
 
 
 def own_window(module: nn.Module, index: int, causal: bool) -> Band:
-    """The model's own sliding window in this layer, as its mask function builds it; ``index`` is its place among the
-    attention layers, which a hybrid counts along with others."""
-    config = _config(module)
-    types = getattr(config, "layer_types", None)
+    """The model's own sliding window in this layer, as its mask function builds it; a chunk is one, too. ``index`` is
+    its place among the attention layers, which a hybrid counts along with others."""
+    config, kind = _config(module), _layer_type(module, index)
+    window: Any = own_chunk(module, index)
+    if window is None and kind in (None, *_SLIDING):
+        window = getattr(config, "sliding_window", None) if kind or _makes_windows(module) else None
+        window = getattr(module, "sliding_window", window)
+    elif window is None and kind != "full_attention":
+        window = getattr(module, "sliding_window", None)
+    return window_band(None if isinstance(window, bool) or not isinstance(window, int) else window, causal)
+
+
+def own_chunk(module: nn.Module, index: int) -> int | None:
+    """The tokens of the chunks that this layer's mask is cut into, None where it is not."""
+    chunk = getattr(_config(module), "attention_chunk_size", None)
+    return chunk if isinstance(chunk, int) and _layer_type(module, index) == "chunked_attention" else None
+
+
+def _layer_type(module: nn.Module, index: int) -> str | None:
+    """What the config calls this layer; None where it tells no layers apart."""
+    types = getattr(_config(module), "layer_types", None)
     own = getattr(module, "layer_idx", None)
     at = own if isinstance(own, int) and own >= 0 else index
-    sliding = types is None or (at < len(types) and types[at] in ("sliding_attention", "hybrid_sliding"))
-    window: Any = getattr(config, "sliding_window", None) if sliding else None
-    if hasattr(module, "sliding_window"):
-        window = module.sliding_window
-    return window_band(None if isinstance(window, bool) or not isinstance(window, int) else window, causal)
+    return None if types is None else types[at] if at < len(types) else ""
+
+
+def _makes_windows(module: nn.Module) -> bool:
+    """Whether the model's code has masks with windows at all: a config may say one that no mask has (Moshi)."""
+    code = sys.modules[type(module).__module__]
+    return any("sliding_window" in name for name in vars(code))

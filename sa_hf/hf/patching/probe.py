@@ -327,6 +327,8 @@ def _wrong(site: Site, attention: nn.Module, seen: _Seen | None) -> str | None:
         return f"is {'' if spec.causal else 'not '}causal by its module, but its attention gets is_causal={causal}"
     if seen.mask is not None and seen.mask.band.left != spec.band.left:
         return f"has a window of its own, {seen.mask.band}, that its module does not show ({spec.band})"
+    if seen.mask is not None and seen.mask.chunk != spec.chunk:
+        return f"has chunks of {seen.mask.chunk} tokens, where its config says {spec.chunk}"
     return None
 
 

@@ -134,7 +134,7 @@ def _static_density(config: StaticPatternConfig, spec: LayerSpec, heads: tuple[i
     """Kept pairs inside the model's own window, over all pairs (causal: of the past)."""
     whole = whole_geometry(length, spec.num_heads, spec.layer_idx, spec.causal)
     shared = config.same_for_all_heads(whole)
-    geometry = replace(whole, heads=heads[:1] if shared else heads, band=spec.band)
+    geometry = replace(whole, heads=heads[:1] if shared else heads, band=spec.band, chunk=spec.chunk)
     pairs = length * (length + 1) // 2 if spec.causal else length * length
     return float(config.row_sizes(geometry).sum()) / (pairs * len(geometry.heads))
 
