@@ -18,7 +18,7 @@ from sa_hf.ops.sequences import Span
 from sa_hf.patterns.base import StaticPatternConfig
 
 # Scores computed at once: 2**26 in fp32 are 256 MB.
-SCORES_AT_ONCE = 2**26
+IMAGE_SCORES_AT_ONCE = 2**26
 
 
 def with_blocks(
@@ -63,7 +63,7 @@ def _rows_of(
     group = inputs.query.shape[1] // inputs.key.shape[1]
     key, value = (x[span.row][:, keys].repeat_interleave(group, 0) for x in (inputs.key, inputs.value))
     query = inputs.query[span.row][:, slots]
-    step = max(1, SCORES_AT_ONCE // (query.shape[0] * span.key_length))
+    step = max(1, IMAGE_SCORES_AT_ONCE // (query.shape[0] * span.key_length))
     values = [
         _attend(query[:, rows], key, value, _times(config, geometry, positions[rows], ids, blocks), options)
         for rows in (slice(start, start + step) for start in range(0, len(positions), step))

@@ -90,14 +90,14 @@ def _attend(
     if call.memory is None and key.shape[2] > query.shape[2] and remembers(child):
         raise _no_memory(module, place, query.shape[2], key.shape[2])
     if request is not None and torch.compiler.is_compiling():
-        causal = bool(getattr(module, "is_causal", False)) if causal is None else causal
+        causal = _causal_by_itself(module, place) if causal is None else causal
         band = window_band(window, causal) if place.spec is None else place.spec.band
         chunk = blocks = None  # the mask function is then none of those that have them
         # What waits for the operator stands in for sequences: static patterns alone take it, the others raise.
         sequences = cast(Sequences, traced_sequences(request, place.activity.traced, causal, place.extra_tokens))
     else:
         if causal is None:
-            causal = request.causal if request is not None else bool(getattr(module, "is_causal", False))
+            causal = request.causal if request is not None else _causal_by_itself(module, place)
         band = request.band if request is not None else window_band(window, causal)
         chunk, blocks = (None, None) if request is None else (request.chunk, request.blocks)
         sequences = _sequences(place, request, query, key, kwargs)
@@ -148,6 +148,10 @@ def _attend(
     if isinstance(conv, ConvTaps):
         conv.forget()
     return out.transpose(1, 2).contiguous()
+
+
+def _causal_by_itself(module: nn.Module, place: Place) -> bool:
+    return bool(getattr(module, "is_causal", False)) if place.spec is None else place.spec.causal
 
 
 def _check_blocks(module: nn.Module, child: SparseAttention, key: Tensor, sequences: Sequences) -> None:

@@ -103,7 +103,7 @@ _prepare_uncompiled = torch.compiler.disable(_prepare, reason=NO_CACHE_IN_GRAPHS
 def _layer_sequences(module: nn.Module, request: MaskRequest | None, hidden: Any) -> Sequences:
     place = place_of(module)
     if request is not None and torch.compiler.is_compiling():
-        causal = bool(getattr(module, "is_causal", False))
+        causal = place.spec is not None and place.spec.causal
         return cast(Sequences, traced_sequences(request, place.activity.traced, causal, place.extra_tokens))
     if request is not None:
         return request.sequences(place.extra_tokens)

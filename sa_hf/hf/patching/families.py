@@ -25,7 +25,13 @@ from sa_hf.ops.parts import Band
 
 # The attribute names under which decoders keep attention over the encoder's output.
 CROSS_NAMES = {"encoder_attn", "crossattention", "EncDecAttention", "cross_attn", "cross_attention"}
+# Kinds of layers in a config that have its window.
 _SLIDING = ("sliding_attention", "hybrid_sliding")
+# The functions of Transformers that make masks, and whether causal ones.
+_MASKS = {
+    "create_causal_mask": True, "create_sliding_window_causal_mask": True, "create_chunked_causal_mask": True,
+    "create_bidirectional_mask": False, "create_bidirectional_sliding_window_mask": False,
+}  # fmt: skip
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 # Of queries and keys: the head_dim of a config with latent attention is that of the rotary part.
 _HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
@@ -83,8 +89,9 @@ def _sites(model: PreTrainedModel, max_length: int | None) -> Sites:
     recorded = _recorded_layers(model)
 
     def described(layers: _Layers, stack: str, limit: int | None) -> list[Site]:
+        causal = _is_causal(model, layers)
         return [
-            Site(name, _block(model, name, recorded), stack, _layer_spec(module, index, len(layers), limit))
+            Site(name, _block(model, name, recorded), stack, _layer_spec(module, index, len(layers), limit, causal))
             for index, (name, module) in enumerate(layers)
         ]
 
@@ -120,7 +127,7 @@ def _language_stacks(model: PreTrainedModel, found: dict[str, _Layers]) -> tuple
     """
     by_kind: dict[str, dict[str, _Layers]] = {}
     for path, layers in found.items():
-        by_kind.setdefault("decoder" if _is_causal(layers[0][1]) else "encoder", {})[path] = layers
+        by_kind.setdefault("decoder" if _is_causal(model, layers) else "encoder", {})[path] = layers
     chosen: dict[str, _Layers] = {}
     left: dict[str, Left] = {}
     several = any(len(paths) > 1 for paths in by_kind.values())
@@ -231,8 +238,22 @@ def _is_cross(name: str, module: nn.Module) -> bool:
     return named or bool(getattr(module, "is_cross_attention", False))
 
 
-def _is_causal(module: nn.Module) -> bool:
-    return bool(getattr(module, "is_causal", False)) and bool(getattr(_config(module), "is_causal", True))
+def _is_causal(model: nn.Module, layers: _Layers) -> bool:
+    """Whether a stack is causal: by its modules, or, where they do not say it, by the masks that the models around
+    them make (PaliGemma, whose modules are not for the sake of its prefix)."""
+    name, module = layers[0]
+    if not getattr(_config(module), "is_causal", True):
+        return False
+    if getattr(module, "is_causal", False):
+        return True
+    parts = name.split(".")
+    for end in range(len(parts)):
+        around = model.get_submodule(".".join(parts[:end]))
+        code = getattr(inspect.unwrap(type(around).forward), "__code__", None)
+        made = [_MASKS[called] for called in ([] if code is None else code.co_names) if called in _MASKS]
+        if made:
+            return all(made)
+    return False
 
 
 def _config(module: nn.Module) -> Any:
@@ -248,7 +269,7 @@ def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
     return None
 
 
-def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | None) -> LayerSpec:
+def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | None, causal: bool) -> LayerSpec:
     heads = _first(module, _HEADS)
     # Zamba's attention reads twice the width of its residual stream.
     hidden = getattr(_config(module), "attention_hidden_size", None) or getattr(_config(module), "hidden_size", None)
@@ -260,7 +281,6 @@ def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | Non
     head_dim = _first(module, _HEAD_DIM) or hidden // heads
     groups = getattr(module, "num_key_value_groups", None)
     key_heads = heads // groups if isinstance(groups, int) and groups else getattr(module, "num_key_value_heads", heads)
-    causal = _is_causal(module)
     device, dtype = computes_in(module)
     return LayerSpec(
         layer_idx=index,
