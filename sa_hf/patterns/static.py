@@ -117,7 +117,7 @@ def static_reads(config: StaticPatternConfig, at: Geometry, sequences: Sequences
     """What the new queries of causal sequences read."""
     rows = [
         (row, _run_lists(config, at, max(row.position, config.runs_serve(row.position))))
-        for row in step_rows(sequences, at.band)
+        for row in step_rows(sequences, at.band, at.chunk)
     ]
     order = None if sequences.key_gather is None else sequences.key_gather.cpu()
     queries = sequences.batch_size * sequences.query_length
@@ -125,8 +125,8 @@ def static_reads(config: StaticPatternConfig, at: Geometry, sequences: Sequences
     return Reads.of(rows, queries, skip_own=alone, order=order)
 
 
-def step_rows(sequences: Sequences, band: Band) -> list[Row]:
-    """The new queries of causal sequences, each with the positions that the model's window lets it read."""
+def step_rows(sequences: Sequences, band: Band, chunk: int | None = None) -> list[Row]:
+    """The new queries of causal sequences, each with the positions that the model's window and chunk let it read."""
     rows = []
     for span in sequences.spans:
         first = span.key_length - span.query_length
@@ -135,6 +135,7 @@ def step_rows(sequences: Sequences, band: Band) -> list[Row]:
             if sequences.query_gather is not None:
                 query = int(sequences.query_gather[span.row, query])
             low = 0 if band.left is None else max(0, position - band.left)
+            low = low if chunk is None else max(low, position // chunk * chunk)
             rows.append(Row(span.row, query, 0, span.key_start, position, low, position + 1))
     return rows
 
