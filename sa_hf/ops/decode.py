@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.choice import CANDIDATES, CPP, TRITON
-from sa_hf.ops.cpp.steps import ELEMENTS, Listed, decode_step
+from sa_hf.ops.cpp.rows import ELEMENTS
+from sa_hf.ops.cpp.steps import Listed, decode_step
 from sa_hf.ops.graphs import eager
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.reads import Reads, Row, RunLists

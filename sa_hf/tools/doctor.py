@@ -12,10 +12,16 @@ import torch
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.choice import CPP, TILES, TRITON
 from sa_hf.ops.cpp.build import cache_folder, compiler
+from sa_hf.ops.cpp.kernels import units
 from sa_hf.ops.engine import Engine
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
 
+MULTIPLIES = {
+    "amx": "by the matrix unit (AMX)",
+    "avx512_bf16": "by dot products of pairs (AVX512-BF16)",
+    "none": "widened to fp32 in the tile",
+}
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "triton", "peft", "matplotlib")
 
 
@@ -82,4 +88,8 @@ def _cpu_kernels() -> Finding:
     if reason is not None:
         return Finding("CPU kernels", f"not compiled: {reason}", advice="torch's own operators serve instead, slower")
     folder = cache_folder() or "a temporary folder, anew in each process (the log says why)"
-    return Finding("CPU kernels", f"compiled by {shlex.join(compiler())}, in {folder}", True)
+    by = f"compiled by {shlex.join(compiler())}, in {folder}"
+    try:
+        return Finding("CPU kernels", f"{by}; bf16 {MULTIPLIES[units()]}, fp16 widened to fp32 in the tile", True)
+    except SparseAttentionError as error:
+        return Finding("CPU kernels", by, False, str(error))

@@ -15,6 +15,7 @@ import torch
 
 from sa_hf.ops.cpp import CppEngine, build, kernels
 from sa_hf.ops.cpp.build import BuildError, load
+from sa_hf.tools import doctor
 from sa_hf.tools.doctor import _cpu_kernels
 
 SOURCE = """
@@ -335,10 +336,11 @@ def test_a_process_forked_during_a_build_does_not_wait_for_it(monkeypatch: pytes
 
 
 @needs_compiler
-def test_doctor_names_compiler_and_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "library", lambda: load(SOURCE, "trial"))
+def test_doctor_names_compiler_folder_and_units(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "units", lambda: "avx512_bf16")
     finding = _cpu_kernels()
     assert finding.ok is True
+    assert "AVX512-BF16" in finding.found
     assert str(cache) in finding.found
     assert build.compiler()[0] in finding.found
 

@@ -3,12 +3,18 @@
 
 #include <cstdint>
 
-// Rows of floats by batch, head and number; a row's elements follow each other.
+// The kinds of elements that rows have.
+constexpr int64_t FLOAT = 0, BF16 = 1, FP16 = 2;
+
+// Rows by batch, head and number; a row's elements follow each other.
 struct Rows {
-    float* data;
+    void* data;
     int64_t batch_step, head_step, step;
 
-    float* of(int64_t batch, int64_t head) const { return data + batch * batch_step + head * head_step; }
+    template <class E>
+    E* of(int64_t batch, int64_t head) const {
+        return (E*)data + batch * batch_step + head * head_step;
+    }
 };
 
 // The positions of slots, -1 for an empty one; null: they follow each other. A step is 0 where lists are shared.
@@ -24,13 +30,18 @@ struct Index {
 // ``lanes`` is batch * heads. A slot's *row* in the tensors of its side is its position where the call is
 // ``in_place``, else the slot itself. A pointer may be null where its comment says so. One declaration a line.
 struct Call {
-    // Rows, [batch, heads | kv_heads, rows, head_dim].
-    Rows query, key, value, out;
-    Rows grad_out, grad_query;  // backward; out and lse are then the whole plan's; grad_query is added to
+    // Rows, [batch, heads | kv_heads, rows, head_dim], of the call's element; what is written may be of floats.
+    Rows query, key, value;
+    Rows out;  // forward: of floats unless ``narrow``
+    // Backward; out and lse are then the whole plan's.
+    Rows grad_out;
+    Rows grad_query;              // of floats and added to, unless ``narrow`` or query_sums is there
+    Rows grad_keys, grad_values;  // null, or of the call's element: a thread's key_sums and value_sums, lane by lane
     Index query_index, key_index;
     float* lse;         // [lanes, query_rows]
-    float* grad_key;    // [pieces, batch, kv_heads, key_rows, padded_dim], added to
-    float* grad_value;  // the same
+    float* key_sums;    // [pieces, batch, kv_heads, key_rows, padded_dim], added to; or [threads, key_rows, padded_dim]
+    float* value_sums;  // the same
+    float* query_sums;  // null, or [threads, query_rows, head_dim], where several parts add up to a narrow grad_query
     float* grad_bias;   // null, or [pieces, lanes, bias_columns], added to
     float* grad_spans;  // null, or [pieces, lanes, key_rows], added to
     // Block lists as in BlockLayout; row_start is null for segments.
@@ -48,6 +59,8 @@ struct Call {
     const int32_t* column_word;  // the same
     const float* bias;           // null, or [heads, bias_columns], times log2(e)
     const float* spans;          // null, or [lanes, key_rows]
+    int64_t element, narrow;     // narrow: out (forward) or grad_query is of the call's element
+    int64_t units;               // what multiplies 16-bit elements: 0 nothing, else as sa_hf_units says
     int64_t in_place, merge;     // merge: forward joins what out and lse have
     int64_t batch, heads, kv_heads, query_slots, key_slots, query_rows, key_rows, head_dim, padded_dim;
     int64_t query_first, key_first;  // position of slot 0 where there is no index

@@ -1,7 +1,7 @@
 // A step of decoding: a few queries, each over keys of its own, which are read where they lie.
 #pragma once
 
-#include "tiles.h"
+#include "operands.h"
 
 // Rows of any element type by batch, head and number; a row's elements follow each other. Steps count elements.
 struct Lying {
@@ -30,7 +30,7 @@ struct DecodeCall {
     int64_t num_rows, heads, kv_heads, lanes, list_heads, queries, head_dim, value_dim, held, base;
     int64_t relative, skip_own, index_batch, index_heads, index_width, unit, order_width;
     int64_t label_batch_step, label_head_step, most, span_batch_step, span_head_step, bias_columns;
-    int64_t element, threads;     // element: 0 float, 1 bfloat16, 2 half
+    int64_t element, threads;     // element: of key and value
     double scale, softcap, ramp;  // softcap 0: none
 };
 
@@ -38,46 +38,9 @@ constexpr int ROW = 7, CHUNK = 128, MOST_SPLITS = 16;
 // Multiplications of a call below which a second thread costs more than it takes over, and keys worth a split.
 constexpr int64_t WORTH_A_THREAD = 1 << 17, WORTH_A_SPLIT = 512;
 
-typedef uint16_t vh_any __attribute__((vector_size(2 * W), aligned(2), may_alias));
-
-template <int ELEMENT>
-struct Element;
-
-template <>
-struct Element<0> {
-    typedef float type;
-    static inline vf load(const float* p) { return ::load(p); }
-};
-
-template <>
-struct Element<1> {
-    typedef uint16_t type;
-    static inline vf load(const uint16_t* p) { return (vf)(__builtin_convertvector(*(const vh_any*)p, vu) << 16); }
-};
-
-template <>
-struct Element<2> {
-    typedef uint16_t type;
-    static inline vf load(const uint16_t* p) {
-        vu bits = __builtin_convertvector(*(const vh_any*)p, vu);
-        vu size = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
-        vu finite = (vu)((vf)size * 0x1p112f), other = size | 0x7f800000u;
-        vi special = (vi)(size >= 0x0f800000u);
-        return (vf)(((finite & ~(vu)special) | (other & (vu)special)) | sign);
-    }
-};
-
-template <int ELEMENT>
-static inline vf load_part(const typename Element<ELEMENT>::type* p, int64_t count) {
-    typename Element<ELEMENT>::type whole[W] = {};
-    std::copy(p, p + count, whole);
-    return Element<ELEMENT>::load(whole);
-}
-
 // The softmax of one row's heads of a lane, so far.
-template <int ELEMENT>
+template <class T>
 struct Step {
-    typedef typename Element<ELEMENT>::type T;
     const DecodeCall& c;
     const int64_t* row;
     const int64_t lane, group, first_head, key_head, split, splits;
@@ -114,7 +77,7 @@ struct Step {
         std::fill(peak, peak + group, -INF);
         const float factor = c.softcap != 0 ? (float)(c.scale / c.softcap) : (float)c.scale * LOG2E;
         for (int64_t g = 0; g < group; ++g) {
-            const float* from = c.query.of(row[0], first_head + g) + row[1] * c.query.step;
+            const float* from = c.query.of<float>(row[0], first_head + g) + row[1] * c.query.step;
             float* to = query + g * padded(c.head_dim);
             for (int64_t d = 0; d < padded(c.head_dim); ++d) to[d] = d < c.head_dim ? from[d] * factor : 0;
         }
@@ -239,9 +202,8 @@ struct Step {
                 vf sum[W];
                 for (int j = 0; j < W; ++j) {
                     vf s = {};
-                    for (int64_t d = 0; d < whole; d += W) s += Element<ELEMENT>::load(keys[j] + d) * load(q + d);
-                    if (whole < c.head_dim)
-                        s += load_part<ELEMENT>(keys[j] + whole, c.head_dim - whole) * load(q + whole);
+                    for (int64_t d = 0; d < whole; d += W) s += load(keys[j] + d) * load(q + d);
+                    if (whole < c.head_dim) s += load_part(keys[j] + whole, c.head_dim - whole) * load(q + whole);
                     sum[j] = s;
                 }
                 transpose_block(sum);
@@ -300,7 +262,7 @@ struct Step {
         for (; d < whole; d += W) add_columns<G, 1>(g, n, d);
         if (d < c.value_dim)
             for (int64_t j = 0; j < n; ++j) {
-                vf v = load_part<ELEMENT>(value_row(j) + d, c.value_dim - d);
+                vf v = load_part(value_row(j) + d, c.value_dim - d);
                 for (int x = 0; x < G; ++x) {
                     float* at = acc + (g + x) * depth + d;
                     store(at, load(at) + v * scores[(g + x) * CHUNK + j]);
@@ -317,7 +279,7 @@ struct Step {
         for (int64_t j = 0; j < n; ++j) {
             const T* from = value_row(j) + d;
             vf values[V];
-            for (int v = 0; v < V; ++v) values[v] = Element<ELEMENT>::load(from + v * W);
+            for (int v = 0; v < V; ++v) values[v] = load(from + v * W);
             for (int x = 0; x < G; ++x) {
                 const float p = scores[(g + x) * CHUNK + j];
                 for (int v = 0; v < V; ++v) sum[x][v] += values[v] * p;
@@ -343,7 +305,7 @@ struct Step {
 
     void write() const {
         for (int64_t g = 0; g < group; ++g) {
-            float* to = c.out.of(row[0], first_head + g) + row[1] * c.out.step;
+            float* to = c.out.of<float>(row[0], first_head + g) + row[1] * c.out.step;
             float sum = total[g];
             if (c.sinks != nullptr && sum != 0) sum += exp2(splat(c.sinks[first_head + g] * LOG2E - peak[g]))[0];
             const float factor = sum == 0 ? 0.0f : 1.0f / sum;
@@ -369,9 +331,9 @@ static int64_t keys_at_most(const DecodeCall& c) {
 }
 
 // 0, or 1 where a listed key is not in the cache.
-template <int ELEMENT>
+template <class T>
 static int decode(const DecodeCall& c) {
-    typedef Step<ELEMENT> S;
+    typedef Step<T> S;
     const int64_t keys = keys_at_most(c), units = c.num_rows * c.lanes;
     const bool alone = c.threads == 1 || keys * units * (c.heads / c.lanes) * c.head_dim < WORTH_A_THREAD;
     int64_t splits = 1;

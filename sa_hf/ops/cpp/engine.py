@@ -5,24 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sa_hf.ops.cpp.kernels import (
-    Rows,
-    Sums,
-    backward,
-    backward_into,
-    forward,
-    forward_into,
-    has_every_query,
-    plain,
-    why_not,
-)
+from sa_hf.ops.cpp.kernels import backward, backward_all, forward, forward_all, why_not
+from sa_hf.ops.cpp.rows import Rows
 from sa_hf.ops.engine import Engine, Gradients, Merging, Total
 from sa_hf.ops.memory import keep_freed_memory
 from sa_hf.ops.parts import OffsetsPart, Part, ScoreOptions, SegmentPart
 
 
 class CppEngine(Engine):
-    """Kernels in C++ for the CPU, compiled at first use: in fp32, under all options.
+    """Kernels in C++ for the CPU, compiled at first use: fp32, bf16 and fp16, under all options.
 
     ``forward`` and ``backward`` take rows in slots, for the means of ``ops.means``; plans are run in place.
     """
@@ -66,41 +57,40 @@ def simplest(part: Part) -> Part:
 
 
 class InPlaceMerging(Merging):
-    """Parts are merged as they are computed."""
+    """Parts are merged as they are computed, when all of them are known: a single one writes the query's own dtype."""
 
-    rows: Rows | None = None
+    def __init__(self, engine: Engine, query: Tensor, start: tuple[Tensor, Tensor] | None) -> None:
+        super().__init__(engine, query, start)
+        self.parts: list[Part] = []
 
     def attend(self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> None:
-        keep_freed_memory()
-        part = simplest(part)
-        self.rows = rows = self.rows or Rows.of(query, key, value, options)
-        fresh = self.merged is None and has_every_query(part, query.shape[2])
-        if self.merged is None:
-            shape = query.shape
-            out = rows.query.new_empty(shape) if fresh else rows.query.new_zeros(shape)
-            self.merged = out, rows.query.new_full(shape[:3], -torch.inf)
-        out, lse = (x.float().contiguous() for x in self.merged)
-        self.merged = out, lse
-        forward_into(part, rows, self.merged, fresh=fresh)
+        self.parts.append(simplest(part))
+        self.inputs = query, key, value, options
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        if self.parts:
+            keep_freed_memory()
+            self.merged = forward_all(self.parts, Rows.of(*self.inputs), self.merged)
+            self.parts = []
+        return super().result()
 
 
 class InPlaceTotal(Total):
-    """Gradients add up where they lie."""
+    """Gradients add up where they lie, when all parts are known."""
 
-    rows: Rows | None = None
-    in_place: Sums | None = None
+    def __init__(self, engine: Engine, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> None:
+        super().__init__(engine, query, key, value, options)
+        self.parts: list[Part] = []
 
     def attend(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor
     ) -> None:
-        if self.rows is None or self.in_place is None:
-            self.rows = Rows.of(query, key, value, self.options)
-            self.in_place = Sums.zeros(self.rows)
-            self.results = plain(out), lse.float().contiguous(), plain(grad_out)
-        backward_into(simplest(part), self.rows, *self.results, self.in_place)
+        self.parts.append(simplest(part))
+        self.inputs = query, key, value, self.options
+        self.results = out, lse, grad_out
 
     def gradients(self) -> Gradients:
-        if self.rows is not None and self.in_place is not None:
-            self.add_whole(self.in_place.gradients(self.rows))
-            self.rows = self.in_place = None
+        if self.parts:
+            self.add_whole(backward_all(self.parts, Rows.of(*self.inputs), *self.results))
+            self.parts = []
         return super().gradients()

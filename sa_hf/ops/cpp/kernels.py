@@ -1,4 +1,4 @@
-"""Parts through the kernels in C++: in fp32, with every score option, forward and backward.
+"""Parts through the kernels in C++: with every score option, forward and backward.
 
 A part's rows are read and written where they lie: nothing is gathered, and parts are merged as they are written.
 """
@@ -8,34 +8,45 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.cpp.build import BuildError, load
 from sa_hf.ops.cpp.call import DTYPES, FAR, Call, CallIndex, CallRows, DecodeCall
+from sa_hf.ops.cpp.rows import ELEMENTS, Rows, plain
 from sa_hf.ops.cpp.sources import FILES
 from sa_hf.ops.engine import Gradients
-from sa_hf.ops.lanes import Lanes, Places, Slots
 from sa_hf.ops.parts import UNBOUNDED, Band, BlockLayout, BlockPart, Index, OffsetsPart, Part, ScoreOptions
 from sa_hf.ops.random import dropout_threshold
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "SA_HF_CPU_KERNELS"
+UNITS_SWITCH = "SA_HF_CPU_UNITS"
+# By their numbers in units.h, the best first: the matrix unit, dot products of pairs, fp32 of what is widened.
+UNITS = {"amx": 2, "avx512_bf16": 1, "none": 0}
 TILE = 64  # as in the sources
-LOG2E = 1.4426950408889634
 # Gradients of keys and values are summed by one thread for each key lane, in pieces where there are too few lanes for
 # the threads: up to so many, or twice the query heads of a key head. A piece costs a copy of both gradients.
 MOST_PIECES = 4
 
 
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, built at the first call; None where :func:`why_not` has a reason."""
-    return _found()[0]
+def library() -> ctypes.CDLL:
+    """The compiled kernels, built at the first call.
+
+    Raises:
+        SparseAttentionError: :func:`why_not` has a reason.
+    """
+    found, reason = _found()
+    if found is None:
+        raise SparseAttentionError(f"there are no compiled kernels: {reason}; use engine='torch'")
+    return found
 
 
 def why_not() -> str | None:
@@ -53,59 +64,38 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
     except BuildError as error:
         logger.info("attention on the CPU runs by torch's operators: %s", error)
         return None, str(error)
-    for function in (found.sa_hf_forward, found.sa_hf_backward):
-        function.argtypes, function.restype = [ctypes.POINTER(Call)], None
+    found.sa_hf_forward.argtypes = [ctypes.POINTER(Call)]
+    found.sa_hf_backward.argtypes = [ctypes.POINTER(Call), ctypes.c_int64]
+    found.sa_hf_forward.restype = found.sa_hf_backward.restype = None
     found.sa_hf_decode.argtypes, found.sa_hf_decode.restype = [ctypes.POINTER(DecodeCall)], ctypes.c_int
+    found.sa_hf_units.argtypes, found.sa_hf_units.restype = [], ctypes.c_int64
     return found, None
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """The tensors of a call in fp32, and what its options say of each row.
+@cache
+def units() -> str:
+    """What multiplies bfloat16 here, of ``UNITS``: the best that there is, or what ``SA_HF_CPU_UNITS`` names.
 
-    query ``[B, H, Nq, D]``, key and value ``[B, Hkv, Nk, D]``; ``fields``: the call's tensors for its options, by name;
-    ``span_at``: int64 ``[lanes, Nk]``, where each key's span lies in the flat spans, or None.
+    Raises:
+        SparseAttentionError: the variable names what this machine does not have.
     """
+    found = library().sa_hf_units()
+    there = [name for name, number in UNITS.items() if number & found or not number]
+    chosen = os.environ.get(UNITS_SWITCH) or there[0]
+    if chosen not in there:
+        raise SparseAttentionError(f"{UNITS_SWITCH}={chosen!r} must be one of {there} here; nearest: {there[0]!r}")
+    return chosen
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    options: ScoreOptions
-    fields: dict[str, Tensor]
-    span_at: Tensor | None
 
-    @classmethod
-    def of(
-        cls, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, query_index: Index = None,
-        key_index: Index = None,
-    ) -> Rows:  # fmt: skip
-        """Args: query_index, key_index: the positions of the rows, where they stand in slots."""
-        lanes = Lanes.of(query, key)
-        places, fields, span_at = Places.of(options, lanes, query_index, key_index), {}, None
-        if options.distance_bias is not None:
-            fields["bias"] = options.distance_bias.float() * LOG2E
-        if options.spans is not None:
-            span_at = places.span_at(lanes.ids, _positions(places.key_at, lanes, key.shape[2]))
-            fields["spans"] = options.spans.float().flatten()[span_at]
-        if options.dropout > 0:
-            for name, at, x, stream in (
-                ("row_word", places.query_at, query, 0), ("column_word", places.key_at, key, 1)
-            ):  # fmt: skip
-                fields[name] = places.dropout_words(lanes.ids, _positions(at, lanes, x.shape[2]), stream)
-        query, key, value = (plain(x) for x in (query, key, value))
-        _check_shapes(query, key, value)
-        return cls(query, key, value, options, {name: x.contiguous() for name, x in fields.items()}, span_at)
-
-    @property
-    def lanes(self) -> int:
-        return self.query.shape[0] * self.query.shape[1]
+def _run_backward(calls: Sequence[_PartCall]) -> None:
+    library().sa_hf_backward((Call * len(calls))(*(call.call for call in calls)), len(calls))
 
 
 def forward(part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> tuple[Tensor, Tensor]:
     """As ``Engine.forward``: rows in the part's slots."""
     rows = Rows.of(query, key, value, options, part.query_index, part.key_index)
-    out, lse = rows.query.new_empty(query.shape), rows.query.new_empty(query.shape[:3])
-    _PartCall(part, rows, in_place=False, merge=False).forward(out, lse)
+    out, lse = rows.query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+    _PartCall(part, rows, in_place=False).forward(out, lse, merge=False)
     return out.to(query.dtype), lse
 
 
@@ -115,58 +105,104 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """As ``Engine.backward``: rows in the part's slots."""
     rows = Rows.of(query, key, value, options, part.query_index, part.key_index)
-    sums = Sums.zeros(rows)
-    _PartCall(part, rows, in_place=False, merge=False).backward(plain(out), lse, plain(grad_out), sums)
-    grads = sums.gradients(rows)
+    grads = _backward([part], rows, out, lse, grad_out, in_place=False)
     return replace(
         grads, query=grads.query.to(query.dtype), key=grads.key.to(key.dtype), value=grads.value.to(value.dtype)
     )
 
 
-def has_every_query(part: Part, length: int) -> bool:
-    """Whether a part has all positions below ``length`` as its query slots, in their order."""
-    return part.query_index is None and _shape(part)[0] == length
+def forward_all(parts: Sequence[Part], rows: Rows, start: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The parts of a plan merged: output ``[B, H, Nq, D]`` and log-sum-exp ``[B, H, Nq]`` fp32, in positions.
 
+    The output is in fp32, or in the rows' dtype where one part is all that there is: a running result rounded once per
+    part would add up errors.
 
-def forward_into(part: Part, rows: Rows, running: tuple[Tensor, Tensor], *, fresh: bool) -> None:
-    """Merge a part into the running output ``[B, H, Nq, D]`` and log-sum-exp ``[B, H, Nq]``, contiguous, in positions.
-
-    Args: rows: in positions. fresh: ``running`` is uninitialised, and the part has every query in a slot.
+    Args:
+        rows: in positions.
+        start: what came before the parts; fp32 and contiguous tensors are written to.
     """
-    _PartCall(part, rows, in_place=True, merge=not fresh).forward(*running)
+    shape, fresh = rows.query.shape, False
+    if start is None:
+        fresh = parts[0].query_index is None and _shape(parts[0])[0] == shape[2]  # every position in a slot
+        dtype = rows.query.dtype if len(parts) == 1 else torch.float32
+        start = (
+            (torch.empty if fresh else torch.zeros)(shape, dtype=dtype),
+            torch.full(shape[:3], -torch.inf, dtype=torch.float32),
+        )
+    else:
+        start = start[0].float().contiguous(), start[1].float().contiguous()
+    for number, part in enumerate(parts):
+        _PartCall(part, rows, in_place=True).forward(*start, merge=number > 0 or not fresh)
+    return start
 
 
-def backward_into(part: Part, rows: Rows, out: Tensor, lse: Tensor, grad_out: Tensor, sums: Sums) -> None:
-    """Add a part's gradients to the ``sums``; all in positions, ``out``, ``lse`` and ``grad_out`` the whole plan's."""
-    _PartCall(part, rows, in_place=True, merge=False).backward(out, lse, grad_out, sums)
+def backward_all(parts: Sequence[Part], rows: Rows, out: Tensor, lse: Tensor, grad_out: Tensor) -> Gradients:
+    """The sum of the parts' gradients, in the rows' dtype or in fp32; ``out`` and ``lse`` are the whole plan's."""
+    return _backward(parts, rows, out, lse, grad_out, in_place=True)
+
+
+def _backward(
+    parts: Sequence[Part], rows: Rows, out: Tensor, lse: Tensor, grad_out: Tensor, *, in_place: bool
+) -> Gradients:  # fmt: skip
+    parts = [part for part in parts if _shape(part)[0] > 0 and rows.lanes > 0]
+    if not parts:
+        return Gradients(*(torch.zeros_like(x) for x in (rows.query, rows.key, rows.value)))
+    out, grad_out = (plain(x, rows.query.dtype) for x in (out, grad_out))
+    lse, sums = lse.float().contiguous(), Sums.zeros(rows, len(parts))
+    calls = [_PartCall(part, rows, in_place=in_place) for part in parts]
+    for call in calls:
+        call.backward_from(out, lse, grad_out, sums)
+    # Threads that share a lane go through it part by part: parts add to the same queries.
+    for some in [calls] if sums.pieces == 1 else [[call] for call in calls]:
+        _run_backward(some)
+    return sums.gradients(rows)
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Where gradients add up, zeros at first: query ``[B, H, Nq, D]``, key and value ``[pieces, B, Hkv, Nk, padded]``
-    (head_dim padded to whole vectors), bias ``[pieces, lanes, columns]`` and spans ``[pieces, lanes, Nk]``."""
+    """Where gradients go, and where they add up.
 
+    ``query [B, H, Nq, D]``, key and value ``[pieces, B, Hkv, Nk, padded]`` (head_dim padded to whole vectors) in fp32,
+    zeros at first. Of 16-bit rows, query is in their dtype where it has one part, and where each key lane is a single
+    piece all three are, key and value ``[B, Hkv, Nk, D]``: fp32 sums are then kept for the lanes that threads are at,
+    ``query_sums [threads, Nq, D]`` and ``key_sums [2, threads, Nk, padded]``.
+    Bias is ``[pieces, lanes, columns]`` and spans ``[pieces, lanes, Nk]``.
+    """
+
+    pieces: int
     query: Tensor
     key: Tensor
     value: Tensor
+    query_sums: Tensor | None
+    key_sums: Tensor | None
     bias: Tensor | None
     spans: Tensor | None
 
     @classmethod
-    def zeros(cls, rows: Rows) -> Sums:
-        key, bias, spans = rows.key, rows.options.distance_bias, rows.options.spans
-        pieces = _pieces(
-            key.shape[0] * key.shape[1], rows.query.shape[1] // key.shape[1], torch.get_num_threads()
-        )  # fmt: skip
-        of_keys = (pieces, *key.shape[:3], _padded(key.shape[3]))
+    def zeros(cls, rows: Rows, parts: int) -> Sums:
+        query, key, bias, spans = rows.query, rows.key, rows.options.distance_bias, rows.options.spans
+        threads, key_lanes = torch.get_num_threads(), key.shape[0] * key.shape[1]
+        pieces = _pieces(key_lanes, query.shape[1] // key.shape[1], threads)
+        padded, at_work = _padded(key.shape[3]), min(threads, key_lanes)
+        zeros, empty = partial(torch.zeros, dtype=torch.float32), partial(torch.empty, dtype=torch.float32)
+        by_lane = query.dtype != torch.float32 and pieces == 1
+        of_keys = (pieces, *key.shape[:3], padded)
+        if parts > 1:
+            of_query = query.new_empty(query.shape) if by_lane else zeros(query.shape)
+        else:
+            of_query = query.new_zeros(query.shape)
         return cls(
-            key.new_zeros(rows.query.shape), key.new_zeros(of_keys), key.new_zeros(of_keys),
-            None if bias is None else key.new_zeros(pieces, rows.lanes, bias.shape[1]),
-            None if spans is None else key.new_zeros(pieces, rows.lanes, key.shape[2]),
+            pieces, of_query,
+            key.new_empty(key.shape) if by_lane else zeros(of_keys),
+            key.new_empty(key.shape) if by_lane else zeros(of_keys),
+            empty(at_work, *query.shape[2:]) if by_lane and parts > 1 else None,
+            empty(2, at_work, key.shape[2], padded) if by_lane else None,
+            None if bias is None else zeros(pieces, rows.lanes, bias.shape[1]),
+            None if spans is None else zeros(pieces, rows.lanes, key.shape[2]),
         )  # fmt: skip
 
     def gradients(self, rows: Rows) -> Gradients:
-        """In fp32, those of the options in their own dtype."""
+        """In fp32 or the rows' dtype, those of the options in their own."""
         bias, spans, d = rows.options.distance_bias, rows.options.spans, rows.key.shape[3]
         grad_bias = grad_spans = None
         if bias is not None and self.bias is not None:
@@ -175,7 +211,9 @@ class Sums:
             flat = self.spans.new_zeros(spans.numel())
             flat.scatter_add_(0, rows.span_at.flatten(), self.spans.sum(0).flatten())
             grad_spans = flat.view(spans.shape).to(spans.dtype)
-        key, value = ((x[0] if len(x) == 1 else x.sum(0))[..., :d] for x in (self.key, self.value))
+        key, value = self.key, self.value
+        if self.key_sums is None:
+            key, value = ((x[0] if len(x) == 1 else x.sum(0))[..., :d] for x in (key, value))
         return Gradients(self.query, key, value, grad_bias, grad_spans)
 
 
@@ -197,12 +235,13 @@ def _offset_lists(offsets: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor,
 class _PartCall:
     """A part's fields; holds the tensors behind its pointers."""
 
-    def __init__(self, part: Part, rows: Rows, *, in_place: bool, merge: bool) -> None:
+    def __init__(self, part: Part, rows: Rows, *, in_place: bool) -> None:
         options, query, key = rows.options, rows.query, rows.key
         self.held: list[Tensor] = []
         query_slots, key_slots, band = _shape(part)
         self.call = Call(
-            in_place=in_place, merge=merge, batch=query.shape[0], heads=query.shape[1], kv_heads=key.shape[1],
+            in_place=in_place, element=ELEMENTS[query.dtype], units=UNITS[units()],
+            batch=query.shape[0], heads=query.shape[1], kv_heads=key.shape[1],
             query_slots=query_slots, key_slots=key_slots, query_rows=query.shape[2],
             key_rows=key.shape[2], head_dim=query.shape[3], padded_dim=_padded(query.shape[3]), pieces=1,
             query_offset=options.query_offset, extra_tokens=options.extra_tokens, threads=torch.get_num_threads(),
@@ -228,20 +267,22 @@ class _PartCall:
         self._tensors(**rows.fields)
         self._rows(query=query, key=key, value=rows.value)
 
-    def forward(self, out: Tensor, lse: Tensor) -> None:
+    def forward(self, out: Tensor, lse: Tensor, *, merge: bool) -> None:
         self._rows(out=out)
         self._tensors(lse=lse)
-        self._run("sa_hf_forward")
-
-    def backward(self, out: Tensor, lse: Tensor, grad_out: Tensor, sums: Sums) -> None:
-        self._rows(out=out, grad_out=grad_out, grad_query=sums.query)
-        self._tensors(lse=lse, grad_key=sums.key, grad_value=sums.value, grad_bias=sums.bias, grad_spans=sums.spans)
-        self.call.pieces = len(sums.key)
-        self._run("sa_hf_backward")
-
-    def _run(self, name: str) -> None:
+        self.call.merge, self.call.narrow = merge, out.dtype != torch.float32
         if self.call.query_slots > 0 and self.call.batch > 0:
-            getattr(library(), name)(ctypes.byref(self.call))
+            library().sa_hf_forward(ctypes.byref(self.call))
+
+    def backward_from(self, out: Tensor, lse: Tensor, grad_out: Tensor, sums: Sums) -> None:
+        self._rows(out=out, grad_out=grad_out, grad_query=sums.query)
+        self._tensors(lse=lse, query_sums=sums.query_sums, grad_bias=sums.bias, grad_spans=sums.spans)
+        self.call.pieces, self.call.narrow = sums.pieces, sums.query.dtype != torch.float32
+        if sums.key_sums is None:
+            self._tensors(key_sums=sums.key, value_sums=sums.value)
+        else:
+            self._rows(grad_keys=sums.key, grad_values=sums.value)
+            self._tensors(key_sums=sums.key_sums[0], value_sums=sums.key_sums[1])
 
     def _tensors(self, **tensors: Tensor | None) -> None:
         for name, x in tensors.items():
@@ -254,8 +295,6 @@ class _PartCall:
     def _rows(self, **tensors: Tensor) -> None:
         for name, x in tensors.items():
             self.held.append(x)
-            if x.dtype != torch.float32:
-                raise TypeError(f"{name} is {x.dtype}, and torch.float32 is what the kernels read")
             setattr(self.call, name, CallRows(x.data_ptr(), *x.stride()[:3]))
 
     def _index(self, side: str, index: Index) -> None:
@@ -276,17 +315,6 @@ class _PartCall:
             self._tensors(key_range=layout.key_range)
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """The kernels trust what they are given: a shape that does not fit would be read out of bounds."""
-    batch, heads, _, head_dim = query.shape
-    fits = key.shape == value.shape and key.shape[0] == batch and key.shape[3] == head_dim
-    if not fits or key.shape[1] == 0 or heads % key.shape[1] != 0:
-        raise ValueError(
-            f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape, batch {batch}, head_dim "
-            f"{head_dim} and a number of heads that divides {heads}, as query {tuple(query.shape)} has"
-        )
-
-
 def _pieces(key_lanes: int, group: int, threads: int) -> int:
     if key_lanes % threads == 0 or key_lanes >= 2 * threads:
         return 1
@@ -295,17 +323,6 @@ def _pieces(key_lanes: int, group: int, threads: int) -> int:
 
 def _padded(head_dim: int) -> int:
     return -(-head_dim // 16) * 16
-
-
-def plain(x: Tensor) -> Tensor:
-    """In fp32, each row's elements next to each other."""
-    x = x.detach().float()
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-
-
-def _positions(at: Slots, lanes: Lanes, rows: int) -> Tensor:
-    """int64 ``[lanes, rows]``"""
-    return at.positions(lanes.ids, torch.arange(rows, device=lanes.device)[None]).expand(lanes.count, rows)
 
 
 _MASKS: WeakKeyDictionary[BlockLayout, Tensor] = WeakKeyDictionary()

@@ -15,7 +15,8 @@ struct Pairs {
 
     static int64_t elements(const Call& c) { return TILE * (8 * (c.most_offsets + W) + c.head_dim); }
 
-    Pairs(const Call& c, const Tile& t, float* at) : room(ceil_div(c.most_offsets, W) * W) {
+    template <class E>
+    Pairs(const Call& c, const Tile& t, float* at, E element) : room(ceil_div(c.most_offsets, W) * W) {
         const int64_t head = c.offset_heads > 1 ? t.head : 0;
         offsets = c.offsets + c.offset_start[head];
         count = c.offset_start[head + 1] - c.offset_start[head];
@@ -26,7 +27,7 @@ struct Pairs {
         sums = at;
         for (int i = 0; i < t.rows; ++i)
             for (int64_t n = 0; n < room; ++n) find(c, t, i, n);
-        products(c, t, c.query, c.key, score);
+        products(c, t, c.query, c.key, score, element);
         for (int i = 0; i < t.rows; ++i)
             for (int64_t first = i * room; first < (i + 1) * room; first += W) shape_scores(c, t, i, first);
     }
@@ -50,8 +51,9 @@ struct Pairs {
                 if (slot[i * room + n] >= 0) visit(i, i * room + n, t.key_row(c, slot[i * room + n]));
     }
 
-    void products(const Call& c, const Tile& t, const Rows& of_queries, const Rows& of_keys, float* to) {
-        const float *x = of_queries.of(t.batch, t.head), *y = of_keys.of(t.batch, t.key_head(c));
+    template <class E>
+    void products(const Call& c, const Tile& t, const Rows& of_queries, const Rows& of_keys, float* to, E) {
+        const E *x = of_queries.of<E>(t.batch, t.head), *y = of_keys.of<E>(t.batch, t.key_head(c));
         std::fill(to, to + t.rows * room, 0.0f);
         each(c, t, [&](int i, int64_t at, int64_t row) {
             to[at] = dot(x + t.row[i] * of_queries.step, y + row * of_keys.step, c.head_dim);
@@ -103,30 +105,41 @@ static float weigh_row(const Call& c, const Tile& t, Pairs& p, int i, float* fac
     return sum == 0 ? -INF : base * LN2 + std::log(sum);
 }
 
+// Add the sums [rows, head_dim] to rows times ``before``, and write them there.
+template <class E>
+static void write_sums(const Call& c, const Tile& t, const Pairs& p, const float* factor, const float* before, E* to,
+                       int64_t step) {
+    for (int i = 0; i < t.rows; ++i) {
+        if (t.row[i] < 0 || (factor[i] == 0 && before[i] == 0)) continue;
+        float* row = p.sums + i * c.head_dim;
+        if (before[i] != 0) add_scaled(before[i], to + t.row[i] * step, row, c.head_dim);
+        convert(row, to + t.row[i] * step, c.head_dim);
+    }
+}
+
+template <class E>
 static void forward_offsets(const Call& c, Tile& t, float* work) {
     const int64_t D = c.head_dim;
     t.load_queries(c);
-    Pairs p(c, t, work);
+    Pairs p(c, t, work, E{});
     float factor[TILE], before[TILE];
     for (int i = 0; i < t.rows; ++i) {
         const float lse = weigh_row(c, t, p, i, factor + i);
         join(c, t, i, lse, factor + i, before + i);
     }
     std::fill(p.sums, p.sums + t.rows * D, 0.0f);
-    const float* values = c.value.of(t.batch, t.key_head(c));
+    const E* values = c.value.of<E>(t.batch, t.key_head(c));
     p.each(c, t, [&](int i, int64_t at, int64_t row) {
         if (factor[i] != 0) add_scaled(p.score[at] * factor[i], values + row * c.value.step, p.sums + i * D, D);
     });
-    for (int i = 0; i < t.rows; ++i) {
-        if (factor[i] == 0 && before[i] == 0) continue;
-        float* row = c.out.of(t.batch, t.head) + t.row[i] * c.out.step;
-        if (before[i] != 0) add_scaled(before[i], row, p.sums + i * D, D);
-        std::copy(p.sums + i * D, p.sums + (i + 1) * D, row);
-    }
+    if (c.narrow)
+        write_sums(c, t, p, factor, before, c.out.of<E>(t.batch, t.head), c.out.step);
+    else
+        write_sums(c, t, p, factor, before, c.out.of<float>(t.batch, t.head), c.out.step);
 }
 
 // From scores and ``upstream`` (grad_out @ value) the probabilities as the values saw them and the scores' gradient.
-static void offsets_gradient(const Call& c, const Tile& t, Pairs& p, int i, float lse, float delta, const KeySums& s) {
+static void offsets_gradient(const Call& c, const Tile& t, Pairs& p, int i, float lse, float delta, const Sums& s) {
     const float kept_factor = (float)(1 / c.keep);
     for (int64_t first = i * p.room; first < (i + 1) * p.room; first += W) {
         vf weight = exp2(load(p.score + first) - lse), up = load(p.upstream + first), ungated = weight, slope = {};
@@ -151,25 +164,33 @@ static void offsets_gradient(const Call& c, const Tile& t, Pairs& p, int i, floa
     }
 }
 
-static void backward_offsets(const Call& c, Tile& t, int64_t piece, float* work) {
+template <class E>
+static void backward_offsets(const Call& c, Tile& t, const Sums& s, float* work) {
     const int64_t D = c.head_dim, P = c.padded_dim, lane = t.lane * c.query_rows;
-    const KeySums s(c, t, piece);
     t.load_queries(c);
     for (int i = 0; i < t.rows; ++i)
         if (t.row[i] >= 0 && c.lse[lane + t.row[i]] == -INF) t.row[i] = -1;
-    Pairs p(c, t, work);
-    const float *query = c.query.of(t.batch, t.head), *out = c.out.of(t.batch, t.head);
-    const float *grad_out = c.grad_out.of(t.batch, t.head), *keys = c.key.of(t.batch, t.key_head(c));
-    float* grad_query = c.grad_query.of(t.batch, t.head);
-    p.products(c, t, c.grad_out, c.value, p.upstream);
+    Pairs p(c, t, work, E{});
+    const E *query = c.query.of<E>(t.batch, t.head), *out = c.out.of<E>(t.batch, t.head);
+    const E *grad_out = c.grad_out.of<E>(t.batch, t.head), *keys = c.key.of<E>(t.batch, t.key_head(c));
+    p.products(c, t, c.grad_out, c.value, p.upstream, E{});
     for (int i = 0; i < t.rows; ++i) {
         if (t.row[i] < 0) continue;
         const float delta = dot(grad_out + t.row[i] * c.grad_out.step, out + t.row[i] * c.out.step, D);
         offsets_gradient(c, t, p, i, c.lse[lane + t.row[i]] * LOG2E, delta, s);
     }
+    std::fill(p.sums, p.sums + t.rows * D, 0.0f);
     p.each(c, t, [&](int i, int64_t at, int64_t row) {
-        add_scaled(p.upstream[at], keys + row * c.key.step, grad_query + t.row[i] * c.grad_query.step, D);
+        add_scaled(p.upstream[at], keys + row * c.key.step, p.sums + i * D, D);
         add_scaled(p.upstream[at], query + t.row[i] * c.query.step, s.key + row * P, D);
         add_scaled(p.score[at], grad_out + t.row[i] * c.grad_out.step, s.value + row * P, D);
     });
+    float one[TILE], none[TILE] = {};
+    std::fill(one, one + TILE, 1.0f);
+    if (s.query != nullptr)
+        write_sums(c, t, p, one, one, s.query, D);
+    else if (c.narrow)
+        write_sums(c, t, p, one, none, c.grad_query.of<E>(t.batch, t.head), c.grad_query.step);
+    else
+        write_sums(c, t, p, one, one, c.grad_query.of<float>(t.batch, t.head), c.grad_query.step);
 }

@@ -1,7 +1,7 @@
 // The forward and the backward pass over the tiles of block lists and segments.
 #pragma once
 
-#include "tiles.h"
+#include "units.h"
 
 // -- forward: online softmax, the scores key by key in rows, so that every reduction runs along vectors ------------
 
@@ -13,7 +13,8 @@ struct Softmax {
 // A peak that grew by less than 8 (256 times) stays: its sums need no new factor.
 constexpr float SLACK = 8;
 
-static void raise_peak(const Call& c, const Tile& t, const Chunk& x, const float* scores, Softmax& s, float* sums) {
+static void raise_peak(const Call& c, const Tile& t, const Chunk& x, float weigh_by, const float* scores, Softmax& s,
+                       float* sums) {
     vf peak[VECTORS];
     for (int v = 0; v < t.vectors; ++v) peak[v] = splat(-INF);
     for (int n = 0; n < x.spans; ++n)
@@ -21,7 +22,10 @@ static void raise_peak(const Call& c, const Tile& t, const Chunk& x, const float
             for (int v = x.span[n].c0; v < x.span[n].c1; ++v)
                 peak[v] = larger(peak[v], load(scores + j * t.width + v * W));
     vi grown[VECTORS], some = {};
-    for (int v = 0; v < t.vectors; ++v) some |= grown[v] = peak[v] > s.peak[v] + SLACK;
+    for (int v = 0; v < t.vectors; ++v) {
+        peak[v] *= weigh_by;
+        some |= grown[v] = peak[v] > s.peak[v] + SLACK;
+    }
     if (!any(some)) return;
     vf factor[VECTORS];
     // Each query by its own scores alone: no bit of its result depends on another query of the tile.
@@ -38,22 +42,31 @@ static void raise_peak(const Call& c, const Tile& t, const Chunk& x, const float
         }
 }
 
-static void weigh(const Call& c, const Tile& t, const Chunk& x, const Span& span, float* scores, Softmax& s) {
+// Scores to the weights of the values, two keys at a time.
+template <class M>
+static void weigh(const Call& c, const Tile& t, const Chunk& x, const Span& span, const M& m, Softmax& s) {
     vf base[VECTORS];
     for (int v = span.c0; v < span.c1; ++v) base[v] = select(s.peak[v] == -INF, vf{}, s.peak[v]);
-    for (int j = span.j0; j < span.j1; ++j)
+    for (int j = span.j0; j < span.j1; j += 2)
         for (int v = span.c0; v < span.c1; ++v) {
-            float* at = scores + j * t.width + v * W;
-            if (x.holes && !t.key_filled(x.key + j)) {
-                store(at, vf{});
-                continue;
+            vf pair[2] = {};
+            for (int n = 0; n < 2 && j + n < span.j1; ++n) {
+                const int64_t slot = x.key + j + n;
+                if (x.holes && !t.key_filled(slot)) continue;
+                vf p = M::power(load(m.scores + (j + n) * t.width + v * W) * m.weigh_by - base[v]);
+                if (c.spans != nullptr) p *= soft_gate(c, t, slot, v, nullptr);
+                s.total[v] += p;
+                if (c.row_word != nullptr) p = (vf)((vi)p & ~dropped(c, t, slot, v));
+                pair[n] = p;
             }
-            vf p = exp2(load(at) - base[v]);
-            if (c.spans != nullptr) p *= soft_gate(c, t, x.key + j, v, nullptr);
-            s.total[v] += p;
-            if (c.row_word != nullptr) p = (vf)((vi)p & ~dropped(c, t, x.key + j, v));
-            store(at, p);
+            m.put_weights(t, j, v, pair);
         }
+}
+
+static void zero_row(const Call& c, const Tile& t, int64_t row) {
+    const int64_t size = c.narrow ? sizeof(uint16_t) : sizeof(float);
+    const int64_t first = t.batch * c.out.batch_step + t.head * c.out.head_step + row * c.out.step;
+    std::memset((char*)c.out.data + first * size, 0, c.head_dim * size);
 }
 
 // How a query's result, of log-sum-exp ``lse`` and normalised by ``factor``, joins what earlier parts wrote as one
@@ -66,8 +79,7 @@ static void join(const Call& c, const Tile& t, int i, float lse, float* factor, 
     if (row < 0 || (none && c.merge)) return;  // what is there stays
     float* joint = c.lse + t.lane * c.query_rows + row;
     if (none) {
-        float* out = c.out.of(t.batch, t.head) + row * c.out.step;
-        std::fill(out, out + c.head_dim, 0.0f);
+        zero_row(c, t, row);
     } else if (c.merge && *joint != -INF) {
         const float there = *joint, most = std::max(lse, there);
         const float sum = most + std::log(std::exp(lse - most) + std::exp(there - most));
@@ -78,6 +90,7 @@ static void join(const Call& c, const Tile& t, int i, float lse, float* factor, 
     *joint = lse;
 }
 
+template <class E>
 static void write_rows(const Call& c, const Tile& t, const Softmax& s, const float* sums) {
     float peak[TILE], total[TILE], factor[TILE], before[TILE];
     for (int v = 0; v < t.vectors; ++v) {
@@ -89,176 +102,129 @@ static void write_rows(const Call& c, const Tile& t, const Softmax& s, const flo
         factor[i] = 1 / (total[i] * (float)c.keep);
         join(c, t, i, none ? -INF : peak[i] * LN2 + std::log(total[i]), factor + i, before + i);
     }
-    to_rows(t, sums, c.head_dim, factor, before, c.out.of(t.batch, t.head), c.out.step);
+    if (c.narrow)
+        to_rows(t, sums, c.head_dim, factor, before, c.out.of<E>(t.batch, t.head), c.out.step);
+    else
+        to_rows(t, sums, c.head_dim, factor, before, c.out.of<float>(t.batch, t.head), c.out.step);
 }
 
+template <class M>
 static void forward_tile(const Call& c, Tile& t, float* work) {
-    const int64_t D = c.head_dim;
-    float *queries = work, *sums = queries + D * TILE, *keys = sums + D * TILE, *values = keys + D * TILE;
-    float* scores = values + D * TILE;
-    float factor = (float)(c.softcap != 0 ? c.scale / c.softcap : c.scale * LOG2E);
+    M m(c, work);
     t.load_queries(c);
-    to_columns(t, c.query.of(t.batch, t.head), c.query.step, D, factor, queries);
+    m.load_queries(c, t);
     Softmax s;
     for (int v = 0; v < t.vectors; ++v) s.peak[v] = splat(-INF), s.total[v] = vf{};
     walk(c, t, [&](const Chunk& x) {
-        int64_t k_step, v_step;
-        const float *K = key_rows(c, t, x, c.key, keys, &k_step), *V = key_rows(c, t, x, c.value, values, &v_step);
+        m.load_keys(c, t, x);
         for (int n = 0; n < x.spans; ++n) {
-            const Span& p = x.span[n];
-            product<false>(K + p.j0 * k_step, k_step, 1, queries + p.c0 * W, t.width, p.j1 - p.j0, D, p.c1 - p.c0,
-                           scores + p.j0 * t.width + p.c0 * W, t.width);
-            shape(c, t, x, p, scores, nullptr);
+            m.score(t, x.span[n]);
+            shape(c, t, x, x.span[n], m.shape_by, m.scores, nullptr);
         }
-        raise_peak(c, t, x, scores, s, sums);
-        if (s.empty && x.banded) std::fill(sums, sums + D * t.width, 0.0f);
+        raise_peak(c, t, x, m.weigh_by, m.scores, s, m.sums);
+        if (s.empty && x.banded) std::fill(m.sums, m.sums + c.head_dim * t.width, 0.0f);
+        for (int n = 0; n < x.spans; ++n) weigh(c, t, x, x.span[n], m, s);
+        m.turn_values(x);
         for (int n = 0; n < x.spans; ++n) {
-            const Span& p = x.span[n];
-            weigh(c, t, x, p, scores, s);
-            const float* weights = scores + p.j0 * t.width + p.c0 * W;
             if (s.empty && !x.banded)
-                product<false>(V + p.j0 * v_step, 1, v_step, weights, t.width, D, p.j1 - p.j0, p.c1 - p.c0,
-                               sums + p.c0 * W, t.width);
+                m.template add_values<false>(t, x.span[n]);
             else
-                product<true>(V + p.j0 * v_step, 1, v_step, weights, t.width, D, p.j1 - p.j0, p.c1 - p.c0,
-                              sums + p.c0 * W, t.width);
+                m.template add_values<true>(t, x.span[n]);
         }
         s.empty = false;
     });
-    write_rows(c, t, s, sums);
+    write_rows<typename M::Element>(c, t, s, m.sums);
 }
 
 // -- backward: from the log-sum-exp of the whole plan -----------------------------------------------------------------
 
-struct Work {
-    float *queries, *grads, *query_sums, *keys, *values, *query_rows, *grad_rows, *key_sums, *value_sums;
-    float *scores, *upstream, *bend;
+// Per query, for all of a tile's chunks: the log-sum-exp in base 2, and the output's product with its gradient.
+struct Results {
     vf lse[VECTORS], delta[VECTORS];
 
-    static int64_t elements(const Call& c) { return TILE * (5 * c.head_dim + 4 * c.padded_dim + 3 * TILE); }
-
-    Work(const Call& c, float* at) {
-        for (float** x : {&queries, &grads, &query_sums, &keys, &values}) *x = at, at += TILE * c.head_dim;
-        for (float** x : {&query_rows, &grad_rows, &key_sums, &value_sums}) *x = at, at += TILE * c.padded_dim;
-        for (float** x : {&scores, &upstream, &bend}) *x = at, at += TILE * TILE;
-    }
-};
-
-static void load_rows(const Call& c, const Tile& t, Work& w) {
-    const int64_t D = c.head_dim, lane = t.lane * c.query_rows;
-    const float *query = c.query.of(t.batch, t.head), *out = c.out.of(t.batch, t.head);
-    const float* grad = c.grad_out.of(t.batch, t.head);
-    to_columns(t, query, c.query.step, D, (float)(c.softcap != 0 ? c.scale / c.softcap : c.scale * LOG2E), w.queries);
-    to_columns(t, grad, c.grad_out.step, D, 1, w.grads);
-    std::fill(w.query_sums, w.query_sums + D * t.width, 0.0f);
-    std::fill(w.query_rows, w.query_rows + 2 * TILE * c.padded_dim, 0.0f);  // grad_rows too
-    float lse[TILE], delta[TILE] = {};
-    std::fill(lse, lse + TILE, INF);  // exp2(s - inf) is 0
-    for (int i = 0; i < t.rows; ++i) {
-        const int64_t row = t.row[i];
-        if (row < 0 || c.lse[lane + row] == -INF) continue;
-        const float *q = query + row * c.query.step, *g = grad + row * c.grad_out.step, *o = out + row * c.out.step;
-        std::copy(q, q + D, w.query_rows + i * c.padded_dim);
-        std::copy(g, g + D, w.grad_rows + i * c.padded_dim);
-        lse[i] = c.lse[lane + row] * LOG2E;
-        delta[i] = dot(g, o, D);
-    }
-    for (int v = 0; v < t.vectors; ++v) w.lse[v] = load(lse + v * W), w.delta[v] = load(delta + v * W);
-}
-
-// From shaped scores and grad_out @ value the probabilities as the values saw them and the scores' scaled gradient.
-static void score_gradient(const Call& c, const Tile& t, const Chunk& x, const Span& span, const Work& w,
-                           float* grad_bias, float* grad_spans) {
-    const float scale = (float)c.scale, kept_factor = (float)(1 / c.keep);
-    for (int j = span.j0; j < span.j1; ++j) {
-        vf by_span = {};
-        const bool filled = !x.holes || t.key_filled(x.key + j);
-        for (int v = span.c0; v < span.c1; ++v) {
-            int64_t at = j * t.width + v * W, slot = x.key + j;
-            if (!filled) {
-                store(w.scores + at, vf{});
-                store(w.upstream + at, vf{});
+    // Leaves out the queries that have no key.
+    template <class E>
+    static Results load(const Call& c, Tile& t, E) {
+        const int64_t lane = t.lane * c.query_rows;
+        const E *out = c.out.of<E>(t.batch, t.head), *grad = c.grad_out.of<E>(t.batch, t.head);
+        float lse[TILE], delta[TILE] = {};
+        std::fill(lse, lse + TILE, INF);  // exp2(s - inf) is 0
+        for (int i = 0; i < t.rows; ++i) {
+            const int64_t row = t.row[i];
+            if (row < 0 || c.lse[lane + row] == -INF) {
+                t.row[i] = -1;
                 continue;
             }
-            vf p = exp2(load(w.scores + at) - w.lse[v]), up = load(w.upstream + at), ungated = p, slope = {};
-            if (c.spans != nullptr) p *= soft_gate(c, t, slot, v, &slope);
-            vf seen = p;
-            if (c.row_word != nullptr) {
-                vi keep = ~dropped(c, t, slot, v);
-                seen = (vf)((vi)(p * kept_factor) & keep);
-                up = (vf)((vi)(up * kept_factor) & keep);
-            }
-            up -= w.delta[v];
-            if (grad_spans != nullptr) by_span += ungated * up * slope;
-            vf grad = p * up;
-            if (grad_bias != nullptr) add_to_bias(bias_columns(c, t, slot, v), grad, grad_bias);
-            if (c.softcap != 0) {
-                vf bend = load(w.bend + at);
-                grad *= 1.0f - bend * bend;
-            }
-            store(w.scores + at, seen);
-            store(w.upstream + at, grad * scale);
+            lse[i] = c.lse[lane + row] * LOG2E;
+            delta[i] = dot(grad + row * c.grad_out.step, out + row * c.out.step, c.head_dim);
         }
-        if (grad_spans != nullptr && filled) grad_spans[t.key_row(c, x.key + j)] += lanes_sum(by_span);
-    }
-}
-
-// Where a piece of a lane's gradients adds up.
-struct KeySums {
-    float *key, *value, *bias = nullptr, *spans = nullptr;
-
-    KeySums(const Call& c, const Tile& t, int64_t piece) {
-        const int64_t keys = ((piece * c.batch + t.batch) * c.kv_heads + t.key_head(c)) * c.key_rows * c.padded_dim;
-        const int64_t lane = piece * c.batch * c.heads + t.lane;
-        key = c.grad_key + keys;
-        value = c.grad_value + keys;
-        if (c.grad_bias != nullptr) bias = c.grad_bias + lane * c.bias_columns;
-        if (c.grad_spans != nullptr) spans = c.grad_spans + lane * c.key_rows;
+        Results found;
+        for (int v = 0; v < t.vectors; ++v) found.lse[v] = ::load(lse + v * W), found.delta[v] = ::load(delta + v * W);
+        return found;
     }
 };
 
-// A span's gradients [keys, padded_dim]: where the keys' rows lie, or in ``buffer``.
-static void add_key_product(const Call& c, const Tile& t, const Chunk& x, const Span& p, const float* scores,
-                            const float* rows, float* buffer, float* grad) {
-    const int64_t P = c.padded_dim, keys = p.j1 - p.j0;
-    const bool listed = t.key_at != nullptr && c.in_place;
-    const int queries = std::min(t.rows, p.c1 * W) - p.c0 * W;
-    const float *weights = scores + p.j0 * t.width + p.c0 * W, *of = rows + p.c0 * W * P;
-    if (!listed) {
-        product<true>(weights, t.width, 1, of, P, keys, queries, P / W, grad + t.key_row(c, x.key + p.j0) * P, P);
-        return;
-    }
-    product<false>(weights, t.width, 1, of, P, keys, queries, P / W, buffer, P);
-    for (int j = 0; j < keys; ++j) {
-        if (!t.key_filled(x.key + p.j0 + j)) continue;
-        float* to = grad + t.key_at[x.key + p.j0 + j] * P;
-        for (int64_t d = 0; d < P; d += W) store(to + d, load(to + d) + load(buffer + j * P + d));
+// From shaped scores and grad_out @ value the probabilities as the values saw them and the scores' scaled gradient.
+template <class M>
+static void score_gradient(const Call& c, const Tile& t, const Chunk& x, const Span& span, const Results& r, const M& m,
+                           const Sums& s) {
+    const float scale = (float)c.scale, kept_factor = (float)(1 / c.keep);
+    for (int j = span.j0; j < span.j1; j += 2) {
+        vf by_span[2] = {};
+        for (int v = span.c0; v < span.c1; ++v) {
+            vf seen[2] = {}, grad[2] = {};
+            for (int n = 0; n < 2 && j + n < span.j1; ++n) {
+                const int64_t at = (j + n) * t.width + v * W, slot = x.key + j + n;
+                if (x.holes && !t.key_filled(slot)) continue;
+                vf p = M::power(load(m.scores + at) * m.weigh_by - r.lse[v]), up = load(m.upstream + at), ungated = p;
+                vf slope = {};
+                if (c.spans != nullptr) p *= soft_gate(c, t, slot, v, &slope);
+                seen[n] = p;
+                if (c.row_word != nullptr) {
+                    vi keep = ~dropped(c, t, slot, v);
+                    seen[n] = (vf)((vi)(p * kept_factor) & keep);
+                    up = (vf)((vi)(up * kept_factor) & keep);
+                }
+                up -= r.delta[v];
+                if (s.spans != nullptr) by_span[n] += ungated * up * slope;
+                vf of_score = p * up;
+                if (s.bias != nullptr) add_to_bias(bias_columns(c, t, slot, v), of_score, s.bias);
+                if (c.softcap != 0) {
+                    vf bend = load(m.bend + at);
+                    of_score *= 1.0f - bend * bend;
+                }
+                grad[n] = of_score * scale;
+            }
+            m.put_gradients(t, j, v, seen, grad);
+        }
+        for (int n = 0; s.spans != nullptr && n < 2 && j + n < span.j1; ++n)
+            if (t.key_filled(x.key + j + n)) s.spans[t.key_row(c, x.key + j + n)] += lanes_sum(by_span[n]);
     }
 }
 
-static void backward_tile(const Call& c, Tile& t, int64_t piece, float* work) {
-    Work w(c, work);
-    const int64_t D = c.head_dim;
-    const KeySums s(c, t, piece);
+template <class M>
+static void backward_tile(const Call& c, Tile& t, const Sums& s, float* work) {
+    typedef typename M::Element E;
+    M m(c, work);
     t.load_queries(c);
-    load_rows(c, t, w);
+    const Results r = Results::load(c, t, E{});
+    m.load_queries(c, t);
+    m.load_gradients(c, t);
     walk(c, t, [&](const Chunk& x) {
-        int64_t k_step, v_step;
-        const float *K = key_rows(c, t, x, c.key, w.keys, &k_step), *V = key_rows(c, t, x, c.value, w.values, &v_step);
+        m.load_keys(c, t, x);
         for (int n = 0; n < x.spans; ++n) {
             const Span& p = x.span[n];
-            const int64_t count = p.j1 - p.j0, vectors = p.c1 - p.c0, at = p.j0 * t.width + p.c0 * W;
-            const float *k = K + p.j0 * k_step, *v = V + p.j0 * v_step;
-            product<false>(k, k_step, 1, w.queries + p.c0 * W, t.width, count, D, vectors, w.scores + at, t.width);
-            shape(c, t, x, p, w.scores, w.bend);
-            product<false>(v, v_step, 1, w.grads + p.c0 * W, t.width, count, D, vectors, w.upstream + at, t.width);
-            score_gradient(c, t, x, p, w, s.bias, s.spans);
-            product<true>(k, 1, k_step, w.upstream + at, t.width, D, count, vectors, w.query_sums + p.c0 * W, t.width);
-            add_key_product(c, t, x, p, w.scores, w.grad_rows, w.value_sums, s.value);
-            add_key_product(c, t, x, p, w.upstream, w.query_rows, w.key_sums, s.key);
+            m.score(t, p);
+            shape(c, t, x, p, m.shape_by, m.scores, m.bend);
+            m.lift(t, p);
+            score_gradient(c, t, x, p, r, m, s);
+        }
+        m.turn_keys(x);
+        for (int n = 0; n < x.spans; ++n) {
+            const Span& p = x.span[n];
+            m.add_queries(t, p);
+            m.add_keys(c, t, x, p, s);
         }
     });
-    float one[TILE];
-    std::fill(one, one + TILE, 1.0f);
-    to_rows(t, w.query_sums, D, one, one, c.grad_query.of(t.batch, t.head), c.grad_query.step);
+    write_query_gradients<E>(c, t, s, m.sums);
 }

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.cpp.call import CallRows, DecodeCall
-from sa_hf.ops.cpp.kernels import library, plain
+from sa_hf.ops.cpp.kernels import library
+from sa_hf.ops.cpp.rows import ELEMENTS, plain
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.reads import Reads
-
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +56,7 @@ def decode_step(
     own_lists = [reads.list_heads, 1 if listed is None else listed.index.shape[1]]
     apart = labelled is not None or (options.spans is not None and options.spans.shape[1] > 1)
     lanes = heads if group > 1 and (apart or heads in own_lists) else kv_heads
-    rows, key, value = plain(query), last_together(key), last_together(value)
+    rows, key, value = plain(query, torch.float32), last_together(key), last_together(value)
     made = rows.new_empty if reads.complete else rows.new_zeros
     out = made(batch, n_q, heads, value_dim).transpose(1, 2)
     call = DecodeCall(
@@ -90,10 +89,7 @@ def decode_step(
         call.labels, call.label_batch_step, call.label_head_step = labels.data_ptr(), *labels.stride()[:2]
         held_tensors += [labels, _set(call, "row_label", labelled.rows, torch.int64)]
         call.most = labelled.most
-    library_of_steps = library()
-    if library_of_steps is None:
-        raise RuntimeError("the C++ kernels are not there: ask CppEngine.unsupported first")
-    if library_of_steps.sa_hf_decode(ctypes.byref(call)):
+    if library().sa_hf_decode(ctypes.byref(call)):
         raise missing_key()
     return out.to(query.dtype)
 

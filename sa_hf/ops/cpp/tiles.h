@@ -7,27 +7,29 @@
 #pragma once
 
 #include "call.h"
-#include "vectors.h"
+#include "elements.h"
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Up to TILE queries of one lane. ``unit`` is the number of their block or segment, ``sub`` theirs in it.
 struct Tile {
     int64_t lane, batch, head, query, unit, sub;
+    int grain;                                // vectors come in so many, the keys of spans in 16 times that
     int rows, vectors, width;                 // width: vectors * W
     int64_t lowest = 0, highest = INT64_MAX;  // every query may read the key slots from lowest to highest
     const int64_t* key_at;                    // null, or the positions of the key slots
     int64_t row[TILE];                        // of each query; -1 for an empty slot
     int32_t low[TILE], high[TILE], position[TILE], word[TILE];  // where a call has them
 
-    Tile(const Call& c, int64_t lane_, int64_t number) : lane(lane_), batch(lane_ / c.heads), head(lane_ % c.heads) {
+    Tile(const Call& c, int64_t lane_, int64_t number, int grain_)
+        : lane(lane_), batch(lane_ / c.heads), head(lane_ % c.heads), grain(grain_) {
         int64_t size = c.row_start ? c.block_q : c.query_segment;
         int64_t per_unit = ceil_div(std::min(size, c.query_slots), TILE);
         unit = number / per_unit;
         sub = number % per_unit;
         query = unit * size + sub * TILE;
         rows = (int)std::max<int64_t>(0, std::min({(int64_t)TILE, size - sub * TILE, c.query_slots - query}));
-        vectors = (int)ceil_div(rows, W);
+        vectors = (int)ceil_div(rows, grain * W) * grain;
         width = vectors * W;
     }
 
@@ -109,11 +111,12 @@ static bool bound(const Call& c, const Tile& t, Chunk& x, bool test_band) {
         x.span[x.spans++] = {0, x.count, 0, t.vectors};
         return true;
     }
-    for (int j0 = 0; j0 < x.count; j0 += 16) {
-        int j1 = std::min(j0 + 16, x.count), c0 = 0, c1 = t.vectors;
+    const int g = t.grain;
+    for (int j0 = 0; j0 < x.count; j0 += 16 * g) {
+        int j1 = std::min(j0 + 16 * g, x.count), c0 = 0, c1 = t.vectors;
         int64_t first = t.query - x.key - x.shift - j0, last = first - (j1 - 1 - j0);  // query 0 less keys j0, j1 - 1
-        while (c0 < c1 && first + c0 * W + W - 1 < -c.right) ++c0;
-        while (c1 > c0 && last + (c1 - 1) * W > c.left) --c1;
+        while (c0 < c1 && first + (c0 + g) * W - 1 < -c.right) c0 += g;
+        while (c1 > c0 && last + (c1 - g) * W > c.left) c1 -= g;
         if (c0 < c1) x.span[x.spans++] = {j0, j1, c0, c1};
     }
     return x.spans > 0;
@@ -135,7 +138,7 @@ static void walk(const Call& c, const Tile& t, Visit visit) {
     Chunk x = {};
     if (c.row_start == nullptr) {
         int64_t query_base = t.unit * c.query_segment, key_base = t.unit * c.key_segment, first = t.query - query_base;
-        int64_t begin = std::max<int64_t>(0, first - c.left);
+        int64_t begin = std::max<int64_t>(0, first - c.left) / TILE * TILE;  // chunks that are whole until the last
         int64_t end = std::min({c.key_segment, c.key_slots - key_base, first + t.rows + c.right});
         x.shift = query_base - key_base;
         walk_keys(c, t, x, key_base + begin, key_base + end, true, visit);
@@ -231,9 +234,14 @@ static inline bool inside(const Call& c, const Tile& t, const Chunk& x, const Sp
     return !x.ranged && !x.diagonal && x.words == nullptr && first + W - 1 <= c.left && last >= -c.right;
 }
 
-// From products (times log2(e) or over the softcap) the masked scores in base 2, in place; ``bend`` may take the tanh.
-static void shape(const Call& c, const Tile& t, const Chunk& x, const Span& span, float* scores, float* bend) {
-    bool plain = c.softcap == 0 && c.bias == nullptr && c.spans == nullptr;
+// Whether a score is its product times a factor.
+static inline bool plain(const Call& c) { return c.softcap == 0 && c.bias == nullptr && c.spans == nullptr; }
+
+// From products, each times ``factor`` (log2(e) times the scale, or over the softcap), the masked scores in base 2, in
+// place; plain scores are masked alone where the factor is 1. ``bend`` may take the tanh.
+static void shape(const Call& c, const Tile& t, const Chunk& x, const Span& span, float factor, float* scores,
+                  float* bend) {
+    const bool plain = ::plain(c) && factor == 1;
     if (plain && !x.masked()) return;
     for (int j = span.j0; j < span.j1; ++j) {
         int64_t slot = x.key + j;
@@ -244,7 +252,7 @@ static void shape(const Call& c, const Tile& t, const Chunk& x, const Span& span
         for (int v = span.c0; v < span.c1; ++v) {
             if (plain && inside(c, t, x, span, v)) continue;
             float* at = scores + j * t.width + v * W;
-            vf s = load(at);
+            vf s = load(at) * factor;
             if (c.softcap != 0) {
                 s = tanh(s);
                 if (bend != nullptr) store(bend + j * t.width + v * W, s);
@@ -257,88 +265,3 @@ static void shape(const Call& c, const Tile& t, const Chunk& x, const Span& span
         }
     }
 }
-
-// A W x W block of rows to columns, by exchanging ever smaller quarters.
-static inline void transpose_block(vf* x) {
-#if defined(__clang__)
-    for (int r = 0; r < W; ++r)
-        for (int lane = 0; lane < r; ++lane) std::swap(((float*)&x[r])[lane], ((float*)&x[lane])[r]);
-#else
-#pragma GCC unroll 4
-    for (int step = W / 2; step > 0; step /= 2) {
-        vi lane = lane_numbers(), upper = (lane & step) != 0;
-        vi low = upper ? lane + (W - step) : lane, high = upper ? lane + W : lane + step;
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r)
-            if ((r & step) == 0) {
-                vf a = x[r], b = x[r + step];
-                x[r] = __builtin_shuffle(a, b, low);
-                x[r + step] = __builtin_shuffle(a, b, high);
-            }
-    }
-#endif
-}
-
-// Rows of ``x``, times ``factor``, as columns [depth, width]; zeros for rows of -1 and beyond the tile's.
-static void to_columns(const Tile& t, const float* x, int64_t step, int64_t depth, float factor, float* to) {
-    const int64_t whole = depth / W * W;
-    for (int first = 0; first < t.width; first += W) {
-        const float* row[W];
-        for (int r = 0; r < W; ++r)
-            row[r] = first + r < t.rows && t.row[first + r] >= 0 ? x + t.row[first + r] * step : nullptr;
-        for (int64_t d = 0; d < whole; d += W) {
-            vf block[W];
-            for (int r = 0; r < W; ++r) block[r] = row[r] == nullptr ? vf{} : load(row[r] + d) * factor;
-            transpose_block(block);
-            for (int r = 0; r < W; ++r) store(to + (d + r) * t.width + first, block[r]);
-        }
-        for (int64_t d = whole; d < depth; ++d)
-            for (int r = 0; r < W; ++r) to[d * t.width + first + r] = row[r] == nullptr ? 0 : row[r][d] * factor;
-    }
-}
-
-// Columns [depth, width], each times its factor, to the rows of ``to``: added to what is there times ``before``, which
-// is not read where that is 0. Nothing is written where both are 0.
-static void to_rows(const Tile& t, const float* x, int64_t depth, const float* factor, const float* before, float* to,
-                    int64_t step) {
-    const int64_t whole = depth / W * W;
-    for (int first = 0; first < t.rows; first += W)
-        for (int64_t d = 0; d < depth; d += W) {
-            vf block[W];
-            const bool full = d < whole;
-            if (full) {
-                for (int r = 0; r < W; ++r) block[r] = load(x + (d + r) * t.width + first);
-                transpose_block(block);
-            }
-            for (int r = 0; r < W && first + r < t.rows; ++r) {
-                const int i = first + r;
-                float* at = to + t.row[i] * step + d;
-                if (t.row[i] < 0 || (factor[i] == 0 && before[i] == 0)) continue;
-                if (full)
-                    store(at, block[r] * factor[i] + (before[i] == 0 ? vf{} : load(at) * before[i]));
-                else
-                    for (int64_t e = 0; d + e < depth; ++e)
-                        at[e] = x[(d + e) * t.width + i] * factor[i] + (before[i] == 0 ? 0 : at[e] * before[i]);
-            }
-        }
-}
-
-// The rows of a chunk's keys: where they lie, or brought together in ``buffer`` [TILE, head_dim].
-static const float* key_rows(const Call& c, const Tile& t, const Chunk& x, const Rows& rows, float* buffer,
-                             int64_t* step) {
-    const float* first = rows.of(t.batch, t.key_head(c));
-    *step = rows.step;
-    if (t.key_at == nullptr || !c.in_place) return first + t.key_row(c, x.key) * rows.step;
-    for (int j = 0; j < x.count; ++j) {
-        const int64_t at = t.key_at[x.key + j];
-        float* to = buffer + j * c.head_dim;
-        if (at < 0)
-            std::fill(to, to + c.head_dim, 0.0f);
-        else
-            std::copy(first + at * rows.step, first + at * rows.step + c.head_dim, to);
-    }
-    *step = c.head_dim;
-    return buffer;
-}
-
-static float* buffer(int64_t elements) { return (float*)aligned_alloc(64, (size_t)ceil_div(elements * 4, 64) * 64); }

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
+#include <type_traits>
 
 // Lanes of a vector; rows and vectors of the tile that a product keeps in registers: 24 sums where there are 32
 // registers, 12 where there are 16.
@@ -89,22 +91,6 @@ static inline float lanes_sum(vf x) {
     for (int step = W / 2; step > 0; step /= 2) x += __builtin_shuffle(x, lane_numbers() ^ step);
     return x[0];
 #endif
-}
-
-static inline float dot(const float* x, const float* y, int64_t depth) {
-    vf sum = {};
-    int64_t d = 0;
-    for (; d + W <= depth; d += W) sum += load(x + d) * load(y + d);
-    float total = lanes_sum(sum);
-    for (; d < depth; ++d) total += x[d] * y[d];
-    return total;
-}
-
-// y += a x
-static inline void add_scaled(float a, const float* x, float* y, int64_t depth) {
-    int64_t d = 0;
-    for (; d + W <= depth; d += W) store(y + d, load(y + d) + load(x + d) * a);
-    for (; d < depth; ++d) y[d] += a * x[d];
 }
 
 // One tile of C = [C +] A B in registers: R rows of A, element by element, times V vectors of each row of B.
