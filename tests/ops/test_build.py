@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sa_hf.ops.cpp import CppEngine, build, kernels
+from sa_hf.ops.cpp import CppEngine, build
 from sa_hf.ops.cpp.build import BuildError, load
 from sa_hf.tools import doctor
 from sa_hf.tools.doctor import _cpu_kernels
