@@ -12,13 +12,14 @@ import json
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sa_hf.errors import ConfigVersionError, NotStaticError, SparseAttentionError
 from sa_hf.layer import AttentionInputs, Geometry, LayerSpec
+from sa_hf.ops.transforms import JIT_SCRIPT
 
 CONFIG_VERSION = 1
 MAX_SEED = 2**63 - 1
@@ -200,6 +201,10 @@ class SparseAttention(nn.Module):
     def forward(self, inputs: AttentionInputs) -> Tensor:
         """Attend; returns ``[B, H, Nq, D]``, rows of padding 0."""
         raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks every module for first."""
+        raise SparseAttentionError(JIT_SCRIPT)
 
     def aux_losses(self) -> dict[str, Tensor]:
         """The live auxiliary losses of the last forward, scaled as they join the model's loss (fp32 scalars)."""

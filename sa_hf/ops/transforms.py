@@ -36,6 +36,10 @@ JIT_TRACE = (
     "torch.jit.trace (and torch.onnx.export by it) records sparse attention for one length alone; trace the dense "
     "model inside `with sa_hf.dense(model)`"
 )
+JIT_SCRIPT = (
+    "torch.jit.script compiles the source of a model, and knows no sparse attention (nor Transformers' own models); "
+    "nearest: torch.jit.trace of the dense model inside `with sa_hf.dense(model)`, or torch.export of the sparse one"
+)
 ONNX = (
     "torch.onnx.export: ONNX has no operator for sparse attention; export the dense model inside "
     "`with sa_hf.dense(model)`, or the sparse one by torch.export"
@@ -83,12 +87,17 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     return any(x is not None and x.is_floating_point() and unpack_dual(x).tangent is not None for x in tensors)
 
 
-def refuse_traced_transforms(*tensors: Tensor | None) -> None:
-    """Raise where a graph is traced by torch.jit or for ONNX, inside a function transform, or with tangents."""
+def refuse_recorded() -> None:
+    """Raise where torch.jit or the exporter to ONNX records what runs."""
     if torch.onnx.is_in_onnx_export():
         raise SparseAttentionError(ONNX)
     if not torch.compiler.is_compiling() and torch._C._is_tracing():  # which torch.compile could not trace
         raise SparseAttentionError(JIT_TRACE)
+
+
+def refuse_traced_transforms(*tensors: Tensor | None) -> None:
+    """Raise where a graph is traced by torch.jit or for ONNX, inside a function transform, or with tangents."""
+    refuse_recorded()
     if torch._C._are_functorch_transforms_active():
         raise SparseAttentionError(COMPILED_TRANSFORM)
     if has_tangent(*tensors):

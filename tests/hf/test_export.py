@@ -181,3 +181,30 @@ def test_onnx_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> Non
         exported(model, masked=False)
     with sa_hf.dense(model):
         exported(model, masked=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("kind", "pattern"), [("bert", "star"), ("bert", "routing"), ("llama", "logsparse")])
+def test_what_records_or_compiles_source_is_refused_with_the_reason(kind: str, pattern: str) -> None:
+    """The older exporter hands a BertModel, dense too, an argument twice: the reason comes before that error."""
+    model = built(kind, pattern, {})
+    ids = inputs(2, 12, masked=False)["input_ids"]
+    whole = (model, ids)
+    with pytest.raises(SparseAttentionError, match=r"ONNX has no operator.*sa_hf\.dense\(model\)"):
+        torch.onnx.export(*whole, io.BytesIO(), dynamo=False)
+    with pytest.raises(SparseAttentionError, match=r"jit\.trace.*sa_hf\.dense\(model\)"):
+        torch.jit.trace(*whole, strict=False)
+    for part in (model, torch.nn.Sequential(model), model.get_submodule("model" if kind == "llama" else "encoder")):
+        with pytest.raises(SparseAttentionError, match=r"jit\.script.*sa_hf\.dense\(model\)"):
+            torch.jit.script(part)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_the_dense_model_is_traced_inside_the_block() -> None:
+    model = built("bert", "star", {})
+    ids = inputs(2, 12, masked=False)["input_ids"]
+    with sa_hf.dense(model):
+        traced = torch.jit.trace(model, ids, strict=False)
+        expected = model(ids)[0]
+    torch.testing.assert_close(traced(ids)["last_hidden_state"], expected)
+    assert not torch.allclose(expected, model(ids)[0])

@@ -29,6 +29,7 @@ from sa_hf.hf.state.inputs import ForwardInputs, hand_over, handed_over
 from sa_hf.hf.state.layers import learned_leaves, sparse_children, tie_layers
 from sa_hf.hf.state.recomputation import in_backward
 from sa_hf.hf.state.step import Delivery
+from sa_hf.ops.transforms import refuse_recorded
 
 # On each Transformers model inside a patched one.
 FORWARD = "sa_hf_forward"
@@ -114,6 +115,8 @@ class ModelForward:
         if self.pooled is not None and not torch.compiler.is_compiling() and warn_of_padding(model, self.pooled, named):
             self.pooled = None
         children = sparse_children(model, self.names)
+        if children:
+            refuse_recorded()
         self._tie(children)
         given = ForwardInputs(named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q"))
         if _train(children):
