@@ -88,6 +88,8 @@ def _attend(
     sinks = kwargs.pop(SINKS, None) if place.spec is not None and place.spec.sinks else None
     _refuse(module, kwargs)
     if call.memory is None and key.shape[2] > query.shape[2] and remembers(child):
+        if request is not None and request.whole is not None:
+            raise _last_tokens_alone(module, query.shape[2], key.shape[2])
         raise _no_memory(module, place, query.shape[2], key.shape[2])
     if request is not None and torch.compiler.is_compiling():
         causal = _causal_by_itself(module, place) if causal is None else causal
@@ -223,6 +225,14 @@ def _no_memory(module: nn.Module, place: Place, new: int, keys: int) -> SparseAt
         "which keeps values of its own for every token; give the model a cache of transformers (DynamicCache, "
         "StaticCache, sa_hf.sparse_cache(model)) or use_cache=False. If you did, transformers "
         f"{transformers.__version__} hands it over in a way that sa_hf does not know ({tested_range()})"
+    )
+
+
+def _last_tokens_alone(module: nn.Module, new: int, tokens: int) -> SparseAttentionError:
+    return SparseAttentionError(
+        f"layers of {type(module).__name__} that read the keys of others run the last {new} of {tokens} tokens alone "
+        "(logits_to_keep), and the pattern there needs values of every token; call the model with logits_to_keep=0, or "
+        "use a static pattern in these layers"
     )
 
 

@@ -34,6 +34,7 @@ class MaskRequest:
 
     Attributes:
         query_offset: tokens in the cache before this call; ``key_offset``: tokens that the cache no longer holds.
+        whole: the request that this one is the last queries of, or None.
     """
 
     ndim = 4
@@ -48,6 +49,7 @@ class MaskRequest:
         self.key_offset = _size(arguments.get("kv_offset", 0))
         self.padding: Tensor | None = arguments.get("attention_mask")
         self.given = handed_over()
+        self.whole: MaskRequest | None = None
         self._dense: dict[tuple[str, int], Any] = {}
         self._sequences: dict[int, Sequences] = {}
         self._rules: MaskRules | None = None
@@ -61,6 +63,25 @@ class MaskRequest:
     def dim(self) -> int:
         return self.ndim
 
+    def __getitem__(self, index: Any) -> MaskRequest:
+        """The rows of the last queries, ``[:, :, -k:, :]``: layers that read the keys of others may run those alone
+        (Gemma 4, by ``logits_to_keep``)."""
+        all_of_it = slice(None)
+        rows = index[2] if isinstance(index, tuple) and len(index) == self.ndim else all_of_it
+        if index != (all_of_it, all_of_it, rows, all_of_it) or rows != slice(rows.start, None):
+            raise UnsupportedModelError(
+                f"the model takes the part {index} of its mask; a pattern can serve the whole, or the last queries, "
+                "[:, :, -k:, :]. Keep such layers dense"
+            )
+        if not rows.start:
+            return self
+        first = rows.indices(self.query_length)[0]
+        part = MaskRequest(
+            {**self.arguments, "q_offset": self.query_offset + first, "q_length": self.query_length - first}
+        )
+        part.given, part.whole = self.given, self.whole or self
+        return part
+
     def contiguous(self) -> MaskRequest:
         """What ``generate`` calls on a mask that it builds ahead of the forward."""
         return self
@@ -73,7 +94,7 @@ class MaskRequest:
         if padding is self.padding:
             return self
         moved = MaskRequest({**self.arguments, "attention_mask": padding, "device": padding.device})
-        moved.given = self.given
+        moved.given, moved.whole = self.given, None if self.whole is None else self.whole.to(*args, **kwargs)
         return moved
 
     @property
@@ -133,6 +154,8 @@ class MaskRequest:
         return Sequences.from_mask(batch, self.query_length, total, padding, ids)
 
     def _sequence_ids(self, batch: int, total: int) -> Tensor | None:
+        if self.whole is not None:  # which knows whether there is a cache
+            return self.whole._sequence_ids(batch, total)
         given, packed = self.given, self._read().packed
         said = said_ids(given, batch, total)
         if said is not None:
