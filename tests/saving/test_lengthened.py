@@ -131,10 +131,76 @@ def test_a_composite_model_has_a_limit_for_each_tower(tmp_path):
     assert limits == (102, 128)
 
 
-def test_a_table_that_no_config_sizes_is_refused():
+def image_or_sound(takes, decoder):
+    """A text decoder beside an encoder of images or of sound, and an input for the encoder."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"vocab_size": 60, "max_position_embeddings": 64, "add_cross_attention": True, "pad_token_id": 0, **sizes}
+    kind = transformers.GPT2Config if decoder == "gpt2" else transformers.BertConfig
+    config = kind(**text, **({"intermediate_size": 32} if decoder == "bert" else {}), is_decoder=True)
+    if takes == "images":
+        inside = transformers.ViTConfig(**sizes, intermediate_size=32, image_size=32, patch_size=8)
+        cls, given = transformers.VisionEncoderDecoderModel, {"pixel_values": torch.randn(2, 3, 32, 32)}
+    else:
+        inside = transformers.Wav2Vec2Config(
+            **sizes, intermediate_size=32, conv_dim=(32, 32), conv_stride=(5, 2), conv_kernel=(10, 3),
+            num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, vocab_size=32,
+        )  # fmt: skip
+        mask = torch.tensor([[1] * 600, [1] * 400 + [0] * 200])
+        cls, given = transformers.SpeechEncoderDecoderModel, {"input_values": torch.randn(2, 600)}
+        given["attention_mask"] = mask
+    both = cls.config_class.from_encoder_decoder_configs(inside, config)
+    both.decoder_start_token_id, both.pad_token_id = 1, 0
+    torch.manual_seed(0)
+    return cls(both).eval(), given
+
+
+@pytest.mark.parametrize("decoder", ["bert", "gpt2"])
+@pytest.mark.parametrize("takes", ["images", "sound"])
+def test_the_decoder_beside_images_or_sound_is_lengthened(tmp_path, takes, decoder):
+    model, given = image_or_sound(takes, decoder)
+    ids = torch.randint(3, 60, (2, 128), generator=torch.Generator().manual_seed(5))
+    short, long = {**given, "decoder_input_ids": ids[:, :64]}, {**given, "decoder_input_ids": ids}
+    before = output(model, short)
+    patch_model(model, {"decoder": sa_hf.SlidingWindowAttentionConfig(window=64)})
+    assert torch.allclose(output(model, short), before, atol=1e-5)  # the encoder is as it was, its padding too
+    patch_model(model, {"decoder": sa_hf.SlidingWindowAttentionConfig(window=4)}, max_length=128)
+    expected = output(model, long)
+    with sa_hf.dense(model):
+        assert not torch.allclose(output(model, long), expected, atol=1e-4)
+    model.save_pretrained(tmp_path / "m")
+    saved = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert saved["decoder"]["n_positions" if decoder == "gpt2" else "max_position_embeddings"] == 128
+    autos = {"images": transformers.AutoModelForImageTextToText, "sound": transformers.AutoModelForSpeechSeq2Seq}
+    loaded = autos[takes].from_pretrained(tmp_path / "m", trust_remote_code=True).eval()
+    assert torch.equal(output(loaded, long), expected)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(loaded.generate(**given, **options), model.generate(**given, **options))
+    unpatch_model(model)
+    assert model.config.decoder.max_position_embeddings == 64
+    assert torch.equal(output(model, short), before)
+
+
+def whisper():
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
-    config = transformers.WhisperConfig(vocab_size=60, decoder_attention_heads=4, pad_token_id=0, **sizes)
-    model = transformers.WhisperForConditionalGeneration(config)
+    config = transformers.WhisperConfig(
+        vocab_size=60, decoder_attention_heads=4, pad_token_id=0, max_source_positions=50, decoder_start_token_id=1,
+        bos_token_id=1, eos_token_id=1, **sizes,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config).eval()
+
+
+def test_of_a_model_of_sound_the_decoder_alone_is_patched():
+    model = whisper()
+    given = {"input_features": torch.randn(1, 80, 100), "decoder_input_ids": torch.randint(3, 60, (1, 20))}
+    before = output(model, given)
+    with pytest.raises(SparseAttentionError, match=r"the encoder of Whisper.* takes sound.*'decoder'"):
+        patch_model(model, {"encoder": "star"})
+    patch_model(model, {"decoder": sa_hf.SlidingWindowAttentionConfig(window=64)})
+    assert torch.allclose(output(model, given), before, atol=1e-5)
+
+
+def test_a_table_that_no_config_sizes_is_refused():
+    model = whisper()
     before = model.model.decoder.embed_positions.weight.shape
     with pytest.raises(SparseAttentionError, match="max_position_embeddings that sizes its table"):
         sa_hf.extend_positions(model, 2000)

@@ -23,6 +23,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import AttentionInterface
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
@@ -109,6 +110,12 @@ def probe(
     for site in sites.all_sites:
         call = runs.plain.get(site.name)
         attention = model.get_submodule(site.name)
+        if site.stack == "encoder" and _takes_sound(model):
+            if site.name in targets:
+                raise UnsupportedModelError(
+                    f"the encoder of {name} takes sound; a pattern can go into its decoder: {{'decoder': ...}}"
+                )
+            continue
         reason = _wrong(site, attention, call)
         if reason is None and call is not None and site.name in targets:
             reason = _not_served(site, attention, call.keywords) or _lost(model, site, call, runs, targets[site.name])
@@ -274,15 +281,26 @@ def _inputs(body: PreTrainedModel, sizes: _Sizes) -> dict[str, Any]:
         given["input_ids"] = _tokens(sizes, sizes.length)
         if "attention_mask" in parameters:
             given["attention_mask"] = torch.ones(1, sizes.length, dtype=torch.long)
-        if "decoder_input_ids" in parameters:
-            given["decoder_input_ids"] = _tokens(sizes, sizes.decoder_length)
     elif main == "pixel_values":
+        config = getattr(config, "encoder", config)  # of images, beside a decoder of text
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         given["pixel_values"] = torch.zeros(1, config.num_channels, height, width)
+    elif "encoder_outputs" in parameters:
+        # An encoder of sound: what it needs is its own, and what it gives the decoder is not.
+        width = getattr(body, "encoder_output_dim", None) or config.hidden_size
+        given["encoder_outputs"] = BaseModelOutput(torch.zeros(1, sizes.length, width))
     else:
         raise UnsupportedModelError(f"its input is {main!r}; sparse attention serves models of tokens and of images")
+    if "decoder_input_ids" in parameters:
+        given["decoder_input_ids"] = _tokens(sizes, sizes.decoder_length)
     return given
+
+
+def _takes_sound(model: PreTrainedModel) -> bool:
+    """Whether the encoder of an encoder-decoder model takes neither tokens nor images."""
+    body = model.base_model
+    return body.main_input_name not in ("input_ids", "pixel_values") and "encoder_outputs" in _parameters(body)
 
 
 def _next_inputs(body: PreTrainedModel, cache: Any, sizes: _Sizes) -> dict[str, Any]:

@@ -253,7 +253,7 @@ def plan_extension(
             f"max_length={max_length} is below the {limit} tokens that {type(root).__name__} takes already; "
             f"nearest: {limit}. To cut inputs, truncate in the tokenizer"
         )
-    if root.main_input_name == "pixel_values":
+    if root.main_input_name == "pixel_values" and not root.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{type(root).__name__} has a position per image patch; give it larger images with "
             "interpolate_pos_encoding=True instead of max_length"
