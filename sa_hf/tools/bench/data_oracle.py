@@ -1,7 +1,8 @@
 """Dense oracles in fp64 of the patterns whose pairs depend on data: the mask from the data, then an exact softmax.
 
-Written from the papers' definitions, of the benchmark's own cases: one sequence, all heads with keys of their own, no
-option beside the pattern's. The clusters are found anew in fp64; no code of an engine, a plan or a layout takes part.
+Written from the papers' definitions, of the benchmark's own cases: whole sequences, no option beside the pattern's. Of
+a module (:func:`data_oracle`) spans, clusters and blocks are found anew in fp64; the oracles below take them as given.
+No code of an engine, a plan or a layout takes part.
 """
 
 from __future__ import annotations
@@ -59,13 +60,17 @@ def _kept_distances(kept: Tensor, n: int, causal: bool) -> Tensor:
 
 
 def _expiring(module: ExpireSpanAttention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-    """Expire-Span: weight ``clamp(1 + (e_j - (i - j)) / ramp, 0, 1)`` of an earlier key, 1 of the own."""
     logits = hidden.double() @ module.weight.double().t() + module.bias.double()
     spans = module.config.max_span * torch.sigmoid(logits).transpose(1, 2)  # [1, 1 | H, n]
+    return expiring(q, k, v, spans.detach(), module.config.ramp)
+
+
+def expiring(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, ramp: float) -> Tensor:
+    """Expire-Span: weight ``clamp(1 + (e_j - (i - j)) / ramp, 0, 1)`` of an earlier key, 1 of the own; ``spans e
+    [B, 1 | H, n]``, in which it is differentiable, too."""
     distance = _distances(q.shape[2])
-    gate = (1 + (spans[:, :, None] - distance) / module.config.ramp).clamp(0, 1)
-    gate = torch.where(distance == 0, 1.0, gate).masked_fill(distance < 0, 0.0)
-    return _masked(q, k, v, gate.detach())
+    gate = (1 + (spans[:, :, None] - distance) / ramp).clamp(0, 1)
+    return _masked(q, k, v, torch.where(distance == 0, 1.0, gate).masked_fill(distance < 0, 0.0))
 
 
 def _cosines(module: RoutingAttention, x: Tensor) -> Tensor:
@@ -74,32 +79,52 @@ def _cosines(module: RoutingAttention, x: Tensor) -> Tensor:
 
 
 def _routed_causal(module: RoutingAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Routing, causal: the last ``window - 1`` earlier keys of the query's cluster, and the own key."""
+    window = module.config.cluster_window(q.shape[2], causal=True)
+    of_query, of_key = (_cosines(module, x).argmax(-1)[None] for x in (q, k))
+    return clustered(q, k, v, of_query, of_key, window)
+
+
+def clustered(q: Tensor, k: Tensor, v: Tensor, of_query: Tensor, of_key: Tensor, window: int) -> Tensor:
+    """Routing, causal: the last ``window - 1`` earlier keys of the query's cluster, and the own key; clusters int64
+    ``[B, H, n]`` and ``[B, Hkv, n]``."""
     n = q.shape[2]
-    window = module.config.cluster_window(n, causal=True)
-    of_query, of_key = (_cosines(module, x).argmax(-1) for x in (q, k))
-    mine = (of_query[:, :, None] == of_key[:, None, :]) & (_distances(n) > 0)
+    of_key = of_key.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    mine = (of_query[..., :, None] == of_key[..., None, :]) & (_distances(n) > 0)
     from_end = mine.flip(-1).cumsum(-1).flip(-1)
     return _masked(q, k, v, (mine & (from_end < window)) | torch.eye(n, dtype=torch.bool))
 
 
 def _routed(module: RoutingAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Routing, bidirectional: inside each cluster its ``window`` nearest queries and keys; a token in several clusters
-    takes the mean, one in none its local window."""
-    heads, n, dim = q.shape[1:]
-    window = min(n, module.config.cluster_window(n, causal=False))
-    rows, columns = (_cosines(module, x).topk(window, dim=1).indices.transpose(1, 2) for x in (q, k))  # [H, k, w]
-    head = torch.arange(heads)[:, None, None]
-    scores = q[0][head, rows] @ k[0][head, columns].transpose(-1, -2) * dim**-0.5
-    each = torch.softmax(scores, dim=-1) @ v[0][head, columns]
-    at = (head.expand_as(rows), rows)
-    total = torch.zeros_like(q[0]).index_put(at, each, accumulate=True)
-    count = torch.zeros(heads, n, dtype=torch.float64).index_put(at, torch.ones_like(each[..., 0]), accumulate=True)
-    mean = total / count.clamp(min=1)[..., None]
-    if not module.config.fallback_local:
-        return mean[None]
-    near = _masked(q, k, v, _distances(n).abs() < module.config.local_window)
-    return torch.where((count > 0)[..., None], mean, near[0])[None]
+    """Routing, bidirectional: each cluster has its ``window`` nearest queries and keys."""
+    window = min(q.shape[2], module.config.cluster_window(q.shape[2], causal=False))
+    rows, columns = (_cosines(module, x).topk(window, dim=1).indices.transpose(1, 2)[None] for x in (q, k))
+    return members(q, k, v, rows, columns, module.config.local_window if module.config.fallback_local else None)
+
+
+def members(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, local_window: int | None) -> Tensor:
+    """Attention inside each cluster, of its queries ``rows`` to its keys ``columns``, int64 ``[B, H, clusters, w]``; a
+    token in several clusters takes the mean, one in none the window ``|i - j| < local_window`` (None: 0)."""
+    (batch, heads, n, dim), group = q.shape, q.shape[1] // k.shape[1]
+    b, h = torch.arange(batch)[:, None, None, None], torch.arange(heads)[:, None, None]
+    scores = q[b, h, rows] @ k[b, h // group, columns].transpose(-1, -2) * dim**-0.5
+    each = torch.softmax(scores, dim=-1) @ v[b, h // group, columns]
+    at = (b.expand_as(rows), h.expand_as(rows), rows)
+    total = torch.zeros_like(q).index_put(at, each, accumulate=True)
+    count = torch.zeros(batch, heads, n, dtype=torch.float64)
+    count = count.index_put(at, torch.ones_like(each[..., 0]), accumulate=True)[..., None]
+    mean = total / count.clamp(min=1)
+    if local_window is None:
+        return mean
+    return torch.where(count > 0, mean, _masked(q, k, v, _distances(n).abs() < local_window))
+
+
+def blocks_chosen(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block: int, window: int, sinks: int) -> Tensor:
+    """block_topk, causal: sinks, the window and what each row has chosen, int64 ``[B, H, n, top]``, -1 for none."""
+    at = torch.arange(q.shape[2]) // block
+    behind = at[:, None] - torch.arange(int(at[-1]) + 1)
+    always = (behind >= 0) & ((behind < window) | (behind > at[:, None] - sinks))
+    listed = (chosen[..., None] == torch.arange(int(at[-1]) + 1)).any(-2)
+    return _masked(q, k, v, (always | listed)[..., at] & (_distances(q.shape[2]) >= 0))
 
 
 def _chosen_pairs(module: BlockTopKAttention, q: Tensor, k: Tensor, causal: bool) -> Tensor:

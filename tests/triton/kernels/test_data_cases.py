@@ -1,4 +1,4 @@
-"""Spans and clusters through the kernels: parity with the fp64 engine as the GPU suite asks for, outputs too."""
+"""Spans, clusters and chosen blocks: parity with the dense fp64 oracle as the GPU suite asks for, outputs too."""
 
 from __future__ import annotations
 
