@@ -130,8 +130,9 @@ def auto_class(config: Any) -> Any:
     import transformers
 
     from sa_hf.hf.checkpoints.auto import auto_classes
+    from sa_hf.hf.checkpoints.files import dense_name
 
-    wanted = (config.architectures or [""])[0]
+    wanted = dense_name((config.architectures or [""])[0])
     found = []
     for auto in auto_classes():
         mapped = auto._model_mapping.get(type(config), None)

@@ -92,8 +92,10 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         ) from error
     if not isinstance(config, dict):
         raise SparseAttentionError(f"{folder}/config.json holds {type(config).__name__}, not the fields of a model")
+    from sa_hf.hf.checkpoints.files import dense_name
+
     section = config.get("sa_hf")
-    found = Inspection(folder, ", ".join(config.get("architectures") or ["unknown"]), None)
+    found = Inspection(folder, ", ".join(map(dense_name, config.get("architectures") or ["unknown"])), None)
     found.code_files = sorted(p.name for p in folder.glob("*.py"))
     if not isinstance(section, dict):
         found.problems.append("no 'sa_hf' section: an ordinary dense checkpoint")

@@ -164,9 +164,20 @@ def test_fsdp2_names(tmp_path):
     model.__class__ = type("FSDPLlamaForCausalLM", (FSDPModule, type(model)), {})
     model.save_pretrained(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["architectures"] == ["SparseLlamaForCausalLM"]
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_sa_hf.LlamaForCausalLM"
     assert torch.equal(output(load(tmp_path / "m", AutoModelForCausalLM), given), expected)
+
+
+def test_a_pipeline_finds_no_dense_class(minilm):
+    """After any error it tries the class named in ``architectures``: of Transformers', that would be the dense one."""
+    folder = str(minilm[2])
+    config = json.loads((minilm[2] / "config.json").read_text())
+    assert not any(hasattr(transformers, name) for name in config["architectures"])
+    with pytest.raises(ValueError, match="attn_implementation='eager' would replace the sparse attention"):
+        pipeline(
+            "feature-extraction", model=folder, trust_remote_code=True, model_kwargs={"attn_implementation": "eager"}
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

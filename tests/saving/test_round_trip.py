@@ -79,12 +79,10 @@ def test_what_the_config_holds(saved):
     config = config_of(folder)
     assert config["sa_hf"] == model.config.sa_hf
     assert config["sa_hf"]["layers"]["decoder"]["0"] == WINDOW.to_dict()
-    assert re.fullmatch(
-        rf"{LOAD_CALL}; give a trainer that model and not its path \(.*\)", config["attn_implementation"]
-    )
+    assert re.fullmatch(rf"{LOAD_CALL}; a trainer that is given the path .*\(trl: .*\)", config["attn_implementation"])
     assert not re.search(r"/|sdpa|flash|flex_attention", config["attn_implementation"])
     assert config["model_type"] == "llama"
-    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["architectures"] == ["SparseLlamaForCausalLM"]
     assert config["auto_map"] == {
         "AutoModel": "modeling_sa_hf.LlamaModel",
         "AutoModelForCausalLM": "modeling_sa_hf.LlamaForCausalLM",
@@ -165,7 +163,7 @@ def test_the_remedy_names_the_auto_class_of_what_was_saved(tmp_path, family, aut
     inner_auto = auto if inner is model else "AutoModel"
     for one, wanted in ((model, auto), (inner, inner_auto), (model, auto)):
         one.save_pretrained(tmp_path / "m")
-        remedy = f"sa_hf: load with {wanted}.from_pretrained(..., trust_remote_code=True); give a trainer that model"
+        remedy = f"sa_hf: load with {wanted}.from_pretrained(..., trust_remote_code=True); a trainer that is given"
         assert config_of(tmp_path / "m")["attn_implementation"].startswith(remedy)
     assert type(load(tmp_path / "m", getattr(modeling_auto, auto))).__name__ == name
 
@@ -205,7 +203,8 @@ def test_config_loads_and_saves_alone(tmp_path, saved):
     config = AutoConfig.from_pretrained(saved[1])
     assert config.sa_hf == saved[0].config.sa_hf
     saved[0].config.save_pretrained(tmp_path)
-    assert config_of(tmp_path) == config_of(saved[1])
+    # A config knows no folder around it; the model's own save names the class that is none of Transformers'.
+    assert config_of(tmp_path) == {**config_of(saved[1]), "architectures": ["LlamaForCausalLM"]}
 
 
 def test_from_config_with_trust(saved):

@@ -144,39 +144,86 @@ def test_dpo_with_a_copy_as_reference(tokenizer: Any, tmp_path: Any) -> None:
     assert int(model.model.layers[0].self_attn.sparse.step) == 1
 
 
-@pytest.mark.parametrize("saved_sparse", [True, False], ids=["sparse-folder", "patched-in-memory"])
-@checks("trl", "DPOTrainer(ref_model=None) raises and names ref_model=copy.deepcopy(model) and LoRA")
+def saved(pattern: Any, folder: Any) -> str:
+    sa_hf.patch_model(tiny_model("llama"), pattern).save_pretrained(folder / "saved")
+    return str(folder / "saved")
+
+
+def is_like(model: Any, folder: str) -> bool:
+    """Whether a model is the sparse one in a folder."""
+    there = tf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        return torch.equal(model.eval()(tokens(1, 30)).logits, there(tokens(1, 30)).logits)
+
+
+@pytest.mark.parametrize("told", [{"trust_remote_code": True}, {"model_init_kwargs": {"trust_remote_code": True}}])
+@checks("trl", "SFTTrainer by the path of a sparse folder (trust_remote_code=True): it trains sparse")
+def test_sft_by_path(tokenizer: Any, tmp_path: Any, told: dict[str, Any]) -> None:
+    folder = saved(EXPIRING, tmp_path)
+    trainer = sft(folder, tokenizer, rows((24,)), tmp_path / "runs", **told)
+    assert is_like(trainer.model, folder)
+    trainer.train()
+    sparse = trainer.model.model.layers[0].self_attn.sparse
+    assert int(sparse.step) == 1
+    trainer.save_model(tmp_path / "trained")
+    assert is_like(trainer.model, str(tmp_path / "trained"))
+
+
+@pytest.mark.parametrize("by_path", [True, False], ids=["path", "model"])
+@checks("trl", "DPOTrainer(ref_model=None) on a saved sparse model, by path or loaded: the reference is that model")
+def test_dpo_makes_a_reference_of_a_saved_model(tokenizer: Any, tmp_path: Any, by_path: bool) -> None:
+    folder = saved(EXPIRING, tmp_path)
+    model = folder if by_path else tf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    trainer = dpo(model, tokenizer, tmp_path / "runs", trust_remote_code=True, learning_rate=0.1)
+    trainer.train()
+    assert is_like(trainer.ref_model, folder)
+    assert not is_like(trainer.model, folder)
+
+
+@pytest.mark.parametrize("saved_sparse", [True, False], ids=["without-trust", "patched-in-memory"])
+@checks("trl", "DPOTrainer(ref_model=None) else raises and names trust_remote_code, copy.deepcopy(model) and LoRA")
 def test_dpo_without_a_reference_names_the_remedy(tokenizer: Any, tmp_path: Any, saved_sparse: bool) -> None:
-    """trl builds the reference from the concrete class, which runs no code of a checkpoint."""
-    model = tiny_model("llama")
+    """trl builds the reference from where the model was loaded: there is no pattern, or it may not run our code."""
     if saved_sparse:
-        sa_hf.patch_model(model, EXPIRING).save_pretrained(tmp_path / "saved")
-        loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+        loaded = tf.AutoModelForCausalLM.from_pretrained(saved(EXPIRING, tmp_path), trust_remote_code=True)
     else:
-        model.save_pretrained(tmp_path / "saved")
+        tiny_model("llama").save_pretrained(tmp_path / "saved")
         loaded = sa_hf.patch_model(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), EXPIRING)
-    trainer = dpo(loaded, tokenizer, tmp_path / "runs", trust_remote_code=True)
-    with pytest.raises(ValueError, match=r"ref_model=copy.deepcopy\(model\).*LoRA"):
+    trainer = dpo(loaded, tokenizer, tmp_path / "runs", trust_remote_code=not saved_sparse)
+    with pytest.raises(ValueError, match=r"trust_remote_code=True.*ref_model=copy.deepcopy\(model\).*LoRA"):
         trainer.train()
 
 
-@checks("trl", "GRPOTrainer with beta > 0: LoRA trains; without, the error names LoRA and beta=0")
+def grpo(model: Any, tokenizer: Any, folder: Any, peft_config: Any = None, **more: Any) -> Any:
+    arguments = trl.GRPOConfig(
+        str(folder), beta=0.1, num_generations=2, max_completion_length=4, per_device_train_batch_size=2,
+        max_steps=1, report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False, learning_rate=1e-2, **more,
+    )  # fmt: skip
+    return trl.GRPOTrainer(
+        model=model, reward_funcs=lambda completion_ids, **_: [float(sum(row)) for row in completion_ids],
+        args=arguments, train_dataset=datasets.Dataset.from_list([{"prompt": "w3 w4 w5"}] * 2),
+        processing_class=tokenizer, peft_config=peft_config,
+    )  # fmt: skip
+
+
+@checks("trl", "GRPOTrainer with beta > 0 by the path of a sparse folder: model and reference are sparse")
+def test_grpo_by_path(tokenizer: Any, tmp_path: Any) -> None:
+    folder = saved(STATIC, tmp_path)
+    trainer = grpo(folder, tokenizer, tmp_path / "runs", trust_remote_code=True)
+    trainer.train()
+    assert is_like(trainer.ref_model, folder)
+    assert hasattr(trainer.model, "sa_hf_patch")
+
+
+@checks("trl", "GRPOTrainer with beta > 0 on a model patched in memory: LoRA trains; without, the error names it")
 @pytest.mark.parametrize("lora", [True, False])
 def test_grpo_with_a_reference(tokenizer: Any, tmp_path: Any, lora: bool) -> None:
     peft = pytest.importorskip("peft")
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     model = sa_hf.patch_model(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), STATIC)
-    arguments = trl.GRPOConfig(
-        str(tmp_path / "runs"), beta=0.1, num_generations=2, max_completion_length=4, per_device_train_batch_size=2,
-        max_steps=1, report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
-        gradient_checkpointing=False, learning_rate=1e-2,
-    )  # fmt: skip
-    trainer = trl.GRPOTrainer(
-        model=model, reward_funcs=lambda completion_ids, **_: [float(sum(row)) for row in completion_ids],
-        args=arguments, train_dataset=datasets.Dataset.from_list([{"prompt": "w3 w4 w5"}] * 2),
-        processing_class=tokenizer,
-        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]) if lora else None,
-    )  # fmt: skip
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]) if lora else None
+    trainer = grpo(model, tokenizer, tmp_path / "runs", config)
     if not lora:
         with pytest.raises(ValueError, match="GRPO takes none: LoRA, or beta=0"):
             trainer.train()
@@ -186,15 +233,12 @@ def test_grpo_with_a_reference(tokenizer: Any, tmp_path: Any, lora: bool) -> Non
     assert any(p.abs().max() > 0 for p in trained)
 
 
-@checks("trl", "SFTTrainer and DPOTrainer by path raise and name the loaded model and ref_model=copy.deepcopy(model)")
-@pytest.mark.parametrize("make", [sft, dpo], ids=["sft", "dpo"])
+@checks("trl", "SFTTrainer, DPOTrainer and GRPOTrainer by path without trust_remote_code raise and name it")
+@pytest.mark.parametrize("make", [sft, dpo, grpo], ids=["sft", "dpo", "grpo"])
 def test_a_path_names_the_remedy(make: Any, tokenizer: Any, tmp_path: Any) -> None:
-    """trl makes a model of a path by the concrete class, whatever it is told of trust."""
-    sa_hf.patch_model(tiny_model("llama"), EXPIRING).save_pretrained(tmp_path / "saved")
     data = (rows((24,)),) if make is sft else ()
-    trusting = {"model_init_kwargs": {"trust_remote_code": True}}
-    with pytest.raises(ValueError, match=r"AutoModelForCausalLM.*that model and not its path.*copy.deepcopy\(model\)"):
-        make(str(tmp_path / "saved"), tokenizer, *data, tmp_path / "runs", **trusting)
+    with pytest.raises(ValueError, match=r"AutoModelForCausalLM.*takes trust_remote_code=True, too"):
+        make(saved(EXPIRING, tmp_path), tokenizer, *data, tmp_path / "runs")
 
 
 @checks("trl", "RewardTrainer on a saved model, by path")

@@ -5,7 +5,9 @@ code that a load needs. In ``config.json`` it puts
 
 - ``sa_hf``: the assignment of patterns to layers;
 - ``auto_map``: the remote-code class for every Auto class of the architecture;
-- ``attn_implementation``: a name that is never registered, so that a load without the code raises, with the remedy.
+- ``attn_implementation``: a name that is never registered, so that a load without the code raises, with the remedy;
+- ``architectures``: a name that Transformers has no class of, so that what makes models by that name (trl, of a path;
+  ``pipeline``, as a last resort) does not find the dense one and goes by ``auto_map``.
 
 Loading is ``AutoModelFor....from_pretrained(folder, trust_remote_code=True)``; ``pipeline`` and ``AutoConfig`` work
 as well, and so do folders that other processes save again, with sa_hf installed or not.
@@ -13,8 +15,7 @@ as well, and so do folders that other processes save again, with sa_hf installed
 What remains, beyond our reach:
 
 - A load that overrides the field itself, ``attn_implementation="eager"`` (or "sdpa", ...) without
-  ``trust_remote_code=True``, or that passes a fresh ``config=``, is dense. With trust the former raises; but a
-  ``pipeline`` that is given it as a model argument then falls back to the plain class, which is dense.
+  ``trust_remote_code=True``, or that passes a fresh ``config=``, is dense. With trust the former raises.
 - A class of your own is not in the Auto mappings: load it by ``sparse_class(MyModel).from_pretrained(folder)``.
 - ``variant=`` saves leave the files of other variants in the folder; ``distributed_checkpoint=True`` (rank-local
   shards for resuming) is written in place, not all at once.

@@ -20,13 +20,13 @@ REMEDY = "sa_hf: load with "
 _BEST_KNOWN = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 _LEAST_KNOWN = ("AutoModelForPreTraining", "AutoModelWithLMHead")
 # No "/" in it: that has Transformers look for a kernel on the hub.
-TO_TRAINERS = "; give a trainer that model and not its path (trl: with ref_model=copy.deepcopy(model), or LoRA)"
+TO_TRAINERS = "; a trainer that is given the path takes trust_remote_code=True, too (trl: in its config)"
 
 
 def remedy(entries: Mapping[str, str], name: str) -> str:
     """What the error of a load without our code says: the Auto class that gives the model's class, ``name``.
 
-    A class's own ``from_pretrained`` runs no code of a checkpoint, whatever it is told; trl, given a path, calls that.
+    A class's own ``from_pretrained`` runs no code of a checkpoint, whatever it is told.
     """
     auto = auto_class_name(entries, name) or "AutoModel*"
     return f"{REMEDY}{auto}.from_pretrained(..., trust_remote_code=True){TO_TRAINERS}"

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from sa_hf.hf.checkpoints.files import dense_name
 from sa_hf.hf.state.assignment import format_indices
 
 CARD_FILE = "README.md"
@@ -71,7 +72,7 @@ def card_text(folder: Path, known: Mapping[str, Any]) -> str:
         for part in _parts(entry)
     ]
     counts = Counter(fields["name"] for _, _, (_, fields) in layers)
-    architecture = (config.get("architectures") or ["A model"])[0]
+    architecture = dense_name((config.get("architectures") or ["A model"])[0])
     results = _results(folder, known.get("datasets"))
     data = ModelCardData(
         library_name="transformers",

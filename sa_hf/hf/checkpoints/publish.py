@@ -15,13 +15,13 @@ import shutil
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
 
 from sa_hf.hf.checkpoints.card import CARD_FILE, card_text, is_ours, known_of
-from sa_hf.hf.checkpoints.files import CONFIG_FILE, HEADER, REMOTE_FILE, SENTENCES_FILE, STAGE
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from sa_hf.hf.checkpoints.files import CONFIG_FILE, HEADER, REMOTE_FILE, SENTENCES_FILE, SPARSE_NAME, STAGE
 
 
 def save_whole(
@@ -85,6 +85,7 @@ def _staged(
         files = code()
         _write_code(stage, files)  # before the weights: under FSDP2 the copying by Transformers itself breaks
         save(stage, **options)
+        _name_architecture(stage / CONFIG_FILE)
         _write_card(stage, target, origin)
         if (target.parent / SENTENCES_FILE).is_file():
             # Transformers looks for the code of a ``subfolder=`` in the folder above.
@@ -92,6 +93,19 @@ def _staged(
         return publish(stage, target, options.get("variant"))
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _name_architecture(file: Path) -> None:
+    """Say in a sparse checkpoint's ``architectures`` that its class is none of Transformers'.
+
+    trl makes models of paths by the class of that name where Transformers has one, which is the dense one and runs no
+    code of a checkpoint; else by the Auto class in ``auto_map``, as it should. (So do others: engines of inference.)
+    """
+    config = json.loads(file.read_text("utf-8"))
+    names = config.get("architectures") or []
+    if "sa_hf" in config:
+        config["architectures"] = [SPARSE_NAME + name if hasattr(transformers, name) else name for name in names]
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_card(stage: Path, target: Path, origin: str) -> None:

@@ -71,7 +71,8 @@ def place_of(module: nn.Module) -> Place:
         raise SparseAttentionError(
             f"{type(module).__name__} is set to sparse attention but carries no pattern: the model was built from the "
             "config of a patched one. Load it by its Auto class with `trust_remote_code=True`, or call "
-            "`sa_hf.patch_model(model, ...)`. As a reference that a trainer makes of the model (trl), give it "
+            "`sa_hf.patch_model(model, ...)`. A reference that a trainer makes of the model (trl) needs a saved sparse "
+            "model, with `trust_remote_code=True` in the trainer's config; else give it "
             "`ref_model=copy.deepcopy(model)` (DPO, KTO), or train LoRA, which needs none; GRPO takes none: LoRA, or "
             "beta=0"
         )
