@@ -156,7 +156,7 @@ def _run_by_data(case: learned.DataCase, shape: Shape, dtype: torch.dtype) -> No
         patch.object(planned, "choose_engine", lambda *_: TritonEngine()),
         patch.object(slots, "on_host", lambda index: False),
     ):
-        learned.run_case(case, [x.to(dtype) for x in vectors], data, "triton")
+        learned.run_case(partial(case.attend, engine="triton"), [x.to(dtype) for x in vectors], data)
 
 
 def _run(
