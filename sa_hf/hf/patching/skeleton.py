@@ -124,12 +124,16 @@ class PartlyKnown(TorchDispatchMode):
 
 
 class _FromData(TorchFunctionMode):
-    """Tensors from Python's numbers have values whatever the device is: below this they would not be seen."""
+    """What would not be seen, or not be served, below this: tensors from Python's numbers, which have values whatever
+    the device is, and normalised weights (of encoders of sound)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in _FROM_DATA:
             kwargs["device"] = _DEVICE
+        if func is torch._weight_norm:  # which wants both on one device before it dispatches
+            direction, length, dim = args
+            return direction * (length / torch.norm_except_dim(direction, 2, dim))
         return func(*args, **kwargs)
 
 
