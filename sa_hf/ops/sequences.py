@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
+from sa_hf.ops.transforms import MAPPED, is_mapped, transformed
 
 
 class Span(NamedTuple):
@@ -70,12 +71,14 @@ class Sequences:
         the cut) are one sequence. Queries are the last ``query_length`` slots of each row.
 
         Raises:
-            SparseAttentionError: a mask of another shape, or values other than 0 and 1.
+            SparseAttentionError: a mask of another shape, values other than 0 and 1, or what vmap maps.
         """
         whole = cls.full(batch_size, query_length, key_length)
         if attention_mask is None and sequence_ids is None:
             return whole
         for label, tensor in (("attention_mask", attention_mask), ("sequence_ids", sequence_ids)):
+            if tensor is not None and transformed() and is_mapped(tensor):
+                raise SparseAttentionError(f"{label} {MAPPED}")
             if tensor is not None and tuple(tensor.shape) != (batch_size, key_length):
                 raise SparseAttentionError(
                     f"{label} has shape {tuple(tensor.shape)}; it must be [batch, key_length] = "

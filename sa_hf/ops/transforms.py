@@ -32,6 +32,11 @@ COMPILED_TRANSFORM = (
     "nearest: the same transform uncompiled"
 )
 
+MAPPED = (
+    "is mapped by torch.func.vmap, but which tokens are real decides what is computed, the same for every sample; "
+    "give one mask to all (in_dims None for it), group samples of one mask, or call sample by sample"
+)
+
 JIT_TRACE = (
     "torch.jit.trace (and torch.onnx.export by it) records sparse attention for one length alone; trace the dense "
     "model inside `with sa_hf.dense(model)`"
@@ -85,6 +90,21 @@ def given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether one of the tensors carries a tangent of forward mode."""
     return any(x is not None and x.is_floating_point() and unpack_dual(x).tangent is not None for x in tensors)
+
+
+def transformed() -> bool:
+    """Whether torch.func transforms what runs (``grad``, ``vjp``, ``vmap``, ...), uncompiled."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_mapped(x: Tensor) -> bool:
+    """Whether ``vmap`` holds a tensor with another value for each sample."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def refuse_recorded() -> None:

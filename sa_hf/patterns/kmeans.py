@@ -14,7 +14,7 @@ ITERATIONS = 10
 def cluster_counts(cluster: Tensor, num_clusters: int, weight: Tensor) -> Tensor:
     """The counts of :func:`cluster_sums` alone: sums of whole numbers, so their order does not matter."""
     weight = weight.expand(cluster.shape).float()
-    counts = weight.new_zeros(*cluster.shape[:-1], num_clusters).scatter_add_(-1, cluster, weight)
+    counts = weight.new_zeros(*cluster.shape[:-1], num_clusters).scatter_add(-1, cluster, weight)
     return counts.flatten(0, -3).sum(0) if counts.dim() > 2 else counts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -20,12 +21,15 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "sparse_transformer", {"stride": 5, "summary": 1}),
     ("llama", "expire_span", {"max_span": 128, "ramp": 8, "initial_span": 10.0}),
     ("llama", "sparsebert", {"mask_length": 64}),
+    ("llama", "routing", {"num_clusters": 2, "window": 6}),
+    ("llama", "block_topk", {"block_size": 4, "top_k": 2}),
     ("bert", "bigbird", {"block_size": 4, "num_extra_tokens": 2}),
     ("bert", "star", {"relay": "virtual"}),
     ("bert", "routing", {"num_clusters": 4, "window": 6, "local_window": 4}),
     ("t5", "sliding_window", {"window": 4}),
 ]
 IDS = [f"{family}-{name}" for family, name, _ in CASES]
+LEARNED = ("expire_span", "sparsebert", "routing")
 GATED = "sparsebert"  # until it is frozen it runs by torch's operators, which have every derivative
 
 
@@ -119,3 +123,42 @@ def test_a_gradient_penalty_is_right_or_refused(family: str, name: str, options:
         with torch.no_grad():
             weights[at].view(-1)[7] -= sign * step
     assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize(("family", "name", "options"), [case for case in CASES if case[1] != "sliding_window"])
+def test_nothing_of_a_transform_stays(family: str, name: str, options: dict[str, Any]) -> None:
+    """Its tensors are none outside of it: one that is kept breaks a copy and the figures."""
+    model, ids = patched(family, name, options), tokens(3, 20)
+    model(**call(model, ids))
+    before = sa_hf.figures(model), sa_hf.auxiliary_losses(model)
+    func.vmap(func.grad(lambda p, row: functional(model)(p, row[None])), in_dims=(None, 0))(parameters(model), ids)
+    assert (sa_hf.figures(model), sa_hf.auxiliary_losses(model)) == before
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**call(model, ids))[0], model(**call(model, ids))[0])
+
+
+@pytest.mark.parametrize(("family", "name", "options"), [case for case in CASES if case[1] in LEARNED])
+def test_learned_patterns_in_training_name_eval(family: str, name: str, options: dict[str, Any]) -> None:
+    model, ids = patched(family, name, options).train(), tokens(1, 20)
+    state = {key: x.clone() for key, x in model.state_dict().items()}
+    with pytest.raises(SparseAttentionError, match=rf"'{name}' in training.*torch\.func.*model\.eval\(\)"):
+        func.grad(functional(model))(parameters(model), ids)
+    assert all(torch.equal(x, state[key]) for key, x in model.state_dict().items())
+    functional(model.eval())(parameters(model), ids)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "sequence_ids"])
+def test_a_mask_for_each_sample_names_the_reason(name: str) -> None:
+    model, ids = patched("llama", "sliding_window", {"window": 5}), tokens(3, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+
+    def loss(p: dict[str, Tensor], row: Tensor, one: Tensor) -> Tensor:
+        given = {"input_ids": row[None], name: one[None], "use_cache": False}
+        return func.functional_call(model, p, (), given)[0].square().mean()
+
+    with pytest.raises(SparseAttentionError, match=rf"{name} is mapped by torch\.func\.vmap.*in_dims None"):
+        func.vmap(func.grad(loss), in_dims=(None, 0, 0))(parameters(model), ids, mask)
+    shared = func.vmap(func.grad(loss), in_dims=(None, 0, None))(parameters(model), ids, mask[0])
+    alone = func.grad(loss)(parameters(model), ids[1], mask[0])
+    torch.testing.assert_close({key: x[1] for key, x in shared.items()}, alone)

@@ -26,10 +26,10 @@ from sa_hf.hf.forward.losses import add_to_loss, carrying, check_live, loss_of, 
 from sa_hf.hf.forward.pooled import pooled_position, warn_of_padding
 from sa_hf.hf.state.activity import PACKED, Activity
 from sa_hf.hf.state.inputs import ForwardInputs, hand_over, handed_over
-from sa_hf.hf.state.layers import learned_leaves, sparse_children, tie_layers
+from sa_hf.hf.state.layers import learned_leaves, noted, sparse_children, tie_layers
 from sa_hf.hf.state.recomputation import in_backward
 from sa_hf.hf.state.step import Delivery
-from sa_hf.ops.transforms import refuse_recorded
+from sa_hf.ops.transforms import refuse_recorded, transformed
 
 # On each Transformers model inside a patched one.
 FORWARD = "sa_hf_forward"
@@ -58,10 +58,11 @@ class ModelForward:
         self.running = False
         self.around: ForwardInputs | None = None  # what a forward around this one was given
         self.given: ForwardInputs | None = None
+        self.noted_before: list[tuple[SparseAttention, dict[str, Any]]] = []  # what was noted before a transform
         self.before_packed: list[str] = []  # the implementations that a packed call inside dense(model) replaces
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "running": False, "around": None, "given": None, "before_packed": []}
+        return {**vars(self), "running": False, "around": None, "given": None, "before_packed": [], "noted_before": []}
 
     def register(self, model: PreTrainedModel) -> list[Any]:
         setattr(model, FORWARD, self)
@@ -117,6 +118,8 @@ class ModelForward:
         children = sparse_children(model, self.names)
         if children:
             refuse_recorded()
+        if transformed():
+            self.noted_before = noted(children)
         self._tie(children)
         given = ForwardInputs(named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q"))
         if _train(children):
@@ -138,6 +141,12 @@ class ModelForward:
                 child.advance_step()
             return
         learned = learned_leaves(children)
+        if learned and transformed():
+            raise SparseAttentionError(
+                f"{learned[0].config.name!r} in training counts its forwards and moves its state in place, which "
+                "torch.func (grad, vjp, vmap) does not allow; call model.eval() for it (auxiliary losses then join no "
+                "loss), or backward() in training"
+            )
         if learned and in_backward():
             started = self.activity.forwards.repeated(learned, named.values())
             given.numbers, given.delivery = started.numbers, Delivery(model, self.activity, step=started.delivery.step)
@@ -214,6 +223,9 @@ class ModelForward:
         self.around = self.given = None
         for child in sparse_children(model, self.names):
             child.drop_graph()
+        for leaf, attributes in self.noted_before:  # a transform's tensors are none outside of it
+            vars(leaf).update(attributes)
+        self.noted_before = []
 
     def _with_losses(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, outermost: bool

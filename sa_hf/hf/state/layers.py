@@ -10,6 +10,8 @@ from torch import nn
 from sa_hf.config import SparseAttention
 from sa_hf.patterns.learned import LearnedAttention
 
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
+
 
 def active_child(module: nn.Module) -> Any:
     """The ``sparse`` child that acts: PEFT's ``modules_to_save`` keeps a frozen one beside the one it trains."""
@@ -37,6 +39,19 @@ def leaves(child: SparseAttention) -> Iterator[SparseAttention]:
     for part in parts:
         if isinstance(part, SparseAttention):
             yield part
+
+
+def noted(children: list[SparseAttention]) -> list[tuple[SparseAttention, dict[str, Any]]]:
+    """What pattern modules have noted of their forwards, outside of parameters and buffers, to be put back."""
+    return [
+        (leaf, {key: _kept(value) for key, value in vars(leaf).items() if key not in _OF_ANY_MODULE})
+        for child in children
+        for leaf in leaves(child)
+    ]
+
+
+def _kept(value: Any) -> Any:
+    return value.copy() if isinstance(value, list | dict) else value  # a copied tensor would be the transform's
 
 
 def remembers(child: SparseAttention) -> bool:
