@@ -163,7 +163,7 @@ def test_layers_that_choose_their_keys_themselves_are_refused(case: str) -> None
 def test_keys_beyond_the_positions_are_no_keys_of_a_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
     """One compressed key for 128 tokens: the probe's input is too short to have any."""
     model = indexed("v4")
-    monkeypatch.setattr(probe, "_changes_its_mask", lambda attention: False)
+    monkeypatch.setattr(probe, "changes_its_mask", lambda attention: False)
     sa_hf.patch_model(model, "sliding_window", window=9)
     with torch.no_grad():
         model(tokens(1, 120), use_cache=False)

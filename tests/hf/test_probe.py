@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from eager_cases import SIZES, TOKENS
+from eager_cases import SIZES, TOKENS, check_against_eager, scattered
 from hf_cases import error, tiny_model, tokens
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -150,3 +150,40 @@ def test_the_error_names_the_models_own_line(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UnsupportedModelError, match=r"test_probe\.py:\d+, `return x \+ self\.down_proj\(x\)"):
         sa_hf.patch_model(model, COVERING)
     assert not any("sparse" in name for name, _ in model.named_modules())
+
+
+SLIDING = {
+    "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
+    "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 12, "sliding_window": 6,
+}  # fmt: skip
+
+
+def dots3(**changed: Any) -> Any:
+    """Heads, widths and the window are each layer's own."""
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    if not hasattr(tf, "Dots3NoteTextConfig"):
+        pytest.skip(f"transformers {tf.__version__} has no Dots 3")
+    kind = tf.Dots3NoteTextConfig
+    torch.manual_seed(0)
+    return tf.Dots3NoteForCausalLM(
+        kind(
+            **SIZES, **TOKENS, **latent, **experts, **SLIDING, head_dim=16, num_key_value_heads=4,
+            moe_intermediate_size=16, layer_types=["full_attention", "sliding_attention"], **changed,
+        )
+    ).eval()  # fmt: skip
+
+
+def test_values_that_differ_by_layer_are_read_from_each_layers_config() -> None:
+    model = dots3(use_dsa=False)
+    sa_hf.patch_model(model, sa_hf.SlidingWindowAttentionConfig(window=9))
+    specs = [site.spec for site in model.sa_hf_patch.sites.all_sites]
+    assert [(spec.num_heads, spec.head_dim, spec.band.left) for spec in specs] == [(4, 16, None), (2, 24, 5)]
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 30:] = 0
+    check_against_eager(scattered(model), tokens(2, 40), mask, limit=1e-4)
+
+
+def test_an_indexer_counts_where_a_layer_has_one() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"layer 0.*changing the mask that it is given"):
+        sa_hf.patch_model(dots3(index_topk=8, index_n_heads=4, index_head_dim=16), COVERING)

@@ -257,7 +257,11 @@ def _is_causal(model: nn.Module, layers: _Layers) -> bool:
 
 
 def _config(module: nn.Module) -> Any:
-    return getattr(module, "config", None)
+    """The config of a layer: its own, where values differ from layer to layer (those of the whole raise)."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    if getattr(config, "is_heterogeneous", False) and isinstance(index, int):
+        return config.per_layer_config[index]  # type: ignore[union-attr]
+    return config
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:

@@ -8,14 +8,11 @@ that the first one filled.
 
 from __future__ import annotations
 
-import ast
 import inspect
-import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,7 +30,7 @@ from sa_hf.hf.forward.keywords import SINKS, unknown_keywords
 from sa_hf.hf.forward.layer_input import Carried
 from sa_hf.hf.forward.masks import MaskRequest, sparse_mask
 from sa_hf.hf.forward.rotary import ROTARY_FUNCTION
-from sa_hf.hf.patching.proofs import Replay, rotation_stays, taps_astray
+from sa_hf.hf.patching.proofs import Replay, changes_its_mask, rotation_stays, taps_astray
 from sa_hf.hf.patching.skeleton import PartlyKnown, failed_line, partly_known, skeleton_of
 from sa_hf.hf.state.activity import Activity
 from sa_hf.hf.state.positions import configs_of, position_limit
@@ -91,8 +88,7 @@ def probe(
     """
     name = type(model).__name__
     for site in sites.all_sites:
-        kind: Any = type(model.get_submodule(site.name))
-        if site.name in targets and _changes_its_mask(kind):
+        if site.name in targets and changes_its_mask(model.get_submodule(site.name)):
             raise UnsupportedModelError(
                 f"{name} cannot be patched: {site.stack} layer {site.spec.layer_idx} ({site.name}) chooses or adds "
                 "keys by changing the mask that it is given, which a pattern would drop; keep it dense"
@@ -348,22 +344,6 @@ def _wrong(site: Site, attention: nn.Module, seen: _Seen | None) -> str | None:
     if seen.mask is not None and seen.mask.chunk != spec.chunk:
         return f"has chunks of {seen.mask.chunk} tokens, where its config says {spec.chunk}"
     return None
-
-
-@lru_cache(maxsize=256)
-def _changes_its_mask(attention: Any) -> bool:
-    """Whether an attention layer's ``forward`` computes another ``attention_mask`` from its own (indexers of top-k
-    tokens, compressed keys). Taking the encoder's instead is no such change."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(attention.forward))))
-    except (OSError, TypeError):
-        return False
-    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
-    return any(
-        ast.unparse(target) == "attention_mask" and not isinstance(node.value, ast.Name | ast.IfExp)
-        for node in assigned
-        for target in node.targets
-    )
 
 
 def _not_served(site: Site, attention: nn.Module, keywords: dict[str, Any]) -> str | None:

@@ -1,13 +1,20 @@
-"""What a pattern does inside a layer's own forward, proved on the layer without its weights: a convolution's taps reach
-queries or keys alone, and turning back what the rotary embedding has turned gives what went in.
+"""What happens inside a layer's own forward: whether it changes its mask, read in its source; and, proved on the layer
+without its weights, that a convolution's taps reach queries or keys alone, and that turning back what the rotary
+embedding has turned gives what went in.
 
-The layer is called as the probe has seen it called, each time with the same noise for what its weights would make.
+For the proofs the layer is called as the probe has seen it called, each time with the same noise for what its weights
+would make.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,6 +54,39 @@ class Replay:
         zero = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
         args, kwargs = self._mapped(lambda x: zero if x is angles else x)
         return self.call(self.module, args, kwargs)
+
+
+def changes_its_mask(attention: nn.Module) -> bool:
+    """Whether an attention layer's ``forward`` computes another ``attention_mask`` from its own (indexers of top-k
+    tokens, compressed keys). Taking the encoder's instead is no such change."""
+    kind: Any = type(attention)
+    changes = _mask_changes(kind)
+    return any(all(getattr(attention, part, None) is not None for part in needed) for needed in changes)
+
+
+@lru_cache(maxsize=256)
+def _mask_changes(attention: Any) -> list[frozenset[str]]:
+    """For each place where ``forward`` changes its mask the parts that a layer must have to come there."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(attention.forward))))
+    except (OSError, TypeError):
+        return []
+    return list(_changes_below(tree, frozenset()))
+
+
+def _changes_below(node: ast.AST, needed: frozenset[str]) -> Iterator[frozenset[str]]:
+    changed = node.targets if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Name | ast.IfExp) else []
+    if "attention_mask" in [ast.unparse(target) for target in changed]:
+        yield needed
+    inside: list[ast.stmt] = []
+    if isinstance(node, ast.If):
+        found = re.fullmatch(r"self\.(\w+) is not None", ast.unparse(node.test))
+        inside = node.body if found else []
+        for child in inside:
+            yield from _changes_below(child, needed | {found[1]} if found else needed)
+    for other in ast.iter_child_nodes(node):
+        if other not in inside:
+            yield from _changes_below(other, needed)
 
 
 def rotation_stays(replay: Replay, angles: tuple[Tensor, Tensor] | None) -> str | None:
