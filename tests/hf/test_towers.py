@@ -161,6 +161,40 @@ def test_stacks_are_chosen_by_name() -> None:
         sa_hf.patch_model(model, {"language": WINDOW, "decoder": WINDOW})
 
 
+def test_a_tower_gets_a_pattern_where_it_is_named(tmp_path: Path) -> None:
+    model, given = made("llava"), with_images("left")
+    real = given["attention_mask"].bool()
+    with torch.no_grad():
+        dense = model(**given).logits[real]
+        sa_hf.patch_model(model, {"vision": sa_hf.SlidingWindowAttentionConfig(window=1000)})
+        assert torch.allclose(model(**given).logits[real], dense, atol=1e-3)
+        sa_hf.patch_model(model, {"vision": {"0": WINDOW}, "language": "dense"})
+        ours = model(**given).logits[real]
+        assert (ours - dense).abs().max() > 0.1
+        stacks = [(layer.stack, layer.pattern) for layer in sa_hf.summary(model).layers]
+        assert stacks == [("decoder", "dense")] * 2 + [("vision", "sliding_window"), ("vision", "dense")]
+
+        model.save_pretrained(tmp_path / "whole")
+        loaded = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "whole", trust_remote_code=True)
+        assert torch.allclose(loaded(**given).logits[real], ours, atol=1e-3)
+        model.model.vision_tower.save_pretrained(tmp_path / "tower")
+        tower = tf.AutoModel.from_pretrained(tmp_path / "tower", trust_remote_code=True)
+        assert [layer.pattern for layer in sa_hf.summary(tower, 16).layers] == ["sliding_window", "dense"]
+
+        with sa_hf.dense(model):  # patching anew inside, with another choice of towers
+            sa_hf.patch_model(model, {"language": WINDOW})
+            assert torch.equal(model(**given).logits[real], dense)
+        assert (model(**given).logits[real] - dense).abs().max() > 0.1
+        assert model.model.vision_tower.config._attn_implementation == "eager"
+        assert not hasattr(model.model.vision_tower.config, "sa_hf")
+        assert torch.equal(sa_hf.unpatch_model(model)(**given).logits[real], dense)
+
+
+def test_a_tower_that_asks_for_more_is_refused() -> None:
+    with pytest.raises(SparseAttentionError, match=r"vision tower asks for .*'grid_thw'"):
+        sa_hf.patch_model(made("qwen3_vl"), {"vision": WINDOW})
+
+
 @pytest.mark.parametrize(
     ("make", "found"),
     [

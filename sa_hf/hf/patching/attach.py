@@ -162,7 +162,7 @@ def _keep_state(
     """A layer whose pattern does not change keeps its learned state: patching is idempotent."""
     for stack, sites in old.sites.stacks.items():
         for layer, site in enumerate(sites):
-            before, after = old.assignment[stack].get(layer), assignment[stack].get(layer)
+            before, after = old.assignment[stack].get(layer), assignment.get(stack, {}).get(layer)
             if before is not None and before == after:
                 children[site.name] = cast(SparseAttention, root.get_submodule(site.name).sparse)
 

@@ -35,6 +35,7 @@ from sa_hf.hf.patching.skeleton import PartlyKnown, failed_line, partly_known, s
 from sa_hf.hf.state.activity import Activity
 from sa_hf.hf.state.positions import configs_of, position_limit
 from sa_hf.hf.state.sites import Site, Sites
+from sa_hf.hf.state.towers import TOWERS, tower_model
 from sa_hf.hf.state.versions import tested_range
 
 PROBE = "sparse_sa_hf_probe"
@@ -135,6 +136,10 @@ def _run(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs], ext
             if cache is not None:
                 recorder.run(body, (), _next_inputs(body, cache, sizes))
             plain, cached = recorder.runs[0], recorder.runs[1] if cache is not None else None
+            for kind in [kind for kind in TOWERS if kind in sites.stacks]:
+                tower = tower_model(skeleton, sites.stacks[kind][0].name, kind)
+                recorder.run(tower, (), _inputs(tower, sizes))
+                plain.update(recorder.runs[-1])
             disproved = {
                 site.name: _disproved(site, skeleton.get_submodule(site.name), targets[site.name], recorder, mode)
                 for site in sites.all_sites
@@ -372,7 +377,8 @@ def _lost(model: PreTrainedModel, site: Site, call: _Seen, runs: _Runs, needs: N
     if turns and needs.before_rotary and carried.rotary is None:
         return f"({site.name}) turns queries and keys, but gets no 'position_embeddings' ({_installed()})"
     body = _parameters(_body(model))
-    masked = body.keys() & {"attention_mask"} and _body(model).main_input_name == "input_ids"
+    of_tokens = site.stack not in TOWERS and _body(model).main_input_name == "input_ids"
+    masked = of_tokens and "attention_mask" in body
     if masked and call.key[2] == runs.sizes.length and (call.mask is None or call.mask.padding is None):
         return f"({site.name}) does not get the padding mask that the model was given ({_installed()})"
     if turns and site.spec.causal and not any(name.endswith("position_ids") for name in body):

@@ -5,11 +5,14 @@ A model inside says by itself what it takes (``input_modalities``); of what says
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from sa_hf.errors import UnsupportedModelError
 
 TOWERS = ("vision", "audio")
 _TEXT = "text"
@@ -58,6 +61,27 @@ def only_kind(root: nn.Module) -> str | None:
     """The kind of tower that a model is by itself; None where it takes text."""
     taken = _modalities(root)
     return None if _TEXT in taken else next((_KINDS[kind] for kind in sorted(taken) if kind in _KINDS), None)
+
+
+def tower_model(root: nn.Module, name: str, kind: str) -> PreTrainedModel:
+    """The model inside ``root`` that a part of a tower belongs to, which takes images (or sound) and nothing else.
+
+    Raises:
+        UnsupportedModelError: there is none, or it takes more, so that it cannot be run by itself.
+    """
+    parts = name.split(".")
+    inside = [root.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
+    tower = next((part for part in inside if isinstance(part, PreTrainedModel) and only_kind(part) == kind), None)
+    if tower is None:
+        raise UnsupportedModelError(f"its {kind} tower is no model by itself, which could be tried; leave it as it is")
+    parameters = inspect.signature(tower.forward).parameters.values()
+    asked = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if [name for name in asked if name != "pixel_values"]:
+        raise UnsupportedModelError(
+            f"its {kind} tower asks for {asked}, and only towers that take pixel_values alone get patterns; leave it "
+            "as it is"
+        )
+    return tower
 
 
 def _is_body(root: nn.Module, module: nn.Module, path: str) -> bool:
