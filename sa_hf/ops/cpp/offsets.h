@@ -122,11 +122,9 @@ static void forward_offsets(const Call& c, Tile& t, float* work) {
     const int64_t D = c.head_dim;
     t.load_queries(c);
     Pairs p(c, t, work, E{});
-    float factor[TILE], before[TILE];
-    for (int i = 0; i < t.rows; ++i) {
-        const float lse = weigh_row(c, t, p, i, factor + i);
-        join(c, t, i, lse, factor + i, before + i);
-    }
+    float lse[TILE] = {}, factor[TILE] = {}, before[TILE];
+    for (int i = 0; i < t.rows; ++i) lse[i] = weigh_row(c, t, p, i, factor + i);
+    join(c, t, lse, factor, before);
     std::fill(p.sums, p.sums + t.rows * D, 0.0f);
     const E* values = c.value.of<E>(t.batch, t.key_head(c));
     p.each(c, t, [&](int i, int64_t at, int64_t row) {

@@ -69,39 +69,43 @@ static void zero_row(const Call& c, const Tile& t, int64_t row) {
     std::memset((char*)c.out.data + first * size, 0, c.head_dim * size);
 }
 
-// How a query's result, of log-sum-exp ``lse`` and normalised by ``factor``, joins what earlier parts wrote as one
-// softmax over all their keys: the new row is the result times ``factor`` and the old row times ``before``.
-static void join(const Call& c, const Tile& t, int i, float lse, float* factor, float* before) {
-    *before = 0;
-    const int64_t row = t.row[i] < 0 && !c.in_place ? t.query + i : t.row[i];
-    const bool none = t.row[i] < 0 || lse == -INF;
-    if (none) *factor = 0;
-    if (row < 0 || (none && c.merge)) return;  // what is there stays
-    float* joint = c.lse + t.lane * c.query_rows + row;
-    if (none) {
-        zero_row(c, t, row);
-    } else if (c.merge && *joint != -INF) {
-        const float there = *joint, most = std::max(lse, there);
-        const float sum = most + std::log(std::exp(lse - most) + std::exp(there - most));
-        *factor *= std::exp(lse - sum);
-        *before = std::exp(there - sum);
-        lse = sum;
+// How a tile's results, each of log-sum-exp ``lse`` and normalised by ``factor``, join what earlier parts wrote as one
+// softmax over all their keys: a new row is the result times ``factor`` and the old row times ``before``. All [TILE].
+static void join(const Call& c, const Tile& t, float* lse, float* factor, float* before) {
+    float* joint = c.lse + t.lane * c.query_rows;
+    int64_t row[TILE];
+    float there[TILE];
+    for (int i = 0; i < t.width; ++i) {
+        row[i] = i >= t.rows ? -1 : t.row[i] < 0 && !c.in_place ? t.query + i : t.row[i];
+        there[i] = c.merge && row[i] >= 0 ? joint[row[i]] : -INF;
+        if (t.row[i] < 0) lse[i] = -INF;
     }
-    *joint = lse;
+    for (int i = 0; i < t.width; i += W) {
+        const vf own = load(lse + i), old = load(there + i), most = own < old ? old : own;  // NaN stays
+        const vi none = own == -INF, alone = old == -INF;
+        const vf a = exp2((own - most) * LOG2E), b = exp2((old - most) * LOG2E), sum = a + b;
+        store(lse + i, select(alone, own, most + log2(sum) * LN2));
+        store(factor + i, select(none, vf{}, load(factor + i) * select(alone, splat(1.0f), a / sum)));
+        store(before + i, select(none | alone, vf{}, b / sum));
+    }
+    for (int i = 0; i < t.rows; ++i) {
+        if (row[i] < 0) continue;
+        const bool none = factor[i] == 0 && before[i] == 0;
+        if (none && c.merge) continue;  // what is there stays
+        if (none) zero_row(c, t, row[i]);
+        joint[row[i]] = none ? -INF : lse[i];
+    }
 }
 
 template <class E>
 static void write_rows(const Call& c, const Tile& t, const Softmax& s, const float* sums) {
-    float peak[TILE], total[TILE], factor[TILE], before[TILE];
+    float lse[TILE], factor[TILE], before[TILE];
     for (int v = 0; v < t.vectors; ++v) {
-        store(peak + v * W, s.peak[v]);
-        store(total + v * W, s.total[v]);
+        const vf total = s.empty ? vf{} : s.total[v];
+        store(lse + v * W, select(total == 0.0f, splat(-INF), (s.peak[v] + log2(total)) * LN2));
+        store(factor + v * W, 1.0f / (total * (float)c.keep));
     }
-    for (int i = 0; i < t.rows; ++i) {
-        const bool none = s.empty || total[i] == 0;
-        factor[i] = 1 / (total[i] * (float)c.keep);
-        join(c, t, i, none ? -INF : peak[i] * LN2 + std::log(total[i]), factor + i, before + i);
-    }
+    join(c, t, lse, factor, before);
     if (c.narrow)
         to_rows(t, sums, c.head_dim, factor, before, c.out.of<E>(t.batch, t.head), c.out.step);
     else

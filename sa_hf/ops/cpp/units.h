@@ -199,9 +199,10 @@ struct Paired {
     }
 
     void copy_row(const Bf16* from, Bf16* to) const {
-        const int64_t there = from == nullptr ? 0 : D;
-        std::copy(from, from + there, to);
-        std::fill(to + there, to + depth, Bf16{0});
+        for (int64_t d = 0; d < depth; d += 2 * W) {
+            const __mmask32 there = from == nullptr ? 0 : D - d >= 2 * W ? ~0u : (1u << (D - d)) - 1;
+            _mm512_storeu_si512(to + d, _mm512_maskz_loadu_epi16(there, from == nullptr ? to : from + d));
+        }
     }
 
     // ``rows`` as columns: pairs of depth.

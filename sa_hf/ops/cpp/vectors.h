@@ -70,6 +70,21 @@ static inline vf exp2(vf x) {
     return (vf)((vi)result & ~(vi)(x < -126.0f));
 }
 
+// log2 of a normal positive number, to 1e-7 of it or of 1; -inf of 0, inf of inf, NaN stays.
+static inline vf log2(vf x) {
+    const vi exponent = ((vi)x - 0x3f3504f3) >> 23;  // that leaves sqrt(1/2) <= m < sqrt(2)
+    const vf m = (vf)((vi)x - exponent * (1 << 23));
+    const vf f = (m - 1.0f) / (m + 1.0f), s = f * f;
+    vf p = splat(1.0f / 9);  // artanh
+    p = p * s + 1.0f / 7;
+    p = p * s + 1.0f / 5;
+    p = p * s + 1.0f / 3;
+    p = p * s + 1.0f;
+    vf result = __builtin_convertvector(exponent, vf) + p * f * (2 * LOG2E);
+    result = select(x == 0.0f, splat(-INF), result);
+    return select((x < INF) & (x >= 0.0f), result, x);
+}
+
 static inline vf tanh(vf x) {
     vf square = x * x, p = splat(62.0f / 2835);
     p = p * square - 17.0f / 315;
