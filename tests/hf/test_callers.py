@@ -174,3 +174,27 @@ def test_the_forward_keeps_its_signature_and_goes_with_the_patch() -> None:
     sa_hf.unpatch_model(model)
     assert type(model).forward is original
     assert not any("sa_hf_forward" in vars(module) for module in model.modules())
+
+
+def test_centroids_move_under_prompt_tuning() -> None:
+    """The optimizer trains what stands in front of a frozen model: its centroids start and move all the same."""
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = sa_hf.patch_model(tiny_model("llama"), ROUTING)
+    twin, tuned = copy.deepcopy(model).train(), peft.get_peft_model(model, config).train()
+    prompt = tuned.prompt_encoder["default"].embedding.weight
+    optimizers = torch.optim.SGD([prompt], lr=0.5), torch.optim.SGD(twin.parameters(), lr=0.0)
+    ids = tokens(2, 16)
+    before = [layer.self_attn.sparse.centroids.clone() for layer in model.model.layers]
+    for _ in range(2):
+        embedded = torch.cat([prompt.detach().expand(2, -1, -1), twin.get_input_embeddings()(ids)], dim=1)
+        twin(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+        tuned(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for layer, other, start in zip(model.model.layers, twin.model.layers, before, strict=True):
+        sparse = layer.self_attn.sparse
+        assert bool(sparse.initialized)
+        assert not torch.allclose(sparse.centroids, start)
+        assert torch.allclose(sparse.centroids, other.self_attn.sparse.centroids, atol=1e-5)

@@ -93,6 +93,42 @@ def test_the_models_loss_beside_one_of_the_callers_own_counts_once(pattern: Any)
     assert any(not torch.allclose(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize("pattern", [MASKS, EXPIRING], ids=lambda c: c.name)
+def test_two_losses_of_one_forward_add_them_once(pattern: Any) -> None:
+    """Each has its own backward(): as their sum. Through output.loss, where they are a term of it, each adds them."""
+    ids, found = tokens(2, 20), []
+    for apart in (False, True):
+        model = sa_hf.patch_model(tiny_model("llama"), pattern).train()
+        logits = model(ids, use_cache=False).logits
+        first, second = cross_entropy(logits, ids), 0.1 * logits.square().mean()
+        if apart:
+            with pytest.warns(UserWarning, match="not output.loss"):
+                first.backward(retain_graph=True)
+            with pytest.warns(UserWarning, match="a second backward"):
+                found.append(gradients(model, second))
+        else:
+            found.append(gradients(model, first + second))
+    check_equal(*found)
+
+
+def test_output_loss_twice_adds_them_twice_and_before_another_loss_once() -> None:
+    ids = tokens(2, 20)
+    model = sa_hf.patch_model(tiny_model("llama"), EXPIRING).train()
+    out = model(ids, labels=ids, use_cache=False)
+    out.loss.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    twice = gradients(model, out.loss)
+    check_equal(twice, {name: 2 * gradient for name, gradient in once.items()})
+    model.zero_grad()
+    out = model(ids, labels=ids, use_cache=False)
+    out.loss.backward(retain_graph=True)
+    with pytest.warns(UserWarning, match="a second backward"):
+        apart = gradients(model, 0.1 * out.logits.square().mean())
+    model.zero_grad()
+    out = model(ids, labels=ids, use_cache=False)
+    check_equal(apart, gradients(model, out.loss + 0.1 * out.logits.square().mean()))
+
+
 def test_what_is_returned_keeps_its_values_and_takes_changes_in_place() -> None:
     model = sa_hf.patch_model(tiny_model("llama"), EXPIRING)
     ids = tokens(2, 20)

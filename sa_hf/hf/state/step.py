@@ -118,9 +118,26 @@ class Delivery:
         if self.step is not None:
             self.step.forwards[torch.is_grad_enabled()] += 1
 
-    def gradient(self, grad: Tensor) -> Tensor:
-        """What ``backward()`` adds to the summed auxiliary losses."""
-        if self.task == torch._C._current_graph_task_id():
+    def gradient(self, grad: Tensor, carrier: Any) -> Tensor:
+        """What ``backward()`` adds to the summed auxiliary losses.
+
+        The first one through a forward adds them, a later one (``retain_graph=True``) does not: of several losses that
+        are made of one forward each has a backward of its own, and their sum would have them once. (Nothing says
+        whether it is the same loss again, whose own gradient then counts twice.)
+
+        Args: carrier: the context of the :class:`Carrier`, which knows the first.
+        """
+        task = torch._C._current_graph_task_id()
+        if carrier.first is None:
+            carrier.first = task
+        if self.task == task:
+            return torch.zeros_like(grad)
+        if carrier.first != task:
+            warnings.warn(
+                f"a second backward() through one forward: the auxiliary losses {list(self.names)} joined the first "
+                f"and count once. Call backward() on the sum of the losses; or {ADVICE}",
+                stacklevel=2,
+            )
             return torch.zeros_like(grad)
         one = torch.ones_like(grad)
         if self.step is not None:
@@ -175,11 +192,11 @@ class Carrier(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Delivery], output: Tensor) -> None:
-        ctx.delivery = inputs[1]
+        ctx.delivery, ctx.first = inputs[1], None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.delivery.gradient(grad), None
+        return ctx.delivery.gradient(grad, ctx), None
 
 
 class Joined(torch.autograd.Function):
