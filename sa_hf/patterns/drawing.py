@@ -21,6 +21,8 @@ from sa_hf.patterns.palette import FUTURE, LEFT_OUT, colour_of, shades
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+SHOWN_DENSITY = 0.4  # below it a picture has light and dark
+SHOWN_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)  # beyond, a preview of 62 columns loses thin lines
 PREVIEW_COLUMNS = 62  # cells of a preview; with the frame 64 characters
 PLOT_CELLS = 512  # resolution of an image
 # Up to this length the dense mask is drawn; beyond it the rows' key lists are, never an n x n tensor ...
@@ -32,7 +34,16 @@ DPI = 300  # 1,140 points for one panel: twice what a model card shows
 TITLE_WIDTH = 51  # characters over a panel
 GRID_DPI = 200  # of larger grids
 MAX_PANELS = 4
+LEGEND_CHARACTERS, LEGEND_PATCH = 15, 7  # of a legend, to an inch; taken by an entry's patch and the gaps around it
 KEPT = "kept"  # label of a pattern of one piece
+
+
+def shown_length(config: SparseAttentionConfig, causal: bool, heads: int) -> int:
+    """The first power of two at which a picture is no solid block; the smallest where none is (dense attention)."""
+    for length in SHOWN_LENGTHS:
+        if config.density(length, heads, causal=causal) < SHOWN_DENSITY:
+            return length
+    return SHOWN_LENGTHS[0]
 
 
 # -- cells ---------------------------------------------------------------------------------------------------------
@@ -305,7 +316,10 @@ def _legend(figure: Any, panels: Sequence[Panel]) -> None:
     handles = [
         Patch(facecolor=colour, edgecolor="#888888", linewidth=0.5, label=label) for label, colour in entries.items()
     ]
-    columns = min(len(handles), 5 * max(1, round(figure.get_figwidth() / 3.8)))
+    # An entry's words and its patch must not stand over the figure's edges.
+    widths = [len(label) + LEGEND_PATCH for label in entries]
+    room = int(figure.get_figwidth() * LEGEND_CHARACTERS)
+    columns = len(widths) if sum(widths) <= room else max(1, room // max(widths))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=7.5, frameon=False)
 
 

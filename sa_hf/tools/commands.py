@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sa_hf.config import SparseAttentionConfig, available_patterns, pattern_class
+from sa_hf.config import available_patterns, pattern_class
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.load import check_place, load_model, resolve, text_ids
 from sa_hf.tools.options import make_config, parse_options
@@ -32,8 +32,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-SHOWN_DENSITY = 0.4  # below it a preview has light and dark
-PREVIEW_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)  # beyond, a picture of 62 columns loses thin lines
 
 
 def at_least_one(value: int | None) -> int | None:
@@ -166,24 +164,16 @@ def preview(
     plot: Annotated[Path | None, typer.Option(help="write a picture to this file instead")] = None,
 ) -> None:
     """Draw a pattern's mask in the terminal, or to an image file."""
+    from sa_hf.patterns.drawing import PREVIEW_COLUMNS, preview_pattern, shown_length
+
     config = make_config(pattern, options or [], preset)
     length = shown_length(config, causal, heads) if length is None else length
     if plot is not None:
         config.plot(plot, length, causal, num_heads=heads)
         say(f"wrote {plot}")
     else:
-        from sa_hf.patterns.drawing import PREVIEW_COLUMNS, preview_pattern
-
         columns = max(1, min(PREVIEW_COLUMNS, console.width - 2))
         typer.echo(preview_pattern(config, length, causal, heads, 0, columns))
-
-
-def shown_length(config: SparseAttentionConfig, causal: bool, heads: int) -> int:
-    """The first power of two at which a preview is no solid block; the smallest where none is (dense attention)."""
-    for length in PREVIEW_LENGTHS:
-        if config.density(length, heads, causal=causal) < SHOWN_DENSITY:
-            return length
-    return PREVIEW_LENGTHS[0]
 
 
 @app.command()
@@ -193,7 +183,8 @@ def plot(
     text: Annotated[Path | None, typer.Option(help="a text file: what layers that follow the text read of it")] = None,
     tokens: Annotated[int, typer.Option(callback=at_least_one, help="tokens of the text to draw, at most")] = 256,
     length: Annotated[
-        int | None, typer.Option(callback=at_least_one, help="tokens of the layers that need no text; default: 256")
+        int | None,
+        typer.Option(callback=at_least_one, help="tokens of the layers that need no text; default: 256 to 1,024"),
     ] = None,
     heads: Annotated[int, typer.Option(callback=at_least_one, help="heads to draw of each layer")] = 1,
     trust: Trust = False,

@@ -24,10 +24,20 @@ from sa_hf.hf.state.sites import Site, root_model
 from sa_hf.layer import AttentionInputs
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.patterns.base import StaticPatternConfig
-from sa_hf.patterns.drawing import KEPT, PLOT_CELLS, Panel, draw_panels, mask_cells, part_cells, part_colours
+from sa_hf.patterns.drawing import (
+    DENSE_LENGTH,
+    KEPT,
+    PLOT_CELLS,
+    SHOWN_LENGTHS,
+    Panel,
+    draw_panels,
+    mask_cells,
+    part_cells,
+    part_colours,
+    shown_length,
+)
 from sa_hf.patterns.sparsebert import SparseBertAttention
 
-DEFAULT_LENGTH = 256  # tokens of the layers that need no text
 NEEDS_TEXT = "what this layer reads\ndepends on the text:\ngive one (--text FILE)"
 
 
@@ -55,7 +65,8 @@ def plot_model(
     Args:
         input_ids: int64 ``[1, n]``, what layers are drawn on whose pairs follow their data. Without it those are left
             blank, with a note.
-        length: tokens of the layers that need no text; None is 256, or less where the model or a mask has less.
+        length: tokens of the layers that need no text; None is as many as show every pattern, of 256 to 1,024, or less
+            where the model or a mask has less.
         heads: panels of a row.
 
     Returns:
@@ -71,7 +82,8 @@ def plot_model(
     if not rows:
         raise SparseAttentionError(f"all attention layers of {type(root).__name__} are dense: nothing to draw")
     limits = [r.site.spec.max_length for r in rows] + [_mask_limit(p) for r in rows for p in leaves(r.child)]
-    shown = min(length or DEFAULT_LENGTH, *(limit for limit in limits if limit is not None), length or DEFAULT_LENGTH)
+    wanted = length or max(_shown_length(r.site, p) for r in rows for p in leaves(r.child))
+    shown = min([wanted, *(limit for limit in limits if limit is not None)])
     if length is not None and shown < length:
         raise SparseAttentionError(f"length={length} is above what the model's layers take; nearest: {shown}")
     seen = {} if input_ids is None else _inputs_of_layers(root, rows, input_ids)
@@ -100,6 +112,14 @@ def _looks(part: SparseAttention, site: Site) -> Any:
     if isinstance(part.config, StaticPatternConfig):
         return part.config, part.heads, part.config.layer_of_plan(site.spec.layer_idx)
     return id(part.owner) if isinstance(part, SparseBertAttention) else id(part)
+
+
+def _shown_length(site: Site, part: SparseAttention) -> int:
+    """The length at which a picture shows the part's pattern, as long as that is quick to draw; of one that is
+    learned, the smallest."""
+    if isinstance(part.config, StaticPatternConfig):
+        return min(DENSE_LENGTH, shown_length(part.config, site.spec.causal, 1))
+    return SHOWN_LENGTHS[0]
 
 
 def _mask_limit(part: SparseAttention) -> int | None:

@@ -20,13 +20,36 @@ from sa_hf import (
 )
 from sa_hf.config import available_patterns
 from sa_hf.patterns.base import StaticPatternConfig
-from sa_hf.patterns.drawing import mask_cells, part_cells, pattern_cells, plot_mask, preview
+from sa_hf.patterns.drawing import (
+    Panel,
+    _legend,
+    mask_cells,
+    part_cells,
+    part_colours,
+    pattern_cells,
+    plot_mask,
+    preview,
+)
 from sa_hf.patterns.palette import COLOURS, OTHER, brightness, colour_of, shades
 
 
 def body(text: str) -> list[str]:
     """The lines between the frame."""
     return [line[1:-1] for line in text.splitlines() if line.startswith("│")]
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4])
+@pytest.mark.parametrize("prefix", ["", "sparse_transformer: "])
+def test_a_legend_stands_inside_its_picture(columns: int, prefix: str) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    cells = {f"{prefix}{part}": torch.ones(2, 2) for part in ("window", "random", "global")}
+    figure = figures.Figure(figsize=(3.4 * columns + 0.4, 4), layout="constrained")
+    figure.subplots(1, columns)
+    _legend(figure, [Panel("", 2, True, cells, part_colours("bigbird", cells))])
+    figure.canvas.draw()
+    drawn = figure.legends[0].get_window_extent()
+    assert drawn.x0 >= 0
+    assert drawn.x1 <= figure.bbox.width
 
 
 def test_a_cell_is_the_share_of_its_pairs() -> None:
