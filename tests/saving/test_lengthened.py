@@ -189,14 +189,25 @@ def whisper():
     return transformers.WhisperForConditionalGeneration(config).eval()
 
 
-def test_of_a_model_of_sound_the_decoder_alone_is_patched():
+def test_the_halves_of_a_model_of_sound():
     model = whisper()
     given = {"input_features": torch.randn(1, 80, 100), "decoder_input_ids": torch.randint(3, 60, (1, 20))}
     before = output(model, given)
+    patch_model(model, {"decoder": sa_hf.SlidingWindowAttentionConfig(window=64)})
+    assert torch.allclose(output(model, given), before, atol=1e-5)
+    patch_model(model, {"encoder": sa_hf.SlidingWindowAttentionConfig(window=64)})
+    assert torch.allclose(output(model, given), before, atol=1e-5)
+    patch_model(model, {"encoder": sa_hf.SlidingWindowAttentionConfig(window=2)})
+    assert not torch.allclose(output(model, given), before, atol=1e-3)
+
+
+def test_an_encoder_of_sound_that_takes_no_form_that_is_known_is_left(monkeypatch):
+    """The probe then stands in for it: the decoder is served, the encoder refused."""
+    monkeypatch.setattr("sa_hf.hf.patching.probe.sound_forms", lambda main, config: iter(()))
+    model = whisper()
     with pytest.raises(SparseAttentionError, match=r"the encoder of Whisper.* takes sound.*'decoder'"):
         patch_model(model, {"encoder": "star"})
     patch_model(model, {"decoder": sa_hf.SlidingWindowAttentionConfig(window=64)})
-    assert torch.allclose(output(model, given), before, atol=1e-5)
 
 
 def test_a_table_that_no_config_sizes_is_refused():

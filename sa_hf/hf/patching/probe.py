@@ -32,6 +32,7 @@ from sa_hf.hf.forward.masks import MaskRequest, sparse_mask
 from sa_hf.hf.forward.rotary import ROTARY_FUNCTION
 from sa_hf.hf.patching.proofs import Replay, changes_its_mask, rotation_stays, taps_astray
 from sa_hf.hf.patching.skeleton import PartlyKnown, failed_line, partly_known, skeleton_of
+from sa_hf.hf.patching.sound import SOUND, sound_forms
 from sa_hf.hf.state.activity import Activity
 from sa_hf.hf.state.positions import configs_of, position_limit
 from sa_hf.hf.state.sites import Site, Sites
@@ -41,6 +42,7 @@ from sa_hf.hf.state.versions import tested_range
 PROBE = "sparse_sa_hf_probe"
 # The other implementations of a mixture of experts need 16-bit weights, or loop over the experts.
 EXPERTS = "batched_mm"
+STAND_IN = "encoder_outputs"
 # Transformers' registries are one per process, and so is the probe's entry in them.
 _LOCK = threading.Lock()
 
@@ -64,6 +66,7 @@ class _Runs:
     disproved: dict[str, str]
     plain: dict[str, _Seen]
     cached: dict[str, _Seen] | None = None
+    stood_in: bool = False  # for an encoder of sound, whose layers were then not called
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def probe(
     for site in sites.all_sites:
         call = runs.plain.get(site.name)
         attention = model.get_submodule(site.name)
-        if site.stack == "encoder" and _takes_sound(model):
+        if site.stack == "encoder" and runs.stood_in:
             if site.name in targets:
                 raise UnsupportedModelError(
                     f"the encoder of {name} takes sound; a pattern can go into its decoder: {{'decoder': ...}}"
@@ -127,14 +130,10 @@ def _run(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs], ext
         body, sizes = _body(skeleton), _Sizes.of(model)
         caching = any(site.spec.causal for site in sites.all_sites) and "use_cache" in _parameters(body)
         with _recorder(skeleton, sites) as recorder:
-            output = recorder.run(
-                body,
-                (),
-                {**_inputs(body, sizes), **({"use_cache": caching} if "use_cache" in _parameters(body) else {})},
-            )
+            output, given = _called_first(recorder, body, sizes, {"use_cache": caching})
             cache = cache_in((), dict(output)) if caching else None
             if cache is not None:
-                recorder.run(body, (), _next_inputs(body, cache, sizes))
+                recorder.run(body, (), _next_inputs(body, cache, sizes, given))
             plain, cached = recorder.runs[0], recorder.runs[1] if cache is not None else None
             for kind in [kind for kind in TOWERS if kind in sites.stacks]:
                 tower = tower_model(skeleton, sites.stacks[kind][0].name, kind)
@@ -147,8 +146,14 @@ def _run(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs], ext
             }
             for stack, count in extra.items():
                 if count:
-                    _join(skeleton, sites.stacks[stack], count, lambda: recorder.run(body, (), _inputs(body, sizes)))
-    return _Runs(sizes, {name: reason for name, reason in disproved.items() if reason is not None}, plain, cached)
+                    _join(skeleton, sites.stacks[stack], count, lambda: recorder.run(body, (), given))
+    return _Runs(
+        sizes,
+        {name: reason for name, reason in disproved.items() if reason is not None},
+        plain,
+        cached,
+        STAND_IN in given,
+    )
 
 
 @dataclass(eq=False)
@@ -178,6 +183,22 @@ class _Recorder:
         self.runs[-1][self.names[module]] = _Seen(*shapes, attention_mask, kwargs, kwargs.get("sparse_call"))
         self.last = query, key, value
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def _called_first(
+    recorder: _Recorder, body: PreTrainedModel, sizes: _Sizes, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The output of the first call, and the inputs that it took: of sound, the first form that the model takes."""
+    options = {name: value for name, value in options.items() if name in _parameters(body)}
+    failed: Exception | None = None
+    for given in _inputs(body, sizes):
+        try:
+            return recorder.run(body, (), {**given, **options}), given
+        except Exception as error:
+            failed = failed or error
+            recorder.runs.clear()
+            recorder.given.clear()
+    raise failed or UnsupportedModelError("nothing is known of the inputs that it takes")
 
 
 @contextmanager
@@ -274,8 +295,8 @@ def _tokens(sizes: _Sizes, length: int) -> Tensor:
     return torch.full((1, length), sizes.token, dtype=torch.long)
 
 
-def _inputs(body: PreTrainedModel, sizes: _Sizes) -> dict[str, Any]:
-    """Inputs of the kind that the model takes."""
+def _inputs(body: PreTrainedModel, sizes: _Sizes) -> Iterator[dict[str, Any]]:
+    """Inputs of the kind that the model takes; of sound, several forms."""
     main, config, parameters = body.main_input_name, body.config, _parameters(body)
     given: dict[str, Any] = {}
     if main == "input_ids":
@@ -287,26 +308,26 @@ def _inputs(body: PreTrainedModel, sizes: _Sizes) -> dict[str, Any]:
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         given["pixel_values"] = torch.zeros(1, config.num_channels, height, width)
-    elif "encoder_outputs" in parameters:
-        # An encoder of sound: what it needs is its own, and what it gives the decoder is not.
-        width = getattr(body, "encoder_output_dim", None) or config.hidden_size
-        given["encoder_outputs"] = BaseModelOutput(torch.zeros(1, sizes.length, width))
-    else:
-        raise UnsupportedModelError(f"its input is {main!r}; sparse attention serves models of tokens and of images")
     if "decoder_input_ids" in parameters:
         given["decoder_input_ids"] = _tokens(sizes, sizes.decoder_length)
-    return given
+    if main in SOUND:
+        for form in sound_forms(main, config):
+            yield {**given, **form}
+        if STAND_IN in parameters:
+            # An encoder of sound in a form of its own: what it needs is its own, what it gives the decoder is not.
+            width = getattr(body, "encoder_output_dim", None) or config.hidden_size
+            yield {**given, STAND_IN: BaseModelOutput(torch.zeros(1, sizes.length, width))}
+    elif main in given:
+        yield given
+    else:
+        raise UnsupportedModelError(
+            f"its input is {main!r}; sparse attention serves models of tokens, of images and of sound"
+        )
 
 
-def _takes_sound(model: PreTrainedModel) -> bool:
-    """Whether the encoder of an encoder-decoder model takes neither tokens nor images."""
-    body = model.base_model
-    return body.main_input_name not in ("input_ids", "pixel_values") and "encoder_outputs" in _parameters(body)
-
-
-def _next_inputs(body: PreTrainedModel, cache: Any, sizes: _Sizes) -> dict[str, Any]:
+def _next_inputs(body: PreTrainedModel, cache: Any, sizes: _Sizes, first: dict[str, Any]) -> dict[str, Any]:
     """Inputs of a second call, on new tokens after those in the cache."""
-    given, parameters = _inputs(body, sizes), _parameters(body)
+    given, parameters = dict(first), _parameters(body)
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
     if name is None:
         raise UnsupportedModelError(
