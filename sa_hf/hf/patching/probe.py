@@ -310,16 +310,17 @@ def _inputs(body: PreTrainedModel, sizes: _Sizes) -> Iterator[dict[str, Any]]:
         given["pixel_values"] = torch.zeros(1, config.num_channels, height, width)
     if "decoder_input_ids" in parameters:
         given["decoder_input_ids"] = _tokens(sizes, sizes.decoder_length)
+    if main in given:
+        yield given
+        return
     if main in SOUND:
         for form in sound_forms(main, config):
             yield {**given, **form}
-        if STAND_IN in parameters:
-            # An encoder of sound in a form of its own: what it needs is its own, what it gives the decoder is not.
-            width = getattr(body, "encoder_output_dim", None) or config.hidden_size
-            yield {**given, STAND_IN: BaseModelOutput(torch.zeros(1, sizes.length, width))}
-    elif main in given:
-        yield given
-    else:
+    if STAND_IN in parameters:
+        # An encoder of sound in a form of its own: what it needs is its own, and what it gives the decoder is not.
+        width = getattr(body, "encoder_output_dim", None) or config.hidden_size
+        yield {**given, STAND_IN: BaseModelOutput(torch.zeros(1, sizes.length, width))}
+    elif main not in SOUND:
         raise UnsupportedModelError(
             f"its input is {main!r}; sparse attention serves models of tokens, of images and of sound"
         )
