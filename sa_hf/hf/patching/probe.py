@@ -137,7 +137,7 @@ def _run(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs], ext
             plain, cached = recorder.runs[0], recorder.runs[1] if cache is not None else None
             for kind in [kind for kind in TOWERS if kind in sites.stacks]:
                 tower = tower_model(skeleton, sites.stacks[kind][0].name, kind)
-                recorder.run(tower, (), _inputs(tower, sizes))
+                _called_first(recorder, tower, sizes, {})
                 plain.update(recorder.runs[-1])
             disproved = {
                 site.name: _disproved(site, skeleton.get_submodule(site.name), targets[site.name], recorder, mode)
@@ -191,13 +191,14 @@ def _called_first(
     """The output of the first call, and the inputs that it took: of sound, the first form that the model takes."""
     options = {name: value for name, value in options.items() if name in _parameters(body)}
     failed: Exception | None = None
+    runs, seen = len(recorder.runs), dict(recorder.given)
     for given in _inputs(body, sizes):
         try:
             return recorder.run(body, (), {**given, **options}), given
         except Exception as error:
             failed = failed or error
-            recorder.runs.clear()
-            recorder.given.clear()
+            del recorder.runs[runs:]
+            recorder.given = dict(seen)
     raise failed or UnsupportedModelError("nothing is known of the inputs that it takes")
 
 
