@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from eager_cases import HIDDEN, SIZES, TOKENS, check_against_eager, log_weights, scattered
-from test_towers import IMAGE, made, padded
+from eager_cases import HIDDEN, SIZES, TOKENS, check_against_eager, eager_under_its_pattern, log_weights, scattered
+from test_towers import IMAGE, VISION, made, padded
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
@@ -172,3 +172,48 @@ def test_dense_layers_take_images_and_ready_made_masks() -> None:
         sa_hf.patch_model(model, {"1": WINDOW})
         with pytest.raises(SparseAttentionError, match=r"\(2, 1, 28, 28\) reached"):
             model(input_ids=ids, attention_mask=own)
+
+
+def test_a_union_that_holds_everything_is_bidirectional() -> None:
+    """EmbeddingGemma: a Gemma 3 whose masks are causality or everything, in the window and without one."""
+    config = tf.Gemma3TextConfig(
+        **{**SIZES, **TOKENS}, num_key_value_heads=2, head_dim=8, sliding_window=10,
+        layer_types=["sliding_attention", "full_attention"], use_bidirectional_attention=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, (ids, mask) = scattered(tf.Gemma3TextModel(config)).eval(), padded("left")
+    with torch.no_grad():
+        dense = model(ids, mask).last_hidden_state[mask.bool()]
+        sa_hf.patch_model(model, "sliding_window", window=1000)
+        assert torch.allclose(model(ids, mask).last_hidden_state[mask.bool()], dense, atol=1e-5)
+    specs = [site.spec for site in model.sa_hf_patch.sites.all_sites]
+    assert [(spec.causal, spec.band.left, spec.band.right) for spec in specs] == [(False, 5, 5), (False, None, None)]
+    sa_hf.patch_model(model, WINDOW)
+    with torch.no_grad():
+        ours = model(ids, mask).last_hidden_state[mask.bool()]
+        with eager_under_its_pattern(model, mask):
+            assert torch.allclose(ours, model(ids, mask).last_hidden_state[mask.bool()], atol=1e-5)
+    assert (ours - dense).abs().max() > 0.1
+
+
+@says_blocks
+def test_a_prefix_reads_itself_and_the_rest_is_causal() -> None:
+    """PaliGemma: its modules say that they are not causal, its masks that all but the prefix is."""
+    config = tf.PaliGemmaConfig(
+        text_config=tf.GemmaConfig(**{**SIZES, **TOKENS}, num_key_value_heads=1, head_dim=8),
+        vision_config=tf.SiglipVisionConfig(**VISION, projection_dim=32), image_token_id=IMAGE, projection_dim=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, (ids, mask) = scattered(tf.PaliGemmaForConditionalGeneration(config)).eval(), padded("left")
+    model.set_attn_implementation("eager")
+    types = torch.ones_like(ids)
+    types[:, :14] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    with torch.no_grad():
+        dense = model(**given).logits[mask.bool()]
+        sa_hf.patch_model(model, "sliding_window", window=1000)
+        assert [layer.stack for layer in sa_hf.summary(model).layers] == ["decoder"] * 2
+        assert torch.allclose(model(**given).logits[mask.bool()], dense, atol=1e-4)
+    sa_hf.patch_model(model, WINDOW)
+    check_against_eager(model, ids, mask, 1e-4)
+    assert (model(**given).logits[mask.bool()] - model(ids, None, mask).logits[mask.bool()]).abs().max() > 0.1

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
@@ -41,7 +42,7 @@ class MaskRules:
         if kind == "and_masks.<locals>.and_mask":
             return cls._joined([cls.read(part) for part in held["mask_functions"]])
         if kind == "or_masks.<locals>.or_mask":
-            return cls._with_blocks([cls.read(part) for part in held["mask_functions"]])
+            return cls._united([cls.read(part) for part in held["mask_functions"]])
         if kind == "blockwise_overlay.<locals>.inner_mask":
             return cls(blocks=Blocks(held["block_sequence_ids"]))
         if kind == "sliding_window_overlay.<locals>.inner_mask":
@@ -54,6 +55,10 @@ class MaskRules:
             return cls(packed=held["packed_sequence_mask"])
         if kind == "remap_positions_for_packed_sequence.<locals>.inner_mask":
             return cls.read(held["mask_function"])  # positions inside each sequence are what ours are, too
+        if kind == "_bidirectional_window_overlay.<locals>.inner_mask":  # Gemma 3's, whose bound is exclusive
+            return cls(band=Band(int(held["sliding_window"]) - 1, int(held["sliding_window"]) - 1))
+        if _is_everything(function):
+            return cls()
         raise _unknown(kind.split(".")[0])
 
     @classmethod
@@ -74,13 +79,35 @@ class MaskRules:
         return cls(causal, band, chunk, packed, blocks)
 
     @classmethod
-    def _with_blocks(cls, parts: list[MaskRules]) -> MaskRules:
-        """Causality (in a window or not), or being of one block."""
+    def _united(cls, parts: list[MaskRules]) -> MaskRules:
+        """Any of several: one that holds the others (a bidirectional Gemma 3), or causality (in a window or not) and
+        blocks."""
+        for part in parts:
+            if all(part._holds(other) for other in parts):
+                return part
         plain = [part for part in parts if part.blocks is None]
         joined = [part for part in parts if part.blocks is not None]
         if len(plain) != 1 or len(joined) != 1 or not plain[0].causal or joined[0].causal or plain[0].chunk is not None:
             raise _unknown("or_masks")
         return cls(True, plain[0].band, None, plain[0].packed, joined[0].blocks)
+
+    def _holds(self, other: MaskRules) -> bool:
+        """Whether every pair of another one is a pair of this one."""
+        if self is other:
+            return True
+        plain = not self.causal and self.chunk is None and self.packed is None and self.blocks is None
+        near, far = self.band, Band(other.band.left, 0 if other.causal else other.band.right)
+        return plain and other.blocks is None and near.intersect(far) == far
+
+
+def _is_everything(function: Callable[..., Any]) -> bool:
+    """Whether a mask function gives one answer for all pairs, and that is yes."""
+    places = torch.arange(2)
+    try:
+        found = function(0, 0, places[:, None], places[None, :])
+    except Exception:  # whatever a model's own function raises where it is not called as it expects
+        return False
+    return isinstance(found, Tensor) and found.dim() == 0 and bool(found)
 
 
 def _unknown(kind: str) -> UnsupportedModelError:

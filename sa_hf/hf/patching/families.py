@@ -251,8 +251,8 @@ def _is_causal(model: nn.Module, layers: _Layers) -> bool:
         around = model.get_submodule(".".join(parts[:end]))
         code = getattr(inspect.unwrap(type(around).forward), "__code__", None)
         made = [_MASKS[called] for called in ([] if code is None else code.co_names) if called in _MASKS]
-        if made:
-            return all(made)
+        if made:  # a union may take causality away (a bidirectional Gemma 3)
+            return all(made) and code is not None and "or_mask_function" not in code.co_consts
     return False
 
 
