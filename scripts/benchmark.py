@@ -32,6 +32,9 @@ GROWTH_LENGTHS = [2048, 4096, 8192, 16384, 32768, 65536]
 # Dense attention with dropout is n x n in memory here: it reaches the first only.
 TRAINING_LENGTHS = [8192, 16384]
 DECODE_LENGTHS = [512, 8192, 32768]  # tokens in the cache
+# Of a pattern's error against fp64, relative and root-mean-square: beyond it no speed-up is shown.
+LIMITS = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 QUICK_SPEED, QUICK_GROWTH = [128, 256], [128, 256, 512]
 DROPOUT = 0.1
 # Torch's own switch: its tensors from 2 MB on live in pages of 2 MB, where the system hands those out on request
@@ -55,6 +58,9 @@ def main(
     pattern: Annotated[list[str] | None, typer.Option(help="row labels; default all")] = None,
     threads: Annotated[int, typer.Option(help="torch threads; 0 leaves torch's choice")] = 0,
     seconds: Annotated[float, typer.Option(help="measuring time per table row, at least three rounds")] = 15.0,
+    dtype: Annotated[
+        str, typer.Option(help=f"one of {', '.join(LIMITS)}; all but float32 into benchmark_cpu_<dtype>.*")
+    ] = "float32",
     processes: Annotated[
         int, typer.Option(min=1, help="processes per table row of times; the median of their medians counts")
     ] = 1,
@@ -78,10 +84,17 @@ def main(
     labels = list(dict.fromkeys((*cpu_cases(1024, toy=quick), *decode_cases(1024, toy=quick))))
     check_choices("section", section, (*SECTIONS, PARITY))
     check_choices("pattern", pattern, labels)
-    shared = {"threads": threads, "toy": quick, "seconds": 0.0 if quick else seconds, "huge_pages": huge_pages}
+    check_choices("dtype", [dtype], LIMITS)
+    shared = {
+        "threads": threads,
+        "toy": quick,
+        "seconds": 0.0 if quick else seconds,
+        "huge_pages": huge_pages,
+        "dtype": dtype,
+    }
     chosen = [x for x in labels if not pattern or x in pattern]
     bench = Bench(output, shared, chosen, resume, processes, parity_alone=PARITY in (section or ()))
-    wanted = section or SECTIONS
+    wanted = section or (SECTIONS if dtype == "float32" else SECTIONS[:-1])  # models decode in fp32
     if PARITY in wanted:
         if len(wanted) > 1:
             raise typer.BadParameter(f"{PARITY} is measured by every section; alone it measures nothing else")
@@ -122,19 +135,19 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
     if task["threads"]:
         torch.set_num_threads(task["threads"])
-    kind, length, toy = task["kind"], task["length"], task["toy"]
+    kind, length, toy, dtype = task["kind"], task["length"], task["toy"], getattr(torch, task["dtype"])
     if kind == "time":
         return cpu.time_side_by_side(
             task["labels"], length, causal=task["causal"], backward=task["backward"], dropout=task["dropout"],
-            seconds=task["seconds"], toy=toy,
+            seconds=task["seconds"], toy=toy, dtype=dtype,
         )  # fmt: skip
     if kind == "memory":
-        return cpu.peak_memory(task["label"], length, causal=task["causal"], toy=toy)
+        return cpu.peak_memory(task["label"], length, causal=task["causal"], toy=toy, dtype=dtype)
     if kind == "parity":
-        return {label: cpu.parity_error(label, length, toy=toy) for label in task["labels"]}
+        return {label: cpu.parity_error(label, length, toy=toy, dtype=dtype) for label in task["labels"]}
     if kind == "decode":
         return decoding.decode_times(task["label"], length, toy=toy)
-    return cpu.growth(task["label"], length, toy=toy)
+    return cpu.growth(task["label"], length, toy=toy, dtype=dtype)
 
 
 class Bench:
@@ -161,7 +174,7 @@ class Bench:
                 **machine(torch.device("cpu")), **({HUGE_PAGES: "1"} if shared["huge_pages"] else {}),
                 **without_kernels(),
             },
-            "shape": "batch 1, 8 heads, head_dim 64, fp32",
+            "shape": f"batch 1, 8 heads, head_dim 64, {SHORT[shared['dtype']]}",
             "configs": {label: describe(case.config) for label, case in self.cases.items()},
             "speed": [], "memory": [], "growth": [], "decode": [],
         }  # fmt: skip
@@ -176,7 +189,11 @@ class Bench:
             self.result |= {section: known.get(section, []) for section in ("speed", "memory", "growth", "decode")}
         if not parity_alone:
             self.result["parity"] = self.parity()
-            self.sound = [label for label, error in self.result["parity"].items() if error is not None and error < 1e-5]
+            self.sound = [
+                label
+                for label, error in self.result["parity"].items()
+                if error is not None and error < LIMITS[shared["dtype"]]
+            ]
 
     def parity(self) -> dict[str, float | None]:
         """Outputs and gradients against fp64; a pattern that fails, or was not measured, shows no speed-up."""
@@ -196,6 +213,7 @@ class Bench:
 
     def path(self, suffix: str) -> Path:
         kind = ("_huge_pages" if self.shared["huge_pages"] else "") + ("_torch" if without_kernels() else "")
+        kind += "" if self.shared["dtype"] == "float32" else f"_{self.shared['dtype']}"
         kind += "_quick" if self.shared["toy"] else ""
         return self.output / f"benchmark_cpu{kind}.{suffix}"
 

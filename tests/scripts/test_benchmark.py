@@ -57,6 +57,17 @@ def test_a_dry_run_writes_every_section(benchmark: ModuleType, tmp_path: Path) -
     assert (tmp_path / "benchmark_cpu_quick.png").stat().st_size > 5000
 
 
+def test_16_bit_rows_go_into_files_of_their_own(benchmark: ModuleType, tmp_path: Path) -> None:
+    options = ["--quick", "--output", str(tmp_path), "--length", "64", "--section", "speed", "--threads", "1"]
+    done = CliRunner().invoke(benchmark.app, [*options, "--dtype", "bfloat16", "--pattern", "logsparse"])
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "benchmark_cpu_bfloat16_quick.json").read_text())
+    assert 1e-4 < result["parity"]["logsparse"] < benchmark.LIMITS["bfloat16"]
+    assert "logsparse" in result["speed"][0]["rows"]
+    assert "head_dim 64, bf16" in (tmp_path / "benchmark_cpu_bfloat16_quick.md").read_text()
+    assert not (tmp_path / "benchmark_cpu_quick.json").exists()
+
+
 def test_no_speed_without_parity(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(self: object, **task: object) -> dict[str, float]:
         assert task["kind"] == "parity", "a pattern that failed parity was timed"

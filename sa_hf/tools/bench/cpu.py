@@ -210,9 +210,15 @@ def flex_run(case: CpuCase, length: int, heads: int = HEADS) -> Run | None:
 # -- measuring -----------------------------------------------------------------------------------------------------
 
 
-def inputs(length: int, heads: int = HEADS) -> list[Tensor]:
+def inputs(length: int, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, heads, length, HEAD_DIM, generator=generator).requires_grad_() for _ in range(3)]
+    shape = (1, heads, length, HEAD_DIM)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
+
+
+def gradient(length: int, dtype: torch.dtype) -> Tensor:
+    """Of the output."""
+    return torch.randn(1, HEADS, length, HEAD_DIM, generator=torch.Generator().manual_seed(2), dtype=dtype)
 
 
 def call(run: Run, qkv: list[Tensor], upstream: Tensor | None) -> float:
@@ -227,7 +233,15 @@ def call(run: Run, qkv: list[Tensor], upstream: Tensor | None) -> float:
 
 
 def time_side_by_side(
-    labels: list[str], length: int, *, causal: bool, backward: bool, dropout: float, seconds: float, toy: bool
+    labels: list[str],
+    length: int,
+    *,
+    causal: bool,
+    backward: bool,
+    dropout: float,
+    seconds: float,
+    toy: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """First call and steady median of dense, FlexAttention where it runs, and patterns, one call of each in turn.
 
@@ -248,12 +262,12 @@ def time_side_by_side(
         flex = None if backward or dropout or toy else flex_run(cases[label], length)
         if flex is not None:
             runs[f"flex: {label}"] = flex
-    qkv = inputs(length)
-    upstream = torch.randn(1, HEADS, length, HEAD_DIM) if backward else None
+    qkv = inputs(length, dtype=dtype)
+    upstream = gradient(length, dtype) if backward else None
     if not backward:  # FlexAttention refuses inputs that ask for a gradient
         qkv = [x.detach() for x in qkv]
     for warm in (dense_run(causal, dropout), *(pattern_run(cases[label], WARM_LENGTH, dropout) for label in labels)):
-        call(warm, inputs(WARM_LENGTH), torch.randn(1, HEADS, WARM_LENGTH, HEAD_DIM))
+        call(warm, inputs(WARM_LENGTH, dtype=dtype), gradient(WARM_LENGTH, dtype))
     first: dict[str, float] = {}
     for label, run in runs.items():
         try:
@@ -288,13 +302,13 @@ def pair_counts(case: CpuCase, length: int, heads: int = HEADS) -> dict[str, flo
     return {"pairs": kept_pairs(plan, length, heads) / heads, "dense_pairs": dense, "formula": case.formula(length)}
 
 
-def parity_error(label: str, length: int, *, toy: bool) -> float | None:
+def parity_error(label: str, length: int, *, toy: bool, dtype: torch.dtype = torch.float32) -> float | None:
     """The worst RMS ratio to a dense fp64 oracle over output and gradients of query, key and value; None where a
     pattern has no oracle, so that nothing is measured."""
     case = cpu_cases(length, toy)[label]
-    module, qkv = pattern_module(case), inputs(length)
+    module, qkv = pattern_module(case), inputs(length, dtype=dtype)
     q, k, v = qkv
-    upstream = torch.randn(1, HEADS, length, HEAD_DIM, generator=torch.Generator().manual_seed(2))
+    upstream = gradient(length, dtype)
     if isinstance(case.config, StaticPatternConfig):
         geometry = Geometry(length, length, tuple(range(HEADS)), HEADS, 0, case.causal)
         counts = dense_multiplicity(case.config, geometry)
@@ -309,13 +323,15 @@ def parity_error(label: str, length: int, *, toy: bool) -> float | None:
     return max(relative_rms(a.detach(), b.detach()) for a, b in pairs)
 
 
-def peak_memory(label: str, length: int, *, causal: bool, toy: bool) -> dict[str, float]:
+def peak_memory(
+    label: str, length: int, *, causal: bool, toy: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
     """MB of resident memory beyond inputs and gradient, at the peak of a forward and of a forward and backward."""
     case = cpu_cases(length, toy).get(label)
     run = dense_run(causal) if case is None else pattern_run(case, length)
-    qkv, upstream = inputs(length), torch.randn(1, HEADS, length, HEAD_DIM)
+    qkv, upstream = inputs(length, dtype=dtype), gradient(length, dtype)
     warm = dense_run(causal) if case is None else pattern_run(case, WARM_LENGTH)
-    call(warm, inputs(WARM_LENGTH), torch.randn(1, HEADS, WARM_LENGTH, HEAD_DIM))
+    call(warm, inputs(WARM_LENGTH, dtype=dtype), gradient(WARM_LENGTH, dtype))
     before = _reset_peak()
     call(run, qkv, None)
     forward = _peak() - before
@@ -324,10 +340,10 @@ def peak_memory(label: str, length: int, *, causal: bool, toy: bool) -> dict[str
     return {"forward_mb": forward / 2**20, "both_mb": (_peak() - before) / 2**20}
 
 
-def growth(label: str, length: int, *, toy: bool) -> dict[str, float]:
+def growth(label: str, length: int, *, toy: bool, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """Steady seconds of a forward and backward, its peak memory, and the pairs, counted and by the formula."""
     case = cpu_cases(length, toy)[label]
-    run, qkv, upstream = pattern_run(case, length), inputs(length), torch.randn(1, HEADS, length, HEAD_DIM)
+    run, qkv, upstream = pattern_run(case, length), inputs(length, dtype=dtype), gradient(length, dtype)
     first = call(run, qkv, upstream)
     before = _reset_peak()
     seconds = min(call(run, qkv, upstream) for _ in range(2))
