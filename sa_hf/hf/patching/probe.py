@@ -338,6 +338,8 @@ def _next_inputs(body: PreTrainedModel, cache: Any, sizes: _Sizes, first: dict[s
     given["decoder_input_ids" if "decoder_input_ids" in given else "input_ids"] = _tokens(sizes, sizes.new)
     if "attention_mask" in given and "decoder_input_ids" not in given:
         given["attention_mask"] = torch.ones(1, sizes.length + sizes.new, dtype=torch.long)
+    if hasattr(body, "rope_deltas"):  # positions of several axes; `generate` hands them on, and some models rely on it
+        given["position_ids"] = torch.arange(sizes.length, sizes.length + sizes.new)[None]
     return {**given, "use_cache": True, name: cache}
 
 
