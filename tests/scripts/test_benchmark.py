@@ -74,7 +74,9 @@ def test_no_speed_without_parity(benchmark: ModuleType, tmp_path: Path, monkeypa
         return {"logsparse": 0.5}
 
     monkeypatch.setattr(benchmark.Bench, "run", run)
-    bench = benchmark.Bench(tmp_path, {"threads": 1, "toy": True, "seconds": 0.0, "huge_pages": False}, ["logsparse"])
+    bench = benchmark.Bench(
+        tmp_path, {"threads": 1, "toy": True, "seconds": 0.0, "huge_pages": False, "dtype": "float32"}, ["logsparse"]
+    )
     bench.speed([64], dropout=0.0)
     assert bench.result["speed"] == []
 
@@ -91,7 +93,7 @@ def test_a_resumed_run_measures_only_what_is_missing(
         return {"rounds": 3, "failed": {}, "rows": {"dense": {"median_s": 1.0, "first_s": 1.0}}}
 
     monkeypatch.setattr(benchmark.Bench, "run", run)
-    shared = {"threads": 1, "toy": True, "seconds": 0.0, "huge_pages": False}
+    shared = {"threads": 1, "toy": True, "seconds": 0.0, "huge_pages": False, "dtype": "float32"}
     benchmark.Bench(tmp_path, shared, ["star"]).speed([64], dropout=0.0)
     resumed = benchmark.Bench(tmp_path, shared, ["star"], resume=True)
     resumed.speed([64, 96], dropout=0.0)
@@ -116,7 +118,10 @@ def test_several_processes_give_the_median_of_each_contender(
 
     monkeypatch.setattr(benchmark.Bench, "run", run)
     bench = benchmark.Bench(
-        tmp_path, {"threads": 1, "toy": True, "seconds": 0.0, "huge_pages": False}, ["star"], processes=3
+        tmp_path,
+        {"threads": 1, "toy": True, "seconds": 0.0, "huge_pages": False, "dtype": "float32"},
+        ["star"],
+        processes=3,
     )
     bench.speed([64], dropout=0.0)
     for row in bench.result["speed"]:
