@@ -187,3 +187,21 @@ def test_values_that_differ_by_layer_are_read_from_each_layers_config() -> None:
 def test_an_indexer_counts_where_a_layer_has_one() -> None:
     with pytest.raises(UnsupportedModelError, match=r"layer 0.*changing the mask that it is given"):
         sa_hf.patch_model(dots3(index_topk=8, index_n_heads=4, index_head_dim=16), COVERING)
+
+
+def test_text_beside_an_image_in_one_call() -> None:
+    """CLIP takes no text alone: its text layers get the pattern all the same."""
+    vision = {"image_size": 16, "patch_size": 8, **{k: SIZES[k] for k in ("hidden_size", "intermediate_size")}}
+    config = tf.CLIPConfig(
+        text_config={**SIZES, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 1},
+        vision_config={**vision, "num_hidden_layers": 2, "num_attention_heads": 4}, projection_dim=16,
+    )  # fmt: skip
+    model = tf.CLIPModel(config).eval()
+    given = {"input_ids": tokens(2, 20), "pixel_values": torch.ones(2, 3, 16, 16)}
+    given["input_ids"][:, -1] = 1  # its head reads the end of the text
+    with torch.no_grad():
+        dense = model(**given).text_embeds
+        sa_hf.patch_model(model, COVERING)
+        assert error(model(**given).text_embeds, dense) < 1e-5
+        sa_hf.patch_model(model, "sliding_window", window=3)
+        assert error(model(**given).text_embeds, dense) > 1e-4

@@ -313,6 +313,14 @@ def _inputs(body: PreTrainedModel, sizes: _Sizes) -> Iterator[dict[str, Any]]:
         given["decoder_input_ids"] = _tokens(sizes, sizes.decoder_length)
     if main in given:
         yield given
+        images: Any = getattr(config, "vision_config", None)
+        if (
+            main == "input_ids"
+            and "pixel_values" in parameters
+            and isinstance(getattr(images, "image_size", None), int)
+        ):
+            # Text beside an image in one call (CLIP).
+            yield {**given, "pixel_values": torch.zeros(1, images.num_channels, images.image_size, images.image_size)}
         return
     if main in SOUND:
         for form in sound_forms(main, config):
