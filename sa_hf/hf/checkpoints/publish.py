@@ -41,9 +41,11 @@ def save_whole(
     Returns:
         Whether ``directory`` now holds a checkpoint that loads by its name alone, written by this process.
     """
-    call = inspect.signature(save).bind(directory, *arguments, **keywords)
+    # A class's own may name none of them (Granite Speech).
+    call = inspect.signature(PreTrainedModel.save_pretrained).bind(model, directory, *arguments, **keywords)
     call.apply_defaults()
     options = dict(call.arguments)
+    options.pop("self")
     options.update(options.pop("kwargs", {}))
     target = Path(options.pop("save_directory"))
     whole = False
