@@ -113,7 +113,8 @@ class AttentionInputs:
     ``before_rotary(query, key)`` gives queries and keys of the new tokens as they were before the rotary embedding,
     None where there is none. ``remember(name, tensor, dim)`` joins a per-token tensor of the new positions to the
     cached ones along ``dim`` and returns that of all key positions; with ``need=m`` the cache keeps the last m (and a
-    few) alone, and only these and the new ones come back. It is None without a cache (then ``Nq == Nk``).
+    few) alone, and only these and the new ones come back; with ``whole=False`` those of the keys that a cache kept come
+    back (``key_slots``), else the others' places are filled. It is None without a cache (then ``Nq == Nk``).
     ``beside(name)`` gives what an earlier call on the same cache has put there by ``beside(name, tensor)``, ``[B, C, m,
     D]`` made of the keys; it follows the rows of the batch, and after a crop it is empty. None without a cache, too.
     ``key_slots [Nk]`` are the slots of the keys, ascending, where a cache has dropped others and the pattern

@@ -17,7 +17,8 @@ from torch import Tensor
 Run: TypeAlias = tuple[int, int, int]  # first, end, step: range(first, end, step)
 
 
-class RunLists(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class RunLists:
     """Runs of one row, a list for each of its heads (one where they are alike): those of list l are
     ``runs[starts[l] : starts[l + 1]]``, three numbers each."""
 
@@ -62,6 +63,7 @@ class Reads:
         complete: every query has a row; the others give 0.
         relative: runs count back from the row's position.
         skip_own: a row leaves its own position out where it reads another.
+        own_if_empty: a row that would read nothing reads its own position.
         order: int64 ``[B, Nk]`` on the host, the slots of a row in the order of its positions, or None.
     """
 
@@ -71,12 +73,13 @@ class Reads:
     complete: bool
     relative: bool = False
     skip_own: bool = False
+    own_if_empty: bool = False
     order: Tensor | None = None
 
     @classmethod
     def of(
         cls, rows: Iterable[tuple[Row, RunLists]], queries: int, *, relative: bool = False, skip_own: bool = False,
-        order: Tensor | None = None,
+        own_if_empty: bool = False, order: Tensor | None = None,
     ) -> Reads:  # fmt: skip
         """Rows with their lists (the field ``list`` is set here), of ``queries`` in all. Lists that are one object are
         stored once."""
@@ -89,7 +92,7 @@ class Reads:
             flat.extend(row._replace(list=number))
         heads = distinct[0].heads if distinct else 1
         complete = len(flat) == queries * len(Row._fields)
-        return cls(flat, _joined(distinct), heads, complete, relative, skip_own, order)
+        return cls(flat, _joined(distinct), heads, complete, relative, skip_own, own_if_empty, order)
 
     @property
     def count(self) -> int:

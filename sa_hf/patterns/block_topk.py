@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -29,15 +30,18 @@ from sa_hf.config import (
 )
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
+from sa_hf.ops.cpp.steps import Listed, decode_step
 from sa_hf.ops.grouped import Group, map_groups
 from sa_hf.ops.parts import Band
 from sa_hf.ops.planned import planned_attention
+from sa_hf.ops.reads import Reads, RunLists
 from sa_hf.ops.reference import dense_attention
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.block_index import Index, divergence, keys_of, rows_mass, sampled_rows
 from sa_hf.patterns.block_sets import BLOCK_TOPK, BlockSets, block_queries, choose_blocks, kept_pairs, pooled_keys
 from sa_hf.patterns.learned import LearnedAttention, seeded_uniform
 from sa_hf.patterns.static import score_options
+from sa_hf.patterns.steps import is_step_in_place, step_reads
 
 DENSE_ROWS = 1024  # queries of a forward whose dense attention an indexer learns from
 INDEX_WIDTH = 16  # r
@@ -145,8 +149,11 @@ class BlockTopKAttention(SparseAttention):
         sets, config = self.config.sets(inputs.causal), self.config
         by_row = config.selection == "query"
         self._seen = []
+        in_place = not self.training and inputs.sequences.is_full and is_step_in_place(inputs)
 
         def attend_group(group: Group) -> Tensor:
+            if in_place:
+                return self._step(group, sets, inputs, recent, index)
             chosen = self._choose(group, sets, inputs, recent, index)
             chosen = chosen.repeat_interleave(group.query.shape[1] // chosen.shape[1], 1)
             if inputs.engine == "reference":
@@ -163,6 +170,28 @@ class BlockTopKAttention(SparseAttention):
     def _index(self, inputs: AttentionInputs) -> Index | None:
         """What learned projections give of the tokens beside their queries and keys; None without them."""
         return None
+
+    def _step(
+        self, group: Group, sets: BlockSets, inputs: AttentionInputs, recent: Recent, index: Index | None
+    ) -> Tensor:
+        """A step of decoding: the choice of a block's first query serves all of its queries."""
+        offset, n_k = group.query_offset, group.key.shape[2]
+        own, lasting = offset // sets.block, self.config.selection == "query_block" and n_k - offset == 1
+        beside = inputs.beside if lasting else None
+        known = None if beside is None else beside("chosen")
+        if known is not None and known.shape[2] and int(known[0, 0, 0, -1]) == own:
+            chosen = known[..., :-1]
+            self._seen.append((chosen, torch.tensor([own])))
+        else:
+            chosen = self._choose(group, sets, inputs, recent, index)
+            if beside is not None:
+                beside("chosen", torch.nn.functional.pad(chosen, (0, 1), value=own))
+        if self.config.selection == "query_block" and not lasting:
+            chosen = chosen[:, :, torch.arange(offset, n_k) // sets.block - own]
+        reads = block_reads(sets, inputs.sequences, inputs.band.left, self.config.drop_diagonal)
+        return decode_step(
+            group.query, group.key, group.value, reads, group.options, listed=Listed(chosen, sets.block)
+        )  # fmt: skip
 
     @torch.no_grad()
     def _choose(
@@ -304,6 +333,18 @@ class IndexedBlockTopKAttention(BlockTopKAttention, LearnedAttention):
         blocks = torch.arange(pooled.shape[2], device=low.device)
         allowed = sets.eligible(low[:, None], high[:, None], blocks, inputs.band)
         return divergence(mass, scores, allowed & there[:, None])
+
+
+# The layers of a step share what they read.
+@lru_cache(maxsize=64)
+def block_reads(sets: BlockSets, sequences: Sequences, left: int | None, drop_diagonal: bool) -> Reads:
+    """What the new queries read beside the blocks that they choose: their windows and the sinks (causal)."""
+
+    def lists(position: int) -> RunLists:
+        first = max(0, position // sets.block - sets.window + 1)
+        return RunLists.of([[(0, min(sets.sinks, first) * sets.block, 1), (first * sets.block, position + 1, 1)]])
+
+    return step_reads(sequences, left, lists, skip_own=drop_diagonal)
 
 
 def chosen_blocks(

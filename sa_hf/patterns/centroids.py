@@ -64,6 +64,7 @@ class CentroidState(LearnedAttention):
         self._sample: Tensor | None = None  # of the first micro-batch: [kv, vectors, d]
         self._sample_is_settled = False
         self._sizes: Tensor | None = None
+        self._counted: tuple[Tensor, Tensor] | None = None  # what sizes are still to be counted from
 
     def advance_step(self) -> None:
         super().advance_step()
@@ -101,11 +102,11 @@ class CentroidState(LearnedAttention):
         both = torch.cat([clusters[0].unflatten(1, (kv, -1)), clusters[1].unsqueeze(2)], dim=2).transpose(1, 2)
         weight = real[:, None, None]
         if not self.training:
-            self._sizes = cluster_counts(both, self.num_clusters, weight)
+            self._counted = both, weight  # figures alone ask for sizes
             return
         vectors = torch.cat([query.unflatten(1, (kv, -1)), key.unsqueeze(2)], dim=2).transpose(1, 2)
         sums, counts = cluster_sums(vectors.float(), both, self.num_clusters, weight)
-        self._sizes = counts
+        self._sizes, self._counted = counts, None
         tokens = torch.sort((~real).flatten().to(torch.uint8), stable=True).indices  # the real ones first
         count = real.sum()
         u = self.uniform(counts.numel(), layer=self.spec.layer_idx, stream=RESEED_STREAM).view_as(counts)
@@ -135,19 +136,27 @@ class CentroidState(LearnedAttention):
     def cluster_sizes(self) -> list[list[int]] | None:
         """Tokens (queries and keys) of each cluster in the forward of :meth:`cluster_figures`, a list for each key
         head; None where there is none."""
-        return None if self._sizes is None else self._sizes.long().tolist()
+        sizes = self._cluster_sizes()
+        return None if sizes is None else sizes.long().tolist()
+
+    def _cluster_sizes(self) -> Tensor | None:
+        if self._counted is not None:
+            both, weight = self._counted
+            self._sizes, self._counted = cluster_counts(both, self.num_clusters, weight), None
+        return self._sizes
 
     def cluster_figures(self) -> dict[str, float]:
         """Sizes and entropy (nats, mean over heads) of the clusters of the last forward, bidirectional ones in training
         mode alone (in eval mode those need no clusters)."""
-        if self._sizes is None:
+        sizes = self._cluster_sizes()
+        if sizes is None:
             return {}
-        share = self._sizes / self._sizes.sum(-1, keepdim=True).clamp(min=1)
+        share = sizes / sizes.sum(-1, keepdim=True).clamp(min=1)
         entropy = -(share * torch.log(share.clamp(min=1e-30))).sum(-1).mean()
         return {
             "cluster_entropy": float(entropy),
-            "cluster_max": float(self._sizes.max()),
-            "cluster_min": float(self._sizes.min()),
+            "cluster_max": float(sizes.max()),
+            "cluster_min": float(sizes.min()),
         }
 
 

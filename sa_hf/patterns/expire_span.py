@@ -19,11 +19,13 @@ from sa_hf.config import SparseAttentionConfig, check_bool, check_integer, check
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.data_layout import EXPIRING
+from sa_hf.ops.decode import decode_attention
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.learned import LearnedAttention, refuse_drop_diagonal
 from sa_hf.patterns.static import score_options
+from sa_hf.patterns.steps import is_step_in_place, nearest_reach, shared_reads
 
 DEFAULT_BIAS = 4.0  # spans start at sigmoid(4) = 0.98 of max_span; at max_span itself they would have no gradient
 SHORTENING_LAYER = 0  # one draw shortens the spans of all layers of a batch
@@ -94,6 +96,7 @@ class _Seen:
     fresh: Tensor
     real: Tensor
     sequences: Sequences
+    key_slots: Tensor | None  # of the spans' keys, where a cache has dropped others
 
 
 class ExpireSpanAttention(LearnedAttention):
@@ -143,7 +146,14 @@ class ExpireSpanAttention(LearnedAttention):
         if self._seen is None:
             return None
         position, length = key_places(self._seen.sequences, self._seen.spans.device)
-        return self.evictable(length, self._seen.spans, position) | (position < 0)
+        slots = self._seen.key_slots
+        if slots is None:
+            return self.evictable(length, self._seen.spans, position) | (position < 0)
+        gone = torch.ones_like(position, dtype=torch.bool)
+        gone[:, slots] = self.evictable(length[:, slots], self._seen.spans, position[:, slots]) | (
+            position[:, slots] < 0
+        )
+        return gone
 
     def forward(self, inputs: AttentionInputs) -> Tensor:
         if not inputs.causal:
@@ -154,14 +164,17 @@ class ExpireSpanAttention(LearnedAttention):
         mean = fresh.masked_fill(~real[:, None], 0).sum() / count
         self._keep_loss("expire_span", mean, self.config.span_loss_coef)
         if not torch.compiler.is_exporting():  # tensors of a trace mean nothing after it
-            self._seen = _Seen(spans.detach(), fresh.detach(), real, inputs.sequences)
+            self._seen = _Seen(spans.detach(), fresh.detach(), real, inputs.sequences, inputs.key_slots)
         if self.training and self.config.random_shortening:
             limit = self.uniform(1, layer=SHORTENING_LAYER, steps_back=self.steps_back).float() * self.config.max_span
             spans = torch.minimum(spans, limit)
         options = replace(score_options(inputs, self.heads), spans=spans, ramp=float(self.config.ramp))
-        left = self.config.max_span + self.config.ramp - 1
-        if inputs.band.left is not None:
-            left = min(left, inputs.band.left)
+        left = nearest_reach(self.config.max_span + self.config.ramp - 1, inputs.band.left)
+        if self._in_place(inputs):
+            reads = shared_reads(inputs.sequences, left)
+            return decode_attention(
+                inputs.query, inputs.key, inputs.value, reads, options, inputs.engine, inputs.key_slots
+            )  # fmt: skip
 
         def attend_group(group: Group) -> Tensor:
             return planned_attention(
@@ -169,6 +182,12 @@ class ExpireSpanAttention(LearnedAttention):
             )
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
+
+    def _in_place(self, inputs: AttentionInputs) -> bool:
+        return not self.training and is_step_in_place(inputs, self.weight, self.bias)
+
+    def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
+        return self._in_place(inputs)
 
     def _spans_of_keys(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """The spans of the new tokens ``[B, S, Nq]`` and of all keys ``[B, S, Nk]``.
@@ -186,7 +205,7 @@ class ExpireSpanAttention(LearnedAttention):
             carried = inputs.remember("inputs", hidden.detach(), dim=1)
             spans = torch.cat([self.spans(carried[:, : carried.shape[1] - hidden.shape[1]]), fresh], dim=2)
         else:
-            spans = inputs.remember("spans", fresh, dim=2)
+            spans = inputs.remember("spans", fresh, dim=2, whole=inputs.key_slots is None)
         if spans.shape[2] != inputs.key.shape[2]:
             raise SparseAttentionError(
                 f"the cache holds spans of {spans.shape[2]} tokens for {inputs.key.shape[2]} keys: it was filled in "

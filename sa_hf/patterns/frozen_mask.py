@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sa_hf.layer import DEFAULT_BLOCK
+from sa_hf.layer import DEFAULT_BLOCK, AttentionInputs
 from sa_hf.ops.counts import row_counts
+from sa_hf.ops.cpp.steps import Listed, decode_step
 from sa_hf.ops.layout import build_layout
-from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, Part, SegmentPart
+from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.planned import PlanData, plan_rule
+from sa_hf.ops.reads import RunLists, runs_of
 from sa_hf.patterns.base import own_key_parts
+from sa_hf.patterns.steps import NOTHING, shared_reads
 
 # On the CPU 15 offsets took 0.046 s where a causal window of 512 in tiles took 0.16 s (n = 16384, 8 heads, d = 64):
 # one offset costs about as much as 10 keys of a tile.
@@ -22,6 +25,7 @@ FROZEN_MASK = "frozen_mask"
 # Plans of the frozen masks that live, by (shape of the call, band, version of the table).
 PLANS_KEPT = 64
 _PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_LISTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # what their steps of decoding read
 
 
 @plan_rule(FROZEN_MASK)
@@ -30,7 +34,7 @@ def _frozen_parts(data: PlanData) -> tuple[Part, ...]:
     (kept,) = data.tensors
     left, right, drop_diagonal = data.numbers
     plans: dict[object, tuple[Part, ...]] = _PLANS.setdefault(kept, {})
-    version = None if kept.is_inference() else kept._version
+    version = _version(kept)
     key = data.query_length, data.key_length, left, right, drop_diagonal, version
     if key not in plans:
         while len(plans) >= PLANS_KEPT:
@@ -38,6 +42,44 @@ def _frozen_parts(data: PlanData) -> tuple[Part, ...]:
         parts = frozen_plan(kept, data.query_length, data.key_length, Band(left, right), bool(drop_diagonal))
         plans[key] = tuple(parts)
     return plans[key]
+
+
+def _version(kept: Tensor) -> int | None:
+    return None if kept.is_inference() else kept._version
+
+
+def mask_step(
+    inputs: AttentionInputs, kept: Tensor, band: Band, options: ScoreOptions, drop_diagonal: bool
+) -> Tensor:  # fmt: skip
+    """A step of decoding (``steps.is_step_in_place``) by a fixed mask ``kept`` as in :func:`frozen_plan`; one by pair
+    takes whole rows alone."""
+    n_q, n_k = inputs.query.shape[2], inputs.sequences.key_length
+    lists, listed = NOTHING, None
+    if kept.dim() == 2:
+        lists = _distances(kept, drop_diagonal)
+    else:
+        position = torch.arange(n_k)
+        rows = kept[:, n_k - n_q : n_k, :n_k]
+        if drop_diagonal:
+            rows = rows & (position[n_k - n_q :, None] != position)
+        listed = Listed(torch.where(rows, position, -1)[None])
+    reads = shared_reads(inputs.sequences, band.left, lists, relative=kept.dim() == 2, own_if_empty=True)
+    return decode_step(
+        inputs.query, inputs.key, inputs.value, reads, options, kept=inputs.key_slots, listed=listed
+    )  # fmt: skip
+
+
+def _distances(kept: Tensor, drop_diagonal: bool) -> RunLists:
+    """The kept distances of each head as runs, one list where the heads are alike."""
+    lists: dict[object, RunLists] = _LISTS.setdefault(kept, {})
+    key = _version(kept), drop_diagonal
+    if key not in lists:
+        rows = [torch.nonzero(head).flatten() for head in kept]
+        rows = [row[row > 0] if drop_diagonal else row for row in rows]
+        alike = all(torch.equal(row, rows[0]) for row in rows)
+        lists.clear()
+        lists[key] = RunLists.of([runs_of(row) for row in (rows[:1] if alike else rows)])
+    return lists[key]
 
 
 def frozen_plan(kept: Tensor, query_length: int, key_length: int, band: Band, drop_diagonal: bool) -> list[Part]:

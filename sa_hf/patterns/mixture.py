@@ -72,8 +72,8 @@ class MixedSparseAttention(SparseAttention):
         named = kept = None
         if remember is not None:
 
-            def named(name: str, tensor: Tensor, dim: int, need: int | None = None) -> Tensor:
-                joined: Tensor = remember(f"parts.{index}.{name}", tensor, dim, need)
+            def named(name: str, tensor: Tensor, dim: int, need: int | None = None, whole: bool = True) -> Tensor:
+                joined: Tensor = remember(f"parts.{index}.{name}", tensor, dim, need, whole)
                 return joined
 
         if beside is not None:

@@ -30,15 +30,17 @@ from sa_hf.config import (
 )
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
+from sa_hf.ops.cpp.steps import Labelled, decode_step
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences, refuse_open_length
 from sa_hf.patterns.centroids import CentroidState
 from sa_hf.patterns.clusters import CLUSTERS, MEMBERS, expired
 from sa_hf.patterns.learned import refuse_drop_diagonal
-from sa_hf.patterns.selection import nearest_centroid, nearest_vectors
+from sa_hf.patterns.selection import find_nearest_centroid, nearest_vectors
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
 from sa_hf.patterns.static import score_options
+from sa_hf.patterns.steps import NOTHING, is_step_in_place, shared_reads
 
 DEFAULT_CAUSAL_WINDOW = 512
 
@@ -149,7 +151,8 @@ class RoutingAttention(CentroidState):
         if local_keys:
             part = replace(spec, heads=heads[: config.num_local_heads], num_key_value_heads=local_keys)
             self.local = SlidingWindowAttentionConfig(window=config.local_window).build(part)
-        self._seen: tuple[Tensor, Sequences] | None = None  # clusters of all keys [B, kv, Nk] of a causal forward
+        # Of a causal forward: clusters of the keys [B, kv, Nk], and the slots of these where a cache dropped others.
+        self._seen: tuple[Tensor, Sequences, Tensor | None] | None = None
 
     def forward(self, inputs: AttentionInputs) -> Tensor:
         split = self.config.num_local_heads
@@ -177,7 +180,10 @@ class RoutingAttention(CentroidState):
 
     @staticmethod
     def _remembered(inputs: AttentionInputs, name: str, tensor: Tensor, dim: int) -> Tensor:
-        return tensor if inputs.remember is None else inputs.remember(name, tensor, dim)
+        if inputs.remember is None:
+            return tensor
+        joined: Tensor = inputs.remember(name, tensor, dim, whole=inputs.key_slots is None)
+        return joined
 
     def _route(self, inputs: AttentionInputs) -> Tensor:
         vectors = self._vectors(inputs)
@@ -186,14 +192,20 @@ class RoutingAttention(CentroidState):
             # Of an earlier forward. Evaluation makes fewer figures: no commitment without a coefficient, which takes a
             # pass over all normalised vectors, and no sizes of bidirectional clusters, which it does not need.
             self._unscaled.pop("routing_commitment", None)
-            self._sizes = None
+            self._sizes = self._counted = None
         clusters = self._observe(vectors, inputs.sequences) if observed else None
         options = score_options(inputs, self.heads[self.config.num_local_heads :])
         if inputs.causal and clusters is not None:
             of_queries = clusters[0]
             of_keys = self._remembered(inputs, "clusters", clusters[1], dim=2)
             if not torch.compiler.is_exporting():  # tensors of a trace mean nothing after it
-                self._seen = of_keys, inputs.sequences
+                self._seen = of_keys, inputs.sequences, inputs.key_slots
+            if self._in_place(inputs):
+                most = self.config.cluster_window(inputs.sequences.key_length, causal=True) - 1
+                return decode_step(
+                    inputs.query, inputs.key, inputs.value, shared_reads(inputs.sequences, inputs.band.left, NOTHING),
+                    options, kept=inputs.key_slots, labelled=Labelled(of_keys, of_queries, most),
+                )  # fmt: skip
 
             def attend_group(group: Group) -> Tensor:
                 return self._causal(group, of_queries, of_keys, inputs)
@@ -205,6 +217,13 @@ class RoutingAttention(CentroidState):
                 return self._bidirectional(group, query, key, inputs)
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
+
+    def _in_place(self, inputs: AttentionInputs) -> bool:
+        no_holes = inputs.sequences.key_gather is None
+        return not self.training and no_holes and is_step_in_place(inputs)
+
+    def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
+        return self._in_place(inputs)
 
     def _vectors(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """Queries and keys ``[B, heads, N, d]`` of the new tokens from before the rotary embedding, fp32 or wider. What
@@ -221,8 +240,8 @@ class RoutingAttention(CentroidState):
         query, key = vectors
         mu = self.centroids
         with torch.no_grad():
-            of_queries = nearest_centroid(query, mu.repeat_interleave(self.group, 0), norm=True)
-            of_keys = nearest_centroid(key, mu, norm=True)
+            of_queries = find_nearest_centroid(query, mu.repeat_interleave(self.group, 0), norm=True)
+            of_keys = find_nearest_centroid(key, mu, norm=True)
         clusters, real = (of_queries, of_keys), real_queries(sequences, query.device)
         if self.training or self.config.commitment_coef > 0:
             query, key = (layer_norm(x, x.shape[-1:]) for x in vectors)
@@ -287,7 +306,10 @@ class RoutingAttention(CentroidState):
     def expired_keys(self) -> Tensor | None:
         if self._seen is None:
             return None
-        clusters, sequences = self._seen
+        clusters, sequences, slots = self._seen
+        if slots is not None:  # what is gone is in no cluster
+            whole = clusters.new_full((*clusters.shape[:2], sequences.key_length), self.num_clusters)
+            clusters = whole.index_copy(2, slots.to(clusters.device), clusters)
         rows = [s.row for s in sequences.spans]
         if len(set(rows)) != len(rows):
             return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
+from sa_hf.ops.graphs import eager
 from sa_hf.ops.host import own_rules
 
 SCORES_ON_CPU = 2**19  # 2 MB in fp32
@@ -22,13 +23,21 @@ NEAR, EQUAL = 16, 2
 PAIRS_AT_ONCE = 2**16
 
 
-@torch.library.custom_op("sa_hf::nearest_centroid", mutates_args=())
-def nearest_centroid(vectors: Tensor, centroids: Tensor, norm: bool) -> Tensor:
+def find_nearest_centroid(vectors: Tensor, centroids: Tensor, norm: bool) -> Tensor:
     """The centroid nearest to each vector, int64 ``[..., heads, n]``; the lower one of equally near ones.
 
     Args: vectors ``[..., heads, n, d]``, fp32 or fp64; centroids ``[heads, k, d]``; norm: LayerNorm (without scale and
         bias) of the vectors first.
     """
+    plain = eager(vectors, centroids) and not torch._C._are_functorch_transforms_active()
+    if not plain:
+        found: Tensor = nearest_centroid(vectors, centroids, norm)
+        return found
+    with torch.no_grad():
+        return _nearest_centroid(vectors, centroids, norm)
+
+
+def _nearest_centroid(vectors: Tensor, centroids: Tensor, norm: bool) -> Tensor:
     lanes, unit = _lanes(vectors, centroids)
     if norm:
         # LayerNorm takes the mean from a vector and scales it. The scale changes no choice, and x - mean(x) has the
@@ -39,6 +48,9 @@ def nearest_centroid(vectors: Tensor, centroids: Tensor, norm: bool) -> Tensor:
         for some, tokens in _pieces(lanes, unit.shape[1]):
             chosen[some, tokens] = _first_largest(lanes[some, tokens] @ unit[some].transpose(-1, -2))
     return chosen.view(vectors.shape[:-1])
+
+
+nearest_centroid = torch.library.custom_op("sa_hf::nearest_centroid", _nearest_centroid, mutates_args=())
 
 
 def _first_largest(scores: Tensor) -> Tensor:

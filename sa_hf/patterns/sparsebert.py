@@ -28,13 +28,15 @@ from sa_hf.config import (
 from sa_hf.errors import NotStaticError, SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.gated import gated_attention, rows_by_distance
+from sa_hf.ops.graphs import eager
 from sa_hf.ops.grouped import Group, key_places, map_groups
 from sa_hf.ops.parts import Band
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences, refuse_open_length
-from sa_hf.patterns.frozen_mask import FROZEN_MASK
+from sa_hf.patterns.frozen_mask import FROZEN_MASK, mask_step
 from sa_hf.patterns.learned import LearnedAttention
 from sa_hf.patterns.static import score_options
+from sa_hf.patterns.steps import is_step_in_place
 
 INITIAL_LOGIT = 4.0  # kept with probability 0.98 under the noise: training starts from the pretrained function
 # mask_length ** 2 logits per head: 4096 are 805 MB for 12 heads.
@@ -116,6 +118,7 @@ class SparseBertAttention(LearnedAttention):
         self._owner: tuple[SparseBertAttention, ...] = ()
         self._tied: tuple[SparseBertAttention, ...] = ()  # the owner alone: the other layers that read its mask
         self._layers_averaged = 1
+        self._table: Tensor | None = None  # of an owner: the mask as last evaluated
         self._sequences: Sequences | None = None
         self._seen: list[tuple[int, int, int]] = []  # (sequences, query length, key length) of the forward
         self._band = Band()  # of the forward
@@ -232,13 +235,17 @@ class SparseBertAttention(LearnedAttention):
         for _, _, key_length in inputs.sequences.shapes:
             self._check_length(key_length)
         _, kept = self._held()
-        if kept is None:
+        if kept is None and not self._evaluates_sparsely(inputs):
             refuse_open_length(inputs.sequences)
         if not torch.compiler.is_exporting():  # sizes of a trace mean nothing after it
             self._sequences = inputs.sequences
             self._seen, self._band = [*inputs.sequences.shapes], band
         options = score_options(inputs, self.heads)
+        if kept is None and self._evaluates_sparsely(inputs):
+            kept = self._evaluated()
         kept = None if kept is None else kept.to(inputs.query.device)  # the owner's may be another one's
+        if kept is not None and self._in_place(inputs):
+            return mask_step(inputs, kept, band, options, self.config.drop_diagonal)
         gate = self.gate().to(inputs.query.device) if kept is None else kept
 
         def attend_group(group: Group) -> Tensor:
@@ -254,6 +261,26 @@ class SparseBertAttention(LearnedAttention):
             return gated_attention(group, rows, (gate,))
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
+
+    def _evaluates_sparsely(self, inputs: AttentionInputs) -> bool:
+        """Whether the mask, though not frozen, runs as if it were: in evaluation no gradient reaches it."""
+        plain = eager(inputs.query, inputs.key) and not torch._C._are_functorch_transforms_active()
+        return not self.training and plain and inputs.query.device.type == "cpu"
+
+    def _evaluated(self) -> Tensor:
+        """:meth:`keep_table` as one tensor for as long as it stays the same: plans and lists are kept for it."""
+        owner, table = self.owner, self.keep_table()
+        known = owner._table
+        if known is None or known.device != table.device or not torch.equal(known, table):
+            owner._table = known = table
+        return known
+
+    def _in_place(self, inputs: AttentionInputs) -> bool:
+        served = self.config.structured or inputs.sequences.is_full
+        return not self.training and served and is_step_in_place(inputs)
+
+    def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
+        return self._in_place(inputs)
 
     def expired_keys(self) -> Tensor | None:
         if self.training or self._sequences is None:

@@ -12,15 +12,14 @@ from sa_hf.config import SparseAttention
 from sa_hf.layer import AttentionInputs, Geometry
 from sa_hf.ops.cpp.steps import missing_key
 from sa_hf.ops.decode import decode_attention, runs_in_place
-from sa_hf.ops.parts import Band, ScoreOptions
-from sa_hf.ops.reads import Reads, Row, RunLists, runs_of
+from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.reads import Reads, RunLists, runs_of
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.custom_op import cached_plan, layer_key, static_attention
 from sa_hf.patterns.image_blocks import with_blocks
+from sa_hf.patterns.steps import is_step, step_reads
 
-# Up to this many new queries read their keys by lists of positions; above it (prefill in chunks) a plan is cheaper.
-DECODE_QUERIES = 16
 DECODE_CACHED = 4096
 
 
@@ -61,7 +60,7 @@ class StaticSparseAttention(SparseAttention):
         )  # fmt: skip
 
     def _attend(self, inputs: AttentionInputs, options: ScoreOptions) -> Tensor:
-        if self._decodes(inputs):
+        if is_step(inputs):
             at = self._at(inputs)
             if runs_in_place(inputs.query, inputs.key, inputs.value, options, inputs.engine):
                 reads = static_reads(self.config, at, inputs.sequences)
@@ -78,17 +77,8 @@ class StaticSparseAttention(SparseAttention):
         )  # fmt: skip
         return static_attention(inputs.query, inputs.key, inputs.value, inputs.sequences, key, options)
 
-    def _decodes(self, inputs: AttentionInputs) -> bool:
-        """Whether a few new queries meet a cache: each then reads its own keys and no others."""
-        new, held = inputs.query.shape[2], inputs.sequences.key_length
-        if not inputs.causal or new == held or new > DECODE_QUERIES or inputs.dropout > 0:
-            return False
-        # Distances there are between slots, which zeros inside a mask and dropped keys set apart from positions.
-        moved = inputs.sequences.key_gather is not None or inputs.key_slots is not None
-        return not (moved and inputs.distance_bias is not None)
-
     def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
-        return self._decodes(inputs)
+        return is_step(inputs)
 
 
 StaticPatternConfig.runs_in = StaticSparseAttention
@@ -115,29 +105,11 @@ def _row(config: StaticPatternConfig, at: Geometry, position: int) -> Tensor:
 @lru_cache(maxsize=64)
 def static_reads(config: StaticPatternConfig, at: Geometry, sequences: Sequences) -> Reads:
     """What the new queries of causal sequences read."""
-    rows = [
-        (row, _run_lists(config, at, max(row.position, config.runs_serve(row.position))))
-        for row in step_rows(sequences, at.band, at.chunk)
-    ]
-    order = None if sequences.key_gather is None else sequences.key_gather.cpu()
-    queries = sequences.batch_size * sequences.query_length
     alone = config.drop_diagonal and not config.extra_tokens
-    return Reads.of(rows, queries, skip_own=alone, order=order)
-
-
-def step_rows(sequences: Sequences, band: Band, chunk: int | None = None) -> list[Row]:
-    """The new queries of causal sequences, each with the positions that the model's window and chunk let it read."""
-    rows = []
-    for span in sequences.spans:
-        first = span.key_length - span.query_length
-        for new in range(span.query_length):
-            position, query = first + new, span.query_start + new
-            if sequences.query_gather is not None:
-                query = int(sequences.query_gather[span.row, query])
-            low = 0 if band.left is None else max(0, position - band.left)
-            low = low if chunk is None else max(low, position // chunk * chunk)
-            rows.append(Row(span.row, query, 0, span.key_start, position, low, position + 1))
-    return rows
+    return step_reads(
+        sequences, at.band.left, lambda i: _run_lists(config, at, max(i, config.runs_serve(i))), skip_own=alone,
+        chunk=at.chunk,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=DECODE_CACHED)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.caches.room import Room
 from sa_hf.layer import AttentionInputs
 
 # Tokens that a limited memory keeps beyond its need, so that assisted generation can take back its rejected guesses
@@ -33,6 +33,26 @@ class Remembered:
     dim: int
     start: int = 0
     need: int | None = None
+    room: Room = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.room = Room(self.dim)
+        self._trim(0)
+
+    def append(self, new: Tensor) -> tuple[Tensor, int]:
+        """All entries with the new ones, and the slot of the first; what is kept may be fewer afterwards."""
+        joined, start = self.room.joined(self.tensor, new), self.start
+        self.tensor = joined
+        if self.need is not None:
+            self._trim(self.need + SLACK)
+        return joined, start
+
+    def _trim(self, more: int) -> None:
+        """Keep the last ``need + SLACK`` entries alone, once there are ``more`` beyond them."""
+        beyond = 0 if self.need is None else self.tensor.shape[self.dim] - self.need - SLACK
+        if beyond > more:
+            length = self.tensor.shape[self.dim] - beyond
+            self.tensor, self.start = self.tensor.narrow(self.dim, beyond, length).clone(), self.start + beyond
 
     @property
     def end(self) -> int:
@@ -53,6 +73,9 @@ class Remembered:
 
 class Made(Remembered):
     """What a pattern has made of the keys so far, for later steps; a crop forgets it, and it is made anew."""
+
+    def _trim(self, more: int) -> None:
+        """Nothing: it is no tensor by token."""
 
     def cut(self, end: int) -> None:
         self.tensor = self.tensor.narrow(self.dim, 0, 0)
@@ -132,14 +155,6 @@ def memory_of(layer: Any) -> dict[str, Remembered]:
     return memory
 
 
-def _latest(tensor: Tensor, dim: int, start: int, need: int | None) -> Remembered:
-    """A tensor from slot ``start`` on, as it is remembered: whole, or its last ``need + SLACK`` entries alone."""
-    more = 0 if need is None else tensor.shape[dim] - need - SLACK
-    if more > 0:
-        tensor, start = tensor.narrow(dim, more, tensor.shape[dim] - more).clone(), start + more
-    return Remembered(tensor, dim, start, need)
-
-
 def _not_remembered(name: str, seen: int) -> SparseAttentionError:
     return SparseAttentionError(
         f"the cache holds {seen} tokens without {name!r}, which this layer's pattern needs for each: they are keys "
@@ -180,7 +195,9 @@ class LayerMemory:
                 f"for the {name!r} that its pattern needs of each token; use a static pattern there, or use_cache=False"
             )
 
-    def remember(self, name: str, tensor: Tensor, dim: int, need: int | None = None) -> Tensor:
+    def remember(
+        self, name: str, tensor: Tensor, dim: int, need: int | None = None, whole: bool = True
+    ) -> Tensor:  # fmt: skip
         """``AttentionInputs.remember``: called after the keys joined the cache; batch is dimension 0 of the tensor."""
         self._check_holds_keys(name)
         memory = memory_of(self.layer)
@@ -190,12 +207,11 @@ class LayerMemory:
         if old is None or seen == 0:
             if seen:
                 raise _not_remembered(name, seen)
-            memory[name] = _latest(tensor, dim, 0, need)
+            memory[name] = Remembered(tensor, dim, 0, need)
             return tensor
         old.cut(seen)
-        joined = torch.cat([old.tensor, tensor], dim=dim)
-        memory[name] = _latest(joined, dim, old.start, need)
-        if need is not None:
+        joined, _ = old.append(tensor)
+        if need is not None or not whole:
             return joined
         slots = getattr(self.layer, "slots", None)
         return joined if slots is None else placed(joined, slots, total, dim)
@@ -220,19 +236,16 @@ class LayerMemory:
         seen = int(self.cache.get_seq_length(self.layer_idx)) if started else 0
         if not started:
             # The layer comes to be when its keys do; until then the new inputs wait here.
-            self.pending[name] = Remembered(tensor[:, -need - SLACK :], 1, max(0, tensor.shape[1] - need - SLACK), need)
+            self.pending[name] = Remembered(tensor, 1, 0, need)
             return tensor, 0
         memory = memory_of(self.layer)
         old = memory.get(name)
         if seen == 0 or old is None:
             if seen:
                 raise _not_remembered(name, seen)
-            old = Remembered(tensor[:, :0], 1, 0, need)
+            old = memory[name] = Remembered(tensor[:, :0], 1, 0, need)
         old.cut(seen)
-        joined = torch.cat([old.tensor, tensor], dim=1)
-        kept = joined[:, -need - SLACK :]
-        memory[name] = Remembered(kept, 1, old.start + joined.shape[1] - kept.shape[1], need)
-        return joined, old.start
+        return old.append(tensor)
 
     def announce(self, child: SparseAttention) -> None:
         """Tell a ``sparse_cache`` which pattern reads the keys that it hands out next; it may refuse that one."""
@@ -250,7 +263,7 @@ class LayerMemory:
     def kept_slots(self, length: int) -> Tensor | None:
         """The slots of the keys that a sparse cache handed out; None where it dropped none, or is no sparse cache."""
         slots: Tensor | None = getattr(self.layer, "slots", None)
-        if slots is not None and self.layer.announced:
+        if getattr(self.layer, "announced", False):
             raise SparseAttentionError(
                 f"layer {self.layer_idx} reads keys that did not pass through its place in the sparse_cache: layers of "
                 "this model share keys in a way that sa_hf does not know; use a DynamicCache"

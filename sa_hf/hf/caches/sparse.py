@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.caches.layer import memory_of
+from sa_hf.hf.caches.room import Room
 from sa_hf.hf.state.activity import place_of
 from sa_hf.hf.state.layers import active_child, leaves
 from sa_hf.hf.state.patch import required_patch
@@ -132,7 +133,7 @@ def _held(layer: Any) -> int:
 def _bytes(layer: Any) -> int:
     tensors = [x for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
     tensors += [entry.tensor for entry in getattr(layer, "sa_hf_memory", {}).values()]
-    return sum(x.numel() * x.element_size() for x in tensors)
+    return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
 class SharedLayer(DynamicLayer):
@@ -140,7 +141,8 @@ class SharedLayer(DynamicLayer):
 
 
 class KeptLayer(DynamicLayer):
-    """Holds the keys at ``slots`` (int64, ascending) of the ``seen`` tokens so far; the rows of a batch share them.
+    """Holds the keys at ``slots`` (int64, ascending; None: all) of the ``seen`` tokens so far; the rows of a batch
+    share them. A token is written behind the others, and what goes is closed up, in memory that is there already.
 
     What it dropped, only the pattern that it ``kept_for`` can do without: a layer's pattern announces itself before its
     keys join, and attention that does not (dense, unpatched) reads all keys.
@@ -152,7 +154,8 @@ class KeptLayer(DynamicLayer):
         super().__init__(*args, **kwargs)
         self.keys: Any
         self.values: Any
-        self.slots = torch.zeros(0, dtype=torch.int64)
+        self.slots: Tensor | None = None
+        self.key_room, self.value_room, self.slot_room = Room(2), Room(2), Room(0)
         self.seen = self.asked_at = 0
         self.kept_for: tuple[Any, ...] | None = None  # None as long as nothing was dropped
         self.announced = False
@@ -169,7 +172,7 @@ class KeptLayer(DynamicLayer):
 
     def _other_reader(self, now: str) -> SparseAttentionError:
         return SparseAttentionError(
-            f"this sparse_cache holds {len(self.slots)} of {self.seen} keys, those that {_name_of(self.kept_for)} "
+            f"this sparse_cache holds {_held(self)} of {self.seen} keys, those that {_name_of(self.kept_for)} "
             f"reads, but {now}: start again from the prompt, with a new cache"
         )
 
@@ -178,11 +181,16 @@ class KeptLayer(DynamicLayer):
             raise self._other_reader("this layer now reads all of them (inside dense(model), or without its pattern)")
         self.announced = False
         new = key_states.shape[-2]
-        fresh = torch.arange(self.seen, self.seen + new, device=key_states.device)
-        self.slots = torch.cat([self.slots.to(key_states.device), fresh])
+        if self.slots is not None:
+            fresh = torch.arange(self.seen, self.seen + new, device=key_states.device)
+            self.slots = self.slot_room.joined(self.slots.to(key_states.device), fresh)
         self.seen += new
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return keys, values
+        if not self.is_initialized or self.keys.numel() == 0:
+            first: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return first
+        self.keys = self.key_room.joined(self.keys, key_states)
+        self.values = self.value_room.joined(self.values, value_states)
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -200,28 +208,29 @@ class KeptLayer(DynamicLayer):
         # Older Transformers fill a layer with zeros instead of emptying it.
         self.keys = self.values = None
         self.is_initialized = False
-        self.slots, self.seen, self.asked_at = torch.zeros(0, dtype=torch.int64), 0, 0
+        self.slots, self.seen, self.asked_at = None, 0, 0
         self.kept_for, self.announced = None, False
 
     def evict(self, child: SparseAttention, inputs: AttentionInputs) -> None:
         """Drop the keys that no row's next queries can read."""
         decoding = inputs.query.shape[2] == 1
-        if decoding and (self.seen - self.asked_at) * EVICTED_PART < len(self.slots):
+        if decoding and (self.seen - self.asked_at) * EVICTED_PART < _held(self):
             return
         self.asked_at = self.seen
         keep = readable_slots(child, inputs)
         if keep is None:
             return
-        chosen = torch.nonzero(keep.to(self.slots.device)[self.slots]).flatten()
-        dropped = len(self.slots) - len(chosen)
+        slots = torch.arange(self.seen, device=self.keys.device) if self.slots is None else self.slots
+        chosen = torch.nonzero(keep.to(slots.device)[slots]).flatten()
+        dropped = len(slots) - len(chosen)
         if dropped == 0 or (decoding and dropped * EVICTED_PART < len(chosen)):
             return
         self.kept_for = _pattern_of(child)
-        self.slots = self.slots[chosen]
-        self.keys, self.values = (x.index_select(2, chosen.to(x.device)) for x in (self.keys, self.values))
+        self.slots = self.slot_room.chosen(slots, chosen)
+        self.keys, self.values = self.key_room.chosen(self.keys, chosen), self.value_room.chosen(self.values, chosen)
         for entry in memory_of(self).values():
             if entry.need is None:
-                entry.tensor = entry.tensor.index_select(entry.dim, chosen.to(entry.tensor.device))
+                entry.tensor = entry.room.chosen(entry.tensor, chosen)
 
 
 def _pattern_of(child: SparseAttention) -> tuple[Any, ...]:

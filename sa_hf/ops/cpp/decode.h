@@ -28,7 +28,7 @@ struct DecodeCall {
     const float* spans;        // null, or by the steps below: of each place
     const float* sinks;        // null, or [heads]
     int64_t num_rows, heads, kv_heads, lanes, list_heads, queries, head_dim, value_dim, held, base;
-    int64_t relative, skip_own, index_batch, index_heads, index_width, unit, order_width;
+    int64_t relative, skip_own, own_if_empty, index_batch, index_heads, index_width, unit, order_width;
     int64_t label_batch_step, label_head_step, most, span_batch_step, span_head_step, bias_columns;
     int64_t element, threads;     // element: of key and value
     double scale, softcap, ramp;  // softcap 0: none
@@ -99,7 +99,8 @@ struct Step {
             near = place;
         }
         if (place >= 0 && place < c.held) return place;
-        *missing = 1;
+        // A cache drops a key whose spans have ended: no query here would give it weight.
+        if (c.kept == nullptr || c.spans == nullptr) *missing = 1;
         return -1;
     }
 
@@ -145,12 +146,13 @@ struct Step {
             const int64_t* listed = c.index + ((batch * c.index_heads + head) * c.queries + row[1]) * c.index_width;
             for (int64_t x = 0; x < c.index_width; ++x)
                 if (listed[x] >= 0)
-                    for (int64_t at = listed[x] * c.unit; at < (listed[x] + 1) * c.unit; ++at)
-                        if (at >= low && at < high) push(at);
+                    for (int64_t at = std::max(listed[x] * c.unit, low); at < std::min((listed[x] + 1) * c.unit, high);
+                         ++at)
+                        push(at);
         }
         if (c.labels != nullptr) run_labels(low);
         if (taken == 0)
-            for (; own_times > 0; --own_times) take(i, place_of(i));
+            for (own_times = std::max(own_times, c.own_if_empty); own_times > 0; --own_times) take(i, place_of(i));
         if (count > 0) flush();
     }
 

@@ -64,7 +64,7 @@ def decode_step(
         rows=reads.rows.buffer_info()[0], run_start=reads.lists.starts.buffer_info()[0],
         runs=reads.lists.runs.buffer_info()[0], num_rows=reads.count, heads=heads, kv_heads=kv_heads, lanes=lanes,
         list_heads=reads.list_heads, queries=n_q, head_dim=head_dim, value_dim=value_dim, held=held,
-        relative=reads.relative, skip_own=reads.skip_own, element=ELEMENTS[key.dtype],
+        relative=reads.relative, skip_own=reads.skip_own, own_if_empty=reads.own_if_empty, element=ELEMENTS[key.dtype],
         threads=torch.get_num_threads(), scale=options.scale, softcap=options.softcap or 0.0, ramp=options.ramp,
     )  # fmt: skip
     held_tensors = [
