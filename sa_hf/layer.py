@@ -141,3 +141,11 @@ class AttentionInputs:
     sinks: Tensor | None = None
     chunk: int | None = None
     blocks: Blocks | None = None
+
+    def remembered(self, name: str, tensor: Tensor, dim: int) -> Tensor:
+        """A per-token tensor of the keys that there are, the new ones' joined to the cached ones'."""
+        if self.remember is None:
+            return tensor
+        if self.key_slots is None:
+            return self.remember(name, tensor, dim)
+        return self.remember(name, tensor, dim, whole=False)

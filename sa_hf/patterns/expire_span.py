@@ -205,7 +205,7 @@ class ExpireSpanAttention(LearnedAttention):
             carried = inputs.remember("inputs", hidden.detach(), dim=1)
             spans = torch.cat([self.spans(carried[:, : carried.shape[1] - hidden.shape[1]]), fresh], dim=2)
         else:
-            spans = inputs.remember("spans", fresh, dim=2, whole=inputs.key_slots is None)
+            spans = inputs.remembered("spans", fresh, dim=2)
         if spans.shape[2] != inputs.key.shape[2]:
             raise SparseAttentionError(
                 f"the cache holds spans of {spans.shape[2]} tokens for {inputs.key.shape[2]} keys: it was filled in "

@@ -158,7 +158,7 @@ class RoutingAttention(CentroidState):
         split = self.config.num_local_heads
         routed = self._heads(inputs, slice(split, None))
         if self.config.shared_qk:
-            routed.key = self._remembered(inputs, "queries", routed.query, dim=2)
+            routed.key = inputs.remembered("queries", routed.query, dim=2)
         out = self._route(routed)
         if self.local is None:
             return out
@@ -178,13 +178,6 @@ class RoutingAttention(CentroidState):
             sinks=None if inputs.sinks is None else inputs.sinks[heads],
         )
 
-    @staticmethod
-    def _remembered(inputs: AttentionInputs, name: str, tensor: Tensor, dim: int) -> Tensor:
-        if inputs.remember is None:
-            return tensor
-        joined: Tensor = inputs.remember(name, tensor, dim, whole=inputs.key_slots is None)
-        return joined
-
     def _route(self, inputs: AttentionInputs) -> Tensor:
         vectors = self._vectors(inputs)
         observed = inputs.causal or self.training or self.config.commitment_coef > 0
@@ -197,7 +190,7 @@ class RoutingAttention(CentroidState):
         options = score_options(inputs, self.heads[self.config.num_local_heads :])
         if inputs.causal and clusters is not None:
             of_queries = clusters[0]
-            of_keys = self._remembered(inputs, "clusters", clusters[1], dim=2)
+            of_keys = inputs.remembered("clusters", clusters[1], dim=2)
             if not torch.compiler.is_exporting():  # tensors of a trace mean nothing after it
                 self._seen = of_keys, inputs.sequences, inputs.key_slots
             if self._in_place(inputs):

@@ -24,17 +24,23 @@ DECODE_CACHED = 4096
 
 
 def static_options(query: Tensor, scale: float, dropout: float) -> ScoreOptions:
-    """The options of a bare call; with dropout, one seed is drawn from torch's generator."""
-    seed = torch.randint(2**62, (), device=query.device) if dropout > 0 else None
-    return ScoreOptions(scale, dropout=dropout, seed=seed)
+    """The options of a bare call."""
+    return ScoreOptions(scale, dropout=dropout, seed=dropout_seed(query, dropout))
+
+
+def dropout_seed(query: Tensor, dropout: float) -> Tensor | None:
+    """One seed of a call's dropout, drawn from torch's generator."""
+    return torch.randint(2**62, (), device=query.device) if dropout > 0 else None
 
 
 def score_options(inputs: AttentionInputs, heads: tuple[int, ...] | None = None) -> ScoreOptions:
     """The options of one call of a layer; checkpointing restores the generator that the dropout seed is drawn from."""
-    return replace(
-        static_options(inputs.query, inputs.scale, inputs.dropout),
-        softcap=inputs.softcap,
-        distance_bias=inputs.distance_bias,
+    return ScoreOptions(
+        inputs.scale,
+        inputs.softcap,
+        inputs.distance_bias,
+        dropout=inputs.dropout,
+        seed=dropout_seed(inputs.query, inputs.dropout),
         extra_tokens=inputs.sequences.extra_tokens,
         heads=heads,
         sinks=inputs.sinks,

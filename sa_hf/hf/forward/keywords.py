@@ -36,15 +36,15 @@ def _loss_keywords() -> frozenset[str]:
 
 
 LOSS_KEYWORDS = _loss_keywords()
+KNOWN = HARMLESS | SERVED | LOSS_KEYWORDS
 
 
 def unknown_keywords(kwargs: dict[str, Any]) -> list[str]:
     """The keywords of a call that ask for something which the adapter does not know."""
-    known = HARMLESS | SERVED | LOSS_KEYWORDS
     return [
         name
         for name, value in kwargs.items()
-        if name not in known and value is not None and value is not False and not is_cache(value)
+        if name not in KNOWN and value is not None and value is not False and not is_cache(value)
     ]
 
 

@@ -36,9 +36,11 @@ class Carried:
         rotary = kwargs.get("position_embeddings")
         if rotary is None and len(args) > 1 and isinstance(args[1], tuple):
             rotary = args[1]
-        # Some models hand down a mask for each kind of mixer by its name (Zaya).
-        masks = [y for x in (*args, *kwargs.values()) for y in (x.values() if isinstance(x, dict) else [x])]
-        request = next((x for x in masks if isinstance(x, MaskRequest)), None)
+        request = kwargs.get("attention_mask")
+        if not isinstance(request, MaskRequest):
+            # Some models hand down a mask for each kind of mixer by its name (Zaya).
+            masks = [y for x in (*args, *kwargs.values()) for y in (x.values() if isinstance(x, dict) else [x])]
+            request = next((x for x in masks if isinstance(x, MaskRequest)), None)
         return cls(hidden, rotary, cache_in(args, kwargs), request)
 
 

@@ -56,13 +56,15 @@ class ModelForward:
         self.pooled = pooled_position(model)  # None once it was warned about
         self.tied: tuple[int, ...] = ()
         self.running = False
+        self.children: list[SparseAttention] | None = None  # those that act, in the running forward
         self.around: ForwardInputs | None = None  # what a forward around this one was given
         self.given: ForwardInputs | None = None
         self.noted_before: list[tuple[SparseAttention, dict[str, Any]]] = []  # what was noted before a transform
         self.before_packed: list[str] = []  # the implementations that a packed call inside dense(model) replaces
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "running": False, "around": None, "given": None, "before_packed": [], "noted_before": []}
+        left = {"running": False, "children": None, "around": None, "given": None}
+        return {**vars(self), **left, "before_packed": [], "noted_before": []}
 
     def register(self, model: PreTrainedModel) -> list[Any]:
         setattr(model, FORWARD, self)
@@ -115,7 +117,7 @@ class ModelForward:
         _check_not_crossed(model, named)
         if self.pooled is not None and not torch.compiler.is_compiling() and warn_of_padding(model, self.pooled, named):
             self.pooled = None
-        children = sparse_children(model, self.names)
+        children = self.children = sparse_children(model, self.names)
         if children:
             refuse_recorded()
         if transformed():
@@ -221,7 +223,8 @@ class ModelForward:
         self.before_packed = []
         hand_over(self.around)
         self.around = self.given = None
-        for child in sparse_children(model, self.names):
+        children, self.children = self.children, None
+        for child in sparse_children(model, self.names) if children is None else children:
             child.drop_graph()
         for leaf, attributes in self.noted_before:  # a transform's tensors are none outside of it
             vars(leaf).update(attributes)
@@ -237,8 +240,8 @@ class ModelForward:
             own = [child for child in sparse_children(model, self.own) if _train([child])]
             if own and delivery is not None:
                 output = carrying(own, delivery, output)
-        children = sparse_children(model, self.names)
-        if not outermost or not _train(children):
+        children = self.children if outermost else None
+        if children is None or not _train(children):
             return output
         if collected is not None:
             check_live(children)

@@ -56,7 +56,8 @@ def decode_step(
     own_lists = [reads.list_heads, 1 if listed is None else listed.index.shape[1]]
     apart = labelled is not None or (options.spans is not None and options.spans.shape[1] > 1)
     lanes = heads if group > 1 and (apart or heads in own_lists) else kv_heads
-    rows, key, value = plain(query, torch.float32), last_together(key), last_together(value)
+    rows = query if query.dtype == torch.float32 and query.stride(3) == 1 else plain(query, torch.float32)
+    key, value = last_together(key), last_together(value)
     made = rows.new_empty if reads.complete else rows.new_zeros
     out = made(batch, n_q, heads, value_dim).transpose(1, 2)
     call = DecodeCall(
@@ -67,14 +68,17 @@ def decode_step(
         relative=reads.relative, skip_own=reads.skip_own, own_if_empty=reads.own_if_empty, element=ELEMENTS[key.dtype],
         threads=torch.get_num_threads(), scale=options.scale, softcap=options.softcap or 0.0, ramp=options.ramp,
     )  # fmt: skip
-    held_tensors = [
-        _set(call, "order", reads.order, torch.int64), _set(call, "kept", kept, torch.int64),
-        _set(call, "bias", options.distance_bias, torch.float32), _set(call, "sinks", options.sinks, torch.float32),
-    ]  # fmt: skip
+    held_tensors: list[Tensor] = []
+    if kept is not None:
+        held_tensors.append(_set(call, "kept", kept, torch.int64))
     if reads.order is not None:
+        held_tensors.append(_set(call, "order", reads.order, torch.int64))
         call.order_width = reads.order.shape[1]
     if options.distance_bias is not None:
+        held_tensors.append(_set(call, "bias", options.distance_bias, torch.float32))
         call.bias_columns = options.distance_bias.shape[1]
+    if options.sinks is not None:
+        held_tensors.append(_set(call, "sinks", options.sinks, torch.float32))
     if options.spans is not None:
         spans = options.spans.detach().float()
         spans = spans if spans.stride(2) == 1 else spans.contiguous()
@@ -91,7 +95,7 @@ def decode_step(
         call.most = labelled.most
     if library().sa_hf_decode(ctypes.byref(call)):
         raise missing_key()
-    return out.to(query.dtype)
+    return out if rows is query else out.to(query.dtype)
 
 
 def missing_key() -> SparseAttentionError:
@@ -103,8 +107,7 @@ def missing_key() -> SparseAttentionError:
 
 def last_together(x: Tensor) -> Tensor:
     """Each row's elements next to each other."""
-    x = x.detach()
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.detach().contiguous()
 
 
 def _lying(x: Tensor) -> CallRows:
@@ -116,10 +119,8 @@ def _steps(x: Tensor) -> list[int]:
     return [x.stride(0), x.stride(1) if x.shape[1] > 1 else 0]
 
 
-def _set(call: DecodeCall, name: str, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _set(call: DecodeCall, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Point a field at a tensor, which the caller holds."""
-    if x is None:
-        return None
     x = x.detach().to(dtype).contiguous()
     setattr(call, name, x.data_ptr())
     return x
