@@ -33,7 +33,7 @@ MODELS: dict[str, Any] = {
     "gemma3": lambda: tf.Gemma3ForConditionalGeneration(
         tf.Gemma3Config(
             text_config=tf.Gemma3TextConfig(
-                **TEXT, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+                **TEXT, sliding_window=3, layer_types=["sliding_attention", "full_attention"]
             ),
             vision_config=tf.SiglipVisionConfig(**VISION), mm_tokens_per_image=4, image_token_id=IMAGE,
         )
