@@ -101,6 +101,13 @@ def test_slopes_are_those_of_transformers(heads: int) -> None:
     assert torch.allclose(bloom_slopes(heads), theirs)
 
 
+def test_a_bias_of_boxes_is_refused() -> None:
+    """LayoutLMv3's depends on where words stand on a page: read as a table of distances it was wrong in silence."""
+    model, _ = build(ENTRIES["LayoutLMv3Model"])
+    with pytest.raises(sa_hf.UnsupportedModelError, match="no table of distances"):
+        sa_hf.patch_model(model, FIRST)
+
+
 def test_the_table_names_classes_that_transformers_has() -> None:
     found: set[str] = set()
     for name in NAMES:

@@ -22,13 +22,22 @@ TEXT = [
     "AlbertModel", "ElectraModel", "ModernBertModel", "CamembertModel", "BartForConditionalGeneration",
     "MBartModel", "MarianModel", "T5ForConditionalGeneration", "LlamaForCausalLM", "GemmaForCausalLM",
     "Gemma2ForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
-    "PhiForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "OPTForCausalLM", "CohereForCausalLM",
+    "PhiForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "OPTForCausalLM",
+]  # fmt: skip
+LATER = [
+    "CohereForCausalLM", "Cohere2ForCausalLM", "DeepseekV3ForCausalLM", "EsmForMaskedLM", "Exaone4ForCausalLM",
+    "GlmForCausalLM", "Glm4ForCausalLM", "GPTBigCodeForCausalLM", "GptOssForCausalLM", "GPTJForCausalLM",
+    "GraniteForCausalLM", "JambaForCausalLM", "Lfm2ForCausalLM", "Llama4ForCausalLM", "M2M100ForConditionalGeneration",
+    "MT5ForConditionalGeneration", "OlmoForCausalLM", "Olmo2ForCausalLM", "PegasusForConditionalGeneration",
+    "Phi3ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "Qwen3NextForCausalLM", "SmolLM3ForCausalLM",
+    "StableLmForCausalLM", "Starcoder2ForCausalLM", "LlavaForConditionalGeneration", "Mistral3ForConditionalGeneration",
+    "Gemma3ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "CLIPTextModel", "CLIPVisionModel",
 ]  # fmt: skip
 IMAGES = ["ViTModel", "DeiTModel", "Dinov2Model", "BeitModel"]
 ENTRIES = {entry.name: entry for entry in entries()}
 
 
-@pytest.mark.parametrize("name", [*TEXT, *IMAGES])
+@pytest.mark.parametrize("name", [*TEXT, *LATER, *IMAGES])
 def test_outputs_and_gradients_equal_its_own_eager_attention(name: str) -> None:
     if name not in ENTRIES:
         pytest.skip(f"transformers {tf.__version__} has no {name}")

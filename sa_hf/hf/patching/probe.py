@@ -29,6 +29,7 @@ from sa_hf.hf.forward.extra_tokens import EmptyTokenHooks
 from sa_hf.hf.forward.keywords import SINKS, unknown_keywords
 from sa_hf.hf.forward.layer_input import Carried
 from sa_hf.hf.forward.masks import MaskRequest, sparse_mask
+from sa_hf.hf.forward.position_bias import has_bias_table
 from sa_hf.hf.forward.rotary import ROTARY_FUNCTION
 from sa_hf.hf.patching.proofs import Replay, changes_its_mask, rotation_stays, taps_astray
 from sa_hf.hf.patching.skeleton import PartlyKnown, failed_line, partly_known, skeleton_of
@@ -118,7 +119,7 @@ def probe(
             continue
         reason = _wrong(site, attention, call)
         if reason is None and call is not None and site.name in targets:
-            reason = _not_served(site, attention, call.keywords) or _lost(model, site, call, runs, targets[site.name])
+            reason = _not_served(model, site, call.keywords) or _lost(model, site, call, runs, targets[site.name])
             reason = reason or runs.disproved.get(site.name)
         if reason is not None:
             raise UnsupportedModelError(f"{name} cannot be patched: {site.stack} layer {site.spec.layer_idx} {reason}")
@@ -384,17 +385,19 @@ def _wrong(site: Site, attention: nn.Module, seen: _Seen | None) -> str | None:
     return None
 
 
-def _not_served(site: Site, attention: nn.Module, keywords: dict[str, Any]) -> str | None:
+def _not_served(model: PreTrainedModel, site: Site, keywords: dict[str, Any]) -> str | None:
     """Why the adapter cannot give what a targeted layer asks of its attention function, or None."""
     if site.spec.sinks and keywords.get(SINKS) is None:
         return f"has attention sinks, but does not hand them to its attention as {SINKS!r} ({_installed()})"
     unknown = [name for name in unknown_keywords(keywords) if not (name == SINKS and site.spec.sinks)]
     if unknown:
         return f"hands {unknown[0]!r} to its attention, which sparse attention would have to drop"
-    taken = inspect.signature(type(attention).forward).parameters
     bias = keywords.get("position_bias")
-    if bias is not None and bias.shape[-2] != 1 and "position_bias" not in taken:
-        return "builds a position bias of all pairs inside the layer"
+    if bias is not None and bias.shape[-2] != 1:
+        # T5's layers share what their first makes, for which a hook gives all of them the table.
+        taken = inspect.signature(type(model.get_submodule(site.name)).forward).parameters
+        if "position_bias" not in taken or not any(has_bias_table(module) for module in model.modules()):
+            return "gets a position bias of all pairs that is no table of distances"
     return None
 
 
