@@ -263,7 +263,10 @@ class SparseBertAttention(LearnedAttention):
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
 
     def _evaluates_sparsely(self, inputs: AttentionInputs) -> bool:
-        """Whether the mask, though not frozen, runs as if it were: in evaluation no gradient reaches it."""
+        """Whether the mask, though not frozen, runs as if it were: in evaluation no gradient reaches it. Not where the
+        inputs want one: the dense search can be differentiated twice."""
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (inputs.query, inputs.key, inputs.value)):
+            return False
         plain = eager(inputs.query, inputs.key) and not torch._C._are_functorch_transforms_active()
         return not self.training and plain and inputs.query.device.type == "cpu"
 
