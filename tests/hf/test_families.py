@@ -10,7 +10,7 @@ import transformers as tf
 from hf_cases import BOTH, CONFIGS, DECODERS, ENCODERS, FAMILIES, case, error, is_served, tiny_model, tokens
 
 import sa_hf
-from sa_hf import SparseAttentionError, UnsupportedModelError
+from sa_hf import UnsupportedModelError
 
 COVERING = sa_hf.SlidingWindowAttentionConfig(window=1000)
 NARROW = sa_hf.SlidingWindowAttentionConfig(window=3)
@@ -188,14 +188,16 @@ def test_a_plain_module_is_refused() -> None:
         sa_hf.patch_model(torch.nn.Linear(2, 2), "bigbird")
 
 
-def test_two_stacks_of_a_kind_are_refused() -> None:
+def test_of_text_and_images_the_text_gets_the_pattern() -> None:
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     config = tf.CLIPConfig(
-        text_config={**text, "vocab_size": 99}, vision_config={**text, "image_size": 32, "patch_size": 8}
+        text_config={**text, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={**text, "image_size": 32, "patch_size": 8},
     )
-    model = tf.CLIPModel(config)
-    with pytest.raises(SparseAttentionError):
-        sa_hf.patch_model(model, "sliding_window")
+    model = sa_hf.patch_model(tf.CLIPModel(config), "sliding_window")
+    patched = [name for name, _ in model.named_modules() if name.endswith(".sparse")]
+    assert len(patched) == 1
+    assert patched[0].startswith("text_model.")
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", *BOTH])
