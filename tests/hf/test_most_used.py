@@ -67,6 +67,6 @@ def test_what_does_not_run_is_not_built_and_what_is_refused_says_why() -> None:
     missing = check(Entry("NoSuchModel", "bert", "AutoModel"))
     assert missing.status == NOT_BUILT
     assert "NoSuchModel" in missing.reason
-    refused = check(ENTRIES["BloomModel"], quick=True)
+    refused = check(ENTRIES["DebertaV2Model"], quick=True)
     assert refused.status == "refused"
     assert "AttentionInterface" in refused.reason

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from attn_gym.sparse import gather_attn
 from used_inside import checks
 
 from sa_hf import BlockTopKAttentionConfig, sparse_attention
 from sa_hf.patterns.block_topk import read_pairs
 
+gather_attn = pytest.importorskip("attn_gym.sparse").gather_attn
 SMALL: dict[str, Any] = {"block_size": 8, "top_k": 2, "num_window_blocks": 1}
 
 

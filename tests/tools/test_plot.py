@@ -68,7 +68,7 @@ def test_the_gates_of_spans_are_seen_as_the_formula_gives_them() -> None:
 def test_clusters_are_seen_as_routing_reads_them() -> None:
     model = gpt2("routing", num_clusters=3, window=64)
     weights = weights_of(model, torch.arange(40)[None]) > 0
-    clusters, _ = first_layer(model)._seen
+    clusters = first_layer(model)._seen[0]
     assert torch.equal(weights, weights & torch.ones(40, 40, dtype=torch.bool).tril())
     assert bool(weights.diagonal(dim1=1, dim2=2).all())
     for head in range(2):
