@@ -104,9 +104,16 @@ def eager_under_its_pattern(model: Any, mask: Tensor) -> Iterator[None]:
             return args, {**kwargs, "attention_mask": {**given, "causal": whole}}
         return args, {**kwargs, "attention_mask": whole}
 
+    with dense_under(model, under):
+        yield
+
+
+@contextmanager
+def dense_under(model: Any, hook: Any) -> Iterator[None]:
+    """The model's own attention inside the block, its patched layers called as ``hook`` (a forward pre-hook) says."""
     layers = [m for m in model.modules() if isinstance(getattr(m, "sparse", None), SparseAttention)]
     assert layers
-    handles = [layer.register_forward_pre_hook(under, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
     try:
         with sa_hf.dense(model):
             yield

@@ -11,14 +11,22 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from eager_cases import HIDDEN, SIZES, TOKENS, check_against_eager, eager_under_its_pattern, log_weights, scattered
+from eager_cases import (
+    HIDDEN,
+    SIZES,
+    TOKENS,
+    check_against_eager,
+    dense_under,
+    eager_under_its_pattern,
+    log_weights,
+    scattered,
+)
 from test_towers import IMAGE, VISION, made, padded
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 import sa_hf
 from sa_hf import SparseAttentionError, UnsupportedModelError
-from sa_hf.config import SparseAttention
 
 WINDOW = sa_hf.SlidingWindowAttentionConfig(window=5, num_sink_tokens=2)
 TWICE = sa_hf.LongNetAttentionConfig(segment_length=(4, 64), dilated_ratio=(1, 2))  # some pairs in both branches
@@ -105,17 +113,8 @@ def eager_with_its_images(model: Any, given: dict[str, Tensor]) -> Iterator[None
             whole[row, :, at[:, None], at[None, :]] = pairs.where(~added | (pairs > HIDDEN / 2), 0.0)
         return args, {**kwargs, "attention_mask": whole}
 
-    handles = [
-        module.register_forward_pre_hook(under, with_kwargs=True)
-        for module in model.modules()
-        if isinstance(getattr(module, "sparse", None), SparseAttention)
-    ]
-    try:
-        with sa_hf.dense(model):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with dense_under(model, under):
+        yield
 
 
 @says_blocks

@@ -20,12 +20,10 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.patching.patch import dense
 from sa_hf.hf.state.patch import required_patch
 from sa_hf.hf.state.sites import root_model
+from sa_hf.hf.state.step import IGNORED_LABEL
 
 DISTILL = ("logits", "outputs", "both")
 NUMBERS_AT_ONCE = 2**22  # 16 MB in fp32: log-probabilities of a large vocabulary are made in pieces of about so many
-
-
-IGNORED = -100  # a label that is none
 
 Outputs: TypeAlias = list[tuple[str, Tensor]]  # of attention layers, by name
 Taught: TypeAlias = tuple[dict[str, Tensor], Outputs]  # a teacher's logits by name, and outputs
@@ -138,7 +136,7 @@ class Distillation:
         labels, mask = inputs.get("labels"), inputs.get("decoder_attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return given, mask.bool()
-        return given, labels != IGNORED if isinstance(labels, Tensor) and labels.dim() == 2 else None
+        return given, labels != IGNORED_LABEL if isinstance(labels, Tensor) and labels.dim() == 2 else None
 
 
 def _trains_weights(model: nn.Module) -> bool:
