@@ -22,7 +22,7 @@ from sa_hf.tools.families.registry import entries
 ENTRIES = {entry.name: entry for entry in entries()}
 NAMES = [
     "MPNetModel", "RoFormerModel", "MegatronBertModel", "RemBertModel", "TapasModel", "UMT5ForConditionalGeneration",
-    "SiglipVisionModel", "GPTNeoForCausalLM", "XGLMForCausalLM", "BloomForCausalLM",
+    "SiglipVisionModel", "Aimv2VisionModel", "GPTNeoForCausalLM", "XGLMForCausalLM", "BloomForCausalLM",
     "MptForCausalLM", "FalconForCausalLM",
 ]  # fmt: skip
 

@@ -134,6 +134,10 @@ class _FromData(TorchFunctionMode):
         if func is torch._weight_norm:  # which wants both on one device before it dispatches
             direction, length, dim = args
             return direction * (length / torch.norm_except_dim(direction, 2, dim))
+        if func is torch.nn.functional.scaled_dot_product_attention:  # which does so too: pooling by a learned query
+            query, key, value = args[:3]
+            if len({x.device for x in (query, key, value)}) > 1:
+                return query.new_empty(*query.shape[:-1], value.shape[-1])
         return func(*args, **kwargs)
 
 
