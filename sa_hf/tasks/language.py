@@ -24,8 +24,7 @@ def token_chunks(texts: Iterable[str], tokenizer: Any, length: int, limit: int |
     Every chunk of a tokenizer with a start token (BERT's [CLS], Llama's <s>) begins with it. Stops after ``limit``
     chunks; the rest that fills no chunk is left out. Rows are ``{"input_ids", "attention_mask"}``.
     """
-    start = _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
-    end = _first(tokenizer.sep_token_id, tokenizer.eos_token_id)
+    start, end = start_token(tokenizer), end_token(tokenizer)
     body = length - (start is not None)
     chunks = PackedRows()
     mask = [1] * length
@@ -44,9 +43,18 @@ def token_chunks(texts: Iterable[str], tokenizer: Any, length: int, limit: int |
 
 def longest_chunk(texts: Iterable[str], tokenizer: Any) -> int:
     """The largest ``length`` at which :func:`token_chunks` fills one chunk of these texts."""
-    start = _first(tokenizer.cls_token_id, tokenizer.bos_token_id) is not None
-    end = _first(tokenizer.sep_token_id, tokenizer.eos_token_id) is not None
+    start, end = start_token(tokenizer) is not None, end_token(tokenizer) is not None
     return start + sum(len(ids) + end for ids in _token_lists(texts, tokenizer))
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token that a row begins with: BERT's [CLS], Llama's <s>; None where the tokenizer has none."""
+    return _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
+
+
+def end_token(tokenizer: Any) -> int | None:
+    """The token that a text ends with; None where the tokenizer has none."""
+    return _first(tokenizer.sep_token_id, tokenizer.eos_token_id)
 
 
 def _token_lists(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
