@@ -12,10 +12,12 @@ from typing import Any, NoReturn
 
 from sa_hf.config import did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tasks.data import DEFAULT_EVALUATION_ROWS, DEFAULT_TRAIN_ROWS, Source, load_source
+from sa_hf.tasks.data import load_source
 from sa_hf.tasks.homes import spare_caches
+from sa_hf.tasks.made import MADE_NAMES
 from sa_hf.tasks.models import AUTO_CLASSES
 from sa_hf.tasks.ranks import is_main
+from sa_hf.tasks.source import DEFAULT_EVALUATION_ROWS, DEFAULT_TRAIN_ROWS, Source
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +28,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         "--dataset_name",
         default="stdlib",
-        help="stdlib, stdlib-short, stdlib-docstrings, corridor, summation, series, a file or folder, or a hub name",
+        help=f"a file or folder, a hub name, or one that is made: {', '.join(MADE_NAMES)}",
+    )
+    data.add_argument(
+        "--dataset_set", action="append", default=[], metavar="FIELD=VALUE", help="a field of a data set that is made"
     )
     data.add_argument("--dataset_config", "--dataset_config_name", help="configuration of a hub data set")
     data.add_argument("--text_column", "--text_column_name", help="default: text, content, ...")
@@ -50,9 +55,17 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def source_of(
-    args: argparse.Namespace, *, evaluate_only: bool = False, label2id: Mapping[str, int] | None = None
+    args: argparse.Namespace,
+    *,
+    fields: Mapping[str, Any],
+    evaluate_only: bool = False,
+    label2id: Mapping[str, int] | None = None,
 ) -> Source:
-    """The rows that the data flags name, as :func:`sa_hf.tasks.data.load_source` gives them."""
+    """The rows that the data flags name, as :func:`sa_hf.tasks.data.load_source` gives them.
+
+    Args:
+        fields: what ``--dataset_set`` says.
+    """
     return load_source(
         args.task,
         args.dataset,
@@ -67,6 +80,7 @@ def source_of(
         encoding=args.encoding,
         evaluate_only=evaluate_only,
         label2id=label2id,
+        fields=fields,
     )
 
 

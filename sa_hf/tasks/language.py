@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from sa_hf.tasks.corpus import docstrings, stdlib_sources
@@ -14,8 +15,13 @@ def stdlib_texts(split: str, kind: str = "source") -> list[str]:
 
     Every tenth file is for evaluation (``split`` "train" or "evaluation").
     """
-    sources = [s for i, s in enumerate(stdlib_sources()) if (i % 10 == 9) == (split == "evaluation")]
-    return [s.text for s in (sources if kind == "source" else docstrings(sources))]
+    return list(_stdlib_texts(split == "evaluation", kind))
+
+
+@lru_cache(maxsize=4)
+def _stdlib_texts(held_out: bool, kind: str) -> tuple[str, ...]:
+    sources = [s for i, s in enumerate(stdlib_sources()) if (i % 10 == 9) == held_out]
+    return tuple(s.text for s in (sources if kind == "source" else docstrings(sources)))
 
 
 def token_chunks(texts: Iterable[str], tokenizer: Any, length: int, limit: int | None = None) -> PackedRows:

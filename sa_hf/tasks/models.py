@@ -15,9 +15,11 @@ AUTO_CLASSES = {
     "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "forecasting": "AutoModelForTimeSeriesPrediction",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "summarization": "AutoModelForSeq2SeqLM",
 }
 # Freshly initialised, for tests: they read bytes, so no vocabulary file is needed.
-TOYS = ("tiny-llama", "tiny-gpt2", "tiny-bert")
+TOYS = ("tiny-llama", "tiny-gpt2", "tiny-bert", "tiny-t5")
 # The forecaster of this package, freshly initialised: its pattern is a field of its config.
 CONV_TRANS = "convtrans"
 _TOY_SIZE = {"hidden": 64, "layers": 2, "heads": 4, "intermediate": 128}
@@ -207,6 +209,18 @@ def _toy_config(name: str, vocab_size: int, max_length: int, options: Mapping[st
             bos_token_id=None,
             eos_token_id=1,
             pad_token_id=0,
+        )
+    elif name == "tiny-t5":
+        config = transformers.T5Config(
+            vocab_size=vocab_size,
+            d_model=size["hidden"],
+            d_kv=size["hidden"] // size["heads"],
+            d_ff=size["intermediate"],
+            num_layers=size["layers"],
+            num_heads=size["heads"],
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
         )
     else:
         config = transformers.BertConfig(

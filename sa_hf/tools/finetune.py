@@ -16,16 +16,19 @@ from typing import Any
 
 from sa_hf.config import SparseAttentionConfig, available_patterns, did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tasks.data import Rows, tokenize
+from sa_hf.tasks.data import tokenize
 from sa_hf.tasks.flags import FlagParser, add_data_flags, devices, parse_flags, real, source_of, whole
 from sa_hf.tasks.forecast import forecast_figures
 from sa_hf.tasks.models import CONV_TRANS, TOYS, check_model, load_for_task, load_tokenizer, trained_classes
 from sa_hf.tasks.ranks import is_main, quiet_others, say
 from sa_hf.tasks.resume import check_checkpoint, checkpoint_of
+from sa_hf.tasks.source import SUMMARIES, Rows
+from sa_hf.tasks.summaries import summary_figures
 from sa_hf.tasks.verify import verify_reload
 from sa_hf.tools.options import make_config, parse_options
 
 VERIFIED_ROWS = 2
+LABELS = ("labels", "start_positions", "end_positions")
 DISTILL = ("logits", "outputs", "both")  # of SparseTrainer, whose module takes seconds to import
 # Words in the names of the schedulers that fail without options.
 NEEDS_OPTIONS = frozenset({"plateau", "decay", "min"})
@@ -105,7 +108,7 @@ def schedulers() -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    return parse_flags(build_parser(prog), argv, pairs=("set", "model_set"), mappings=("pattern",))
+    return parse_flags(build_parser(prog), argv, pairs=("set", "model_set", "dataset_set"), mappings=("pattern",))
 
 
 def chosen_pattern(args: argparse.Namespace) -> Any:
@@ -135,7 +138,11 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, tuple[Rows, Rows]]:
     if args.pattern != "none":
         chosen_pattern(args)
     check_model(args.model, args.task, args.trust_remote_code)
-    source = source_of(args, label2id=trained_classes(args.model, args.task, args.trust_remote_code))
+    source = source_of(
+        args,
+        fields=parse_options(args.dataset_set),
+        label2id=trained_classes(args.model, args.task, args.trust_remote_code),
+    )
     if source.vocab_size is not None and args.model not in TOYS:
         raise SparseAttentionError(f"dataset {args.dataset!r} has token ids of its own: use --model with one of {TOYS}")
     options = {**(source.model_options or {}), **parse_options(args.model_set)}
@@ -240,7 +247,8 @@ def with_lora(model: Any, rank: int, base_folder: Path, is_main: bool) -> Any:
     if is_main:
         model.save_pretrained(base_folder)
     # With a task PEFT trains and saves the new head, too, and AutoPeftModelForSequenceClassification finds it.
-    task = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else None
+    heads = {"ForSequenceClassification": "SEQ_CLS", "ForQuestionAnswering": "QUESTION_ANS"}
+    task = next((kind for head, kind in heads.items() if type(model).__name__.endswith(head)), None)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
     return peft.get_peft_model(model, sa_hf.prepare_peft(config, model))
 
@@ -277,10 +285,13 @@ def train(
     metrics |= {"train_peak_memory_mb": peak_memory_mb(), **trainer.evaluate()}
     if args.task == "forecasting":
         metrics |= forecast_figures(trainer.accelerator.unwrap_model(trainer.model), evaluation)
+    if args.task == SUMMARIES:
+        metrics |= summary_figures(trainer.accelerator.unwrap_model(trainer.model), tokenizer, evaluation)
     if arguments.process_index == 0:
         if args.verify != "none":
             trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-            batch = {k: v for k, v in trainer.data_collator(list(evaluation[:VERIFIED_ROWS])).items() if k != "labels"}
+            batch = trainer.data_collator(list(evaluation[:VERIFIED_ROWS]))
+            batch = {k: v for k, v in batch.items() if k not in LABELS}
             verify_reload(trained, output, args.task, batch, fresh=args.verify == "fresh")
             metrics["reload_verified"] = True
         metrics["log"] = trainer.state.log_history
