@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sa_hf.config import SparseAttentionConfig, available_patterns, did_you_mean, shown
+from sa_hf.config import available_patterns, did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.data import tokenize
 from sa_hf.tasks.flags import FlagParser, add_data_flags, devices, parse_flags, real, source_of, whole
@@ -25,7 +25,7 @@ from sa_hf.tasks.resume import check_checkpoint, checkpoint_of
 from sa_hf.tasks.source import SUMMARIES, Rows
 from sa_hf.tasks.summaries import summary_figures
 from sa_hf.tasks.verify import verify_reload
-from sa_hf.tools.options import make_config, parse_options
+from sa_hf.tools.options import built_pattern, make_config, parse_options
 
 VERIFIED_ROWS = 2
 LABELS = ("labels", "start_positions", "end_positions")
@@ -116,16 +116,8 @@ def chosen_pattern(args: argparse.Namespace) -> Any:
     if isinstance(args.pattern, dict):
         if args.set or args.preset or args.layers:
             raise SparseAttentionError("a mapping as pattern holds its own options: leave out set, preset and layers")
-        return _built(args.pattern)
+        return built_pattern(args.pattern)
     return make_config(args.pattern, args.set, args.preset)
-
-
-def _built(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if "name" in value:
-        return SparseAttentionConfig.from_dict(value)
-    return {key: _built(inner) for key, inner in value.items()}
 
 
 def prepare(args: argparse.Namespace) -> tuple[Any, Any, tuple[Rows, Rows]]:
