@@ -17,7 +17,17 @@ from typing import Any
 from sa_hf.config import available_patterns, did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.data import tokenize
-from sa_hf.tasks.flags import FlagParser, add_data_flags, devices, parse_flags, real, source_of, whole
+from sa_hf.tasks.flags import (
+    FlagParser,
+    add_data_flags,
+    devices,
+    json_text,
+    parse_flags,
+    real,
+    source_of,
+    steps,
+    whole,
+)
 from sa_hf.tasks.forecast import forecast_figures
 from sa_hf.tasks.models import CONV_TRANS, TOYS, check_model, load_for_task, load_tokenizer, trained_classes
 from sa_hf.tasks.ranks import is_main, quiet_others, say
@@ -57,15 +67,19 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     what.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="an option of the pattern")
     what.add_argument("--layers", help='layers that get the pattern, e.g. "0-3,6" (default: all)')
     what.add_argument("--engine", default="auto", help="auto, or the engine that must run")
-    what.add_argument("--rope_parameters", type=json.loads, help="JSON of RoPE scaling for a lengthened model")
+    what.add_argument("--rope_parameters", type=json_text, help="JSON of RoPE scaling for a lengthened model")
     what.add_argument(
-        "--lora_rank", type=whole(0), default=0, help="train LoRA adapters of this rank on all linear layers (0: off)"
+        "--lora_rank",
+        "--lora_r",
+        type=whole(0),
+        default=0,
+        help="train LoRA adapters of this rank on all linear layers (0: off)",
     )
     add_data_flags(parser)
     run = parser.add_argument_group("training")
     run.add_argument("--output_dir", default="runs/finetune")
     run.add_argument("--epochs", "--num_train_epochs", type=real(0, above=True), default=1.0)
-    run.add_argument("--max_steps", type=int, default=-1)
+    run.add_argument("--max_steps", type=steps, default=-1, help="steps instead of epochs, >= 1 (default: -1, epochs)")
     run.add_argument("--batch_size", "--per_device_train_batch_size", type=whole(1), default=1)
     run.add_argument("--eval_batch_size", "--per_device_eval_batch_size", type=whole(1), default=1)
     run.add_argument("--gradient_accumulation", "--gradient_accumulation_steps", type=whole(1), default=1)
@@ -129,6 +143,8 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, tuple[Rows, Rows]]:
 
     if args.pattern != "none":
         chosen_pattern(args)
+    elif args.set or args.preset or args.layers:
+        raise SparseAttentionError("--set, --preset and --layers say how to patch, but --pattern none leaves the model")
     check_model(args.model, args.task, args.trust_remote_code)
     source = source_of(
         args,
@@ -234,7 +250,7 @@ def with_lora(model: Any, rank: int, base_folder: Path, is_main: bool) -> Any:
         import peft
     except ImportError as error:
         raise sa_hf.SparseAttentionError(
-            "--lora_rank needs PEFT: pip install 'sa_hf[peft]', or pip install 'peft>=0.18'"
+            "--lora_rank needs PEFT: pip install 'peft>=0.18', or pip install '.[peft]' in a clone of sa_hf"
         ) from error
     if is_main:
         model.save_pretrained(base_folder)
@@ -252,8 +268,8 @@ def train(
     from sa_hf.hf.checkpoints.card import CARD_FILE, METRICS_FILE, is_ours
     from sa_hf.tasks.measure import StepClock, peak_memory_mb
     from sa_hf.tasks.trainer import task_trainer
-    from sa_hf.tools.card import write_card
-    from sa_hf.tools.stopping import SAVING, StopAndSave, end_if_saved, end_if_stopped, writing
+    from sa_hf.tools import stopping
+    from sa_hf.tools.card import renew_card
 
     arguments = training_arguments(args)
     output = Path(args.output_dir)
@@ -264,16 +280,21 @@ def train(
     trainer = task_trainer(args.task, model, arguments, tokenizer, rows, evaluation, **options)
     clock = StepClock()
     trainer.add_callback(clock)
-    stop = StopAndSave()
+    stop = stopping.StopAndSave()
     trainer.add_callback(stop)
-    with writing(output), stop.listening(arguments.world_size):
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    end_if_stopped(stop, output, trainer.state.global_step)
-    metrics = {**result.metrics, **clock.figures(), "global_step": trainer.state.global_step}
+    trainer.add_callback(stopping.NoStepTooMany())
+    metrics: dict[str, Any] = {}
+    try:
+        with stopping.writing(output), stop.listening(arguments.world_size):
+            metrics |= trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
+    except stopping.AtItsEnd:
+        say(f"{checkpoint} is at step {trainer.state.global_step} of --max_steps {args.max_steps}: no step is left")
+    stopping.end_if_stopped(stop, output, trainer.state.global_step)
+    metrics |= {**clock.figures(), "global_step": trainer.state.global_step}
     # Saved before all else: what goes wrong from here on loses no training.
-    with writing(output), stop.listening(arguments.world_size, SAVING):
+    with stopping.writing(output), stop.listening(arguments.world_size, stopping.SAVING):
         trainer.save_model()
-    end_if_saved(stop, output)
+    stopping.end_if_saved(stop, output)
     metrics |= {"train_peak_memory_mb": peak_memory_mb(), **trainer.evaluate()}
     if args.task == "forecasting":
         metrics |= forecast_figures(trainer.accelerator.unwrap_model(trainer.model), evaluation)
@@ -288,8 +309,8 @@ def train(
             metrics["reload_verified"] = True
         metrics["log"] = trainer.state.log_history
         (output / METRICS_FILE).write_text(json.dumps({"arguments": vars(args), **metrics}, indent=2) + "\n")
-        if args.pattern != "dense" and is_ours(output / CARD_FILE):
-            write_card(output)  # once more: the figures are known now
+        if is_ours(output / CARD_FILE):
+            renew_card(output)  # the figures are known now
     trainer.accelerator.wait_for_everyone()
     return metrics
 
@@ -309,12 +330,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
     """
     from transformers import set_seed
 
-    from sa_hf.tools.stopping import checkpoint_to_resume
+    from sa_hf.tools.stopping import check_output, checkpoint_to_resume
 
     args = parse_arguments(argv, prog)
     quiet_others()
     set_seed(args.seed)
     check_reports(args.report_to)
+    check_output(Path(args.output_dir))
     checkpoint_of(args.resume, args.output_dir)
     whole_one = checkpoint_to_resume(args.resume, Path(args.output_dir))
     checkpoint = None if whole_one is None else Path(whole_one)
