@@ -19,9 +19,8 @@ BUCKET = "_relative_position_bucket"
 
 def has_bias_table(module: nn.Module) -> bool:
     """Whether this attention layer computes the bias that later layers share."""
-    if not getattr(module, "has_relative_attention_bias", False) or not hasattr(module, BUCKET):
-        return False
-    return "position_bias" in inspect.signature(type(module).forward).parameters  # 60 us: of these layers alone
+    takes = "position_bias" in inspect.signature(type(module).forward).parameters
+    return takes and bool(getattr(module, "has_relative_attention_bias", False)) and hasattr(module, BUCKET)
 
 
 def bias_table(module: Any, length: int, device: torch.device) -> Tensor:

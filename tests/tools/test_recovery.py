@@ -1,0 +1,424 @@
+"""scripts/recovery.py in toy sizes: what a killed run keeps, the splits, the scores, the densities, the intervals."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import sa_hf
+from sa_hf.tools.recovery import decoder, encoder, grid, intervals, main, report, run, texts
+from sa_hf.tools.recovery.decoder import Decoder, loss_of
+from sa_hf.tools.recovery.density import densities, pairs_read
+from sa_hf.tools.recovery.grid import Cell
+from sa_hf.tools.recovery.needles import DEPTHS, KEY, LINE, NAMES, NUMBERS, Needles, Retrieval
+from sa_hf.tools.recovery.pooled import BY_MEAN, NO, YES, pooled
+from sa_hf.tools.recovery.rows import Rows, packed, unpacked
+from sa_hf.tools.recovery.run import Run
+
+NEEDLES = Needles(50)
+TEXT = list(range(50)) * 20
+
+
+@pytest.fixture(scope="module")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Thirty files of the standard library, so that a tokenizer is trained in a moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        kept = texts.stdlib_sources()[:600:20]
+        patch.setattr(texts, "stdlib_sources", lambda: kept)
+        yield kept
+
+
+@pytest.fixture(scope="module")
+def toy(small_corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    made = Decoder(tmp_path_factory.mktemp("base"), decoder.QUICK)
+    made.train_base()
+    return made
+
+
+# -- splits ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_file_is_in_two_splits() -> None:
+    paths = {split: {source.path for source in texts.sources_of(split)} for split in texts.SPLITS}
+    assert all(len(found) > 20 for found in paths.values())
+    assert sum(map(len, paths.values())) == len(set().union(*paths.values())) == len(texts.stdlib_sources())
+    with pytest.raises(sa_hf.SparseAttentionError, match=r"split='reports'.*'report'"):
+        texts.sources_of("reports")
+
+
+def test_training_reads_the_training_files_alone(toy: Decoder, small_corpus: Any) -> None:
+    allowed = {tuple(toy.tokenizer.encode(source.text).ids) for source in texts.sources_of("train")}
+    stream = [token for source in texts.sources_of("train") for token in toy.tokenizer.encode(source.text).ids]
+    assert toy.tokens("train") == stream
+    held_out = {tuple(toy.tokenizer.encode(source.text).ids) for source in texts.sources_of("report")}
+    assert not allowed & held_out
+    lengths = sum(len(ids) for ids in held_out)
+    assert len(toy.tokens("report")) == lengths > 0
+
+
+# -- retrieval -------------------------------------------------------------------------------------------------------
+
+
+class Copier(nn.Module):
+    """Continues each token with what followed its last occurrence; ``off`` shifts that answer by one."""
+
+    def __init__(self, vocab_size: int, off: int = 0) -> None:
+        super().__init__()
+        self.vocab_size, self.off = vocab_size, off
+        self.anything = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **kwargs: Any) -> Any:
+        logits = torch.zeros(*input_ids.shape, self.vocab_size)
+        for row, ids in enumerate(input_ids.tolist()):
+            for at, token in enumerate(ids):
+                before = [i for i in range(at) if ids[i] == token]
+                guess = ids[before[-1] + 1] + self.off if before else 0
+                logits[row, at, guess % self.vocab_size] = 1.0
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+
+@pytest.mark.parametrize("lines", [1, 5])
+def test_a_model_that_copies_answers_all_and_one_that_is_off_by_one_none(lines: int) -> None:
+    task = Retrieval(lines, (64, 96), each=3)
+    right = task.hits(Copier(NEEDLES.vocab_size), NEEDLES, TEXT)
+    assert right == [True] * (2 * len(DEPTHS) * 3)
+    assert task.hits(Copier(NEEDLES.vocab_size, off=1), NEEDLES, TEXT) == [False] * len(right)
+
+
+def test_a_prompt_has_its_line_at_its_depth_and_ends_with_the_question() -> None:
+    for depth in DEPTHS:
+        prompt, key = NEEDLES.prompt(TEXT, 80, depth, 4, random.Random(3))
+        assert len(prompt) == 80
+        assert prompt[-2] == NEEDLES.first
+        asked = prompt[-2:]
+        places = [i for i in range(len(prompt) - 2) if prompt[i : i + 2] == asked]
+        assert len(places) == 1
+        assert prompt[places[0] + 2 : places[0] + LINE] == key
+        own_text = [t for t in prompt[: places[0]] if t < NEEDLES.first]
+        assert len(own_text) == round(depth * (80 - 4 * LINE - 2))
+        assert [t for t in prompt if t < NEEDLES.first] == TEXT[: 80 - 4 * LINE - 2]
+
+
+def test_a_training_row_has_each_line_twice_in_whole_text() -> None:
+    for seed in range(20):
+        row = NEEDLES.row(TEXT, 100, 6, random.Random(seed))
+        assert len(row) == 100
+        starts = [i for i, token in enumerate(row) if token == NEEDLES.first]
+        told = sorted(tuple(row[i : i + LINE]) for i in starts)
+        assert len(told) == 12
+        assert told[::2] == told[1::2]
+        assert len({line[1] for line in told}) == 6
+        assert [t for t in row if t < NEEDLES.first] == TEXT[: 100 - 12 * LINE]
+        again = NEEDLES.repeated(row)
+        assert len(again) == 6 * KEY
+        assert all(row[: at - 2].count(row[at]) >= 1 for at in again)
+    assert NEEDLES.vocab_size == 50 + 1 + NAMES + KEY * NUMBERS
+
+
+def test_the_copied_share_counts_what_stands_a_second_time() -> None:
+    torch.manual_seed(0)
+    row = NEEDLES.row([], 2 * LINE * 3, 3, random.Random(0))
+    ids = torch.tensor([row])
+
+    class Knows(nn.Module):
+        def forward(self, input_ids: Tensor, labels: Tensor, **kwargs: Any) -> Any:
+            self.labels = labels
+            logits = nn.functional.one_hot(input_ids.roll(-1, 1), NEEDLES.vocab_size).float()
+            logits[0, NEEDLES.repeated(row)[0] - 1] = 0.0
+            return SimpleNamespace(logits=logits, loss=logits.sum())
+
+    model = Knows()
+    _, share = loss_of(model, ids, NEEDLES, copies_alone=True)
+    assert share == pytest.approx(1 - 1 / (3 * KEY))
+    assert torch.nonzero(model.labels[0] >= 0).flatten().tolist() == NEEDLES.repeated(row)
+
+
+# -- density ---------------------------------------------------------------------------------------------------------
+
+
+def llama(length: int) -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=length,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        sa_hf.SlidingWindowAttentionConfig(window=9, num_sink_tokens=2),
+        sa_hf.BigBirdAttentionConfig(block_size=8, num_random_blocks=1),
+        sa_hf.LogSparseAttentionConfig(local_window=3),
+        sa_hf.SparseBertAttentionConfig(mask_length=17),
+        {"heads": {"0-1": "dense", "2-": sa_hf.SlidingWindowAttentionConfig(window=5)}},
+        {"1": sa_hf.StarAttentionConfig(ring=False)},
+    ],
+    ids=lambda p: getattr(p, "name", "mixture"),
+)
+def test_pairs_counted_where_they_are_read_are_those_of_the_summary(pattern: Any) -> None:
+    model = sa_hf.patch_model(llama(70), pattern)
+    ids = torch.randint(0, 60, (1, 70), generator=torch.Generator().manual_seed(1))
+    read = pairs_read(model, ids)
+    layers = sa_hf.summary(model, 70).layers
+    assert read
+    for index, share in read.items():
+        assert share == pytest.approx(layers[index].density)
+    assert densities(model, ids) == pytest.approx([layer.density for layer in layers])
+    assert densities(llama(70), ids) == [1.0] * 3
+
+
+def test_densities_of_what_is_chosen_by_content() -> None:
+    ids = torch.randint(0, 60, (1, 64), generator=torch.Generator().manual_seed(1))
+    chosen = sa_hf.BlockTopKAttentionConfig(
+        block_size=8, top_k=2, num_window_blocks=1, num_sink_blocks=1, selection="query"
+    )
+    model = sa_hf.patch_model(llama(64), chosen)
+    rows = torch.arange(64)
+    blocks = torch.minimum(rows // 8, torch.tensor(3))  # others that it reads: sink and two chosen
+    expected = float((blocks * 8 + rows % 8 + 1).sum()) / (64 * 65 / 2)
+    assert densities(model, ids) == pytest.approx([expected] * 3)
+    spans = sa_hf.ExpireSpanAttentionConfig(max_span=64, ramp=1, initial_span=10.5)
+    model = sa_hf.patch_model(llama(64), spans)
+    assert densities(model, ids) == pytest.approx([sum(min(i + 1, 12) for i in range(64)) / (64 * 65 / 2)] * 3)
+
+
+def with_heads(part: str, layers: int) -> tuple[Any, int]:
+    """A model with the heads and the length of a part of the grid, else tiny."""
+    length, heads = (1024, 8) if part == "decoder" else (768, 12)
+    sizes = {
+        "vocab_size": 9, "hidden_size": 16 * heads, "intermediate_size": 8, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "max_position_embeddings": length,
+    }  # fmt: skip
+    if part == "decoder":
+        return transformers.LlamaModel(transformers.LlamaConfig(**sizes, num_key_value_heads=4)).eval(), length
+    return transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False).eval(), length
+
+
+@pytest.mark.parametrize("part", grid.PARTS)
+def test_every_pattern_of_the_grid_keeps_a_quarter_at_most(part: grid.Part) -> None:
+    models = {layers: with_heads(part, layers) for layers in (1, 6)}
+    systems = set()
+    for name, assigned in grid.PATTERNS[part].items():
+        if name == grid.DENSE:
+            continue
+        by_layers = isinstance(assigned, dict) and "heads" not in assigned
+        model, length = models[6 if by_layers else 1]
+        sa_hf.patch_model(model, assigned)
+        found = densities(model, torch.randint(0, 9, (1, length), generator=torch.Generator().manual_seed(0)))
+        assert 0 < sum(found) / len(found) <= grid.MAX_DENSITY, (name, found)
+        systems.add(name.partition(",")[0])
+    assert systems | set(grid.NOT_SERVED[part]) >= set(grid.SYSTEMS)
+    assert length == (decoder.Sizes() if part == "decoder" else encoder.Sizes()).length
+
+
+# -- intervals -------------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_of_a_mean_is_that_of_its_standard_error() -> None:
+    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    found = intervals.mean_interval(values)
+    half = 1.96 * values.std() / 400**0.5
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert intervals.mean_interval(values) == found
+    assert intervals.mean_interval([1.0] * 5) == (1.0, 1.0, 1.0)
+
+
+def test_a_share_is_of_pairs() -> None:
+    dense = np.random.default_rng(2).uniform(1.0, 5.0, 300)
+    found = intervals.ratio_interval(0.9 * dense, dense)  # unpaired, the interval would be wide
+    assert found == pytest.approx((0.9, 0.9, 0.9))
+    assert np.isnan(intervals.ratio_interval([1.0], [0.0]).low)
+    with pytest.raises(ValueError, match="2 items against 1"):
+        intervals.ratio_interval([1.0, 2.0], [1.0])
+    with pytest.raises(ValueError, match="needs items"):
+        intervals.mean_interval([])
+
+
+# -- rows and runs ---------------------------------------------------------------------------------------------------
+
+
+def test_hits_are_packed_without_loss() -> None:
+    rng = random.Random(0)
+    for count in (1, 3, 4, 29, 500):
+        hits = [rng.random() < 0.5 for _ in range(count)]
+        assert unpacked(packed(hits)) == hits
+
+
+def test_a_line_that_was_cut_off_is_dropped_and_another_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows, cell = Rows(path), Cell("decoder", "bigbird", "plain", 0, 30)
+    rows.add(cell, {"density": 0.2})
+    whole = path.read_text()
+    path.write_text(whole + whole[:20])
+    again = Rows(path)
+    assert cell in again
+    assert len(again) == 1
+    assert path.read_text() == whole
+    path.write_text(whole[:20] + "\n" + whole)
+    with pytest.raises(sa_hf.SparseAttentionError, match="line 1"):
+        Rows(path)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_behind_its_last_cell(
+    toy: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = grid.chains("decoder", ["bigbird", "window"], ["plain"], [0], [0, 2, 4], "report")
+
+    def new(name: str) -> Run:
+        return Run("decoder", toy, Rows(tmp_path / name / "rows.jsonl"), tmp_path / name)
+
+    monkeypatch.setitem(grid.PATTERNS, "decoder", {
+        "dense": grid.DECODER["dense"],
+        "window": sa_hf.SlidingWindowAttentionConfig(window=8),
+        "bigbird": sa_hf.BigBirdAttentionConfig(block_size=16, num_random_blocks=1),
+    })  # fmt: skip
+    whole = new("whole")
+    whole.run(wanted)
+    original, added = Rows.add, []
+
+    def add_then_die(self: Rows, cell: Cell, row: dict[str, Any]) -> None:
+        original(self, cell, row)
+        added.append(cell)
+        if len(added) == 4:  # dense, both untrained, step 2 of the first training
+            raise Killed
+
+    monkeypatch.setattr(Rows, "add", add_then_die)
+    with pytest.raises(Killed):
+        new("cut").run(wanted)
+    monkeypatch.setattr(Rows, "add", original)
+    before = (tmp_path / "cut" / "rows.jsonl").read_text()
+    assert added[-1].step == 2
+    new("cut").run(wanted)
+    after = (tmp_path / "cut" / "rows.jsonl").read_text()
+    assert after.startswith(before)
+    for mine, other in zip(Rows(tmp_path / "cut" / "rows.jsonl"), whole.rows, strict=True):
+        for key in ("part", "pattern", "method", "seed", "step", "density", "figures", "kept", "items"):
+            assert mine[key] == other[key], (key, mine["pattern"], mine["step"])
+    steps = {row["step"]: row["figures"]["bits per byte"][0] for row in whole.rows if row["pattern"] == "window"}
+    assert len(set(steps.values())) == 3  # training moves it
+    trained: list[str] = []
+    monkeypatch.setattr(run, "train", lambda *args, **kwargs: trained.append("again"))
+    new("cut").run(wanted)
+    assert not trained
+
+
+@pytest.mark.parametrize("method", ["distill", "lora", "lora distill"])
+def test_each_method_trains_a_decoder(toy: Decoder, method: str, tmp_path: Path) -> None:
+    one = Run("decoder", toy, Rows(tmp_path / "rows.jsonl"), tmp_path, split="tuning")
+    one.run(grid.chains("decoder", ["expire_span"], [method], [1], [0, 2], "tuning"))
+    rows = {row["step"]: row for row in one.rows if row["pattern"] == "expire_span"}
+    assert rows[2]["settings"]["lora"] == ("lora" in method)
+    assert rows[2]["split"] == "tuning"
+    assert rows[2]["figures"]["bits per byte"] != rows[0]["figures"]["bits per byte"]
+    assert rows[2]["machine"]["torch"] == torch.__version__
+    assert not pooled(one.rows, "decoder")  # rows of the tuning split are reported nowhere
+
+
+def test_the_base_is_not_taken_for_another(toy: Decoder, small_corpus: Any) -> None:
+    other = Decoder(toy.folder, decoder.Sizes())
+    with pytest.raises(sa_hf.SparseAttentionError, match="other sizes"):
+        other.model()
+
+
+# -- the card --------------------------------------------------------------------------------------------------------
+
+
+def row_of(pattern: str, method: str, step: int, seed: int, hits: list[bool], density: float = 0.2) -> dict[str, Any]:
+    found = intervals.mean_interval([float(hit) for hit in hits])
+    return {
+        "part": "encoder", "pattern": pattern, "method": method, "seed": seed, "step": step, "split": "report",
+        "density": density, "figures": {"recall@10": list(found), "agreement": [0.9, 0.8, 0.95]},
+        "n": {"recall@10": len(hits), "agreement": len(hits)}, "items": {"recall@10": packed(hits)},
+        "machine": {"device": "this", "torch": "1", "transformers": "2", "date": "today"},
+    }  # fmt: skip
+
+
+def test_seeds_are_pooled_and_98_percent_is_said_outright(tmp_path: Path) -> None:
+    n = 400
+    rows = Rows(tmp_path / "results" / "recovery.jsonl")
+    for row in (
+        row_of("dense", "none", 0, 0, [True] * 300 + [False] * 100),
+        row_of("bigbird", "none", 0, 0, [True] * 100 + [False] * 300),
+        row_of("bigbird", "plain", 30, 0, [True] * 296 + [False] * 104),
+        row_of("bigbird", "plain", 30, 1, [True] * 292 + [False] * 108),
+        row_of("star", "plain", 30, 0, [True] * 310 + [False] * 90),
+    ):
+        rows.add(Cell(*(row[key] for key in ("part", "pattern", "method", "seed", "step"))), row)
+    found = {(e.pattern, e.step): e for e in pooled(rows, "encoder")}
+    assert found["bigbird", 30].figures["recall@10"].value == pytest.approx((296 + 292) / 2 / n)
+    assert found["bigbird", 30].kept["recall@10"].value == pytest.approx(294 / 300)
+    assert found["bigbird", 30].seeds == (0, 1)
+    assert [found[key].reached for key in (("bigbird", 0), ("bigbird", 30), ("star", 30))] == [NO, BY_MEAN, YES]
+    assert not found["bigbird", 30].kept_trained
+    report.write(rows, tmp_path)
+    card = (tmp_path / "recovery.md").read_text()
+    assert "| bigbird | 20.0% | no; at step 0: 33.3% recall@10 | step 30 (by the mean alone) |" in card
+    assert "| star | 20.0% | not measured | step 30 (yes) |" in card
+    assert "| expire_span | | not served: causal only | |" in card
+    assert "5 of the" in card
+    assert (tmp_path / "results" / "recovery_encoder.png").exists()
+
+
+def test_the_committed_card_is_that_of_the_committed_rows() -> None:
+    rows = Rows(main.CARDS / "results" / "recovery.jsonl")
+    assert report.markdown(rows) == (main.CARDS / "recovery.md").read_text("utf-8"), "run scripts/recovery.py --report"
+    for row in rows:
+        assert row["density"] <= grid.MAX_DENSITY or row["pattern"] == grid.DENSE or row["step"] > 0
+        assert all(count >= 64 for count in row["n"].values())
+        assert json.dumps(row["settings"])
+
+
+# -- the encoder -----------------------------------------------------------------------------------------------------
+
+
+def test_a_query_finds_its_own_document_by_the_nearest() -> None:
+    similarity = torch.tensor([[0.9, 0.1, 0.3], [0.8, 0.7, 0.75], [0.2, 0.2, 0.2]])
+    assert encoder.rank_of_own(similarity).tolist() == [0, 2, 2]  # a tie is not won
+
+
+@pytest.fixture(scope="module")
+def minilm(small_corpus: Any) -> encoder.Encoder:
+    return encoder.Encoder(encoder.QUICK)
+
+
+def test_documents_lack_the_passage_that_is_asked_for(minilm: encoder.Encoder, small_corpus: Any) -> None:
+    data = minilm.documents("report")
+    assert data.documents.shape == (12, 128)
+    assert data.queries.shape == (12, 18)
+    streams = [minilm.tokenizer(s.text, add_special_tokens=False)["input_ids"] for s in texts.sources_of("report")]
+    for document, query, depth in zip(data.documents.tolist(), data.queries.tolist(), data.depths, strict=True):
+        cut = round(depth * 126)
+        whole = document[1 : 1 + cut] + query[1:-1] + document[1 + cut : -1]
+        text = " ".join(map(str, whole))
+        assert any(text in " ".join(map(str, stream)) for stream in streams)
+    again = encoder.Encoder(encoder.QUICK).documents("report")
+    assert torch.equal(again.documents, data.documents)
+
+
+@pytest.mark.parametrize("method", ["plain", "distill", "lora", "lora distill"])
+def test_each_method_trains_an_encoder(minilm: encoder.Encoder, method: str, tmp_path: Path) -> None:
+    one = Run("encoder", minilm, Rows(tmp_path / "rows.jsonl"), tmp_path)
+    one.run(grid.chains("encoder", ["star"], [method], [0], [0, 2], "report"))
+    rows = {row["step"]: row for row in one.rows if row["pattern"] == "star"}
+    assert rows[2]["figures"]["agreement"] != rows[0]["figures"]["agreement"]
+    dense = next(row for row in one.rows if row["pattern"] == "dense")
+    assert dense["figures"]["agreement"][0] == pytest.approx(1.0, abs=1e-4)
+    assert dense["kept"]["recall@10"] == [1.0, 1.0, 1.0]
