@@ -37,8 +37,9 @@ from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.reads import Reads, RunLists
 from sa_hf.ops.reference import dense_attention
 from sa_hf.ops.sequences import Sequences
+from sa_hf.patterns.block_choice import Choice, check_remembered, choosing_vectors, chosen_blocks
 from sa_hf.patterns.block_index import Index, divergence, keys_of, rows_mass, sampled_rows
-from sa_hf.patterns.block_sets import BLOCK_TOPK, BlockSets, block_queries, choose_blocks, kept_pairs, pooled_keys
+from sa_hf.patterns.block_sets import BLOCK_TOPK, BlockSets, kept_pairs, pooled_keys
 from sa_hf.patterns.learned import LearnedAttention, seeded_uniform
 from sa_hf.patterns.static import score_options
 from sa_hf.patterns.steps import is_step_in_place, step_reads
@@ -105,6 +106,10 @@ class BlockTopKAttentionConfig(SparseAttentionConfig):
     def sets(self, causal: bool) -> BlockSets:
         """Which blocks are read always, and among which the others are chosen."""
         return BlockSets(self.block_size, self.num_window_blocks, self.num_sink_blocks, causal)
+
+    def choice(self, causal: bool) -> Choice:
+        """How the others are chosen."""
+        return Choice(self.sets(causal), self.top_k, self.selection == "query", self.shared_by_group)
 
     def check_layer(self, spec: LayerSpec) -> None:
         self.check_causality(spec.causal, f"layer {spec.layer_idx}")
@@ -201,7 +206,7 @@ class BlockTopKAttention(SparseAttention):
         query, start = recent(group)
         pooled = self._pooled(group, inputs, index)
         lengths = group.query_offset, group.key.shape[2]
-        chosen, rows = chosen_blocks(self.config, query, start, pooled, *lengths, sets, inputs.band)
+        chosen, rows = chosen_blocks(self.config.choice(sets.causal), query, start, pooled, *lengths, inputs.band)
         self._seen.append((chosen, rows))
         return chosen
 
@@ -321,8 +326,9 @@ class IndexedBlockTopKAttention(BlockTopKAttention, LearnedAttention):
         query, start = recent(group)
         offset, length = group.query_offset, group.key.shape[2]
         pooled = self._pool(keys_of(group, index))
-        vectors, pooled, low, high = choosing_vectors(self.config, query, start, pooled, offset, length, sets)
-        per_row = 1 if self.config.selection == "query" else sets.block
+        choice = self.config.choice(sets.causal)
+        vectors, pooled, low, high = choosing_vectors(choice, query, start, pooled, offset, length)
+        per_row = 1 if choice.by_row else sets.block
         rows = sampled_rows(len(low), DENSE_ROWS // per_row, self.step - self.steps_back)
         there, rows = rows < len(low), rows.clamp(max=len(low) - 1)
         low, high, vectors = low[rows], high[rows], vectors[:, :, rows]
@@ -347,84 +353,10 @@ def block_reads(sets: BlockSets, sequences: Sequences, left: int | None, drop_di
     return step_reads(sequences, left, lists, skip_own=drop_diagonal)
 
 
-def chosen_blocks(
-    config: BlockTopKAttentionConfig, query: Tensor, start: int, pooled: Tensor, offset: int, length: int,
-    sets: BlockSets, band: Band,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The chosen blocks of each row, int64 ``[G, C, R, k]``, and the rows' own blocks ``[R]``.
-
-    Rows are query blocks or queries from position ``offset`` on, C key heads where their query heads choose together,
-    else query heads.
-
-    Args:
-        query: ``[G, H, m, D]``, the queries of the last m positions, from ``start`` on: those of the rows, and of the
-            block before them.
-        pooled: ``[G, Hkv, blocks, D]``, of the whole sequence of ``length``.
-    """
-    vectors, pooled, low, high = choosing_vectors(config, query, start, pooled, offset, length, sets)
-    return choose_blocks(vectors, pooled, (low, high), sets, band, config.top_k), low // sets.block
-
-
-def choosing_vectors(
-    config: BlockTopKAttentionConfig, query: Tensor, start: int, pooled: Tensor, offset: int, length: int,
-    sets: BlockSets,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What chooses and what is chosen from, for the arguments of :func:`chosen_blocks`: ``[G, C, R, D]``, pooled
-    keys ``[G, C, blocks, D]``, and the first and the last position of each row, int64 ``[R]``."""
-    if offset and not sets.causal:
-        raise SparseAttentionError(
-            "bidirectional block_topk attends whole sequences: query and key length must be equal"
-        )
-    device = pooled.device
-    if config.selection == "query":
-        low = high = torch.arange(offset, length, device=device)
-        vectors = query[:, :, offset - start :]
-    else:
-        first = offset // sets.block
-        low = torch.arange(first, sets.count(length), device=device) * sets.block
-        high = low + sets.block - 1
-        choosing = max(first, sets.window + sets.sinks)
-        if sets.causal and choosing < sets.count(length) and start > (choosing - 1) * sets.block:
-            raise SparseAttentionError(
-                f'block_topk.selection="query_block" chooses for block {choosing} by the queries of block '
-                f"{choosing - 1}, and this call has those from position {start} on; give it the queries of the whole "
-                'sequence, or use selection="query"'
-            )
-        # No row's choice may depend on tokens behind it: a causal block goes by the queries of the one before.
-        vectors = block_queries(query, start, first - sets.causal, len(low), sets.block)
-    group_size = vectors.shape[1] // pooled.shape[1]
-    if not config.shared_by_group:
-        pooled = pooled.repeat_interleave(group_size, 1)
-    elif group_size > 1:
-        vectors = vectors.unflatten(1, (-1, group_size)).sum(2, dtype=torch.float64)
-    return vectors, pooled, low, high
-
-
 def read_pairs(config: BlockTopKAttentionConfig, query: Tensor, key: Tensor, causal: bool = True) -> Tensor:
     """Which pairs whole sequences ``query [G, H, n, D]``, ``key [G, Hkv, n, D]`` read, bool ``[G, H, n, n]``."""
     length, sets = key.shape[2], config.sets(causal)
     pooled = pooled_keys(key, sets.block, config.pooling)
-    chosen, _ = chosen_blocks(config, query, 0, pooled, 0, length, sets, Band())
+    chosen, _ = chosen_blocks(config.choice(causal), query, 0, pooled, 0, length, Band())
     chosen = chosen.repeat_interleave(query.shape[1] // chosen.shape[1], 1)
     return kept_pairs(chosen, sets, config.selection == "query", length, length, Band(), config.drop_diagonal)
-
-
-def check_remembered(sequences: Sequences, start: int, sets: BlockSets) -> None:
-    """That the queries which a choice goes by lie at slot ``start`` or behind it.
-
-    Raises:
-        SparseAttentionError: padding between the real tokens of a row sets them further apart than the cache keeps.
-    """
-    gather = None if sequences.key_gather is None else sequences.key_gather.cpu()
-    for span in sequences.spans:
-        own = (span.key_length - span.query_length) // sets.block
-        if span.query_length == 0 or own < sets.window:
-            continue
-        at = span.key_start + (own - 1) * sets.block
-        slot = at if gather is None else int(gather[span.row, at])
-        if slot < start:
-            raise SparseAttentionError(
-                f"row {span.row}: block_topk chooses by the queries from slot {slot} on, and the cache keeps those "
-                f"from slot {start} on: zeros inside attention_mask set tokens apart. Pad on the left, or use "
-                'selection="query"'
-            )

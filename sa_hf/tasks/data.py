@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,42 +12,19 @@ from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.labels import numbers_of
-from sa_hf.tasks.language import longest_chunk, stdlib_texts, token_chunks
+from sa_hf.tasks.language import longest_chunk, token_chunks
+from sa_hf.tasks.made import LANGUAGE, MADE_NAMES, Ask, counts_given, made_source
 from sa_hf.tasks.masking import MaskingCollator
 from sa_hf.tasks.packed import PackedRows
+from sa_hf.tasks.questions import encode_questions, question_batch, question_source
 from sa_hf.tasks.ranks import say
-from sa_hf.tasks.synthetic import CorridorTask, MaskedSummationTask, SeriesTask
+from sa_hf.tasks.series import table_series
+from sa_hf.tasks.source import CLASSIFICATION, FORECASTING, QUESTIONS, SUMMARIES, Rows, Source
+from sa_hf.tasks.summaries import encode_summaries, summary_source
 from sa_hf.tasks.tables import HELD_OUT_SHARE, Choice, Texts, cut_texts, labelled_rows, load, parts_of, texts_of
-from sa_hf.tasks.topic import TopicTask
 
-Rows = Sequence[dict[str, Any]]
-STDLIB, SHORT, DOCSTRINGS = "stdlib", "stdlib-short", "stdlib-docstrings"
-CORRIDOR, SUMMATION, SERIES = "corridor", "summation", "series"
-CLASSIFICATION, FORECASTING = "sequence-classification", "forecasting"
-# Where the source of rows has no end of its own.
-DEFAULT_TRAIN_ROWS, DEFAULT_EVALUATION_ROWS = 256, 64
 # Tokenized in one call, of all cores; their tokens are lists of Python integers until they are packed.
 DOCUMENTS_AT_ONCE = 256
-# Added to --seed for rows that are made for evaluation: no seed of training draws them.
-EVALUATION_SEEDS = 2**40
-
-
-@dataclass(frozen=True)
-class Source:
-    """Rows before tokenizing: ``{"text"}`` with ``"label"`` for classification, or ready inputs of the model.
-
-    ``evaluation`` is empty where there is one text alone: the last tenth of its chunks is held out. ``labels`` are the
-    class names; ``vocab_size`` is set for synthetic token ids, which a freshly made model reads; ``model_options`` are
-    fields that the data asks of such a model's config; ``chunks`` are the numbers of chunks of training and evaluation
-    unless others are asked for, None is all.
-    """
-
-    train: Rows
-    evaluation: Rows
-    labels: list[str] | None = None
-    vocab_size: int | None = None
-    model_options: dict[str, Any] | None = None
-    chunks: tuple[int | None, int | None] = (None, None)
 
 
 def load_source(
@@ -64,12 +42,12 @@ def load_source(
     encoding: str | None = None,
     evaluate_only: bool = False,
     label2id: Mapping[str, int] | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> Source:
     """Find the rows of a data set.
 
     Args:
-        dataset: "stdlib" (the embedded corpus), "stdlib-short" (texts of 512 tokens, for classification),
-            "stdlib-docstrings" (for language models), "corridor", "summation", "series", a local
+        dataset: one that is made (``sa_hf.tasks.made.MADE_NAMES``: of the embedded corpus, or synthetic), a local
             text/json/parquet/csv file or a folder of such, or a hub name.
         train_rows, evaluation_rows: at most so many rows; None is all, or 256 and 64 where rows are made or are cut
             from the embedded corpus.
@@ -78,6 +56,7 @@ def load_source(
         encoding: of local text, json and csv files; None is UTF-8.
         evaluate_only: leave out training rows where evaluation has rows of its own.
         label2id: the numbers of a trained model's classes, by which labels go.
+        fields: of a data set that is made, e.g. ``{"needles": 8}``.
 
     Raises:
         SparseAttentionError: the data set is not there or does not serve the task, a column is missing, a row holds
@@ -88,15 +67,19 @@ def load_source(
     ):  # fmt: skip
         if value is not None and value < least:
             raise SparseAttentionError(f"{flag}={value} must be at least {least}; nearest: {least}")
-    if (dataset == SERIES) != (task == FORECASTING):
-        raise SparseAttentionError(f"dataset {dataset!r} does not serve task {task!r}: {FORECASTING} takes {SERIES!r}")
-    made = _made(task, dataset, max_length, train_rows, evaluation_rows, seed)
+    counts = counts_given(train_rows, evaluation_rows)
+    made = made_source(Ask(task, dataset, max_length, *counts, seed, fields or {}, evaluate_only))
     if made is None:
+        for name in fields or {}:
+            raise SparseAttentionError(
+                f"dataset_set {name}: {dataset!r} is none of the data sets that are made, so it has no such field; "
+                f"they are {', '.join(MADE_NAMES)}"
+            )
         choice = Choice(
             dataset, dataset_config, text_column, label_column, train_rows, evaluation_rows, eval_split, encoding,
             evaluate_only,
         )  # fmt: skip
-        return _from_tables(task, choice, label2id)
+        return _from_tables(task, choice, label2id, max_length)
     given = {"dataset_config": dataset_config, "text_column": text_column, "label_column": label_column}
     for flag, choice_of_columns in {**given, "eval_split": eval_split, "encoding": encoding}.items():
         if choice_of_columns is not None:
@@ -104,42 +87,6 @@ def load_source(
     if label2id is not None and made.labels is not None and "text" in made.train[0]:
         return _renumbered(made, label2id)
     return made
-
-
-def _made(
-    task: str, dataset: str, max_length: int, train_rows: int | None, evaluation_rows: int | None, seed: int
-) -> Source | None:
-    """The embedded corpus and the synthetic tasks; None for any other name."""
-    train, evaluation = train_rows or DEFAULT_TRAIN_ROWS, evaluation_rows or DEFAULT_EVALUATION_ROWS
-    held_out_seed = seed + EVALUATION_SEEDS
-    if dataset == CORRIDOR:
-        _needs(task, "causal-lm", dataset)
-        corridor = CorridorTask(length=max_length)
-        rows, held_out = corridor.rows(train, seed), corridor.rows(evaluation, held_out_seed)
-        return Source(rows, held_out, vocab_size=corridor.vocab_size)
-    if dataset == SUMMATION:
-        _needs(task, CLASSIFICATION, dataset)
-        summation = MaskedSummationTask(length=max_length - 1)
-        names = [str(i) for i in range(summation.num_labels)]
-        rows, held_out = summation.rows(train, seed), summation.rows(evaluation, held_out_seed)
-        return Source(rows, held_out, names, summation.vocab_size)
-    if dataset == SERIES:
-        return _series(max_length, train, evaluation, seed)
-    if dataset == SHORT:
-        _needs(task, CLASSIFICATION, dataset)
-        topic = TopicTask()
-        rows = topic.short_texts("train", train, seed)
-        held_out = topic.short_texts("evaluation", evaluation, seed)
-        return Source(rows, held_out, list(topic.topics))
-    if dataset == STDLIB and task == CLASSIFICATION:
-        topic = TopicTask()
-        rows, held_out = topic.documents("train", train, seed), topic.documents("evaluation", evaluation, seed)
-        return Source(rows, held_out, list(topic.topics))
-    if dataset in (STDLIB, DOCSTRINGS):
-        if task == CLASSIFICATION:
-            raise SparseAttentionError(f"dataset {dataset!r} has no labels; nearest: {STDLIB!r}")
-        return _stdlib_texts("source" if dataset == STDLIB else "docstrings")
-    return None
 
 
 def _renumbered(source: Source, label2id: Mapping[str, int]) -> Source:
@@ -163,8 +110,14 @@ def tokenize(
     """Rows of token ids for the Trainer, at most ``max_length``: chunks for language models, else documents.
 
     Raises:
-        SparseAttentionError: the texts fill no chunk.
+        SparseAttentionError: the texts fill no chunk, or the tokenizer does not serve the task.
     """
+    if source.made_of_tokens is not None:
+        return source.made_of_tokens(tokenizer)
+    encode = {QUESTIONS: encode_questions, SUMMARIES: encode_summaries}.get(task)
+    if encode is not None:
+        parts_of_task = [encode(rows, tokenizer, max_length) for rows in (source.train, source.evaluation)]
+        return parts_of_task[0], parts_of_task[1]
     if "text" not in (source.train or source.evaluation)[0]:
         return source.train, source.evaluation
     if task == CLASSIFICATION:
@@ -228,6 +181,10 @@ def collator(task: str, tokenizer: Any, seed: int = 0) -> Callable[[list[dict[st
         batch = MaskingCollator(tokenizer, seed)
     elif task == CLASSIFICATION:
         batch = transformers.DataCollatorWithPadding(tokenizer)
+    elif task == QUESTIONS:
+        batch = functools.partial(question_batch, tokenizer)
+    elif task == SUMMARIES:
+        batch = transformers.DataCollatorForSeq2Seq(tokenizer)
     return batch
 
 
@@ -237,22 +194,6 @@ def _stacked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     if "labels" not in batch:
         batch["labels"] = batch["input_ids"].clone()
     return batch
-
-
-def _series(length: int, train: int, evaluation: int, seed: int) -> Source:
-    """Series of ``length`` values, the last eighth of which is the forecast."""
-    task = SeriesTask(context=length - max(1, length // 8), horizon=max(1, length // 8))
-    parts = []
-    for count, part_seed in ((train, seed), (evaluation, seed + EVALUATION_SEEDS)):
-        values, covariates = task.series(count, part_seed)
-        parts.append([{"values": v, "covariates": c, "labels": v} for v, c in zip(values, covariates, strict=True)])
-    options = {"context_length": task.context, "num_covariates": task.num_covariates}
-    return Source(parts[0], parts[1], model_options=options)
-
-
-def _stdlib_texts(kind: str) -> Source:
-    train, evaluation = ([{"text": t} for t in stdlib_texts(split, kind)] for split in ("train", "evaluation"))
-    return Source(train, evaluation, chunks=(DEFAULT_TRAIN_ROWS, DEFAULT_EVALUATION_ROWS))
 
 
 def _documents(rows: Rows, tokenizer: Any, max_length: int) -> PackedRows:
@@ -265,14 +206,13 @@ def _documents(rows: Rows, tokenizer: Any, max_length: int) -> PackedRows:
     return documents
 
 
-def _needs(task: str, wanted: str, dataset: str) -> None:
-    if task != wanted:
-        raise SparseAttentionError(f"dataset {dataset!r} serves task {wanted!r}, not {task!r}; use --task {wanted}")
-
-
-def _from_tables(task: str, choice: Choice, label2id: Mapping[str, int] | None) -> Source:
+def _from_tables(task: str, choice: Choice, label2id: Mapping[str, int] | None, max_length: int) -> Source:
     """The rows of the user's files, or of a hub data set."""
-    loaded = load(choice, task, classify=task == CLASSIFICATION)
+    loaded = load(choice, task, classify=task not in LANGUAGE)
+    if task == FORECASTING:
+        return table_series(loaded, choice, max_length)
+    if task in (QUESTIONS, SUMMARIES):
+        return (question_source if task == QUESTIONS else summary_source)(loaded, choice)
     train, held_out = parts_of(loaded, choice)
     if task == CLASSIFICATION:
         (rows, evaluation), names = labelled_rows(loaded, choice, train, held_out, label2id)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import codecs
 import gzip
 import itertools
+import json
 import lzma
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from encodings.aliases import aliases
 from pathlib import Path
 from typing import Any
 
+from sa_hf.config import did_you_mean
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.ranks import say
 from sa_hf.tasks.splits import TRAIN, by_split, named
@@ -28,10 +31,18 @@ KINDS = {
     ".csv": CSV,
     ".tsv": CSV,
 }
+TEXTS, NUMBERS = "texts", "numbers"
 # Unpacked by datasets as it reads.
 COMPRESSED = (".gz", ".bz2", ".xz")
 _BLOCK = 2**20
-_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+# That of UTF-32 begins as that of UTF-16 does.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 # Where pandas finds more values than columns, it takes the first for row numbers, and all columns shift.
 _SHIFTED = "__index_level_0__"
 
@@ -44,12 +55,14 @@ class Loaded:
         splits: ``{split: datasets.Dataset}``.
         where: ``(split, row)`` -> the place of a row for a message, rows counted from 1.
         lacking: columns that some files have and a named one has not.
+        families: column -> "texts" and "numbers" that it holds, each with the first file that does.
         is_local: files of the user's, as against a hub data set.
     """
 
     splits: Mapping[str, Any]
     where: Callable[[str, int], str]
     lacking: Mapping[str, str] = field(default_factory=dict)
+    families: Callable[[str], Mapping[str, str]] = lambda column: {}
     is_local: bool = True
 
 
@@ -92,6 +105,7 @@ def load_files(root: Path, kind: str, files: Sequence[Path], encoding: str | Non
     """
     base = root.parent if root.is_file() else root
     if kind != PARQUET:
+        check_encoding(encoding)
         files = [path for path in files if _check_bytes(path, base, kind, encoding)]
         if not files:
             raise SparseAttentionError(f"every file of {str(root)!r} is empty")
@@ -118,7 +132,60 @@ def load_files(root: Path, kind: str, files: Sequence[Path], encoding: str | Non
             row -= count
         return f"{last.relative_to(base)}, row {row + 1}"
 
-    return Loaded(loaded, where, lacking)
+    def families(column: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for path in files:
+            family = _first_family(path, kind, column, encoding)
+            if family is not None:
+                found.setdefault(family, str(path.relative_to(base)))
+        return found
+
+    return Loaded(loaded, where, lacking, families)
+
+
+def _first_family(path: Path, kind: str, column: str, encoding: str | None) -> str | None:
+    """The kind of values that a file's column has, by its first row: "texts" or "numbers"; None where it is not known.
+
+    Files that are read together are read as the first of them is: integers become texts without a word. The columns of
+    CSV have no types.
+    """
+    if kind == PARQUET:
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+        schema = pq.read_schema(path)
+        family = _family(schema.field(column).type) if column in schema.names else ""
+        return {"string": TEXTS, "int": NUMBERS, "float": NUMBERS}.get(family)
+    if kind != "json":
+        return None
+    import fsspec  # type: ignore[import-untyped]
+
+    with fsspec.open(str(path), "rt", encoding=encoding or "utf-8-sig", compression="infer") as stream:
+        block = stream.read(_BLOCK)
+    try:
+        row, _ = json.JSONDecoder().raw_decode(block, block.index("{"))
+    except ValueError:  # the row is longer, or the file's form another
+        return None
+    value = row.get(column)
+    return TEXTS if isinstance(value, str) else NUMBERS if isinstance(value, int | float) else None
+
+
+def check_encoding(encoding: str | None) -> None:
+    """Raise ``SparseAttentionError`` for a name that is no encoding of text; None is UTF-8."""
+    if encoding is None or _is_encoding(encoding):
+        return
+    known = sorted({name.replace("_", "-") for name in aliases.values() if _is_encoding(name)})
+    raise SparseAttentionError(
+        f"encoding={encoding!r} is no encoding of text{did_you_mean(encoding, known)}; examples: utf-8, utf-16, "
+        "latin-1, cp1252"
+    )
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        "".encode(name)
+    except LookupError:
+        return False
+    return True
 
 
 def _options(kind: str, files: Sequence[Path], encoding: str | None) -> dict[str, Any]:
@@ -211,7 +278,7 @@ def _load_each(
 def _family(feature: Any) -> str:
     """Types that mix well are one: the widths of integers and strings do not matter, nor a column of nothing."""
     kind = str(getattr(feature, "dtype", feature))
-    return next((name for name in ("int", "float", "string") if name in kind), kind)
+    return next((name for name in ("string", "int", "float") if name in kind), kind)
 
 
 def _reason(error: BaseException) -> str:
@@ -228,7 +295,7 @@ def _check_bytes(path: Path, base: Path, kind: str, encoding: str | None) -> boo
     """Raise where a file is empty or not in its encoding; False for an empty text, which is left out."""
     name = path.relative_to(base)
     try:
-        has_text = _has_text(path, name, encoding or "utf-8")
+        has_text = _has_text(path, name, encoding)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise SparseAttentionError(f"{name} cannot be unpacked: {error}") from error
     if not has_text and kind != TEXT:
@@ -238,27 +305,42 @@ def _check_bytes(path: Path, base: Path, kind: str, encoding: str | None) -> boo
     return has_text
 
 
-def _has_text(path: Path, name: Path, codec: str) -> bool:
-    import fsspec  # type: ignore[import-untyped]
+def _has_text(path: Path, name: Path, encoding: str | None) -> bool:
+    import fsspec
 
+    codec = encoding or "utf-8"
     decoder = codecs.getincrementaldecoder(codec)()
-    line, has_text, mark = 1, False, None
+    line, has_text, likely = 1, False, ""
     with fsspec.open(str(path), "rb", compression="infer") as stream:
         for number in itertools.count():
             block = stream.read(_BLOCK)
             if number == 0:
-                mark = next((named for bom, named in _MARKS.items() if block.startswith(bom)), None)
+                likely = _likely_encoding(block)
+            advice = f"save the file as UTF-8, or say what it is, e.g. --encoding {likely.replace(codec, 'latin-1')}"
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 line += error.object[: error.start].count(b"\n")
                 bad = error.object[error.start : error.start + 1].hex()
-                raise SparseAttentionError(
-                    f"{name}, line {line}: byte 0x{bad} is no {codec}; save the file as UTF-8, or say what it is, e.g. "
-                    f"--encoding {mark if mark not in (None, codec) else 'latin-1'}"
-                ) from error
+                raise SparseAttentionError(f"{name}, line {line}: byte 0x{bad} is no {codec}; {advice}") from error
+            if encoding is None and "\0" in text:
+                # UTF-16 without its mark is UTF-8, too, where all letters are of ASCII.
+                line += text[: text.index("\0")].count("\n")
+                raise SparseAttentionError(f"{name}, line {line}: byte 0x00 stands in no text of UTF-8; {advice}")
             line += text.count("\n")
             has_text = has_text or bool(text.strip("\ufeff \t\r\n\f\v"))
             if not block:
                 return has_text
     return has_text
+
+
+def _likely_encoding(block: bytes) -> str:
+    """What a file that is no UTF-8 may be: by its mark, or by the half of its bytes that is 0 in UTF-16."""
+    marked = next((name for mark, name in _MARKS.items() if block.startswith(mark)), None)
+    if marked is not None:
+        return marked
+    for begin, unmarked in ((1, "utf-16-le"), (0, "utf-16-be")):
+        half = block[begin::2]
+        if half.count(0) * 2 > len(half) > 0:
+            return unmarked
+    return "latin-1"

@@ -12,10 +12,14 @@ from typing import Any, NoReturn
 
 from sa_hf.config import did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tasks.data import DEFAULT_EVALUATION_ROWS, DEFAULT_TRAIN_ROWS, Source, load_source
+from sa_hf.tasks.data import load_source
 from sa_hf.tasks.homes import spare_caches
+from sa_hf.tasks.made import MADE_NAMES
 from sa_hf.tasks.models import AUTO_CLASSES
 from sa_hf.tasks.ranks import is_main
+from sa_hf.tasks.source import DEFAULT_EVALUATION_ROWS, DEFAULT_TRAIN_ROWS, Source
+
+SWITCHES = {"true": True, "false": False}
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +30,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         "--dataset_name",
         default="stdlib",
-        help="stdlib, stdlib-short, stdlib-docstrings, corridor, summation, series, a file or folder, or a hub name",
+        help=f"a file or folder, a hub name, or one that is made: {', '.join(MADE_NAMES)}",
+    )
+    data.add_argument(
+        "--dataset_set", action="append", default=[], metavar="FIELD=VALUE", help="a field of a data set that is made"
     )
     data.add_argument("--dataset_config", "--dataset_config_name", help="configuration of a hub data set")
     data.add_argument("--text_column", "--text_column_name", help="default: text, content, ...")
@@ -50,9 +57,17 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def source_of(
-    args: argparse.Namespace, *, evaluate_only: bool = False, label2id: Mapping[str, int] | None = None
+    args: argparse.Namespace,
+    *,
+    fields: Mapping[str, Any],
+    evaluate_only: bool = False,
+    label2id: Mapping[str, int] | None = None,
 ) -> Source:
-    """The rows that the data flags name, as :func:`sa_hf.tasks.data.load_source` gives them."""
+    """The rows that the data flags name, as :func:`sa_hf.tasks.data.load_source` gives them.
+
+    Args:
+        fields: what ``--dataset_set`` says.
+    """
     return load_source(
         args.task,
         args.dataset,
@@ -67,6 +82,7 @@ def source_of(
         encoding=args.encoding,
         evaluate_only=evaluate_only,
         label2id=label2id,
+        fields=fields,
     )
 
 
@@ -86,7 +102,7 @@ class FlagParser(argparse.ArgumentParser):
         raise SparseAttentionError(f"{message}; --help lists all flags")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
+        words = self._switched([_underscored(word) for word in (sys.argv[1:] if args is None else args)])
         found, unknown = self.parse_known_args(words, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
@@ -94,6 +110,24 @@ class FlagParser(argparse.ArgumentParser):
                 f"unknown flag {name}{did_you_mean(name, self._option_string_actions)}; --help lists all flags"
             )
         return found
+
+    def _switched(self, words: list[str]) -> list[str]:
+        """``--bf16 true``, as Transformers' scripts take it, as ``--bf16``; with ``false`` the flag is left out."""
+        kept: list[str] = []
+        for word in words:
+            name, separator, value = word.partition("=")
+            before = kept[-1] if kept else ""
+            if separator and self._is_switch(name) and value.lower() in SWITCHES:
+                kept += [name] if SWITCHES[value.lower()] else []
+            elif self._is_switch(before) and word.lower() in SWITCHES:
+                kept = kept if SWITCHES[word.lower()] else kept[:-1]
+            else:
+                kept.append(word)
+        return kept
+
+    def _is_switch(self, word: str) -> bool:
+        action = self._option_string_actions.get(word)
+        return action is not None and action.nargs == 0 and action.dest != "help"
 
 
 def _underscored(word: str) -> str:
@@ -125,6 +159,19 @@ def real(least: float, above: bool = False) -> Callable[[str], float]:
         return value
 
     return number
+
+
+def json_text(text: str) -> Any:
+    """The type of a flag that takes JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON ({error})") from error
+
+
+def steps(text: str) -> int:
+    """The type of --max_steps: at least 1, or -1 for none."""
+    return -1 if text == "-1" else whole(1)(text)
 
 
 def parse_flags(
@@ -201,7 +248,7 @@ def _as_flag(parser: argparse.ArgumentParser, action: argparse.Action, value: An
             raise SparseAttentionError(f"{where} must be true or false")
         return value
     if isinstance(value, bool | list | dict):
-        if action.type is not json.loads or isinstance(value, bool):
+        if action.type is not json_text or isinstance(value, bool):
             raise SparseAttentionError(f"{where} must be one text or number")
         return value
     try:

@@ -15,7 +15,14 @@ MAX_NAME = 200
 # Past as many classes, more than one for two rows are values and no classes.
 MANY_CLASSES = 20
 SHOWN_CLASSES = 12
+SHOWN_VALUE = 120  # characters of a value in a message
 _DEFAULT_NAME = re.compile(r"LABEL_\d+")
+
+
+def in_a_line(value: Any) -> str:
+    """A value of the user's data for a message, cut to a line whatever it holds."""
+    text = shown(value)
+    return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}..."
 
 
 def check_label(value: Any, where: Callable[[], str], column: str) -> str | None:
@@ -23,13 +30,13 @@ def check_label(value: Any, where: Callable[[], str], column: str) -> str | None
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         problem = "is missing"
     elif isinstance(value, list | tuple | dict):
-        problem = f"is {shown(value)}; a row has one class, a text or an integer"
+        problem = f"is {in_a_line(value)}; a row has one class, a text or an integer"
     elif isinstance(value, float) and not value.is_integer():
-        problem = f"is {shown(value)}, a number and no class; classification takes texts or integers"
+        problem = f"is {in_a_line(value)}, a number and no class; classification takes texts or integers"
     elif isinstance(value, str) and len(value) > MAX_NAME:
-        problem = f"is {shown(value)}, {len(value)} characters: no class name; are text and label swapped?"
+        problem = f"is {in_a_line(value)}, {len(value)} characters: no class name; are text and label swapped?"
     elif not isinstance(value, str | int | float):
-        problem = f"is {shown(value)}, a {type(value).__name__}; classes are texts or integers"
+        problem = f"is {in_a_line(value)}, a {type(value).__name__}; classes are texts or integers"
     else:
         return None
     return f"{where()}: column {column!r} {problem}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from sa_hf.tasks.corpus import docstrings, stdlib_sources
@@ -14,8 +15,13 @@ def stdlib_texts(split: str, kind: str = "source") -> list[str]:
 
     Every tenth file is for evaluation (``split`` "train" or "evaluation").
     """
-    sources = [s for i, s in enumerate(stdlib_sources()) if (i % 10 == 9) == (split == "evaluation")]
-    return [s.text for s in (sources if kind == "source" else docstrings(sources))]
+    return list(_stdlib_texts(split == "evaluation", kind))
+
+
+@lru_cache(maxsize=4)
+def _stdlib_texts(held_out: bool, kind: str) -> tuple[str, ...]:
+    sources = [s for i, s in enumerate(stdlib_sources()) if (i % 10 == 9) == held_out]
+    return tuple(s.text for s in (sources if kind == "source" else docstrings(sources)))
 
 
 def token_chunks(texts: Iterable[str], tokenizer: Any, length: int, limit: int | None = None) -> PackedRows:
@@ -24,8 +30,7 @@ def token_chunks(texts: Iterable[str], tokenizer: Any, length: int, limit: int |
     Every chunk of a tokenizer with a start token (BERT's [CLS], Llama's <s>) begins with it. Stops after ``limit``
     chunks; the rest that fills no chunk is left out. Rows are ``{"input_ids", "attention_mask"}``.
     """
-    start = _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
-    end = _first(tokenizer.sep_token_id, tokenizer.eos_token_id)
+    start, end = start_token(tokenizer), end_token(tokenizer)
     body = length - (start is not None)
     chunks = PackedRows()
     mask = [1] * length
@@ -44,9 +49,18 @@ def token_chunks(texts: Iterable[str], tokenizer: Any, length: int, limit: int |
 
 def longest_chunk(texts: Iterable[str], tokenizer: Any) -> int:
     """The largest ``length`` at which :func:`token_chunks` fills one chunk of these texts."""
-    start = _first(tokenizer.cls_token_id, tokenizer.bos_token_id) is not None
-    end = _first(tokenizer.sep_token_id, tokenizer.eos_token_id) is not None
+    start, end = start_token(tokenizer) is not None, end_token(tokenizer) is not None
     return start + sum(len(ids) + end for ids in _token_lists(texts, tokenizer))
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token that a row begins with: BERT's [CLS], Llama's <s>; None where the tokenizer has none."""
+    return _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
+
+
+def end_token(tokenizer: Any) -> int | None:
+    """The token that a text ends with; None where the tokenizer has none."""
+    return _first(tokenizer.sep_token_id, tokenizer.eos_token_id)
 
 
 def _token_lists(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from sa_hf.config import did_you_mean
+from huggingface_hub.errors import StrictDataclassError
+
+from sa_hf.config import did_you_mean, shown
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 from sa_hf.tasks.load import check_trust, read_config, resolve, tokenizer_of
 from sa_hf.tasks.ranks import say
@@ -15,9 +18,11 @@ AUTO_CLASSES = {
     "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "forecasting": "AutoModelForTimeSeriesPrediction",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "summarization": "AutoModelForSeq2SeqLM",
 }
 # Freshly initialised, for tests: they read bytes, so no vocabulary file is needed.
-TOYS = ("tiny-llama", "tiny-gpt2", "tiny-bert")
+TOYS = ("tiny-llama", "tiny-gpt2", "tiny-bert", "tiny-t5")
 # The forecaster of this package, freshly initialised: its pattern is a field of its config.
 CONV_TRANS = "convtrans"
 _TOY_SIZE = {"hidden": 64, "layers": 2, "heads": 4, "intermediate": 128}
@@ -53,12 +58,14 @@ def load_for_task(
     if name == CONV_TRANS:
         from sa_hf.models import ConvTransConfig
 
-        return auto_class.from_config(ConvTransConfig(max_position_embeddings=max_length, **options)), None
+        with _options_named(options):
+            return auto_class.from_config(ConvTransConfig(max_position_embeddings=max_length, **options)), None
     if name in TOYS:
         tokenizer = load_tokenizer(name, max_length)
         config = _toy_config(name, vocab_size or len(tokenizer), max_length, options)
         check_head(config, task)
-        model = auto_class.from_config(config)
+        with _options_named(options):
+            model = auto_class.from_config(config)
         check_causality(model, task)
         return model, tokenizer
     folder = resolve(name)
@@ -76,9 +83,10 @@ def load_for_task(
             f"model: its classes {list(before or {})} are not the data's, {labels}: its head is made anew where sizes "
             "differ"
         )
-    model = auto_class.from_pretrained(
-        folder, config=config, trust_remote_code=trust_remote_code, ignore_mismatched_sizes=new_head
-    )
+    with _options_named(model_options or {}):
+        model = auto_class.from_pretrained(
+            folder, config=config, trust_remote_code=trust_remote_code, ignore_mismatched_sizes=new_head
+        )
     check_causality(model, task)
     return model, tokenizer
 
@@ -177,7 +185,30 @@ def _set(config: Any, options: Mapping[str, Any]) -> None:
             raise SparseAttentionError(
                 f"{type(config).__name__} has no field {field!r}{did_you_mean(field, known)}; fields: {known}"
             )
-        setattr(config, field, value)
+        try:
+            setattr(config, field, value)
+        except (StrictDataclassError, TypeError, ValueError) as error:
+            raise SparseAttentionError(f"--model_set {field}={shown(value)}: {_last_line(error)}") from error
+
+
+@contextmanager
+def _options_named(options: Mapping[str, Any]) -> Iterator[None]:
+    """What Transformers says of fields that do not go together, with the fields that were set."""
+    try:
+        yield
+    except SparseAttentionError:
+        raise
+    except (StrictDataclassError, AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        if not options:
+            raise
+        fields = ", ".join(f"{field}={shown(value)}" for field, value in options.items())
+        raise SparseAttentionError(f"no model is made with --model_set {fields}: {_last_line(error)}") from error
+
+
+def _last_line(error: Exception) -> str:
+    """The last line of an error: the first of those of several lines say where it was."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _toy_config(name: str, vocab_size: int, max_length: int, options: Mapping[str, Any]) -> Any:
@@ -207,6 +238,18 @@ def _toy_config(name: str, vocab_size: int, max_length: int, options: Mapping[st
             bos_token_id=None,
             eos_token_id=1,
             pad_token_id=0,
+        )
+    elif name == "tiny-t5":
+        config = transformers.T5Config(
+            vocab_size=vocab_size,
+            d_model=size["hidden"],
+            d_kv=size["hidden"] // size["heads"],
+            d_ff=size["intermediate"],
+            num_layers=size["layers"],
+            num_heads=size["heads"],
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
         )
     else:
         config = transformers.BertConfig(

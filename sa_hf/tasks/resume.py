@@ -9,14 +9,15 @@ from typing import Any
 
 from sa_hf.config import shown
 from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.checkpoints.files import dense_name
 
 AUTO = "auto"
 _STATE = "trainer_state.json"
 _ADAPTER = "adapter_config.json"
 # What must be equal beside the pattern for the weights to fit and to mean the same.
 _FIELDS = (
-    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "label2id", "attention",
-    "sa_hf",
+    "model_type", "architectures", "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings",
+    "label2id", "attention", "sa_hf",
 )  # fmt: skip
 
 
@@ -58,6 +59,8 @@ def check_checkpoint(folder: Path, model: Any, lora_rank: int) -> None:
     if saved is None:
         raise SparseAttentionError(f"--resume {folder}: {source} holds no config.json, so its pattern is not known")
     now = json.loads(model.config.to_json_string(use_diff=False))
+    now["architectures"] = [dense_name(type(model).__name__)]
+    saved["architectures"] = [dense_name(name) for name in saved.get("architectures") or now["architectures"]]
     now["sa_hf"] = json.loads(json.dumps(getattr(model.config, "sa_hf", None)))
     for name in _FIELDS:
         before, after = saved.get(name), now.get(name)

@@ -1,4 +1,4 @@
-"""Synthetic tasks of the papers, exact and endless: the corridor, masked summation, and time series."""
+"""Synthetic tasks of the papers, exact and endless: the corridor, masked summation, and two kinds of time series."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ class MaskedSummationTask:
 class SeriesTask:
     """Hourly-like series for forecasting: level, daily and weekly season of random strength and phase, noise.
 
-    What the piecewise synthetic data of LogSparse's section 4.1 tests is here, too: the season repeats at ``period``
-    and ``7 * period``, so a forecast needs values far back. The covariates are sine and cosine of both seasons' phase.
+    The season repeats at ``period`` and ``7 * period``, so a forecast needs values far back. Covariates are sine and
+    cosine of both seasons' phase.
     """
 
     context: int = 168
@@ -129,3 +129,43 @@ class SeriesTask:
         )
         values = values + self.noise * level * torch.randn(count, length, generator=generator)
         return values, torch.stack([day.sin(), day.cos(), week.sin(), week.cos()], dim=-1)
+
+
+@dataclass(frozen=True)
+class PiecewiseTask:
+    """The piecewise sinusoids of LogSparse (Li et al., NeurIPS 2019, section 5.1), for forecasting.
+
+    With noise of variance 1 on each value, ``A1``, ``A2`` and ``A3`` uniform in [0, 60) and ``A4 = max(A1, A2)``:
+    ``A1 sin(pi x / 6) + 72`` for x < 12, ``A2 ...`` for x < 24, ``A3 ...`` for x < t0, and ``A4 sin(pi x / 12) + 72``
+    for the last ``horizon`` values, which are the forecast: it needs the first 24 values, t0 - 24 and more behind. The
+    paper's t0 are 24, 48, 96 and 192. The covariates are sine and cosine of both periods' phase.
+
+    Args:
+        t0: values before the forecast, >= 24.
+        horizon: values of the forecast; the paper's 24.
+    """
+
+    t0: int = 96
+    horizon: int = 24
+
+    num_covariates = 4
+
+    def __post_init__(self) -> None:
+        if self.t0 < 24 or self.horizon < 1:
+            raise SparseAttentionError(
+                f"t0={self.t0} must be at least 24 and horizon={self.horizon} at least 1; nearest: "
+                f"t0={max(24, self.t0)}, horizon={max(1, self.horizon)}"
+            )
+
+    def series(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Values fp32 ``[count, t0 + horizon]`` and covariates fp32 ``[count, t0 + horizon, 4]``."""
+        generator = torch.Generator().manual_seed(seed)
+        amplitudes = 60 * torch.rand(count, 3, generator=generator)
+        amplitudes = torch.cat([amplitudes, amplitudes[:, :2].amax(1, keepdim=True)], 1)
+        x = torch.arange(self.t0 + self.horizon)
+        piece = (x >= 12).long() + (x >= 24).long() + (x >= self.t0).long()
+        short, long = math.pi * x / 6, math.pi * x / 12
+        values = 72 + amplitudes[:, piece] * torch.where(x < self.t0, short.sin(), long.sin())
+        values = values + torch.randn(values.shape, generator=generator)
+        phases = torch.stack([short.sin(), short.cos(), long.sin(), long.cos()], dim=-1)
+        return values, phases.expand(count, -1, -1)

@@ -10,12 +10,21 @@ from typing import Any
 from sa_hf.config import did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.files import KINDS, TEXT, Loaded, find_files, kind_of, load_files
-from sa_hf.tasks.labels import check_classes, check_label, listed, names_of, number_of, numbers_of
+from sa_hf.tasks.labels import (
+    check_classes,
+    check_label,
+    in_a_line,
+    listed,
+    names_of,
+    number_of,
+    numbers_of,
+)
 from sa_hf.tasks.ranks import say
 from sa_hf.tasks.splits import HELD_OUT, TRAIN, held_out_of, split_of
 
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "code")
 LABEL_COLUMNS = ("label", "labels", "class", "target")
+SEPARATORS = (";", "\t", "|")  # of other tables than a .csv
 # The share of the training rows that is held out where no split is; of a single text, of its chunks.
 HELD_OUT_SHARE = 0.1
 # Held-out rows must not depend on --seed: what one seed trains on, another would evaluate.
@@ -55,7 +64,7 @@ def checked_text(value: Any, where: Callable[[], str], column: str) -> str:
     """The text of a row; raises ``SparseAttentionError`` where it is none."""
     if isinstance(value, str):
         return value
-    problem = "is missing" if value is None else f"is {shown(value)}, a {type(value).__name__} and no text"
+    problem = "is missing" if value is None else f"is {in_a_line(value)}, a {type(value).__name__} and no text"
     raise SparseAttentionError(f"{where()}: column {column!r} {problem}")
 
 
@@ -124,10 +133,14 @@ def column_of(data: Any, wanted: str | None, usual: Sequence[str], flag: str, lo
             (f"; {n!r} is missing from {loaded.lacking[n]}" for n in (name, *usual) if n in loaded.lacking), ""
         )
         rule = f"{flag}={wanted!r} is no column" if wanted else f"none of the usual columns {list(usual)} is there"
-        raise SparseAttentionError(
-            f"{rule} of {loaded.where(split, 0).rpartition(', row')[0] or split}{near}{absent}; set {flag} to one of "
-            f"{shown(list(columns))}"
-        )
+        place = loaded.where(split, 0).rpartition(", row")[0] or split
+        parted = next((mark for mark in SEPARATORS if len(columns) == 1 and mark in columns[0]), None)
+        if parted is not None:
+            raise SparseAttentionError(
+                f"{place} has one column, {columns[0]!r}, which looks like several parted by {parted!r}; save the file "
+                "with commas, or with tabs as .tsv"
+            )
+        raise SparseAttentionError(f"{rule} of {place}{near}{absent}; set {flag} to one of {shown(list(columns))}")
     if flag == "label_column" and len(found) > 1:
         raise SparseAttentionError(f"columns {found} could each hold the classes; set label_column to one of them")
     return found[0]
@@ -138,6 +151,7 @@ def texts_of(loaded: Loaded, choice: Choice, split: str, data: Any, columns_like
     column = columns_like or column_of(data, choice.text_column, TEXT_COLUMNS, "text_column", loaded, split)
     if column not in data.column_names:
         column_of(data, column, TEXT_COLUMNS, "text_column", loaded, split)
+    _check_families(loaded, column)
     texts = Texts(data, column, lambda row: loaded.where(split, row))
     if loaded.is_local:
         for row, text in enumerate(data[column]):
@@ -166,6 +180,8 @@ def labelled_rows(
         for flag, name, usual in (("text_column", text, TEXT_COLUMNS), ("label_column", label, LABEL_COLUMNS)):
             column_of(data, name, usual, flag, loaded, split)
         labels[split] = _checked(loaded, split, data, text, label)
+    for column in (text, label):
+        _check_families(loaded, column)
     class_names = getattr(first.features[label], "names", None)
     if train is None:
         known = dict(label2id or {})
@@ -193,10 +209,14 @@ def labelled_rows(
         rows[split] = data.select_columns([text]).add_column("_number", numbers)
     cut = _cut(rows[train[0]] if train else None, rows[held_out[0]] if held_out else None, choice)
     parts = [[{"text": r[text], "label": r["_number"]} for r in part] for part in cut]
-    if train is not None:
-        counts = [sum(row["label"] == number for row in parts[0]) for number in known.values()]
-        shares = [f"{name} {count}" for name, count in zip(known, counts, strict=True)]
+    if train is not None and not choice.evaluate_only:
+        counts = {name: sum(row["label"] == number for row in parts[0]) for name, number in known.items()}
+        shares = [f"{name} {count}" for name, count in counts.items()]
         say(f"data: {len(parts[0])} rows to train on ({listed_plain(shares)}), {len(parts[1])} to evaluate on")
+        left = {row["label"] for row in parts[0]}
+        absent = [name for name in names if number_of(name, known) not in left]
+        if absent:
+            say(f"warning: no row to train on is of the class {listed(absent)}; all of them are held out, or cut off")
     else:
         say(f"data: {len(parts[1])} rows to evaluate on")
     _warn_of_duplicates(parts)
@@ -256,6 +276,16 @@ def _checked(loaded: Loaded, split: str, data: Any, text: str, label: str) -> li
                 f"{type(first[1]).__name__}, in {where(first[0])}; write all classes as texts, or all as integers"
             )
     return labels
+
+
+def _check_families(loaded: Loaded, column: str) -> None:
+    """Raise ``SparseAttentionError`` where a column holds texts in one file and numbers in another."""
+    found = list(loaded.families(column).items())
+    if len(found) > 1:
+        (family, name), (other, other_name) = found
+        raise SparseAttentionError(
+            f"{other_name}: column {column!r} holds {other}, but in {name} it holds {family}; write all of them alike"
+        )
 
 
 def _warn_of_duplicates(parts: Sequence[Sequence[Mapping[str, Any]]]) -> None:

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sa_hf.hf.training.trainer import SparseTrainer
-from sa_hf.tasks.data import FORECASTING, Rows, collator
+from sa_hf.tasks.data import collator
 from sa_hf.tasks.masking import masked_once
-from sa_hf.tasks.metrics import accuracy
+from sa_hf.tasks.metrics import accuracy, share_interval
+from sa_hf.tasks.questions import best_spans, span_figures
+from sa_hf.tasks.source import FORECASTING, QUESTIONS, Rows
 from sa_hf.tasks.synthetic import IGNORED
 
 _TOKEN_LOSS = "token_loss"
@@ -39,7 +41,8 @@ def task_trainer(
         train, evaluation: rows as :func:`sa_hf.tasks.data.tokenize` gives them.
         options: of :class:`SparseTrainer`.
     """
-    masked = task == "masked-lm"
+    masked, questions = task == "masked-lm", task == QUESTIONS
+    figures = _span_figures if questions else _Figures(shifted=task == "causal-lm")
     trainer = TaskTrainer(
         model=model,
         args=arguments,
@@ -47,8 +50,8 @@ def task_trainer(
         eval_dataset=masked_once(evaluation, tokenizer) if masked else evaluation,
         data_collator=collator(task, tokenizer, arguments.seed),
         processing_class=tokenizer,
-        compute_metrics=None if task == FORECASTING else _Figures(shifted=task == "causal-lm"),
-        preprocess_logits_for_metrics=_classes_and_losses if masked else _classes,
+        compute_metrics=None if task == FORECASTING else figures,
+        preprocess_logits_for_metrics=_spans if questions else _classes_and_losses if masked else _classes,
         **options,
     )
     if task != "causal-lm":
@@ -63,6 +66,17 @@ def _classes(logits: Any, labels: Tensor) -> Tensor:
     return found
 
 
+def _spans(logits: Any, labels: Any) -> Tensor:
+    return best_spans(logits[0], logits[1])
+
+
+def _span_figures(prediction: Any) -> dict[str, float]:
+    starts, ends = prediction.label_ids
+    spans, right = torch.as_tensor(prediction.predictions), torch.stack([*map(torch.as_tensor, (starts, ends))], 1)
+    exact = (spans == right).all(1)
+    return {**span_figures(spans, starts, ends), **_interval(exact, torch.ones_like(exact))}
+
+
 def _classes_and_losses(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The classes, and each position's loss, 0 where there is no label."""
     scores = logits[0] if isinstance(logits, tuple) else logits
@@ -72,8 +86,16 @@ def _classes_and_losses(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     return scores.argmax(-1), losses
 
 
+def _interval(right: Tensor, counted: Tensor) -> dict[str, float]:
+    """The accuracy's 95 % interval, see :func:`share_interval`; of ``[rows]`` or ``[rows, n]``."""
+    rows = [x.reshape(len(x), -1).sum(1).tolist() for x in (right & counted, counted)]
+    low, high = share_interval(rows[0], rows[1])
+    return {"accuracy_low": low, "accuracy_high": high}
+
+
 class _Figures:
-    """``compute_metrics``: accuracy at the labelled positions, and their mean loss where the losses are there."""
+    """``compute_metrics``: accuracy at the labelled positions with its interval, and their mean loss where the losses
+    are there."""
 
     def __init__(self, shifted: bool) -> None:
         self.shifted = shifted
@@ -84,7 +106,7 @@ class _Figures:
         classes = torch.as_tensor(classes)
         if self.shifted:
             classes, labels = classes[:, :-1], labels[:, 1:]
-        figures = {"accuracy": accuracy(classes, labels)}
+        figures = {"accuracy": accuracy(classes, labels), **_interval(classes == labels, labels != IGNORED)}
         if losses is not None:
             counted = int((labels != IGNORED).sum())
             figures[_TOKEN_LOSS] = float(torch.as_tensor(losses).double().sum()) / max(1, counted)

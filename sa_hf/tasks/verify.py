@@ -19,15 +19,22 @@ from sa_hf.tasks.models import auto_class_of, check_head
 # What a launcher sets for its ranks; the verifying process is alone.
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
+DECODED = 8  # tokens that a decoder is compared on
+
 
 def outputs_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The logits of a model in evaluation mode, on the CPU, of whatever shape its head gives."""
+    """The logits of a model in evaluation mode, on the CPU, of whatever shape its head gives; of a head for questions,
+    those of starts and ends. The decoder of a model that has an encoder reads the first tokens of its input."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
+    inputs = {name: x.to(device) for name, x in batch.items()}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :DECODED]
     with torch.no_grad():
-        logits: Tensor = model(**{name: x.to(device) for name, x in batch.items()}).logits
+        output = model(**inputs)
     model.train(was_training)
+    logits: Tensor = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits])
     return logits.float().cpu()
 
 

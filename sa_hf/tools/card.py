@@ -39,3 +39,11 @@ def write_card(
     known = {**known_of("", path), **{name: value for name, value in given.items() if value is not None}}
     path.write_text(card_text(folder, known), encoding="utf-8")
     return path
+
+
+def renew_card(folder: Path) -> None:
+    """Write our card of a folder anew; one of a sparse model that a dense one has taken the place of goes."""
+    if inspect_checkpoint(folder).layers:
+        write_card(folder)
+    else:
+        (folder / CARD_FILE).unlink()

@@ -14,18 +14,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sa_hf.config import SparseAttentionConfig, available_patterns, did_you_mean, shown
+from sa_hf.config import available_patterns, did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tasks.data import Rows, tokenize
-from sa_hf.tasks.flags import FlagParser, add_data_flags, devices, parse_flags, real, source_of, whole
+from sa_hf.tasks.data import tokenize
+from sa_hf.tasks.flags import (
+    FlagParser,
+    add_data_flags,
+    devices,
+    json_text,
+    parse_flags,
+    real,
+    source_of,
+    steps,
+    whole,
+)
 from sa_hf.tasks.forecast import forecast_figures
 from sa_hf.tasks.models import CONV_TRANS, TOYS, check_model, load_for_task, load_tokenizer, trained_classes
 from sa_hf.tasks.ranks import is_main, quiet_others, say
 from sa_hf.tasks.resume import check_checkpoint, checkpoint_of
+from sa_hf.tasks.source import SUMMARIES, Rows
+from sa_hf.tasks.summaries import summary_figures
 from sa_hf.tasks.verify import verify_reload
-from sa_hf.tools.options import make_config, parse_options
+from sa_hf.tools.options import built_pattern, make_config, parse_options
 
 VERIFIED_ROWS = 2
+LABELS = ("labels", "start_positions", "end_positions")
 DISTILL = ("logits", "outputs", "both")  # of SparseTrainer, whose module takes seconds to import
 # Words in the names of the schedulers that fail without options.
 NEEDS_OPTIONS = frozenset({"plateau", "decay", "min"})
@@ -54,15 +67,19 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     what.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="an option of the pattern")
     what.add_argument("--layers", help='layers that get the pattern, e.g. "0-3,6" (default: all)')
     what.add_argument("--engine", default="auto", help="auto, or the engine that must run")
-    what.add_argument("--rope_parameters", type=json.loads, help="JSON of RoPE scaling for a lengthened model")
+    what.add_argument("--rope_parameters", type=json_text, help="JSON of RoPE scaling for a lengthened model")
     what.add_argument(
-        "--lora_rank", type=whole(0), default=0, help="train LoRA adapters of this rank on all linear layers (0: off)"
+        "--lora_rank",
+        "--lora_r",
+        type=whole(0),
+        default=0,
+        help="train LoRA adapters of this rank on all linear layers (0: off)",
     )
     add_data_flags(parser)
     run = parser.add_argument_group("training")
     run.add_argument("--output_dir", default="runs/finetune")
     run.add_argument("--epochs", "--num_train_epochs", type=real(0, above=True), default=1.0)
-    run.add_argument("--max_steps", type=int, default=-1)
+    run.add_argument("--max_steps", type=steps, default=-1, help="steps instead of epochs, >= 1 (default: -1, epochs)")
     run.add_argument("--batch_size", "--per_device_train_batch_size", type=whole(1), default=1)
     run.add_argument("--eval_batch_size", "--per_device_eval_batch_size", type=whole(1), default=1)
     run.add_argument("--gradient_accumulation", "--gradient_accumulation_steps", type=whole(1), default=1)
@@ -105,7 +122,7 @@ def schedulers() -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    return parse_flags(build_parser(prog), argv, pairs=("set", "model_set"), mappings=("pattern",))
+    return parse_flags(build_parser(prog), argv, pairs=("set", "model_set", "dataset_set"), mappings=("pattern",))
 
 
 def chosen_pattern(args: argparse.Namespace) -> Any:
@@ -113,16 +130,8 @@ def chosen_pattern(args: argparse.Namespace) -> Any:
     if isinstance(args.pattern, dict):
         if args.set or args.preset or args.layers:
             raise SparseAttentionError("a mapping as pattern holds its own options: leave out set, preset and layers")
-        return _built(args.pattern)
+        return built_pattern(args.pattern)
     return make_config(args.pattern, args.set, args.preset)
-
-
-def _built(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if "name" in value:
-        return SparseAttentionConfig.from_dict(value)
-    return {key: _built(inner) for key, inner in value.items()}
 
 
 def prepare(args: argparse.Namespace) -> tuple[Any, Any, tuple[Rows, Rows]]:
@@ -134,8 +143,14 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, tuple[Rows, Rows]]:
 
     if args.pattern != "none":
         chosen_pattern(args)
+    elif args.set or args.preset or args.layers:
+        raise SparseAttentionError("--set, --preset and --layers say how to patch, but --pattern none leaves the model")
     check_model(args.model, args.task, args.trust_remote_code)
-    source = source_of(args, label2id=trained_classes(args.model, args.task, args.trust_remote_code))
+    source = source_of(
+        args,
+        fields=parse_options(args.dataset_set),
+        label2id=trained_classes(args.model, args.task, args.trust_remote_code),
+    )
     if source.vocab_size is not None and args.model not in TOYS:
         raise SparseAttentionError(f"dataset {args.dataset!r} has token ids of its own: use --model with one of {TOYS}")
     options = {**(source.model_options or {}), **parse_options(args.model_set)}
@@ -235,12 +250,13 @@ def with_lora(model: Any, rank: int, base_folder: Path, is_main: bool) -> Any:
         import peft
     except ImportError as error:
         raise sa_hf.SparseAttentionError(
-            "--lora_rank needs PEFT: pip install 'sa_hf[peft]', or pip install 'peft>=0.18'"
+            "--lora_rank needs PEFT: pip install 'peft>=0.18', or pip install '.[peft]' in a clone of sa_hf"
         ) from error
     if is_main:
         model.save_pretrained(base_folder)
     # With a task PEFT trains and saves the new head, too, and AutoPeftModelForSequenceClassification finds it.
-    task = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else None
+    heads = {"ForSequenceClassification": "SEQ_CLS", "ForQuestionAnswering": "QUESTION_ANS"}
+    task = next((kind for head, kind in heads.items() if type(model).__name__.endswith(head)), None)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
     return peft.get_peft_model(model, sa_hf.prepare_peft(config, model))
 
@@ -252,8 +268,8 @@ def train(
     from sa_hf.hf.checkpoints.card import CARD_FILE, METRICS_FILE, is_ours
     from sa_hf.tasks.measure import StepClock, peak_memory_mb
     from sa_hf.tasks.trainer import task_trainer
-    from sa_hf.tools.card import write_card
-    from sa_hf.tools.stopping import SAVING, StopAndSave, end_if_saved, end_if_stopped, writing
+    from sa_hf.tools import stopping
+    from sa_hf.tools.card import renew_card
 
     arguments = training_arguments(args)
     output = Path(args.output_dir)
@@ -264,29 +280,37 @@ def train(
     trainer = task_trainer(args.task, model, arguments, tokenizer, rows, evaluation, **options)
     clock = StepClock()
     trainer.add_callback(clock)
-    stop = StopAndSave()
+    stop = stopping.StopAndSave()
     trainer.add_callback(stop)
-    with writing(output), stop.listening(arguments.world_size):
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    end_if_stopped(stop, output, trainer.state.global_step)
-    metrics = {**result.metrics, **clock.figures(), "global_step": trainer.state.global_step}
+    trainer.add_callback(stopping.NoStepTooMany())
+    metrics: dict[str, Any] = {}
+    try:
+        with stopping.writing(output), stop.listening(arguments.world_size):
+            metrics |= trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
+    except stopping.AtItsEnd:
+        say(f"{checkpoint} is at step {trainer.state.global_step} of --max_steps {args.max_steps}: no step is left")
+    stopping.end_if_stopped(stop, output, trainer.state.global_step)
+    metrics |= {**clock.figures(), "global_step": trainer.state.global_step}
     # Saved before all else: what goes wrong from here on loses no training.
-    with writing(output), stop.listening(arguments.world_size, SAVING):
+    with stopping.writing(output), stop.listening(arguments.world_size, stopping.SAVING):
         trainer.save_model()
-    end_if_saved(stop, output)
+    stopping.end_if_saved(stop, output)
     metrics |= {"train_peak_memory_mb": peak_memory_mb(), **trainer.evaluate()}
     if args.task == "forecasting":
         metrics |= forecast_figures(trainer.accelerator.unwrap_model(trainer.model), evaluation)
+    if args.task == SUMMARIES:
+        metrics |= summary_figures(trainer.accelerator.unwrap_model(trainer.model), tokenizer, evaluation)
     if arguments.process_index == 0:
         if args.verify != "none":
             trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-            batch = {k: v for k, v in trainer.data_collator(list(evaluation[:VERIFIED_ROWS])).items() if k != "labels"}
+            batch = trainer.data_collator(list(evaluation[:VERIFIED_ROWS]))
+            batch = {k: v for k, v in batch.items() if k not in LABELS}
             verify_reload(trained, output, args.task, batch, fresh=args.verify == "fresh")
             metrics["reload_verified"] = True
         metrics["log"] = trainer.state.log_history
         (output / METRICS_FILE).write_text(json.dumps({"arguments": vars(args), **metrics}, indent=2) + "\n")
-        if args.pattern != "dense" and is_ours(output / CARD_FILE):
-            write_card(output)  # once more: the figures are known now
+        if is_ours(output / CARD_FILE):
+            renew_card(output)  # the figures are known now
     trainer.accelerator.wait_for_everyone()
     return metrics
 
@@ -306,12 +330,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
     """
     from transformers import set_seed
 
-    from sa_hf.tools.stopping import checkpoint_to_resume
+    from sa_hf.tools.stopping import check_output, checkpoint_to_resume
 
     args = parse_arguments(argv, prog)
     quiet_others()
     set_seed(args.seed)
     check_reports(args.report_to)
+    check_output(Path(args.output_dir))
     checkpoint_of(args.resume, args.output_dir)
     whole_one = checkpoint_to_resume(args.resume, Path(args.output_dir))
     checkpoint = None if whole_one is None else Path(whole_one)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -22,6 +24,7 @@ from sa_hf.errors import SparseAttentionError
 STOPPED = 130  # the exit code of a program that Ctrl-C ended
 STATE = "trainer_state.json"  # the last file that Trainer writes of a checkpoint
 # torch.save says it in a plain RuntimeError.
+TORCH_FILES = ("*.pt", "*.pth", "*.bin")  # of torch.save, archives of the kind of zip
 TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "unexpected pos")
 
 
@@ -61,6 +64,21 @@ class StopAndSave(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.asked:
             control.should_save = control.should_training_stop = True
+
+
+class AtItsEnd(Exception):
+    """The checkpoint that a run goes on from has all the steps of the run."""
+
+
+class NoStepTooMany(TrainerCallback):
+    """Raises :class:`AtItsEnd` where there is no step left of ``max_steps``: a Trainer would make one more.
+
+    Weights and state of the checkpoint are loaded by then.
+    """
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if 0 < args.max_steps <= state.global_step:
+            raise AtItsEnd
 
 
 def end_if_stopped(stop: StopAndSave, output: Path, step: int) -> None:
@@ -119,7 +137,33 @@ def _cut_short(folder: Path) -> str | None:
         return f"it has no {STATE}, which is written last: its saving was cut short, or it is a model and no checkpoint"
     except ValueError:
         return f"its {STATE} is cut short"
-    return None
+    return _cut_weights(folder)
+
+
+def _cut_weights(folder: Path) -> str | None:
+    """What of a checkpoint's tensors is missing or not whole; sharded ones lie in folders of their own."""
+    weights = sorted(folder.glob("*.safetensors"))
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):  # reads the header, which says how long the file must be
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"its {path.name} is not whole ({error})"
+    written = [path for pattern in TORCH_FILES for path in sorted(folder.glob(pattern))]
+    for path in written:
+        if not zipfile.is_zipfile(path):  # the list of what is in it stands at its end
+            return f"its {path.name} is not whole"
+    there = weights or any("model" in path.name for path in written) or any(p.is_dir() for p in folder.iterdir())
+    return None if there else "its weights are missing"
+
+
+def check_output(output: Path) -> None:
+    """Raise ``SparseAttentionError`` where a run could not write into the folder; makes nothing."""
+    there = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise SparseAttentionError(f"--output_dir {output}: {there} is no folder; nearest: {there.parent}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SparseAttentionError(f"--output_dir {output}: {there} cannot be written by this user")
 
 
 @contextmanager

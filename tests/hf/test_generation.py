@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 import sa_hf
 from sa_hf import SparseAttentionError
+from sa_hf.hf.forward import keys
+from sa_hf.hf.forward.keys import absolute_keys
 
 
 @pytest.mark.parametrize("family", [*DECODERS, *BOTH])
@@ -27,6 +30,23 @@ def test_greedy_steps_equal_the_full_forward(family: str) -> None:
 @pytest.mark.parametrize("pattern", ["bigbird", "fixed", "expire_span", "convolution"])
 def test_positions_stay_true_where_the_models_own_cache_slides(family: str, pattern: str) -> None:
     check(patched(family, pattern))
+
+
+@pytest.mark.parametrize("pattern", ["bigbird", "window", "longnet"])
+def test_a_sliding_caches_keys_are_read_where_they_lie(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = []
+
+    def spied(key: Tensor, value: Tensor, length: int, *rest: Any) -> tuple[Tensor, Tensor]:
+        widths.append(length)
+        return absolute_keys(key, value, length, *rest)
+
+    model = patched("mistral", pattern)
+    monkeypatch.setattr(keys, "absolute_keys", spied)
+    check(model)
+    ids, mask = prompt()
+    widths.clear()
+    generate(model, ids, mask)  # its window is 8: from the second step on its cache has dropped keys
+    assert widths == [ids.shape[1]] * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from hf_cases import tiny_model, tokens
+from hf_cases import case, tiny_model, tokens
 from torch import Tensor
 
 import sa_hf
@@ -127,6 +127,28 @@ def test_output_loss_twice_adds_them_twice_and_before_another_loss_once() -> Non
     model.zero_grad()
     out = model(ids, labels=ids, use_cache=False)
     check_equal(apart, gradients(model, out.loss + 0.1 * out.logits.square().mean()))
+
+
+@pytest.mark.parametrize("family", ["llama", "bart"])
+@pytest.mark.parametrize("pattern", [MASKS, ROUTING], ids=lambda c: c.name)
+def test_output_loss_after_another_loss_adds_them_no_second_time(family: str, pattern: Any) -> None:
+    """As their sum has them, also where the other one comes from one half of the model alone."""
+    made = case(family)
+    model = sa_hf.patch_model(made.model, pattern if family == "llama" else {"encoder": pattern, "decoder": MASKS})
+    found, call = [], {**made.inputs, "labels": made.inputs.get("decoder_input_ids", made.inputs["input_ids"])}
+    for apart in (False, True):
+        twin = copy.deepcopy(model).train()
+        torch.manual_seed(0)
+        out = twin(**call)
+        own = 0.1 * (out.logits if family == "llama" else out.encoder_last_hidden_state).square().mean()
+        if not apart:
+            found.append(gradients(twin, out.loss + own))
+            continue
+        with pytest.warns(UserWarning, match="not output.loss"):
+            own.backward(retain_graph=True)
+        with pytest.warns(UserWarning, match="a second backward"):
+            found.append(gradients(twin, out.loss))
+    check_equal(found[1], found[0])
 
 
 def test_what_is_returned_keeps_its_values_and_takes_changes_in_place() -> None:

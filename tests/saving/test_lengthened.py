@@ -203,7 +203,7 @@ def test_the_halves_of_a_model_of_sound():
 
 def test_an_encoder_of_sound_that_takes_no_form_that_is_known_is_left(monkeypatch):
     """The probe then stands in for it: the decoder is served, the encoder refused."""
-    monkeypatch.setattr("sa_hf.hf.patching.probe.sound_forms", lambda main, config: iter(()))
+    monkeypatch.setattr("sa_hf.hf.patching.probe_inputs.sound_forms", lambda main, config: iter(()))
     model = whisper()
     with pytest.raises(SparseAttentionError, match=r"the encoder of Whisper.* takes sound.*'decoder'"):
         patch_model(model, {"encoder": "star"})

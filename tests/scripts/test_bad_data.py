@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from sa_hf import SparseAttentionError
 from sa_hf.tasks.data import Source, load_source
@@ -69,7 +70,9 @@ def rows_of(source: Source) -> list[tuple[str, str]]:
         ("x.csv", "text,label\na,one,1\nb,two,0\n", "x.csv.*more values than its header has columns"),
         ("x.csv", "text,label\none,1\ntwo,0,1\n", "x.csv cannot be read as csv.*line 3"),
         ("x.csv", 'text,label\n"one,1\ntwo,0\n', "x.csv cannot be read as csv.*row 1"),
-        ("x.csv", "text;label\none;1\n", r"none of the usual columns.*'text;label'"),
+        ("x.csv", "text;label\none;1\n", r"x.csv has one column, 'text;label'.*parted by ';'; save the file with comm"),
+        ("x.csv", "text\tlabel\none\t1\n", "parted by .*with tabs as .tsv"),
+        ("x.jsonl", lines({"text": ["long " * 99] * 9, "label": "a"}), r"row 1.* is \['long .{0,130}\.\.\., a list"),
         ("x.csv", "label,text\none,1\ntwo,0\n", "x.csv, row 1: column 'text' is 1"),
         ("x.parquet", "hello", "x.parquet cannot be read as parquet"),
         ("x.jsonl.gz", b"hello", "x.jsonl.gz cannot be unpacked"),
@@ -96,6 +99,23 @@ def test_other_encodings_are_named_or_read_as_said(encoding: str, suffix: str, t
             load(tmp_path, f"x.{suffix}", content, task)
     source = load(tmp_path, f"x.{suffix}", content, task, encoding=None if encoding == "utf-8-sig" else encoding)
     assert "caf\xe9" in {row["text"] for row in (*source.train, *source.evaluation)}
+
+
+@pytest.mark.parametrize("encoding", ["utf-32", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("word", ["cafe", "caf\xe9"])
+def test_an_encoding_that_looks_like_another_is_named(encoding: str, word: str, tmp_path: Path) -> None:
+    """UTF-32 begins with the mark of UTF-16; UTF-16 without a mark is UTF-8, too, with a 0 after each letter."""
+    content = f"{word} and more".encode(encoding)
+    with pytest.raises(SparseAttentionError, match=rf"x.txt, line 1: byte .*--encoding {encoding}$"):
+        load(tmp_path, "x.txt", content, "causal-lm")
+    assert load(tmp_path, "x.txt", content, "causal-lm", encoding=encoding).train[0]["text"] == f"{word} and more"
+
+
+@pytest.mark.parametrize(("encoding", "near"), [("latin-99", "latin-1"), ("base64", None), ("utf8x", "utf-8")])
+def test_what_is_no_encoding_is_refused(encoding: str, near: str | None, tmp_path: Path) -> None:
+    hint = rf" \(did you mean '{near}'\?\)" if near else ".*"
+    with pytest.raises(SparseAttentionError, match=f"encoding='{encoding}' is no encoding of text{hint}; examples"):
+        load(tmp_path, "x.txt", "words", "causal-lm", encoding=encoding)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +193,21 @@ def test_the_file_that_differs_is_named(second: list[dict[str, Any]], message: s
     (tmp_path / "a.jsonl").write_text(lines(*GOOD))
     (tmp_path / "b.jsonl").write_text(lines(*second))
     with pytest.raises(SparseAttentionError, match=message):
+        load_source(CLASSES, str(tmp_path), max_length=8)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_integers_do_not_become_texts_in_silence(column: str, suffix: str, tmp_path: Path) -> None:
+    """Files that are read together take the types of the first."""
+    for name, value in (("a", "one"), ("b", 1)):
+        rows = [{**row, column: value} for row in GOOD]
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "parquet":
+            Dataset.from_list(rows).to_parquet(path)
+        else:
+            path.write_text(lines(*rows) if suffix == "jsonl" else json.dumps(rows))
+    with pytest.raises(SparseAttentionError, match=rf"b.{suffix}: column '{column}' holds (numbers|int)"):
         load_source(CLASSES, str(tmp_path), max_length=8)
 
 

@@ -113,6 +113,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_training(tmp_path: Path) 
         (["--layers", "0"], "another pattern: 'bigbird' in decoder layer 1, not dense"),
         (["--model_set", "num_hidden_layers=1"], "num_hidden_layers=2, not 1"),
         (["--lora_rank", "2"], "--lora_rank 0, not 2"),
+        (["--task", "sequence-classification", "--dataset", "stdlib-short"], r"architectures=.*CausalLM'\], not .*Seq"),
     ]
     for flags, message in cases:
         given = BIGBIRD if flags[0] != "--pattern" else DECODER
@@ -120,6 +121,58 @@ def test_a_checkpoint_of_another_run_is_refused_before_training(tmp_path: Path) 
             run(tmp_path, *given, *flags, "--resume", str(checkpoint))
     assert (tmp_path / "metrics.json").read_bytes() == metrics
     assert run(tmp_path, *BIGBIRD, "--resume", str(checkpoint))["global_step"] == 2
+
+
+def test_a_run_at_its_end_makes_no_step_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, *BIGBIRD, "--save_steps", "2")
+    trained = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").unlink()
+    assert run(tmp_path, *BIGBIRD, "--save_steps", "2", "--resume", "auto")["global_step"] == 2
+    assert (tmp_path / "model.safetensors").read_bytes() == trained
+    assert "checkpoint-2 is at step 2 of --max_steps 2: no step is left" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_a_dense_model_does_not_keep_the_card_of_the_sparse_one(tmp_path: Path) -> None:
+    run(tmp_path, *BIGBIRD)
+    assert "bigbird" in (tmp_path / "README.md").read_text()
+    run(tmp_path, *DECODER, "--pattern", "none")
+    assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pattern", "none", "--set", "window=3"], "--set.*but --pattern none leaves the model"),
+        (["--max_steps", "0"], "--max_steps: 0 must be at least 1; nearest: 1"),
+        (["--max_steps", "-5"], "--max_steps: -5 must be at least 1; nearest: 1"),
+        (["--rope_parameters", "{"], "--rope_parameters: '{' is no JSON"),
+        (["--model_set", "hidden_size=wide"], "--model_set hidden_size='wide': .*expected int, got str"),
+        (["--model_set", "hidden_size=10"], "no model is made with --model_set hidden_size=10: .*not a multiple"),
+        (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x: /dev/null is no folder; nearest: /dev"),
+    ],
+)
+def test_what_cannot_be_is_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
+    model = ["--model", "tiny-bert", "--max_length", "64"]
+    given = [*FEW_STEPS, *model, "--output_dir", str(tmp_path / "out"), *flags]
+    with pytest.raises(SparseAttentionError, match=message) as raised:
+        finetune.main(given)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_switches_take_a_value_as_in_transformers_scripts() -> None:
+    def bf16(*words: str) -> bool:
+        return bool(finetune.parse_arguments(list(words)).bf16)
+
+    assert bf16("--bf16", "--pattern", "star")
+    assert bf16("--bf16", "true")
+    assert bf16("--bf16=True")
+    assert not bf16("--bf16", "False", "--pattern", "star")
+    assert not bf16("--bf16=false")
+    assert finetune.parse_arguments(["--lora_r", "4", "--max_steps", "-1"]).lora_rank == 4
+    with pytest.raises(SparseAttentionError, match="unknown flag perhaps"):
+        bf16("--bf16", "perhaps")
 
 
 def test_a_checkpoint_of_an_adapter_goes_on_with_its_own_rank_and_pattern(tmp_path: Path) -> None:

@@ -201,3 +201,12 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     source = load_source(CLASSES, str(tmp_path / "saved"), max_length=8)
     assert (texts(source.train), texts(source.evaluation)) == (["one", "three", "two"], ["one"])
+
+
+def test_a_class_without_a_row_to_train_on_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "rows.jsonl", ["one", "two"])
+    load_source(CLASSES, str(tmp_path), max_length=8)
+    assert "warning: no row to train on is of the class 'a'; all of them are held out" in capsys.readouterr().err
+    write(tmp_path / "rows.jsonl", [f"text {i}" for i in range(40)])
+    load_source(CLASSES, str(tmp_path), max_length=8)
+    assert "warning" not in capsys.readouterr().err

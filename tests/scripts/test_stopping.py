@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from finetune_cases import DECODER, FEW_STEPS, SCRIPTS
+from safetensors.torch import save_file
 
 from sa_hf import SparseAttentionError
 from sa_hf.tasks.verify import load_saved
@@ -24,6 +26,8 @@ FLAGS = [*FEW_STEPS, *DECODER, "--pattern", "bigbird", "--set", "block_size=16",
 def checkpoint(folder: Path, *, state: str | None = "{}") -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
+    save_file({"weight": torch.ones(99)}, folder / "model.safetensors")
+    torch.save({"step": torch.ones(99)}, folder / "optimizer.pt")
     if state is not None:
         (folder / "trainer_state.json").write_text(state)
     return folder
@@ -42,6 +46,30 @@ def test_auto_passes_over_what_was_not_saved_whole(tmp_path: Path, capsys: pytes
         checkpoint_to_resume(str(tmp_path / "checkpoint-11"), tmp_path)
     with pytest.raises(SparseAttentionError, match="there is no such folder"):
         checkpoint_to_resume(str(tmp_path / "checkpoint-99"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "message"),
+    [
+        ("model.safetensors", 0, "model.safetensors is not whole"),
+        ("model.safetensors", 200, "model.safetensors is not whole"),
+        ("model.safetensors", None, "its weights are missing"),
+        ("optimizer.pt", 0, "optimizer.pt is not whole"),
+        ("optimizer.pt", 500, "optimizer.pt is not whole"),
+    ],
+)
+def test_weights_and_state_that_are_cut_are_found_before_training(
+    name: str, kept: int | None, message: str, tmp_path: Path
+) -> None:
+    whole, cut = checkpoint(tmp_path / "checkpoint-1"), checkpoint(tmp_path / "checkpoint-2")
+    content = (cut / name).read_bytes()
+    assert checkpoint_to_resume("auto", tmp_path) == str(cut)
+    (cut / name).unlink()
+    if kept is not None:
+        (cut / name).write_bytes(content[:kept])
+    assert checkpoint_to_resume("auto", tmp_path) == str(whole)
+    with pytest.raises(SparseAttentionError, match=f"{message}.*; nearest: .*checkpoint-1"):
+        checkpoint_to_resume(str(cut), tmp_path)
 
 
 def test_ctrl_c_in_training_keeps_a_checkpoint_that_goes_on(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.forward.convolution import ConvTaps
-from sa_hf.hf.forward.keys import absolute_keys, check_reach
+from sa_hf.hf.forward.keys import check_reach, give_keys
 from sa_hf.hf.forward.keywords import SINKS, refuse_attentions, unknown_keywords
 from sa_hf.hf.forward.layer_input import NO_CACHE_IN_GRAPHS, LayerCall
 from sa_hf.hf.forward.masks import MaskRequest, check_no_past, packed_mask, said_ids, sparse_mask, traced_sequences
@@ -142,9 +142,7 @@ def _attend(
         check_reach(request, sequences, band)
     if place.spec is not None and not place.spec.causal and inputs.key_slots is None:
         check_no_past(key.shape[2], sequences.key_length)
-    if inputs.key_slots is None or not child.reads_listed_keys(inputs):
-        inputs.key, inputs.value = absolute_keys(key, value, sequences.key_length, request, inputs.key_slots)
-        inputs.key_slots = None
+    give_keys(child, inputs, request)
     out = _run(child, inputs)
     if call.memory is not None:
         call.memory.evict(child, inputs)

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
+from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.caches.layer import placed
 from sa_hf.hf.forward.masks import MaskRequest
+from sa_hf.hf.state.layers import leaves
+from sa_hf.layer import AttentionInputs
 from sa_hf.ops.parts import Band
 from sa_hf.ops.sequences import Sequences
+from sa_hf.patterns.static import StaticSparseAttention
+
+
+def give_keys(child: SparseAttention, inputs: AttentionInputs, request: MaskRequest | None) -> None:
+    """Set the keys and values of a call as its pattern reads them: where they lie, if that reads a step's keys by
+    their slots, else each at its slot."""
+    length = inputs.sequences.key_length
+    first = 0 if request is None or inputs.key_slots is not None else request.key_offset
+    if first and not inputs.sequences.extra_tokens:
+        slots = torch.arange(first, min(first + inputs.key.shape[2], length))
+        if len(slots) and slots[-1] == length - 1 and _reads_by_slot(child, replace(inputs, key_slots=slots)):
+            inputs.key, inputs.value = (x[:, :, : len(slots)] for x in (inputs.key, inputs.value))
+            inputs.key_slots = slots
+            return
+    if inputs.key_slots is None or not child.reads_listed_keys(inputs):
+        inputs.key, inputs.value = absolute_keys(inputs.key, inputs.value, length, request, inputs.key_slots)
+        inputs.key_slots = None
+
+
+def _reads_by_slot(child: SparseAttention, inputs: AttentionInputs) -> bool:
+    """Whether a sliding cache's keys can be read where they lie: a learned pattern's own state is of every token."""
+    static = all(isinstance(leaf, StaticSparseAttention) for leaf in leaves(child))
+    return static and child.reads_listed_keys(inputs)
 
 
 def absolute_keys(

@@ -57,7 +57,7 @@ def add_to_loss(
     step = None if delivery is None else delivery.step
     factor = share_of_step(model, given, None if step is None else step.trainer)
     total = _sum(value * factor for value in extra.values()).to(device=loss.device, dtype=loss.dtype)
-    joined = loss + total if delivery is None else Joined.apply(loss, total, delivery)
+    joined = loss + total if delivery is None else Joined.apply(loss, total, delivery, factor)
     if isinstance(output, tuple):
         return joined, *output[1:]
     output["loss"] = joined

@@ -19,8 +19,9 @@ BUCKET = "_relative_position_bucket"
 
 def has_bias_table(module: nn.Module) -> bool:
     """Whether this attention layer computes the bias that later layers share."""
-    takes = "position_bias" in inspect.signature(type(module).forward).parameters
-    return takes and bool(getattr(module, "has_relative_attention_bias", False)) and hasattr(module, BUCKET)
+    if not getattr(module, "has_relative_attention_bias", False) or not hasattr(module, BUCKET):
+        return False
+    return "position_bias" in inspect.signature(type(module).forward).parameters  # 60 us: of these layers alone
 
 
 def bias_table(module: Any, length: int, device: torch.device) -> Tensor:

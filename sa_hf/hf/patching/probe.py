@@ -15,12 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import AttentionInterface
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
@@ -31,19 +28,24 @@ from sa_hf.hf.forward.layer_input import Carried
 from sa_hf.hf.forward.masks import MaskRequest, sparse_mask
 from sa_hf.hf.forward.position_bias import has_bias_table
 from sa_hf.hf.forward.rotary import ROTARY_FUNCTION
+from sa_hf.hf.patching.probe_inputs import (
+    STAND_IN,
+    ProbeSizes,
+    body_of,
+    first_inputs,
+    installed_release,
+    next_inputs,
+    parameters_of,
+)
 from sa_hf.hf.patching.proofs import Replay, changes_its_mask, rotation_stays, taps_astray
 from sa_hf.hf.patching.skeleton import PartlyKnown, failed_line, partly_known, skeleton_of
-from sa_hf.hf.patching.sound import SOUND, sound_forms
 from sa_hf.hf.state.activity import Activity
-from sa_hf.hf.state.positions import configs_of, position_limit
 from sa_hf.hf.state.sites import Site, Sites
 from sa_hf.hf.state.towers import TOWERS, tower_model
-from sa_hf.hf.state.versions import tested_range
 
 PROBE = "sparse_sa_hf_probe"
 # The other implementations of a mixture of experts need 16-bit weights, or loop over the experts.
 EXPERTS = "batched_mm"
-STAND_IN = "encoder_outputs"
 # Transformers' registries are one per process, and so is the probe's entry in them.
 _LOCK = threading.Lock()
 
@@ -63,7 +65,7 @@ class _Runs:
     """What each layer was called with, by its name: without a cache, and on new tokens with one (None: the model takes
     none), and the tokens of these calls; and why what a pattern does inside a layer would not be right."""
 
-    sizes: _Sizes
+    sizes: ProbeSizes
     disproved: dict[str, str]
     plain: dict[str, _Seen]
     cached: dict[str, _Seen] | None = None
@@ -128,13 +130,13 @@ def probe(
 def _run(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs], extra: Mapping[str, int]) -> _Runs:
     with partly_known() as mode:
         skeleton = skeleton_of(model, mode, PROBE, EXPERTS)
-        body, sizes = _body(skeleton), _Sizes.of(model)
-        caching = any(site.spec.causal for site in sites.all_sites) and "use_cache" in _parameters(body)
+        body, sizes = body_of(skeleton), ProbeSizes.of(model)
+        caching = any(site.spec.causal for site in sites.all_sites) and "use_cache" in parameters_of(body)
         with _recorder(skeleton, sites) as recorder:
             output, given = _called_first(recorder, body, sizes, {"use_cache": caching})
             cache = cache_in((), dict(output)) if caching else None
             if cache is not None:
-                recorder.run(body, (), _next_inputs(body, cache, sizes, given))
+                recorder.run(body, (), next_inputs(body, cache, sizes, given))
             plain, cached = recorder.runs[0], recorder.runs[1] if cache is not None else None
             for kind in [kind for kind in TOWERS if kind in sites.stacks]:
                 tower = tower_model(skeleton, sites.stacks[kind][0].name, kind)
@@ -187,13 +189,13 @@ class _Recorder:
 
 
 def _called_first(
-    recorder: _Recorder, body: PreTrainedModel, sizes: _Sizes, options: dict[str, Any]
+    recorder: _Recorder, body: PreTrainedModel, sizes: ProbeSizes, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The output of the first call, and the inputs that it took: of sound, the first form that the model takes."""
-    options = {name: value for name, value in options.items() if name in _parameters(body)}
+    options = {name: value for name, value in options.items() if name in parameters_of(body)}
     failed: Exception | None = None
     runs, seen = len(recorder.runs), dict(recorder.given)
-    for given in _inputs(body, sizes):
+    for given in first_inputs(body, sizes):
         try:
             return recorder.run(body, (), {**given, **options}), given
         except Exception as error:
@@ -259,103 +261,6 @@ def _disproved(site: Site, module: nn.Module, needs: Needs, recorder: _Recorder,
     return None if reason is None else f"({site.name}) {reason}"
 
 
-def _body(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its head; the whole, where what is called its base is a part that takes no inputs (DINOv3)."""
-    body: PreTrainedModel = model.base_model
-    return body if body.main_input_name in _parameters(body) else model
-
-
-def _parameters(body: PreTrainedModel) -> Any:
-    return inspect.signature(body.forward).parameters
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Tokens of the two calls, and one that is none of the config's special ones. Different lengths tell
-    self-attention from attention to the encoder, and new tokens from cached ones."""
-
-    length: int = 24
-    decoder_length: int = 17
-    new: int = 5
-    token: int = 0
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> _Sizes:
-        limit = min(position_limit(model) or 29, 29)
-        new = min(5, max(1, limit // 5))
-        length = limit - new
-        special = {
-            value
-            for config in configs_of(model)
-            for name, value in config.__dict__.items()
-            if name.endswith(("token_id", "token_index")) and isinstance(value, int)
-        }
-        return cls(length, max(1, length - 7), new, next(x for x in range(len(special) + 1) if x not in special))
-
-
-def _tokens(sizes: _Sizes, length: int) -> Tensor:
-    return torch.full((1, length), sizes.token, dtype=torch.long)
-
-
-def _inputs(body: PreTrainedModel, sizes: _Sizes) -> Iterator[dict[str, Any]]:
-    """Inputs of the kind that the model takes; of sound, several forms."""
-    main, config, parameters = body.main_input_name, body.config, _parameters(body)
-    given: dict[str, Any] = {}
-    if main == "input_ids":
-        given["input_ids"] = _tokens(sizes, sizes.length)
-        if "attention_mask" in parameters:
-            given["attention_mask"] = torch.ones(1, sizes.length, dtype=torch.long)
-    elif main == "pixel_values":
-        config = getattr(config, "encoder", config)  # of images, beside a decoder of text
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        given["pixel_values"] = torch.zeros(1, config.num_channels, height, width)
-    if "decoder_input_ids" in parameters:
-        given["decoder_input_ids"] = _tokens(sizes, sizes.decoder_length)
-    if main in given:
-        yield given
-        images: Any = getattr(config, "vision_config", None)
-        if (
-            main == "input_ids"
-            and "pixel_values" in parameters
-            and isinstance(getattr(images, "image_size", None), int)
-        ):
-            # Text beside an image in one call (CLIP).
-            yield {**given, "pixel_values": torch.zeros(1, images.num_channels, images.image_size, images.image_size)}
-        return
-    if main in SOUND:
-        for form in sound_forms(main, config):
-            yield {**given, **form}
-    if STAND_IN in parameters:
-        # An encoder of sound in a form of its own: what it needs is its own, and what it gives the decoder is not.
-        width = getattr(body, "encoder_output_dim", None) or config.hidden_size
-        yield {**given, STAND_IN: BaseModelOutput(torch.zeros(1, sizes.length, width))}
-    elif main not in SOUND:
-        raise UnsupportedModelError(
-            f"its input is {main!r}; sparse attention serves models of tokens, of images and of sound"
-        )
-
-
-def _next_inputs(body: PreTrainedModel, cache: Any, sizes: _Sizes, first: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of a second call, on new tokens after those in the cache."""
-    given, parameters = dict(first), _parameters(body)
-    name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
-    if name is None:
-        raise UnsupportedModelError(
-            f"{type(body).__name__} returns a cache, but takes none as 'cache' or 'past_key_values' ({_installed()})"
-        )
-    given["decoder_input_ids" if "decoder_input_ids" in given else "input_ids"] = _tokens(sizes, sizes.new)
-    if "attention_mask" in given and "decoder_input_ids" not in given:
-        given["attention_mask"] = torch.ones(1, sizes.length + sizes.new, dtype=torch.long)
-    if hasattr(body, "rope_deltas"):  # positions of several axes; `generate` hands them on, and some models rely on it
-        given["position_ids"] = torch.arange(sizes.length, sizes.length + sizes.new)[None]
-    return {**given, "use_cache": True, name: cache}
-
-
-def _installed() -> str:
-    return f"transformers {transformers.__version__}; {tested_range()}"
-
-
 def _wrong(site: Site, attention: nn.Module, seen: _Seen | None) -> str | None:
     """Why the adapter cannot serve a layer, or None."""
     spec = site.spec
@@ -388,7 +293,7 @@ def _wrong(site: Site, attention: nn.Module, seen: _Seen | None) -> str | None:
 def _not_served(model: PreTrainedModel, site: Site, keywords: dict[str, Any]) -> str | None:
     """Why the adapter cannot give what a targeted layer asks of its attention function, or None."""
     if site.spec.sinks and keywords.get(SINKS) is None:
-        return f"has attention sinks, but does not hand them to its attention as {SINKS!r} ({_installed()})"
+        return f"has attention sinks, but does not hand them to its attention as {SINKS!r} ({installed_release()})"
     unknown = [name for name in unknown_keywords(keywords) if not (name == SINKS and site.spec.sinks)]
     if unknown:
         return f"hands {unknown[0]!r} to its attention, which sparse attention would have to drop"
@@ -405,31 +310,31 @@ def _lost(model: PreTrainedModel, site: Site, call: _Seen, runs: _Runs, needs: N
     """What a pattern relies on and does not find in a call of a targeted layer, or None."""
     carried, attention = call.carried, model.get_submodule(site.name)
     if carried is None or not isinstance(carried.hidden, Tensor):
-        return f"({site.name}) does not get its input as 'hidden_states' or first ({_installed()})"
+        return f"({site.name}) does not get its input as 'hidden_states' or first ({installed_release()})"
     width = carried.hidden.shape[-1]
     if needs.hidden and width != site.spec.hidden_size:
         return f"({site.name}) reads an input {width} wide, but its config says {site.spec.hidden_size}"
     turns = ROTARY_FUNCTION in inspect.unwrap(type(attention).forward).__code__.co_names
     if turns and needs.before_rotary and carried.rotary is None:
-        return f"({site.name}) turns queries and keys, but gets no 'position_embeddings' ({_installed()})"
-    body = _parameters(_body(model))
-    of_tokens = site.stack not in TOWERS and _body(model).main_input_name == "input_ids"
+        return f"({site.name}) turns queries and keys, but gets no 'position_embeddings' ({installed_release()})"
+    body = parameters_of(body_of(model))
+    of_tokens = site.stack not in TOWERS and body_of(model).main_input_name == "input_ids"
     masked = of_tokens and "attention_mask" in body
     if masked and call.key[2] == runs.sizes.length and (call.mask is None or call.mask.padding is None):
-        return f"({site.name}) does not get the padding mask that the model was given ({_installed()})"
+        return f"({site.name}) does not get the padding mask that the model was given ({installed_release()})"
     if turns and site.spec.causal and not any(name.endswith("position_ids") for name in body):
-        return f"({site.name}) turns by positions, but its model takes no 'position_ids' ({_installed()})"
+        return f"({site.name}) turns by positions, but its model takes no 'position_ids' ({installed_release()})"
     later = None if runs.cached is None or not site.spec.causal else runs.cached.get(site.name)
     if later is None or later.carried is None or later.key[2] <= later.query[2]:
         return None
     if later.carried.cache is None:
         return (
             f"({site.name}) attends {later.key[2] - later.query[2]} cached keys, but no cache reaches it in a form "
-            f"that sa_hf knows, so a pattern could not keep what it needs of them ({_installed()})"
+            f"that sa_hf knows, so a pattern could not keep what it needs of them ({installed_release()})"
         )
     if isinstance(later.mask, MaskRequest) and later.mask.query_offset != call.query[2]:
         return (
             f"({site.name}) has {call.query[2]} tokens in its cache, but its mask counts {later.mask.query_offset} "
-            f"({_installed()})"
+            f"({installed_release()})"
         )
     return None

@@ -113,6 +113,7 @@ class Delivery:
     step: TrainerStep | None = field(default_factory=_STEP.get)
     half: bool = False
     task: int | None = None  # the backward() that came by output.loss
+    joined: Tensor | float = 0.0  # the gradient that it gives the summed auxiliary losses
 
     def count(self) -> None:
         if self.step is not None:
@@ -122,15 +123,17 @@ class Delivery:
         """What ``backward()`` adds to the summed auxiliary losses.
 
         The first one through a forward adds them, a later one (``retain_graph=True``) does not: of several losses that
-        are made of one forward each has a backward of its own, and their sum would have them once. (Nothing says
-        whether it is the same loss again, whose own gradient then counts twice.)
+        are made of one forward each has a backward of its own, and their sum would have them once. Of ``output.loss``
+        they are a term: after another loss its backward takes back here what it adds; twice by itself, it adds them
+        twice, as it does its own gradient. (Nothing says whether another loss is the same one again.)
 
-        Args: carrier: the context of the :class:`Carrier`, which knows the first.
+        Args: carrier: the context of the :class:`Carrier`, which knows the first, and whether it gave them itself.
         """
         task = torch._C._current_graph_task_id()
         if carrier.first is None:
             carrier.first = task
-        if self.task == task:
+        by_loss = self.task == task
+        if by_loss and not carrier.gave:
             return torch.zeros_like(grad)
         if carrier.first != task:
             warnings.warn(
@@ -138,7 +141,8 @@ class Delivery:
                 f"and count once. Call backward() on the sum of the losses; or {ADVICE}",
                 stacklevel=2,
             )
-            return torch.zeros_like(grad)
+            return -torch.ones_like(grad) * self.joined if by_loss else torch.zeros_like(grad)
+        carrier.gave = True
         one = torch.ones_like(grad)
         if self.step is not None:
             return self._scaled(one * self.step.factor(self.model))
@@ -192,7 +196,7 @@ class Carrier(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Delivery], output: Tensor) -> None:
-        ctx.delivery, ctx.first = inputs[1], None
+        ctx.delivery, ctx.first, ctx.gave = inputs[1], None, False
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -200,22 +204,23 @@ class Carrier(torch.autograd.Function):
 
 
 class Joined(torch.autograd.Function):
-    """A loss with the auxiliary ones added; its backward notes that they have their gradient by it."""
+    """A loss with the auxiliary ones added, times their ``factor``; its backward notes that they have their gradient by
+    it."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(loss: Tensor, extra: Tensor, delivery: Delivery) -> Tensor:
+    def forward(loss: Tensor, extra: Tensor, delivery: Delivery, factor: Tensor | float) -> Tensor:
         return loss + extra
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Delivery], output: Tensor) -> None:
-        ctx.delivery = inputs[2]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Delivery, Tensor | float], output: Tensor) -> None:
+        ctx.delivery, ctx.factor = inputs[2:]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        ctx.delivery.task = torch._C._current_graph_task_id()
-        return grad, grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        ctx.delivery.task, ctx.delivery.joined = torch._C._current_graph_task_id(), grad * ctx.factor
+        return grad, grad, None, None
 
 
 def share_of_step(model: nn.Module, given: Mapping[str, Any], trainer: Any = None) -> Tensor | float:
