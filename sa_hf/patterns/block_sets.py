@@ -325,16 +325,19 @@ def _clipped(low: Tensor, high: Tensor, position: Tensor, band: Band) -> tuple[T
 
 
 def kept_pairs(
-    chosen: Tensor, sets: BlockSets, by_row: bool, query_length: int, key_length: int, band: Band, drop_diagonal: bool
-) -> Tensor:
+    chosen: Tensor, sets: BlockSets, by_row: bool, query_length: int, key_length: int, band: Band, drop_diagonal: bool,
+    positions: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Which pairs are read, bool ``[G, H, query_length, key_length]``, straight from the definition.
 
-    Args: as :func:`plan_parts` reads them; the queries are the last ``query_length`` positions.
+    Args: as :func:`plan_parts` reads them; the queries are the last ``query_length`` positions, or those of whole
+        sequences at ``positions``, int64 ``[r]``.
     """
-    i = torch.arange(key_length - query_length, key_length, device=chosen.device)
+    start = key_length - query_length
+    i = torch.arange(start, key_length, device=chosen.device) if positions is None else positions
     j, blocks = torch.arange(key_length, device=chosen.device), sets.count(key_length)
     own = i // sets.block
-    rows = chosen if by_row else chosen[:, :, own - own[0]]
+    rows = chosen[:, :, i - start] if by_row else chosen[:, :, own - start // sets.block]
     listed = torch.cat([sets.always(own, blocks).expand(*chosen.shape[:2], -1, -1), rows], dim=-1)
     read = torch.zeros(*listed.shape[:3], blocks + 1, dtype=torch.bool, device=chosen.device)
     read.scatter_(-1, torch.where(listed < 0, blocks, listed), True)

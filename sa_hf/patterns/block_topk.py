@@ -353,10 +353,14 @@ def block_reads(sets: BlockSets, sequences: Sequences, left: int | None, drop_di
     return step_reads(sequences, left, lists, skip_own=drop_diagonal)
 
 
-def read_pairs(config: BlockTopKAttentionConfig, query: Tensor, key: Tensor, causal: bool = True) -> Tensor:
-    """Which pairs whole sequences ``query [G, H, n, D]``, ``key [G, Hkv, n, D]`` read, bool ``[G, H, n, n]``."""
+def read_pairs(
+    config: BlockTopKAttentionConfig, query: Tensor, key: Tensor, causal: bool = True, positions: Tensor | None = None
+) -> Tensor:
+    """Which pairs whole sequences ``query [G, H, n, D]``, ``key [G, Hkv, n, D]`` read, bool ``[G, H, n, n]``; of the
+    queries at ``positions``, int64 ``[r]``, alone, ``[G, H, r, n]``."""
     length, sets = key.shape[2], config.sets(causal)
     pooled = pooled_keys(key, sets.block, config.pooling)
     chosen, _ = chosen_blocks(config.choice(causal), query, 0, pooled, 0, length, Band())
     chosen = chosen.repeat_interleave(query.shape[1] // chosen.shape[1], 1)
-    return kept_pairs(chosen, sets, config.selection == "query", length, length, Band(), config.drop_diagonal)
+    by_row = config.selection == "query"
+    return kept_pairs(chosen, sets, by_row, length, length, Band(), config.drop_diagonal, positions)

@@ -11,6 +11,7 @@ import typer
 from sa_hf.config import available_patterns, pattern_class
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.load import check_place, load_model, resolve, text_ids
+from sa_hf.tools.mixture import best_mixture, ladder, write_mixture
 from sa_hf.tools.options import make_config, parse_options
 from sa_hf.tools.suggest import left_out, stacks_of, tokens_to_measure
 from sa_hf.tools.suggest import suggest as rank_patterns
@@ -245,14 +246,19 @@ def suggest(
         Path | None, typer.Option(help="a text file: measure the attention mass that each pattern keeps")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="tokens of the text to measure on (dense attention); default: 512, or the limit")
+        int | None, typer.Option(help="tokens of the text to measure on; default: 2,048, or the model's limit")
     ] = None,
+    mixture: Annotated[
+        Path | None, typer.Option(help="write the best mixture by layers to this YAML file; needs --text")
+    ] = None,
+    budget: Annotated[float, typer.Option(help="of the mixture: mean share of the dense pairs, at most")] = 0.25,
     trust: Trust = False,
 ) -> None:
     """Rank the patterns for a model and a length: share of the dense pairs, and of the model's attention mass.
 
     With --text the order is by "gain": how far the mass exceeds that of as many pairs chosen blindly (0 by chance, 1
-    for all of it), at the length that was measured. Patterns that learn are listed with the pairs that they can cost.
+    for all of it), at the length that was measured, in rows drawn from it. Patterns that learn are listed with the
+    pairs that they can cost. The file of --mixture is for `sa-hf finetune --config` and (its "pattern") patch_model.
     """
     from sa_hf import unpatch_model
     from sa_hf.hf.state.patch import patch_of
@@ -260,14 +266,20 @@ def suggest(
 
     if tokens is not None and text is None:
         raise SparseAttentionError(f"--tokens {tokens} is how much of a text to measure on; add --text FILE")
+    if mixture is not None and text is None:
+        raise SparseAttentionError(f"--mixture {mixture} goes by the attention mass on a text; add --text FILE")
     loaded = load_model(model, trust_remote_code=trust).eval()
     if patch_of(loaded) is not None:
         unpatch_model(loaded)
     input_ids, limit = None, position_limit(loaded)
     if text is not None:
         input_ids = text_ids(model, text, tokens_to_measure(limit, tokens))
-    for stack in stacks_of(loaded, input_ids):
-        found = rank_patterns(num_heads=stack.num_heads, causal=stack.causal, length=length, attention=stack.attention)
+    wanted = None if mixture is None else [c for causal in (True, False) for c in ladder(causal, length)]
+    stacks = stacks_of(loaded, input_ids, wanted)
+    for stack in stacks:
+        found = rank_patterns(
+            num_heads=stack.num_heads, causal=stack.causal, length=length, measured=stack.measured()
+        )  # fmt: skip
         kind = f"{stack.name}, {'causal' if stack.causal else 'bidirectional'}"
         table(f"{model}, {kind}, {length} tokens", *suggestion_rows(found, length))
         for name, reason in left_out(found, num_heads=stack.num_heads, causal=stack.causal, length=length):
@@ -277,6 +289,13 @@ def suggest(
             measured = input_ids.shape[1]
             more = "the model takes no more" if measured == limit else "measure on more, by a longer text and --tokens"
             say(f"{', '.join(trivial)}: nearly all pairs of {measured} tokens are kept, so no gain; {more}")
+    if mixture is not None and input_ids is not None:
+        best = [best_mixture(stack, length, budget) for stack in stacks]
+        measured = input_ids.shape[1]
+        write_mixture(mixture, best, model=model, length=length, measured=measured, budget=budget)
+        for part in best:
+            say(f"{part.stack}: {part.density:.3f} of the dense pairs, {part.mass:.3f} of the attention mass")
+        say(f"wrote {mixture}")
 
 
 @app.command()

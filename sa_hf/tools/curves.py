@@ -20,6 +20,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 import sa_hf
 from sa_hf.config import available_patterns, did_you_mean
 from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.state.assignment import with_configs
 from sa_hf.hf.state.patch import patch_of
 from sa_hf.hf.state.positions import lengthening
 from sa_hf.tasks.context import sliding_loss
@@ -30,7 +31,7 @@ from sa_hf.tasks.ranks import say
 from sa_hf.tasks.retrieval import KINDS, Haystack, RetrievalTask, Sample, found_answers
 from sa_hf.tools.bench.report import machine
 from sa_hf.tools.curves_report import write_report
-from sa_hf.tools.options import built_pattern, described_pattern
+from sa_hf.tools.options import described_pattern
 
 RESULTS = "curves.json"
 SAVED, DENSE = "as saved", "dense"
@@ -96,7 +97,7 @@ def patterns_of(words: Sequence[str], patched: bool) -> dict[str, Any]:
     found: dict[str, Any] = ({SAVED: None} if patched else {}) | {DENSE: DENSE}
     for word in filter(None, words):
         if Path(word).suffix in (".yaml", ".yml"):
-            found |= {str(label): built_pattern(pattern) for label, pattern in _mapping(word).items()}
+            found |= {str(label): with_configs(pattern) for label, pattern in _mapping(word).items()}
         elif word in available_patterns():
             found[word] = word
         else:

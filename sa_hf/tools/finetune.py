@@ -16,6 +16,7 @@ from typing import Any
 
 from sa_hf.config import available_patterns, did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.state.assignment import with_configs
 from sa_hf.tasks.data import tokenize
 from sa_hf.tasks.flags import (
     FlagParser,
@@ -35,7 +36,7 @@ from sa_hf.tasks.resume import check_checkpoint, checkpoint_of
 from sa_hf.tasks.source import SUMMARIES, Rows
 from sa_hf.tasks.summaries import summary_figures
 from sa_hf.tasks.verify import verify_reload
-from sa_hf.tools.options import built_pattern, make_config, parse_options
+from sa_hf.tools.options import make_config, parse_options
 
 VERIFIED_ROWS = 2
 LABELS = ("labels", "start_positions", "end_positions")
@@ -130,7 +131,7 @@ def chosen_pattern(args: argparse.Namespace) -> Any:
     if isinstance(args.pattern, dict):
         if args.set or args.preset or args.layers:
             raise SparseAttentionError("a mapping as pattern holds its own options: leave out set, preset and layers")
-        return built_pattern(args.pattern)
+        return with_configs(args.pattern)
     return make_config(args.pattern, args.set, args.preset)
 
 

@@ -58,17 +58,8 @@ def _fields_to_set(name: str, config: type[SparseAttentionConfig] | None) -> str
     return f", e.g. {example}={typed}{did_you_mean(name, fields)}; fields: {sorted(fields)}"
 
 
-def built_pattern(value: Any) -> Any:
-    """A pattern as YAML holds it, for ``patch_model``: mappings with a ``name`` are configs, names stay names."""
-    if not isinstance(value, dict):
-        return value
-    if "name" in value:
-        return SparseAttentionConfig.from_dict(value)
-    return {key: built_pattern(inner) for key, inner in value.items()}
-
-
 def described_pattern(value: Any) -> Any:
-    """The reverse of :func:`built_pattern`, as JSON and YAML hold it."""
+    """A pattern as JSON and YAML hold it, which ``patch_model`` takes."""
     if isinstance(value, SparseAttentionConfig):
         return value.to_dict()
     return {key: described_pattern(inner) for key, inner in value.items()} if isinstance(value, dict) else value

@@ -41,7 +41,8 @@ def parse_assignment(
     """What ``patch_model`` was given, as the normal form.
 
     Args:
-        pattern: a name, a config, a mapping of layer ranges, ``{"encoder": ..., "decoder": ...}``, ``{"heads": ...}``.
+        pattern: a name, a config, a mapping of layer ranges, ``{"encoder": ..., "decoder": ...}``, ``{"heads": ...}``;
+            inside, a config may be a mapping of its fields with its ``name``, as YAML holds it.
         stacks: the model's stacks of language and the query heads of each layer.
         towers: likewise those that get a pattern only where the mapping names them.
         refused: stacks that can get none, and why.
@@ -53,6 +54,7 @@ def parse_assignment(
             or options beside a mapping.
     """
     options = dict(options or {})
+    pattern = with_configs(pattern)
     if not isinstance(pattern, Mapping):
         config = make_config(pattern, options)
         return {
@@ -98,6 +100,15 @@ def _check_named(named: list[str], stacks: StackShapes, towers: StackShapes, ref
             raise SparseAttentionError(
                 f"the model has no {key!r} stack; its stacks: {[*sorted(stacks), *towers]}{others}"
             )
+
+
+def with_configs(value: Any) -> Any:
+    """A pattern with its configs built: mappings with a ``name``, as YAML and JSON hold configs, at any depth."""
+    if not isinstance(value, Mapping):
+        return value
+    if "name" in value:
+        return SparseAttentionConfig.from_dict(dict(value))
+    return {key: with_configs(inner) for key, inner in value.items()}
 
 
 def make_config(pattern: Any, options: Mapping[str, Any] | None = None) -> SparseAttentionConfig:
