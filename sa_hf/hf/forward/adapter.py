@@ -25,6 +25,7 @@ from sa_hf.hf.forward.keywords import SINKS, refuse_attentions, unknown_keywords
 from sa_hf.hf.forward.layer_input import NO_CACHE_IN_GRAPHS, LayerCall
 from sa_hf.hf.forward.masks import MaskRequest, check_no_past, packed_mask, said_ids, sparse_mask, traced_sequences
 from sa_hf.hf.forward.position_bias import expanded_bias
+from sa_hf.hf.forward.ready_masks import is_padding, read_padding
 from sa_hf.hf.forward.rotary import before_rotary
 from sa_hf.hf.state.activity import IMPLEMENTATION, PACKED, Place, place_of
 from sa_hf.hf.state.inputs import ForwardInputs, handed_over
@@ -61,7 +62,10 @@ def sparse_attention_forward(
     place = place_of(module)
     call: LayerCall = kwargs.pop("sparse_call", None) or LayerCall()
     child = active_child(module)
-    if isinstance(attention_mask, Tensor) and (isinstance(child, SparseAttention) or place.extra_tokens):
+    ours = isinstance(child, SparseAttention) or place.extra_tokens
+    if ours and is_padding(attention_mask, place.spec is None or place.spec.causal):
+        attention_mask = read_padding(attention_mask, query, key)
+    if isinstance(attention_mask, Tensor) and ours:
         raise SparseAttentionError(
             f"a mask of shape {tuple(attention_mask.shape)} reached {type(module).__name__}; sparse attention takes a "
             "2-D mask [batch, length] (1 real, 0 padding), given to the model"

@@ -65,8 +65,10 @@ class MaskRequest:
 
     def __getitem__(self, index: Any) -> MaskRequest:
         """The rows of the last queries, ``[:, :, -k:, :]``: layers that read the keys of others may run those alone
-        (Gemma 4, by ``logits_to_keep``)."""
+        (Gemma 4, by ``logits_to_keep``). ``[:, 0, 0, :]`` is what hides padding, to add (Longformer)."""
         all_of_it = slice(None)
+        if index == (all_of_it, 0, 0, all_of_it) and self.arguments["mask_function"] is bidirectional_mask_function:
+            return self._row()
         rows = index[2] if isinstance(index, tuple) and len(index) == self.ndim else all_of_it
         if index != (all_of_it, all_of_it, rows, all_of_it) or rows != slice(rows.start, None):
             raise UnsupportedModelError(
@@ -81,6 +83,11 @@ class MaskRequest:
         )
         part.given, part.whole = self.given, self.whole or self
         return part
+
+    def _row(self) -> Any:
+        dtype, device = self.arguments.get("dtype", torch.float32), self.arguments.get("device")
+        row = torch.zeros(self.shape[0], self.shape[-1], dtype=dtype, device=device)
+        return row if self.padding is None else row.masked_fill(self.padding == 0, torch.finfo(dtype).min)
 
     def contiguous(self) -> MaskRequest:
         """What ``generate`` calls on a mask that it builds ahead of the forward."""

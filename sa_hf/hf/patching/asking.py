@@ -18,19 +18,37 @@ def let_ask(model: nn.Module) -> bool:
     """Put the classes that ask on a model's own attention modules; returns whether there are any that did not."""
     changed = False
     config = None
-    for _, module in model.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             config = module.config
-        mixin = CLASSES.get(type(module).__name__)
-        if mixin is None or isinstance(module, Asking) or not type(module).__module__.startswith("transformers."):
+        mixin = _mixin(module)
+        if mixin is None or isinstance(module, Asking):
             continue
-        _switch(module, mixin, config)
+        _switch(module, mixin, config, _around(model, name))
         changed = True
     return changed
 
 
-def _switch(module: Any, mixin: Any, config: Any) -> None:
+def asked(module: nn.Module) -> bool:
+    """Whether a module's attention is one that asks the interface while its model is patched."""
+    return isinstance(module, Asking) or _mixin(module) is not None
+
+
+def _mixin(module: nn.Module) -> Any:
+    kind, code = type(module).__name__, type(module).__module__
+    if not code.startswith("transformers."):
+        return None
+    return CLASSES.get(kind) or CLASSES.get(f"{code.rpartition('.')[2]}.{kind}")
+
+
+def _around(model: nn.Module, name: str) -> tuple[str, ...]:
+    parts = name.split(".")
+    return tuple(type(model.get_submodule(".".join(parts[:end]))).__name__ for end in range(len(parts)))
+
+
+def _switch(module: Any, mixin: Any, config: Any, around: tuple[str, ...]) -> None:
     own = set(vars(module))
+    module.sa_hf_around = around
     if "config" not in own:
         module.config = config
     if mixin.causal is not None:

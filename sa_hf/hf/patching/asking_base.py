@@ -14,14 +14,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sa_hf.hf.caches.layer import cache_in
 from sa_hf.hf.forward.masks import MaskRequest
+from sa_hf.hf.forward.ready_masks import padding_of
 from sa_hf.hf.state.activity import IMPLEMENTATION
 
 # The keywords of a call that our attention reads.
 _HANDED_ON = {"sparse_call", "output_attentions", "sequence_ids", "cu_seq_lens_q"}
+# On a mask: what it was made to, for the other layers of the forward.
+_HELD = "sa_hf_asked"
 
 
 def asked_attention_forward(
@@ -57,7 +61,8 @@ def asks(module: Any) -> bool:
 class Asking:
     """Put on top of an attention module's class; ``asked(hidden, args, kwargs)`` is its ``forward`` where it asks.
 
-    Attributes: own: the class below; causal: what the module is, None where it says so itself.
+    Attributes: own: the class below; causal: what the module is, None where it says so itself; sa_hf_around: the names
+    of the classes of the modules around it.
     """
 
     asks_interface: ClassVar[bool] = True
@@ -115,6 +120,28 @@ def _positions(mask: Any) -> int:
 def mask_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The mask of a call: under its name, else the first argument after the hidden states."""
     return kwargs["attention_mask"] if "attention_mask" in kwargs else (args[0] if args else None)
+
+
+def asked_mask(module: Any, hidden: Tensor, mask: Tensor | None, *, causal: bool, within: Any = None) -> Any:
+    """The mask that a layer would have been given, had its model asked for one: of what its own mask hides of the keys.
+
+    Args: mask: the model's, ``[batch, keys]`` or ``[batch, 1, 1, keys]``, to add (0 real); within: a mask function that
+    it is joined with.
+    """
+    implementation = module.config._attn_implementation
+    held = getattr(mask, _HELD, None)
+    if held is not None and held[0] == (implementation, causal):
+        return held[1]
+    create: Any = create_causal_mask if causal else create_bidirectional_mask
+    padding = None if mask is None else padding_of(mask)
+    made = create(
+        config=module.config, inputs_embeds=hidden, attention_mask=padding,
+        **({"cache": None, "position_ids": None} if causal else {}),
+        **({} if within is None else {"and_mask_function": within}),
+    )  # fmt: skip
+    if mask is not None:
+        setattr(mask, _HELD, ((implementation, causal), made))
+    return made
 
 
 def heads(x: Tensor, count: int) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import and_masks, sliding_window_overlay
 
+from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.forward.masks import MaskRequest
-from sa_hf.hf.patching.asking_base import Asking, asked_attention_forward, attend, dense_masks, heads
+from sa_hf.hf.patching.asking_base import Asking, asked_attention_forward, asked_mask, attend, dense_masks, heads
 
 eager_attention_forward = asked_attention_forward  # found by this name, as in Transformers' modules
 
@@ -49,7 +50,7 @@ def within(mask: Any, window: int) -> Any:
 
 
 class AskingXGLM(Asking):
-    """XGLM's self-attention."""
+    """BART's self-attention, as XGLM, MVP and TrOCR still have it."""
 
     causal = None
 
@@ -62,8 +63,57 @@ class AskingXGLM(Asking):
         query, key, value = (
             heads(part(hidden_states), self.num_heads) for part in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if kwargs.get("attn_prompt") is not None:
+            raise SparseAttentionError(
+                "MVP's prompts are keys in front of the tokens, without a position that a pattern could name; build "
+                "the model with use_prompt=False, or use `with sa_hf.dense(model):`"
+            )
         out = attend(self, query, key, value, args, kwargs, dropout=self.dropout, scaling=self.scaling)
         return self.out_proj(out), None
+
+
+class AskingLED(AskingXGLM):
+    """LED's decoder, whose attention returns its cache as well."""
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = super().asked(hidden_states, args, kwargs)
+        return (*found[:2], kwargs.get("cache"))
+
+
+class AskingNeoXJapanese(Asking):
+    """GPT-NeoX Japanese's attention, with the bias of its last layer beside what it returns."""
+
+    causal = True
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mixed = self.query_key_value(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+        query, key, value = mixed.chunk(3, dim=-1)
+        cos, sin = (angles[:, None] for angles in kwargs["position_embeddings"])
+        width = cos.shape[-1]
+        query, key = (
+            torch.cat((x[..., :width] * cos + _half_turned(x[..., :width]) * sin, x[..., width:]), -1)
+            for x in (query, key)
+        )
+        out = attend(self, query, key, value, args, kwargs, dropout=self.attention_dropout.p)
+        return self.dense(out), None, self.dense_bias
+
+
+class AskingGPT(Asking):
+    """The first GPT's attention, which joins causality to a mask of padding by itself."""
+
+    causal = True
+
+    def prepare(self: Any) -> None:
+        self.num_heads = self.n_head
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        parts = self.c_attn(hidden_states).split(self.split_size, dim=2)
+        query, key, value = (heads(part, self.n_head) for part in parts)
+        out = attend(
+            self, query, key, value, args, kwargs, dropout=self.attn_dropout.p, scaling=None if self.scale else 1.0,
+            narrow=lambda mask: asked_mask(self, hidden_states, mask, causal=True),
+        )  # fmt: skip
+        return [self.resid_dropout(self.c_proj(out))]
 
 
 class AskingBloom(Asking):
@@ -151,6 +201,11 @@ def alibi_table(slopes: Tensor, length: int) -> Tensor:
 
 
 DECODERS: dict[str, Any] = {
+    "modeling_openai.Attention": AskingGPT,  # another architecture has a class of this name, too
+    "GPTNeoXJapaneseAttention": AskingNeoXJapanese,
+    "LEDDecoderAttention": AskingLED,
+    "MvpAttention": AskingXGLM,
+    "TrOCRAttention": AskingXGLM,
     "GPTNeoSelfAttention": AskingGPTNeo,
     "XGLMAttention": AskingXGLM,
     "BloomAttention": AskingBloom,

@@ -6,19 +6,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import sliding_window_bidirectional_overlay
 
-from sa_hf.hf.patching.asking_base import Asking, asked_attention_forward, asks, attend, dense_masks, heads
+from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.patching.asking_base import (
+    Asking,
+    asked_attention_forward,
+    asked_mask,
+    asks,
+    attend,
+    dense_masks,
+    heads,
+)
 
 eager_attention_forward = asked_attention_forward  # found by this name, as in Transformers' modules
 
 
 class AskingBert(Asking):
-    """BERT's self-attention: Megatron-BERT, RemBERT, TAPAS, RoFormer."""
+    """BERT's self-attention: Megatron-BERT, RemBERT, TAPAS, RoFormer, BLIP's text, ViLT, GIT."""
 
     causal = None
 
     def prepare(self: Any) -> None:
-        self.is_causal = bool(getattr(self, "is_decoder", False))
+        # BLIP's text model is an encoder, but where it writes captions and answers; GIT's layers do not say it.
+        decodes = {"BlipTextLMHeadModel", "GitModel"} & set(self.sa_hf_around)
+        self.is_causal = bool(getattr(self, "is_decoder", False) or decodes)
 
     def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("encoder_hidden_states") is not None:
@@ -93,7 +105,75 @@ class AskingUMT5(Asking):
         return self.o(out), None
 
 
+class AskingLuke(Asking):
+    """LUKE's self-attention, over words alone: entities are tokens without a place among them."""
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        entities = kwargs["entity_hidden_states"] if "entity_hidden_states" in kwargs else args[0]
+        if entities is not None:
+            raise SparseAttentionError(
+                "LUKE's entities stand behind the words without a position among them, and its words ask for them by "
+                "projections of their own, so no pattern names their pairs; leave entity_ids out, or use "
+                "`with sa_hf.dense(model):`"
+            )
+        query, key, value = (
+            heads(part(hidden_states), self.num_attention_heads) for part in (self.query, self.key, self.value)
+        )
+        return attend(self, query, key, value, args[1:], kwargs, dropout=self.dropout.p), None
+
+
+class AskingSqueezeBert(Asking):
+    """SqueezeBERT's self-attention, which has the channels before the tokens."""
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        query, key, value = (
+            heads(part(hidden_states).transpose(1, 2), self.num_attention_heads)
+            for part in (self.query, self.key, self.value)
+        )
+        out = attend(self, query, key, value, args, kwargs, dropout=self.dropout.p)
+        return {"context_layer": out.transpose(1, 2).contiguous()}
+
+
+class AskingBlip(Asking):
+    """BLIP's attention over an image, with one projection for queries, keys and values."""
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        query, key, value = (heads(part, self.num_heads) for part in self.qkv(hidden_states).chunk(3, dim=-1))
+        out = attend(self, query, key, value, args, kwargs, dropout=self.dropout.p, scaling=self.scale)
+        return self.projection(out), None
+
+
+class AskingLongformer(Asking):
+    """Longformer's and LED's attention without global tokens: a pattern inside the layer's own window."""
+
+    def prepare(self: Any) -> None:
+        self.sliding_window = self.one_sided_attn_window_size + 1
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("is_global_attn"):
+            raise SparseAttentionError(
+                "the global tokens of Longformer and LED have projections of their own for their queries, keys and "
+                "values, which no pattern has; leave global_attention_mask out (heads that set it by themselves "
+                "cannot run sparse) and take global tokens from the pattern"
+            )
+        query, key, value = (heads(part(hidden_states), self.num_heads) for part in (self.query, self.key, self.value))
+        window = sliding_window_bidirectional_overlay(self.one_sided_attn_window_size)
+        out = attend(
+            self, query, key, value, args, kwargs, dropout=self.dropout,
+            narrow=lambda mask: asked_mask(self, hidden_states, mask, causal=False, within=window),
+        )  # fmt: skip
+        return (out,)
+
+
 ENCODERS: dict[str, Any] = {
+    "BlipTextSelfAttention": AskingBert,
+    "GitSelfAttention": AskingBert,
+    "ViltSelfAttention": AskingBert,
+    "LukeSelfAttention": AskingLuke,
+    "SqueezeBertSelfAttention": AskingSqueezeBert,
+    "BlipAttention": AskingBlip,
+    "LongformerSelfAttention": AskingLongformer,
+    "LEDEncoderSelfAttention": AskingLongformer,
     "MegatronBertSelfAttention": AskingBert,
     "RemBertSelfAttention": AskingBert,
     "TapasSelfAttention": AskingBert,

@@ -135,6 +135,9 @@ def _language_stacks(model: PreTrainedModel, found: dict[str, _Layers]) -> tuple
     around = _around_embedding(model) if several or not model.config.is_encoder_decoder else ""
     for kind, paths in by_kind.items():
         inside = [path for path in paths if f"{path}.".startswith(around)]
+        if not inside and model.config.is_encoder_decoder:  # the embedding is the other half's
+            inside = list(paths)
+        inside = _outermost(model, inside)
         if len(inside) > 1 or (not inside and len(paths) > 1):
             one, other = list(paths)[:2]
             raise UnsupportedModelError(
@@ -148,6 +151,19 @@ def _language_stacks(model: PreTrainedModel, found: dict[str, _Layers]) -> tuple
                 reason = "it is no part of the language model, where the token embedding is"
                 left[path] = Left(path, tuple(name for name, _ in layers), reason)
     return chosen, left
+
+
+def _outermost(model: PreTrainedModel, paths: list[str]) -> list[str]:
+    """Of several stacks those that the fewest models are around: the others belong to models within (the units that a
+    translation is spoken by, SeamlessM4T)."""
+
+    def depth(path: str) -> int:
+        parts = path.split(".")
+        outer = [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
+        return sum(isinstance(module, PreTrainedModel) for module in outer)
+
+    depths = {path: depth(path) for path in paths}
+    return [path for path in paths if depths[path] == min(depths.values())]
 
 
 def _around_embedding(model: PreTrainedModel) -> str:
@@ -251,6 +267,8 @@ def _is_causal(model: nn.Module, layers: _Layers) -> bool:
         around = model.get_submodule(".".join(parts[:end]))
         code = getattr(inspect.unwrap(type(around).forward), "__code__", None)
         made = [_MASKS[called] for called in ([] if code is None else code.co_names) if called in _MASKS]
+        if any(made) and type(around).__name__.endswith("Decoder"):  # the other is the encoder's
+            return True
         if made:  # a union may take causality away (a bidirectional Gemma 3)
             return all(made) and code is not None and "or_mask_function" not in code.co_consts
     return False
@@ -311,6 +329,11 @@ def own_window(module: nn.Module, index: int, causal: bool) -> Band:
     if window is None and kind in (None, *_SLIDING):
         window = getattr(config, "sliding_window", None) if kind or _makes_windows(module) else None
         window = getattr(module, "sliding_window", window)
+        exclusive = not causal and "create_bidirectional_sliding_window_mask" in vars(
+            sys.modules[type(module).__module__]
+        )
+        if exclusive and isinstance(window, int) and window == getattr(config, "sliding_window", None):
+            window += 1  # T5Gemma's mask has as many on each side; ModernBERT's layers count themselves already
     elif window is None and kind != "full_attention":
         window = getattr(module, "sliding_window", None)
     return window_band(None if isinstance(window, bool) or not isinstance(window, int) else window, causal)

@@ -27,7 +27,9 @@ from sa_hf.hf.forward.keywords import SINKS, unknown_keywords
 from sa_hf.hf.forward.layer_input import Carried
 from sa_hf.hf.forward.masks import MaskRequest, sparse_mask
 from sa_hf.hf.forward.position_bias import has_bias_table
+from sa_hf.hf.forward.ready_masks import is_padding, read_padding
 from sa_hf.hf.forward.rotary import ROTARY_FUNCTION
+from sa_hf.hf.patching.asking import asked
 from sa_hf.hf.patching.probe_inputs import (
     STAND_IN,
     ProbeSizes,
@@ -95,7 +97,7 @@ def probe(
     """
     name = type(model).__name__
     for site in sites.all_sites:
-        if site.name in targets and changes_its_mask(model.get_submodule(site.name)):
+        if site.name in targets and changes_its_mask(module := model.get_submodule(site.name)) and not asked(module):
             raise UnsupportedModelError(
                 f"{name} cannot be patched: {site.stack} layer {site.spec.layer_idx} ({site.name}) chooses or adds "
                 "keys by changing the mask that it is given, which a pattern would drop; keep it dense"
@@ -106,6 +108,11 @@ def probe(
     except SparseAttentionError as error:
         raise UnsupportedModelError(f"{name} cannot be patched: {error}") from error
     except Exception as error:  # whatever a model's own code raises on shapes alone
+        if "MaskRequest" in str(error):
+            raise UnsupportedModelError(
+                f"{name} cannot be patched: it reads its mask of all pairs, which a pattern never builds, at "
+                f"{failed_line(error)}"
+            ) from error
         raise UnsupportedModelError(
             f"{name} cannot be patched: a forward of its architecture without its weights failed at "
             f"{failed_line(error)}: {type(error).__name__}: {error}"
@@ -147,6 +154,8 @@ def _run(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs], ext
                 for site in sites.all_sites
                 if site.name in targets and site.name in plain
             }
+            for name in recorder.biased:  # UDOP's, which is of boxes on a page, too
+                disproved[name] = f"({name}) is given a position bias of all pairs, which is no table of distances"
             for stack, count in extra.items():
                 if count:
                     _join(skeleton, sites.stacks[stack], count, lambda: recorder.run(body, (), given))
@@ -162,12 +171,15 @@ def _run(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs], ext
 @dataclass(eq=False)
 class _Recorder:
     """What each layer's attention is called with in the calls of a skeleton, ``runs`` in order; ``given`` is what each
-    layer was called with first, and ``last`` the latest queries, keys and values."""
+    layer was called with first, ``last`` the latest queries, keys and values, and ``biased`` those that are given the
+    bias which they would make."""
 
     names: dict[nn.Module, str]
+    causal: dict[str, bool]
     runs: list[dict[str, _Seen]] = field(default_factory=list)
     given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     last: tuple[Tensor, Tensor, Tensor] | None = None
+    biased: set[str] = field(default_factory=set)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.runs.append({})
@@ -176,6 +188,8 @@ class _Recorder:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The hook of an attention module."""
         self.given.setdefault(self.names[module], (args, kwargs))
+        if has_bias_table(module) and kwargs.get("position_bias") is not None:
+            self.biased.add(self.names[module])
         return args, {**kwargs, "sparse_call": Carried.by(args, kwargs)}
 
     def attend(
@@ -183,6 +197,8 @@ class _Recorder:
     ) -> tuple[Tensor, None]:
         """The attention function."""
         shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+        if is_padding(attention_mask, self.causal.get(self.names[module], True)):
+            attention_mask = read_padding(attention_mask, query, key)
         self.runs[-1][self.names[module]] = _Seen(*shapes, attention_mask, kwargs, kwargs.get("sparse_call"))
         self.last = query, key, value
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
@@ -208,7 +224,8 @@ def _called_first(
 @contextmanager
 def _recorder(skeleton: PreTrainedModel, sites: Sites) -> Iterator[_Recorder]:
     """Inside, what a skeleton's layers are called with is recorded."""
-    recorder = _Recorder({module: module_name for module_name, module in skeleton.named_modules()})
+    causal = {site.name: site.spec.causal for site in sites.all_sites}
+    recorder = _Recorder({module: module_name for module_name, module in skeleton.named_modules()}, causal)
     for site in sites.all_sites:
         skeleton.get_submodule(site.name).register_forward_pre_hook(recorder.before, with_kwargs=True)
     AttentionInterface.register(PROBE, recorder.attend)

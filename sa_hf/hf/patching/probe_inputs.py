@@ -1,4 +1,4 @@
-"""What a skeleton is called with when it is probed: tokens, images or sound, and then new tokens with a cache."""
+"""What the probe calls a model without its weights with: tokens, an image or sound, in a form that it takes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ from sa_hf.hf.state.positions import configs_of, position_limit
 from sa_hf.hf.state.versions import tested_range
 
 STAND_IN = "encoder_outputs"
+
+
+def installed_release() -> str:
+    """What an error says of the release that ran."""
+    return f"transformers {transformers.__version__}; {tested_range()}"
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -63,28 +68,33 @@ def _tokens(sizes: ProbeSizes, length: int) -> Tensor:
 def first_inputs(body: PreTrainedModel, sizes: ProbeSizes) -> Iterator[dict[str, Any]]:
     """Inputs of the kind that the model takes; of sound, several forms."""
     main, config, parameters = body.main_input_name, body.config, parameters_of(body)
+    if main not in parameters and "pixel_values" in parameters:  # a tower that does not say what it takes
+        main = "pixel_values"
     given: dict[str, Any] = {}
     if main == "input_ids":
         given["input_ids"] = _tokens(sizes, sizes.length)
         if "attention_mask" in parameters:
             given["attention_mask"] = torch.ones(1, sizes.length, dtype=torch.long)
+        if "bbox" in parameters:
+            given["bbox"] = torch.zeros(1, sizes.length, 4, dtype=torch.long)
     elif main == "pixel_values":
-        config = getattr(config, "encoder", config)  # of images, beside a decoder of text
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        given["pixel_values"] = torch.zeros(1, config.num_channels, height, width)
+        given.update(_image(config))
     if "decoder_input_ids" in parameters:
         given["decoder_input_ids"] = _tokens(sizes, sizes.decoder_length)
+    if main == "input_ids" and _is_asked(parameters.get("pixel_values")):
+        given.update(_image(config))
     if main in given:
+        missing = [p for p in parameters if _is_asked(parameters[p]) and p not in given]
+        if missing:
+            raise UnsupportedModelError(
+                f"its forward asks for {', '.join(missing)}, which is not known here (patches of several images in "
+                "one row, say, each of which attends to its own)"
+            )
+        if main == "pixel_values" and "input_ids" in parameters:  # text that an image begins (BLIP)
+            yield {**given, "input_ids": _tokens(sizes, sizes.length)}
         yield given
-        images: Any = getattr(config, "vision_config", None)
-        if (
-            main == "input_ids"
-            and "pixel_values" in parameters
-            and isinstance(getattr(images, "image_size", None), int)
-        ):
-            # Text beside an image in one call (CLIP).
-            yield {**given, "pixel_values": torch.zeros(1, images.num_channels, images.image_size, images.image_size)}
+        if main == "input_ids" and "pixel_values" in parameters and _images(config) is not None:
+            yield {**given, **_image(config)}  # text beside an image in one call (CLIP)
         return
     if main in SOUND:
         for form in sound_forms(main, config):
@@ -99,14 +109,42 @@ def first_inputs(body: PreTrainedModel, sizes: ProbeSizes) -> Iterator[dict[str,
         )
 
 
+def _images(config: Any) -> Any:
+    """The config of what reads images: a model's own, or that of its tower; None where there is none."""
+    parts = (config, *(getattr(config, name, None) for name in ("encoder", "vision_config")))
+    return next((part for part in parts if getattr(part, "image_size", None) is not None), None)
+
+
+def _image(config: Any) -> dict[str, Tensor]:
+    """One image.
+
+    Raises:
+        UnsupportedModelError: its size is not in the config.
+    """
+    images = _images(config)
+    if images is None:
+        raise UnsupportedModelError(
+            f"the size of the images that it takes is not in {type(config).__name__} (image_size): it takes patches, "
+            "or images of any size, and only towers of images of one size get patterns"
+        )
+    size, frames = images.image_size, getattr(images, "num_frames", None)
+    height, width = (size, size) if isinstance(size, int) else size
+    before = (1, frames) if isinstance(frames, int) else (1,)
+    return {"pixel_values": torch.zeros(*before, getattr(images, "num_channels", None) or 3, height, width)}
+
+
+def _is_asked(parameter: inspect.Parameter | None) -> bool:
+    gathered = parameter is None or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return not gathered and parameter.default is parameter.empty  # type: ignore[union-attr]
+
+
 def next_inputs(body: PreTrainedModel, cache: Any, sizes: ProbeSizes, first: dict[str, Any]) -> dict[str, Any]:
     """Inputs of a second call, on new tokens after those in the cache."""
     given, parameters = dict(first), parameters_of(body)
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
     if name is None:
         raise UnsupportedModelError(
-            f"{type(body).__name__} returns a cache, but takes none as 'cache' or 'past_key_values' "
-            f"({installed_release()})"
+            f"{type(body).__name__} returns a cache, but takes none as 'cache' or 'past_key_values' ({installed_release()})"
         )
     given["decoder_input_ids" if "decoder_input_ids" in given else "input_ids"] = _tokens(sizes, sizes.new)
     if "attention_mask" in given and "decoder_input_ids" not in given:
@@ -114,8 +152,3 @@ def next_inputs(body: PreTrainedModel, cache: Any, sizes: ProbeSizes, first: dic
     if hasattr(body, "rope_deltas"):  # positions of several axes; `generate` hands them on, and some models rely on it
         given["position_ids"] = torch.arange(sizes.length, sizes.length + sizes.new)[None]
     return {**given, "use_cache": True, name: cache}
-
-
-def installed_release() -> str:
-    """What an error says of the release that ran."""
-    return f"transformers {transformers.__version__}; {tested_range()}"

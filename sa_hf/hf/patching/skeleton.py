@@ -131,6 +131,8 @@ class _FromData(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _FROM_DATA:
             kwargs["device"] = _DEVICE
+        if func == Tensor.data.__set__ and args[0].is_meta != args[1].is_meta:  # type: ignore[attr-defined]
+            return None  # a weight set to another's (VisualBERT): it has no values in any case
         if func is torch._weight_norm:  # which wants both on one device before it dispatches
             direction, length, dim = args
             return direction * (length / torch.norm_except_dim(direction, 2, dim))

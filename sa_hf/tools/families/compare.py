@@ -65,12 +65,14 @@ def _agree(ours: Found, own: Found) -> bool:
 
 
 def outputs(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    torch.manual_seed(0)  # for models that draw (ViLT its patches' order)
     with torch.no_grad():
         return real_outputs(model(**inputs), inputs)
 
 
 def outputs_and_gradients(model: Any, inputs: dict[str, Any]) -> Found:
     """Outputs on real tokens, and the gradients of a random weighting of them."""
+    torch.manual_seed(0)
     with torch.enable_grad():
         found = real_outputs(model(**inputs), inputs)
         live = [x for x in found.values() if x.requires_grad]

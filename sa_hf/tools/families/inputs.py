@@ -56,6 +56,8 @@ def _text(model: Any, taken: dict[str, Any]) -> dict[str, Any]:
     if "bbox" in taken:
         corners = torch.randint(0, 50, (*ids.shape, 4), generator=torch.Generator().manual_seed(4))
         given["bbox"] = corners + torch.tensor([0, 0, 50, 50])
+    if type(model).__name__ == "BlipForQuestionAnswering":  # whose decoder shows in its loss alone
+        given["labels"] = tokens(LENGTH, 5, end_token(model))
     if "MultipleChoice" in type(model).__name__:
         given = {name: value[:, None].repeat_interleave(CHOICES, 1) for name, value in given.items()}
     return given

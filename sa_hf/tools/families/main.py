@@ -26,11 +26,12 @@ def main(
     quick: Annotated[bool, typer.Option(help="outputs and gradients under one pattern alone")] = False,
     again: Annotated[
         list[str] | None,
-        typer.Option(help="try only those with this status (refused, wrong, ...) in the results so far"),
+        typer.Option(help="try only those with this status (refused, wrong, untried, ...) in the results so far"),
     ] = None,
     bases: Annotated[bool, typer.Option(help="bodies alone, no heads")] = False,
     write: Annotated[bool, typer.Option(help="keep what --only finds in the results, too")] = False,
     results: Annotated[Path, typer.Option(help="the JSON file to go on with")] = RESULTS,
+    card: Annotated[Path, typer.Option(help="where the table goes")] = CARD,
 ) -> None:
     """Go through every architecture of the installed Transformers (under an hour on 2 cores) and write the table."""
     table = Table(results)
@@ -47,7 +48,7 @@ def main(
             table.save()
     if keeps:
         table.save()
-        CARD.write_text(markdown(table), "utf-8")
+        card.write_text(markdown(table), "utf-8")
     else:
         table.results = {entry.name: table.results[entry.name] for entry in todo}
     counted = ", ".join(f"{number} {status}" for status, number in table.counts().most_common())
@@ -60,5 +61,5 @@ def _asked(entry: Entry, table: Table, only: list[str] | None, again: list[str] 
     if only is not None:
         return entry.name in only or entry.model_type in only
     if again is not None:
-        return table.status(entry) in again
+        return (table.status(entry) or "untried") in again
     return not table.is_current(entry)

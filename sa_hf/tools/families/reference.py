@@ -20,6 +20,7 @@ from sa_hf.hf.state.patch import required_patch
 
 NAME = f"{IMPLEMENTATION}_families"
 HIDDEN = torch.finfo(torch.float32).min
+FAR = -9e3  # below it a model's own mask hides: by the least number, or by -10000
 
 
 class NoReference(Exception):
@@ -43,7 +44,7 @@ def own_attention(model: Any, *, patterns: bool = True, zeros: bool = False) -> 
         eager = sys.modules[type(module).__module__].eager_attention_forward
         out = eager(module, query, key, value, attention_mask, **kwargs)
         if zeros and isinstance(child, SparseAttention):
-            real = (attention_mask > HIDDEN / 2).any(1).any(1)
+            real = (attention_mask > FAR).any(1).any(1)
             out = (out[0] * real[:, :, None, None], *out[1:])
         return out
 
@@ -71,7 +72,7 @@ def under_pattern(child: SparseAttention, mask: Tensor | None, query: Tensor, ke
         if mask.dtype == torch.bool:
             mask = torch.where(mask, 0.0, HIDDEN)
         whole = whole + mask[..., :n].to(query.dtype)
-    seen = (whole > HIDDEN / 2).any(1).any(1)  # [batch, keys]
+    seen = (whole > FAR).any(1).any(1)  # [batch, keys]
     for row in range(batch):
         real = seen[row].nonzero().flatten()
         pairs = log_weights(child, len(real)).to(query.dtype)
