@@ -63,7 +63,7 @@ class MaskRequest:
     def dim(self) -> int:
         return self.ndim
 
-    def __getitem__(self, index: Any) -> MaskRequest:
+    def __getitem__(self, index: Any) -> Any:
         """The rows of the last queries, ``[:, :, -k:, :]``: layers that read the keys of others may run those alone
         (Gemma 4, by ``logits_to_keep``). ``[:, 0, 0, :]`` is what hides padding, to add (Longformer)."""
         all_of_it = slice(None)
@@ -84,7 +84,7 @@ class MaskRequest:
         part.given, part.whole = self.given, self.whole or self
         return part
 
-    def _row(self) -> Any:
+    def _row(self) -> Tensor:
         dtype, device = self.arguments.get("dtype", torch.float32), self.arguments.get("device")
         row = torch.zeros(self.shape[0], self.shape[-1], dtype=dtype, device=device)
         return row if self.padding is None else row.masked_fill(self.padding == 0, torch.finfo(dtype).min)

@@ -144,7 +144,8 @@ def next_inputs(body: PreTrainedModel, cache: Any, sizes: ProbeSizes, first: dic
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
     if name is None:
         raise UnsupportedModelError(
-            f"{type(body).__name__} returns a cache, but takes none as 'cache' or 'past_key_values' ({installed_release()})"
+            f"{type(body).__name__} returns a cache, but takes none as 'cache' or 'past_key_values' "
+            f"({installed_release()})"
         )
     given["decoder_input_ids" if "decoder_input_ids" in given else "input_ids"] = _tokens(sizes, sizes.new)
     if "attention_mask" in given and "decoder_input_ids" not in given:
