@@ -313,6 +313,13 @@ class RoutingAttention(CentroidState):
             dead = dead & (length - position >= self.config.local_window)
         return dead | (position < 0)
 
+    @torch.no_grad()
+    def note_clusters(self, inputs: AttentionInputs) -> None:
+        """Find the clusters of a call for :meth:`figures`, where its forward did not: bidirectional, in eval mode."""
+        routed = self._heads(inputs, slice(self.config.num_local_heads, None))
+        if self._cluster_sizes() is None:
+            self._observe(self._vectors(routed), routed.sequences)
+
     def figures(self) -> dict[str, float]:
         return self.cluster_figures()
 

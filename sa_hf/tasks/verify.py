@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -82,16 +83,23 @@ def saved_config(folder: str | Path, task: str) -> Any:
     return config
 
 
+def required_peft(what: str) -> Any:
+    """The module ``peft``; raises ``SparseAttentionError`` where it is not installed, saying ``what`` needs it."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise SparseAttentionError(
+            f"{what} needs PEFT: pip install 'peft>=0.18', or pip install '.[peft]' in a clone of sa_hf"
+        ) from error
+
+
 def load_saved(folder: str | Path, task: str) -> Any:
     """A saved model through the task's Auto class; a folder with an adapter is loaded with its patched base."""
     saved_config(folder, task)
     base = _base_of(folder)
+    peft = None if base is None else required_peft(f"{folder}, an adapter of LoRA,")
     model = auto_class_of(task).from_pretrained(base or str(folder), trust_remote_code=True)
-    if base is None:
-        return model
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(folder))
+    return model if peft is None else peft.PeftModel.from_pretrained(model, str(folder))
 
 
 def _base_of(folder: str | Path) -> str | None:

@@ -196,7 +196,7 @@ def plot(
     from sa_hf.tools.inspect import inspect_checkpoint
     from sa_hf.tools.plot import plot_model
 
-    if str(folder) in available_patterns():
+    if str(folder) in available_patterns() and not folder.is_dir():
         raise SparseAttentionError(f"{folder} is a pattern, not a folder: sa-hf preview {folder} --plot {out}")
     check_place(str(folder))
     found = inspect_checkpoint(folder)

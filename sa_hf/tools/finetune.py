@@ -35,7 +35,7 @@ from sa_hf.tasks.ranks import is_main, quiet_others, say
 from sa_hf.tasks.resume import check_checkpoint, checkpoint_of
 from sa_hf.tasks.source import SUMMARIES, Rows
 from sa_hf.tasks.summaries import summary_figures
-from sa_hf.tasks.verify import verify_reload
+from sa_hf.tasks.verify import required_peft, verify_reload
 from sa_hf.tools.options import make_config, parse_options
 
 VERIFIED_ROWS = 2
@@ -146,6 +146,8 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, tuple[Rows, Rows]]:
         chosen_pattern(args)
     elif args.set or args.preset or args.layers:
         raise SparseAttentionError("--set, --preset and --layers say how to patch, but --pattern none leaves the model")
+    if args.lora_rank:
+        required_peft("--lora_rank")
     check_model(args.model, args.task, args.trust_remote_code)
     source = source_of(
         args,
@@ -247,12 +249,7 @@ def with_lora(model: Any, rank: int, base_folder: Path, is_main: bool) -> Any:
     """The model with LoRA on all linear layers; its patched base is saved where the adapter will point to."""
     import sa_hf
 
-    try:
-        import peft
-    except ImportError as error:
-        raise sa_hf.SparseAttentionError(
-            "--lora_rank needs PEFT: pip install 'peft>=0.18', or pip install '.[peft]' in a clone of sa_hf"
-        ) from error
+    peft = required_peft("--lora_rank")
     if is_main:
         model.save_pretrained(base_folder)
     # With a task PEFT trains and saves the new head, too, and AutoPeftModelForSequenceClassification finds it.

@@ -36,6 +36,7 @@ from sa_hf.patterns.drawing import (
     part_colours,
     shown_length,
 )
+from sa_hf.patterns.routing import RoutingAttention
 from sa_hf.patterns.sparsebert import SparseBertAttention
 
 NEEDS_TEXT = "what this layer reads\ndepends on the text:\ngive one (--text FILE)"
@@ -63,8 +64,8 @@ def plot_model(
     """Draw the sparse layers of a patched model, a row for each, layers that look the same in one.
 
     Args:
-        input_ids: int64 ``[1, n]``, what layers are drawn on whose pairs follow their data. Without it those are left
-            blank, with a note.
+        input_ids: int64 ``[1, n]``, what layers are drawn on whose pairs follow their data, and of which ``figures``
+            tells afterwards. Without it those are left blank, with a note.
         length: tokens of the layers that need no text; None is as many as show every pattern, of 256 to 1,024, or less
             where the model or a mask has less.
         heads: panels of a row.
@@ -88,6 +89,9 @@ def plot_model(
         raise SparseAttentionError(f"length={length} is above what the model's layers take; nearest: {shown}")
     seen = {} if input_ids is None else _inputs_of_layers(root, rows, input_ids)
     drawn = [_panels(row, shown, heads, seen.get(id(row.child))) for row in rows]
+    for part in _routed(rows):
+        if id(part) in seen:  # last: a layer that is drawn runs again, and forgets its figures
+            part.note_clusters(seen[id(part)])
     blank = [_name(row) for row, panels in zip(rows, drawn, strict=True) if all(not p.cells for p in panels)]
     if len(blank) == len(rows):
         raise SparseAttentionError("what every layer of this model reads depends on the text; add --text FILE")
@@ -201,12 +205,17 @@ def _inputs_of_layers(root: Any, rows: list[_Row], input_ids: Tensor) -> dict[in
     return seen
 
 
+def _routed(rows: list[_Row]) -> list[RoutingAttention]:
+    return [part for row in rows for part in leaves(row.child) if isinstance(part, RoutingAttention)]
+
+
 @contextmanager
 def _watched(rows: list[_Row], seen: dict[int, AttentionInputs]) -> Iterator[None]:
     def note(module: nn.Module, given: tuple[Any, ...]) -> None:
         seen[id(module)] = given[0]
 
-    handles = [row.child.register_forward_pre_hook(note) for row in rows]
+    modules = {id(module): module for module in (*(row.child for row in rows), *_routed(rows))}
+    handles = [module.register_forward_pre_hook(note) for module in modules.values()]
     try:
         yield
     finally:

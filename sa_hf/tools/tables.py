@@ -17,13 +17,19 @@ from sa_hf.tools.suggest import Suggestion
 console = Console(highlight=False)
 
 Cell = str | Text
+NAMES = {"name", "pattern", "field", "figure"}  # columns of names
+NAME_WIDTH, FULL_WIDTH = 20, 80
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
     """Print a table; cells fold, so that no line is wider than the terminal and nothing is lost."""
     drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        drawn.add_column(column, overflow="fold")
+    rows = list(rows)
+    for column, cells in zip(columns, zip(*rows, strict=True) if rows else [()] * len(columns), strict=True):
+        # Names of one word stay whole where there is room for the others beside them.
+        longest = max((len(cell) for cell in cells), default=0)
+        whole = column in NAMES and longest <= NAME_WIDTH and console.width >= FULL_WIDTH
+        drawn.add_column(column, overflow="fold", no_wrap=whole)
     for row in rows:
         # As text: a "[...]" in a value is no markup.
         drawn.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))

@@ -56,8 +56,13 @@ def test_a_card_of_the_users_own_stays(tmp_path: Path) -> None:
 def test_metrics_and_licence_join_and_stay_over_a_load_and_a_save(tmp_path: Path) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
     saved(first)
-    metrics = {"arguments": {"task": "masked-lm", "dataset": "stdlib"}, "eval_loss": 1.25, "eval_runtime": 9.0}
+    arguments = {"task": "masked-lm", "dataset": "texts.jsonl", "model": "minilm"}
+    metrics = {"arguments": arguments, "eval_loss": 1.25, "eval_runtime": 9.0}
     (first / "metrics.json").write_text(json.dumps(metrics))
+    write_card(first)
+    told = (first / "README.md").read_text()
+    assert {"- base model: minilm", "- data: texts.jsonl", "- loss on texts.jsonl: 1.25"} <= set(told.splitlines())
+    assert checked(first).base_model is None  # no name of the hub
     write_card(first, base_model="org/some-bert", license="apache-2.0", dataset="stdlib")
     data = checked(first)
     assert (data.license, data.base_model, data.datasets) == ("apache-2.0", "org/some-bert", ["stdlib"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from finetune_cases import SCRIPTS
 
 from sa_hf import SparseAttentionError
+from sa_hf.tasks.verify import load_saved
 from sa_hf.tools import cli, evaluate, finetune
 
 
@@ -95,3 +97,17 @@ def test_evaluation_reads_its_data_before_the_model(tmp_path: Path, monkeypatch:
     flags = ["--task", "sequence-classification", "--eval_split", "all", "--dataset", str(tmp_path / "rows.csv")]
     with pytest.raises(SparseAttentionError, match=r"label 'a' is no class of the model"):
         evaluate.main(["--model", str(tmp_path / "model"), *flags])
+
+
+def test_lora_without_peft_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import BertConfig
+
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path / "base")
+    adapter = {"base_model_name_or_path": str(tmp_path / "base"), "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(finetune, "load_for_task", never)
+    with pytest.raises(SparseAttentionError, match=r"--lora_rank needs PEFT: pip install 'peft>=0.18'"):
+        finetune.main(["--lora_rank", "2"])
+    with pytest.raises(SparseAttentionError, match="an adapter of LoRA, needs PEFT"):
+        load_saved(tmp_path, "masked-lm")

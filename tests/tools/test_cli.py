@@ -162,6 +162,12 @@ def test_no_line_is_wider_than_the_terminal(columns: int, checkpoint: Path, monk
         assert max(map(len, lines)) <= columns, words
 
 
+def test_names_of_patterns_are_not_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "width", 80)
+    found = run("suggest", "minilm", "--length", "512", "--text", str(Path(__file__)), "--tokens", "64")
+    assert any(line.strip().startswith("sparse_transformer  ") for line in found.splitlines())
+
+
 def test_patterns_lists_all_and_describes_one() -> None:
     listed = run("patterns")
     for name in available_patterns():

@@ -119,6 +119,17 @@ def test_figures_are_those_of_each_layer_and_none_before_a_forward() -> None:
     assert found[1]["cluster_entropy"] == pytest.approx(entropy, rel=1e-4)
 
 
+@pytest.mark.parametrize("pattern", ["routing", {"heads": {"0": "sliding_window", "1": "routing"}}])
+def test_a_picture_of_a_text_leaves_the_figures_of_clusters(pattern: object, tmp_path: Path) -> None:
+    """A bidirectional forward in eval mode finds none by itself."""
+    for model in (bert(pattern), gpt2(pattern)):
+        plot_model(model.eval(), tmp_path / "clusters.png", input_ids=torch.arange(2, 26)[None] % 32)
+        for of_layer in sa_hf.figures(model).values():
+            (sizes,) = (value for name, value in of_layer.items() if name.endswith("cluster_sizes"))
+            heads = 2 if pattern == "routing" else 1
+            assert [sum(of_head) for of_head in sizes] == [2 * 24] * heads  # queries and keys
+
+
 def test_a_masks_density_needs_no_forward() -> None:
     model = bert("sparsebert", mask_length=8)
     child = first_layer(model)
@@ -160,6 +171,9 @@ def test_plot_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ):
         with pytest.raises(SparseAttentionError, match=message):
             runner.invoke(app, more, catch_exceptions=False)
+    # A folder may have the name of a pattern, as those of scripts/configs have.
+    (tmp_path / "model").rename(tmp_path / "sparsebert")
+    assert runner.invoke(app, ["plot", "sparsebert", "--trust-remote-code"], catch_exceptions=False).exit_code == 0
 
 
 def test_chosen_blocks_are_seen_as_the_definition_reads_them() -> None:

@@ -87,7 +87,7 @@ def card_text(folder: Path, known: Mapping[str, Any]) -> str:
         auto=next(iter(re.findall(r"Auto\w+", str(config.get("attn_implementation")))), "AutoModel"),
         patterns=", ".join(f"`{name}` in {n} layer{'s' * (n != 1)}" for name, n in counts.items())
         or "All layers dense",
-        facts=_facts(config, known, results),
+        facts=_facts(config, known, _metrics(folder).get("arguments", {}), results),
         table=_layer_table(layers),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=False))
@@ -137,10 +137,7 @@ def _parts(entry: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _results(folder: Path, datasets: Any) -> list[EvalResult]:
     """The evaluation in the metrics file of a fine-tuning run, where one lies there."""
-    path = folder / METRICS_FILE
-    if not path.is_file():
-        return []
-    metrics = json.loads(path.read_text("utf-8"))
+    metrics = _metrics(folder)
     arguments = metrics.get("arguments", {})
     task, dataset = arguments.get("task"), arguments.get("dataset") or datasets
     if not task or not dataset:
@@ -154,8 +151,20 @@ def _results(folder: Path, datasets: Any) -> list[EvalResult]:
     ]
 
 
-def _facts(config: Mapping[str, Any], known: Mapping[str, Any], results: list[EvalResult]) -> str:
-    rows = [("base model", known.get("base_model")), ("licence", known.get("license")), ("data", known.get("datasets"))]
+def _metrics(folder: Path) -> dict[str, Any]:
+    """The metrics file of a fine-tuning run; empty where none lies in the folder."""
+    path = folder / METRICS_FILE
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found
+
+
+def _facts(
+    config: Mapping[str, Any], known: Mapping[str, Any], arguments: Mapping[str, Any], results: list[EvalResult]
+) -> str:
+    """``arguments``: of a fine-tuning run, whose names of model and data may be none of the hub's."""
+    base, data = known.get("base_model") or arguments.get("model"), known.get("datasets") or arguments.get("dataset")
+    data = ", ".join(data) if isinstance(data, list) else data
+    rows = [("base model", base), ("licence", known.get("license")), ("data", data)]
     limit = next((config[n] for n in ("max_position_embeddings", "n_positions") if config.get(n)), None)
     rows += [("longest input, tokens", limit), ("dtype of the weights", config.get("dtype"))]
     rows += [(f"{r.metric_type} on {r.dataset_name}", f"{r.metric_value:.4g}") for r in results]
