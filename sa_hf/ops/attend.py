@@ -13,7 +13,7 @@ from sa_hf.ops.engine import Engine, Gradients
 from sa_hf.ops.host import own_rules
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.random import counter_words
-from sa_hf.ops.run import plan_backward, plan_forward
+from sa_hf.ops.run import empty_output, laid_out, plan_backward, plan_forward
 from sa_hf.ops.sequences import Sequences
 from sa_hf.ops.transforms import differentiable, given
 
@@ -34,7 +34,7 @@ def sequences_forward(
         return plan_forward(batch.whole_plan, query, key, value, batch.whole_options, engine)
     query, key, value = batch.compact(query, key, value)
     stats = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    out = empty_output(query).zero_()
     lse = torch.full(query.shape[:3], -torch.inf, dtype=stats, device=query.device)
     for plan, group in batch.groups():
         q, k, v = group.queries(query), group.keys(key), group.keys(value)
@@ -232,7 +232,7 @@ class _Attend:
         options = with_gradients(self.options, bias, spans, sinks)
         with own_rules(query.device):
             out, lse = sequences_forward(query, key, value, self.sequences, self.plan_for, options, self.engine)
-            return out.contiguous(), lse
+            return laid_out(out), lse
 
     def gradients(
         self, grad: Tensor, outputs: Sequence[Tensor], tensors: Sequence[Tensor | None]

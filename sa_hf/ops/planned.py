@@ -20,7 +20,7 @@ from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager, tracing
 from sa_hf.ops.host import own_rules
 from sa_hf.ops.means import Means, means_backward, means_forward
 from sa_hf.ops.parts import Part, ScoreOptions
-from sa_hf.ops.run import plan_backward, plan_forward
+from sa_hf.ops.run import empty_output, laid_out, plan_backward, plan_forward
 from sa_hf.ops.transforms import differentiable, refuse_second_derivative, refuse_traced_transforms
 from sa_hf.ops.widths import at_one_width
 
@@ -79,9 +79,9 @@ def _forward(
         )  # fmt: skip
         if mean_slots:
             means = means_forward(plan, query, key, value, options, runs)
-            return means.out, means.lse, means.slot_out, means.slot_lse
+            return laid_out(means.out), means.lse, means.slot_out, means.slot_lse
         out, lse = plan_forward(plan, query, key, value, options, runs)
-    return out.contiguous(), lse.contiguous(), query.new_empty(0), lse.new_empty(0)
+    return laid_out(out), lse.contiguous(), query.new_empty(0), lse.new_empty(0)
 
 
 _planned = torch.library.custom_op(
@@ -97,7 +97,7 @@ def _(query, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the o
     slots = (*lead, mean_slots) if mean_slots else (0,)
     slot_out = query.new_empty(*slots, dim) if mean_slots else query.new_empty(0)
     return (
-        query.new_empty(query.shape), query.new_empty(*lead, length, dtype=stats), slot_out,
+        empty_output(query), query.new_empty(*lead, length, dtype=stats), slot_out,
         query.new_empty(slots, dtype=stats),
     )  # fmt: skip
 

@@ -12,6 +12,22 @@ from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.sinks import sinks_gradient, with_sinks
 
 
+def laid_out(out: Tensor) -> Tensor:
+    """An output ``[B, H, N, D]`` as it is handed on. On the CPU it lies in memory as ``[B, N, H, D]``, as that of
+    torch's own attention does: a model's projection then reads the tensor that the backward keeps, and no copy."""
+    if out.device.type != "cpu":
+        return out.contiguous()
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_output(like: Tensor) -> Tensor:
+    """Uninitialised and :func:`laid_out`, in the shape ``[B, H, N, D]`` of ``like``."""
+    if like.device.type != "cpu":
+        return like.new_empty(like.shape)
+    batch, heads, length, dim = like.shape
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
 def plan_forward(
     plan: Sequence[Part], query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, engine: Engine,
     merged: tuple[Tensor, Tensor] | None = None,

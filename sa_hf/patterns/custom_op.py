@@ -23,6 +23,7 @@ from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager, tracing
 from sa_hf.ops.host import own_rules
 from sa_hf.ops.parts import Band, Part, ScoreOptions
+from sa_hf.ops.run import empty_output, laid_out
 from sa_hf.ops.sequences import PendingSequences, Sequences, Span, WholeRows
 from sa_hf.ops.slots import examine_slots
 from sa_hf.ops.transforms import differentiable, refuse_second_derivative, refuse_traced_transforms
@@ -132,7 +133,7 @@ def _forward(
         engine = choose_engine(_layer(layer)[2], query, options)
         plan_for = _plan_for(layer, query.device, extra)
         out, lse = sequences_forward(query, key, value, sequences, plan_for, options, engine)
-        return out.contiguous(), lse.contiguous()
+        return laid_out(out), lse.contiguous()
 
 
 _static_attention = torch.library.custom_op(
@@ -143,7 +144,7 @@ _static_attention = torch.library.custom_op(
 @_static_attention.register_fake
 def _(query, key, value, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
     stats = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=stats)
+    return empty_output(query), query.new_empty(query.shape[:3], dtype=stats)
 
 
 def _gradients(

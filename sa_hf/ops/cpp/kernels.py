@@ -125,8 +125,9 @@ def forward_all(parts: Sequence[Part], rows: Rows, start: tuple[Tensor, Tensor] 
     if start is None:
         fresh = parts[0].query_index is None and _shape(parts[0])[0] == shape[2]  # every position in a slot
         dtype = rows.query.dtype if len(parts) == 1 else torch.float32
+        by_position = shape[0], shape[2], shape[1], shape[3]  # in memory: see ``ops.run.laid_out``
         start = (
-            (torch.empty if fresh else torch.zeros)(shape, dtype=dtype),
+            (torch.empty if fresh else torch.zeros)(by_position, dtype=dtype).transpose(1, 2),
             torch.full(shape[:3], -torch.inf, dtype=torch.float32),
         )
     else:
