@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -349,8 +350,10 @@ def quickstart_rows() -> dict[str, dict[str, float]]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 5:
             label, accuracy, _, seconds, memory = cells
+            shares = [float(share) / 100 for share in re.findall(r"([\d.]+)%", accuracy)]
+            names = ("eval_accuracy", "eval_accuracy_low", "eval_accuracy_high")
             rows[label] = {
-                "eval_accuracy": float(accuracy.rstrip("%")) / 100,
+                **dict(zip(names, shares, strict=False)),
                 "step_seconds": float(seconds.removesuffix(" s")),
                 "train_peak_memory_mb": float(memory.removesuffix(" MB").replace(",", "")),
             }

@@ -13,6 +13,7 @@ from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.load import check_place, load_model, resolve, text_ids
 from sa_hf.tools.mixture import best_mixture, ladder, write_mixture
 from sa_hf.tools.options import make_config, parse_options
+from sa_hf.tools.recovered import recovered
 from sa_hf.tools.suggest import left_out, stacks_of, tokens_to_measure
 from sa_hf.tools.suggest import suggest as rank_patterns
 from sa_hf.tools.tables import (
@@ -282,6 +283,9 @@ def suggest(
         )  # fmt: skip
         kind = f"{stack.name}, {'causal' if stack.causal else 'bidirectional'}"
         table(f"{model}, {kind}, {length} tokens", *suggestion_rows(found, length))
+        steps = recovered(stack.causal)
+        for name in dict.fromkeys(s.config.name for s in found if s.config.name in steps):
+            say(f"98 % of dense attention's quality in model_cards/recovery.md: {name}: {steps[name]}")
         for name, reason in left_out(found, num_heads=stack.num_heads, causal=stack.causal, length=length):
             say(f"not ranked: {name}: {reason}")
         trivial = dict.fromkeys(s.config.name for s in found if s.measured is not None and s.measured.gain is None)

@@ -13,6 +13,7 @@ import torch
 from finetune_cases import DECODER, FEW_STEPS, SCRIPTS
 from safetensors.torch import load_file
 
+from sa_hf.tasks.metrics import wilson
 from sa_hf.tools import evaluate, finetune
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -76,6 +77,7 @@ def test_the_quickstart_runs_at_toy_size(tmp_path: Path) -> None:
     for row in results["rows"].values():
         assert row["train_peak_memory_mb"] > 100
         assert row["step_seconds"] > 0
+        assert (row["eval_accuracy_low"], row["eval_accuracy_high"]) == wilson(round(2 * row["eval_accuracy"]), 2)
     table = (tmp_path / "results.md").read_text()
     assert table in shown
     for picture in ("pattern.png", "result.png"):

@@ -84,3 +84,19 @@ def test_filling_replaces_only_what_stands_between_the_markers(cards: ModuleType
     assert cards.filled(text, "x", "new") == "a\n<!-- begin: x -->\nnew\n<!-- end: x -->\nb"
     with pytest.raises(SystemExit, match="'y' are missing"):
         cards.filled(text, "y", "new")
+
+
+def test_the_quickstarts_table_is_read_with_and_without_intervals(
+    cards: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["| variant | accuracy | loss | time per step | peak memory |", "|---|---|---|---|---|"]
+    lines += ["| dense at 512 | 53.1% | 1.354 | 0.75 s | 1,145 MB |"]
+    lines += ["| sparse | 68.8% (57.9% to 77.9%) | 0.766 | 4.67 s | 2,373 MB |", "", "80 documents to evaluate."]
+    monkeypatch.setattr(cards, "quickstart", lambda: "\n".join(lines))
+    rows = cards.quickstart_rows()
+    assert list(rows) == ["dense at 512", "sparse"]
+    assert rows["dense at 512"] == {
+        "eval_accuracy": pytest.approx(0.531), "step_seconds": 0.75, "train_peak_memory_mb": 1145.0
+    }  # fmt: skip
+    assert rows["sparse"]["eval_accuracy_low"] == pytest.approx(0.579)
+    assert rows["sparse"]["eval_accuracy_high"] == pytest.approx(0.779)

@@ -21,6 +21,9 @@ from sa_hf.tools import finetune
 from sa_hf.tools.attention_rows import Measured
 from sa_hf.tools.commands import app
 from sa_hf.tools.mixture import DENSE, best_mixture, ladder, mixture_mapping, write_mixture
+from sa_hf.tools.recovered import recovered
+from sa_hf.tools.recovery.grid import Cell
+from sa_hf.tools.recovery.rows import Rows, packed
 from sa_hf.tools.suggest import Stack, density_of, stacks_of
 
 LENGTH = 1024
@@ -110,3 +113,26 @@ def test_stacks_of_an_encoder_decoder_get_a_mixture_each(tmp_path: Path) -> None
     assert set(pattern) == {"encoder", "decoder"}
     sa_hf.patch_model(model, pattern)
     assert set(model.config.sa_hf["layers"]) == {"encoder", "decoder"}
+
+
+def test_the_grids_steps_are_joined_where_there_are_any(tmp_path: Path) -> None:
+    assert recovered(False, tmp_path / "nowhere.jsonl") == {}
+    rows = Rows(tmp_path / "recovery.jsonl")
+
+    def add(pattern: str, method: str, step: int, hits: int, density: float = 0.2) -> None:
+        items = {"recall@10": packed([n < hits for n in range(400)])}
+        cell = Cell("encoder", pattern, method, 0, step, "report")
+        rows.add(cell, {"density": density, "figures": {"recall@10": [hits / 400] * 3}, "items": items})
+
+    add("dense", "none", 0, 390, 1.0)
+    for pattern, found in {"bigbird": (200, 385, 390), "star": (10, 20, 30), "longnet": (390, 390, 390)}.items():
+        add(pattern, "none", 0, found[0])
+        add(pattern, "plain", 30, found[1])
+        add(pattern, "distill", 100, found[2])
+    add("window, one layer dense", "none", 0, 390)
+    assert recovered(False, rows.path) == {
+        "bigbird": "after 30 steps (plain), at 20% of the pairs, by the mean alone",
+        "star": "not within 100 steps",
+        "longnet": "untrained, at 20% of the pairs",
+    }
+    assert recovered(True, rows.path) == {}

@@ -14,7 +14,8 @@ def draw_results(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """Three bar charts side by side: quality, time, memory (needs matplotlib).
 
     Args:
-        rows: by variant, dense ones first, ``eval_accuracy``, ``step_seconds``, ``train_peak_memory_mb``.
+        rows: by variant, dense ones first, ``eval_accuracy``, ``step_seconds``, ``train_peak_memory_mb``; with
+            ``eval_accuracy_low`` and ``eval_accuracy_high`` the interval is drawn.
     """
     from matplotlib.figure import Figure
 
@@ -27,6 +28,10 @@ def draw_results(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
     figure = Figure(figsize=(12, 3.2), dpi=DPI, layout="constrained", facecolor="white")
     for axis, (title, form, key) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
         bars = axis.barh(list(rows), [row[key] for row in rows.values()], color=[*dense, colour_of("bigbird")])
+        if key == "eval_accuracy" and all("eval_accuracy_low" in row for row in rows.values()):
+            middle = [row[key] for row in rows.values()]
+            spread = [[abs(row[f"{key}_{end}"] - row[key]) for row in rows.values()] for end in ("low", "high")]
+            axis.errorbar(middle, list(rows), xerr=spread, fmt="none", ecolor="black", capsize=3)
         axis.bar_label(bars, fmt=form, padding=3)
         axis.set_title(title)
         axis.margins(x=0.2)
