@@ -107,9 +107,18 @@ def is_mapped(x: Tensor) -> bool:
     return False
 
 
+def _for_onnx() -> bool:
+    return bool(torch.onnx.is_in_onnx_export())
+
+
+# torch.export(strict=True), which the exporter to ONNX tries last, takes torch's function for False without calling it;
+# it calls what torch.compiler.assume_constant_result has marked so (and that imports its compiler, seconds long).
+_for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as the decorator sets it
+
+
 def refuse_recorded() -> None:
     """Raise where torch.jit or the exporter to ONNX records what runs."""
-    if torch.onnx.is_in_onnx_export():
+    if _for_onnx():
         raise SparseAttentionError(ONNX)
     if not torch.compiler.is_compiling() and torch._C._is_tracing():  # which torch.compile could not trace
         raise SparseAttentionError(JIT_TRACE)

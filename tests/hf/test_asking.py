@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
+from packaging.version import Version
 
 import sa_hf
 from sa_hf.hf.patching.asking import CLASSES
 from sa_hf.hf.patching.asking_base import Asking
 from sa_hf.hf.patching.asking_decoders import bloom_slopes
 from sa_hf.hf.patching.families import find_sites
+from sa_hf.hf.state.versions import NEWEST_TESTED
 from sa_hf.tools.families.check import FIRST, build, check
-from sa_hf.tools.families.compare import RIGHT, outputs
+from sa_hf.tools.families.compare import REFUSED, RIGHT, outputs
 from sa_hf.tools.families.registry import entries
 
 ENTRIES = {entry.name: entry for entry in entries()}
@@ -29,11 +32,24 @@ NAMES = [
 ]  # fmt: skip
 
 
+def patch(model: Any, pattern: Any, **options: Any) -> None:
+    """Patch a model; skips the test where an older release makes masks or attention itself, which is refused."""
+    try:
+        sa_hf.patch_model(model, pattern, **options)
+    except sa_hf.UnsupportedModelError as error:
+        old = Version(tf.__version__) < Version(NEWEST_TESTED)
+        if not old or not re.search("gets a ready-made mask|computes its attention itself", str(error)):
+            raise
+        pytest.skip(f"transformers {tf.__version__}: {error}")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_gradients_padding_generation_and_reloads(name: str) -> None:
     if name not in ENTRIES:
         pytest.skip(f"transformers {tf.__version__} has no {name}")
     found = check(ENTRIES[name])
+    if found.status == REFUSED and Version(tf.__version__) < Version(NEWEST_TESTED):
+        pytest.skip(f"transformers {tf.__version__}: {found.reason}")
     assert found.status == RIGHT, found.reason
     assert {"reload", FIRST.name, f"{FIRST.name} gradients"} <= found.figures.keys()
     if "ForC" in name and "generation, none" not in found.figures:  # a model that takes no cache
@@ -46,7 +62,7 @@ def test_dense_and_unpatched_are_the_original_bit_for_bit(name: str) -> None:
     classes = {path: type(module) for path, module in model.named_modules()}
     held = _attributes(model)
     before = outputs(model, inputs)
-    sa_hf.patch_model(model, FIRST)
+    patch(model, FIRST)
     with sa_hf.dense(model):
         assert _equal(outputs(model, inputs), before)
     assert not _equal(outputs(model, inputs), before)
@@ -69,14 +85,14 @@ def test_a_layer_left_dense_beside_a_sparse_one() -> None:
     for name in ("MPNetModel", "BloomForCausalLM", "GPTNeoForCausalLM"):
         model, inputs = build(ENTRIES[name])
         before = outputs(model, inputs)
-        sa_hf.patch_model(model, "sliding_window", window=1000, layers="1")
+        patch(model, "sliding_window", window=1000, layers="1")
         for key, value in outputs(model, inputs).items():
             assert torch.allclose(value, before[key], atol=1e-4, rtol=1e-4), (name, key)
 
 
 def test_copies_and_pickles_of_a_patched_model() -> None:
     model, inputs = build(ENTRIES["MPNetModel"])
-    sa_hf.patch_model(model, FIRST)
+    patch(model, FIRST)
     expected = outputs(model, inputs)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model.encoder.layer[0].attention.attn))):
         asking = [module for module in twin.modules() if isinstance(module, Asking)]
@@ -87,7 +103,7 @@ def test_copies_and_pickles_of_a_patched_model() -> None:
 
 def test_mpnet_never_builds_a_bias_of_all_pairs() -> None:
     model, _ = build(ENTRIES["MPNetModel"])
-    sa_hf.patch_model(model, FIRST)
+    patch(model, FIRST)
     seen = []
     model.encoder.layer[0].register_forward_pre_hook(lambda m, args: seen.append(args[2].shape))
     with torch.no_grad():
@@ -107,7 +123,7 @@ def test_a_bias_of_boxes_is_refused() -> None:
     """LayoutLMv3's depends on where words stand on a page: read as a table of distances it was wrong in silence."""
     model, _ = build(ENTRIES["LayoutLMv3Model"])
     with pytest.raises(sa_hf.UnsupportedModelError, match="no table of distances"):
-        sa_hf.patch_model(model, FIRST)
+        patch(model, FIRST)
 
 
 def test_the_table_names_classes_that_transformers_has() -> None:

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from hf_cases import is_served
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
 from torch.export import Dim, ExportedProgram
 from transformers import (
     BertConfig,
@@ -70,6 +73,8 @@ RUNS = [(3, 17), (1, 128), (5, 101), (2, 5)]
 
 
 def built(kind: str, pattern: str, fields: dict[str, Any]) -> PreTrainedModel:
+    if not is_served(kind):
+        pytest.skip(f"transformers {transformers.__version__}: {kind} computes its attention itself")
     torch.manual_seed(0)
     model: PreTrainedModel = patch_model(MODELS[kind]().eval(), pattern, **fields)
     return model
@@ -179,6 +184,9 @@ def test_onnx_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)  # the exporter needs onnxscript
     with pytest.raises(SparseAttentionError, match=r"ONNX has no operator.*sa_hf\.dense\(model\)"):
         exported(model, masked=False)
+    # The exporter then tries strict mode, whose tracer takes torch's function for False.
+    with pytest.raises(Unsupported, match="ONNX has no operator"):
+        exported(model, masked=False, strict=True)
     with sa_hf.dense(model):
         exported(model, masked=False)
 
@@ -203,6 +211,10 @@ def test_what_records_or_compiles_source_is_refused_with_the_reason(kind: str, p
 def test_the_dense_model_is_traced_inside_the_block() -> None:
     model = built("bert", "star", {})
     ids = inputs(2, 12, masked=False)["input_ids"]
+    try:
+        torch.jit.trace(MODELS["bert"]().eval(), ids, strict=False)
+    except IndexError as error:  # 5.5.0
+        pytest.skip(f"transformers {transformers.__version__} cannot trace a BertModel of its own: {error}")
     with sa_hf.dense(model):
         traced = torch.jit.trace(model, ids, strict=False)
         expected = model(ids)[0]

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers.models.auto import modeling_auto
 
 folder, blocked = Path(sys.argv[1]), "block" in sys.argv[2:]
@@ -28,8 +30,11 @@ for case in sorted(folder.iterdir()):
     model.save_pretrained(case / "again")
     first, again = ({p.name: p.read_bytes() for p in (case / x).iterdir()} for x in ("model", "again"))
     assert first.keys() == again.keys()
+    same = [name for name in first if blocked or not name.endswith(".py")]
+    if "Bert" in type(model).__name__ and Version(transformers.__version__) < Version("5.6"):
+        same.remove("model.safetensors")  # 5.5.0 saves the norms of any BERT that it has loaded as beta and gamma
     # The installed package writes its code as it is now; a copy writes itself.
-    assert all(first[name] == again[name] for name in first if blocked or not name.endswith(".py")), case.name
+    assert all(first[name] == again[name] for name in same), case.name
 
     model.train()
     model(**given, **seen["labels"]).loss.backward()
