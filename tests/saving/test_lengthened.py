@@ -1,5 +1,6 @@
 """Models lengthened beyond their pretrained length save and load with the new sizes."""
 
+import copy
 import json
 
 import pytest
@@ -40,7 +41,8 @@ def test_lengthened(tmp_path, family, how):
     assert torch.equal(output(loaded, given), expected)
     loaded.save_pretrained(tmp_path / "again")
     again = AUTO[family].from_pretrained(tmp_path / "again", trust_remote_code=True)
-    assert torch.equal(output(again, given), expected)
+    # Rounding follows where weights lie, in a file by the length of names (5.5.0 changes them); a copy is aligned.
+    assert torch.equal(output(copy.deepcopy(again), given), expected)
 
     unpatch_model(model).save_pretrained(tmp_path / "m")
     plain = AUTO[family].from_pretrained(tmp_path / "m")

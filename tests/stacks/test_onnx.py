@@ -1,0 +1,33 @@
+"""The exporter to ONNX that captures by torch.export (``dynamo=True``), whose converter is onnxscript."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from hf_cases import tiny_model, tokens
+from used_inside import checks
+
+import sa_hf
+
+pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(("family", "pattern"), [("bert", "star"), ("bert", "routing"), ("llama", "sliding_window")])
+@checks("onnxscript", "torch.onnx.export raises with the reason and names dense(model), inside which it exports")
+def test_the_reason_comes_before_any_of_theirs(family: str, pattern: str) -> None:
+    model: Any = sa_hf.patch_model(tiny_model(family), pattern)
+    given: dict[str, Any] = {"input_ids": tokens(2, 12), **({"use_cache": False} if family == "llama" else {})}
+    with pytest.raises(Exception, match=r"ONNX has no operator.*sa_hf\.dense\(model\)") as caught:
+        torch.onnx.export(model, (), kwargs=given, dynamo=True, verbose=False)
+    assert isinstance(caught.value.__cause__, sa_hf.SparseAttentionError)
+    if family == "bert":
+        with sa_hf.dense(model):
+            program = torch.onnx.export(model, (), kwargs=given, dynamo=True, verbose=False)
+        file = io.BytesIO()
+        program.save(file)
+        assert file.tell() > 0
+        assert "sa_hf" not in str(program.model.graph)
