@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sa_hf.hf.state.layers import active_child, leaves
 from sa_hf.hf.state.patch import required_patch
 from sa_hf.hf.state.sites import Left, Site, computes_in, root_model
 from sa_hf.layer import DEFAULT_BLOCK, LayerSpec
-from sa_hf.ops.choice import TRITON, choose_engine
+from sa_hf.ops.choice import CANDIDATES, choose_engine
 from sa_hf.ops.host import with_host_defaults
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.patterns.base import StaticPatternConfig, whole_geometry
@@ -143,11 +144,11 @@ def _engine(asked: str, spec: LayerSpec) -> tuple[str, str]:
     """The engine that serves the layer as it stands, and why that one."""
     query = torch.empty(1, 1, 1, spec.head_dim, dtype=spec.dtype, device=spec.device)
     options = ScoreOptions(scale=1.0)
-    chosen = choose_engine(asked, query, options).name
-    if asked != "auto":
-        return chosen, "asked for"
-    reason = TRITON.unsupported(query, options)
-    return chosen, "fastest here" if reason is None else f"triton: {reason}"
+    chosen = choose_engine(asked, query, options)
+    before = takewhile(lambda engine: engine is not chosen, CANDIDATES[asked])
+    passed = [(engine.name, engine.unsupported(query, options)) for engine in before]
+    reasons = [f"{name}: {reason}" for name, reason in passed if reason is not None]
+    return chosen.name, "; ".join(reasons) or ("fastest here" if asked == "auto" else "asked for")
 
 
 def _memory(spec: LayerSpec, length: int, density: float | None, *, materialised: bool = False) -> int:
