@@ -4,7 +4,7 @@
     python scripts/cards.py --check     # exit 1 where a generated section is not up to date (pictures are not compared)
 
 The prose of a card is written by hand; between ``<!-- begin: x -->`` and ``<!-- end: x -->`` this script writes. The
-numbers come from model_cards/results/, which scripts/benchmark.py and scripts/quality.py write.
+numbers come from model_cards/results/, which scripts/benchmark.py, scripts/quality.py and scripts/families.py write.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from sa_hf.patterns.drawing import plot_mask
 from sa_hf.tools.bench import cpu_report, quickstart_report
 from sa_hf.tools.bench.names import LEGEND, row_title
 from sa_hf.tools.describe import fields_of
+from sa_hf.tools.families import report as families
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
 RESULTS = CARDS / "results"
+FAMILIES = RESULTS / "families.json"
 SYSTEMS = (
     "longnet", "logsparse", "sparse_transformer", "sparsebert", "expire_span", "routing", "bigbird", "star",
     "block_topk",
@@ -332,6 +334,9 @@ def pages() -> dict[Path, str]:
     readme = ROOT / "README.md"
     text = filled(readme.read_text(), "gallery", gallery())
     text = filled(text, "headline", headline())
+    text = filled(text, "families", families.sentence(FAMILIES))
+    if FAMILIES.exists():
+        result[CARDS / "families.md"] = families.markdown(FAMILIES)
     text = filled(text, "gpu", gpu())
     result[readme] = filled(text, "quickstart", quickstart())
     return result

@@ -28,6 +28,8 @@ NAMES = [
     "SiglipVisionModel", "Aimv2VisionModel", "GPTNeoForCausalLM", "XGLMForCausalLM", "BloomForCausalLM",
     "MptForCausalLM", "FalconForCausalLM", "BlipForConditionalGeneration", "BlipForQuestionAnswering", "ViltModel",
     "LukeModel", "SqueezeBertModel", "LongformerModel", "LEDForConditionalGeneration", "GitModel",
+    "ConvBertModel", "XLMModel", "FlaubertModel", "BigBirdPegasusModel", "Idefics3VisionTransformer",
+    "SmolVLMVisionTransformer", "Siglip2Model",
     "MvpForConditionalGeneration", "TrOCRForCausalLM", "GPTNeoXJapaneseForCausalLM", "OpenAIGPTLMHeadModel",
 ]  # fmt: skip
 

@@ -31,6 +31,7 @@ LATER = [
     "MT5ForConditionalGeneration", "OlmoForCausalLM", "Olmo2ForCausalLM", "PegasusForConditionalGeneration",
     "Phi3ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "Qwen3NextForCausalLM", "SmolLM3ForCausalLM",
     "StableLmForCausalLM", "Starcoder2ForCausalLM", "LlavaForConditionalGeneration", "Mistral3ForConditionalGeneration",
+    "Blip2Model", "T5ForQuestionAnswering", "MoonshineModel", "LayoutLMModel", "MobileBertForMaskedLM",
     "Gemma3ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "CLIPTextModel", "CLIPVisionModel",
 ]  # fmt: skip
 IMAGES = ["ViTModel", "DeiTModel", "Dinov2Model", "BeitModel"]
@@ -44,6 +45,18 @@ def test_outputs_and_gradients_equal_its_own_eager_attention(name: str) -> None:
     found = check(ENTRIES[name], quick=True)
     assert found.status == RIGHT, found.reason
     assert {FIRST.name, f"{FIRST.name} gradients"} <= found.figures.keys()
+
+
+def test_gradients_below_the_rounding_of_float32_are_compared_in_float64() -> None:
+    found = check(ENTRIES["MobileBertForMaskedLM"], quick=True)
+    assert any("float64" in note for note in found.notes)
+    assert found.figures[f"{FIRST.name} gradients"] < 1e-6
+
+
+def test_what_does_not_depend_on_its_attention_is_not_called_right() -> None:
+    found = check(ENTRIES["TapasForQuestionAnswering"], quick=True)
+    assert found.status == NOT_BUILT
+    assert "does not depend on its attention" in found.reason
 
 
 def test_another_set_of_pairs_is_found_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

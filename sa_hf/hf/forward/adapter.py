@@ -89,6 +89,8 @@ def _attend(
     softcap = kwargs.pop("softcap", None)
     window = kwargs.pop("sliding_window", None)
     causal = kwargs.pop("is_causal", None)
+    if causal is False and request is not None:  # its mask says it
+        causal = None
     sinks = kwargs.pop(SINKS, None) if place.spec is not None and place.spec.sinks else None
     _refuse(module, kwargs)
     if call.memory is None and key.shape[2] > query.shape[2] and remembers(child):

@@ -74,7 +74,7 @@ class AskingMPNetEncoder(Asking):
 
 
 class AskingTower(Asking):
-    """SigLIP's and AIMv2's attention, which ask already but hand no keywords on."""
+    """SigLIP's, AIMv2's and Idefics' attention, which ask already but hand no keywords on."""
 
     causal = None
 
@@ -143,6 +143,51 @@ class AskingBlip(Asking):
         return self.projection(out), None
 
 
+class AskingXLM(Asking):
+    """XLM's and FlauBERT's attention, which is given 1 for real keys and 0 for padding."""
+
+    def prepare(self: Any) -> None:
+        self.layer_idx = self.layer_id
+        self.num_heads = self.n_heads
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = kwargs["mask"] if "mask" in kwargs else args[0]
+        if given.dim() != 2 or kwargs.get("kv") is not None:
+            raise SparseAttentionError(
+                "XLM's causal masks and its attention to another sequence stay with its own attention; a pattern goes "
+                "into models with causal=False, is_encoder=True"
+            )
+        query, key, value = (heads(part(hidden_states), self.n_heads) for part in (self.q_lin, self.k_lin, self.v_lin))
+        kwargs = {name: x for name, x in kwargs.items() if name not in ("cache", "mask")}
+        out = attend(
+            self, query, key, value, (given,), kwargs, dropout=self.dropout,
+            narrow=lambda mask: asked_mask(self, hidden_states, mask != 0, causal=False),
+        )  # fmt: skip
+        return (self.out_lin(out),)
+
+
+class AskingConvBert(Asking):
+    """ConvBERT's attention in one half of its heads; a convolution is the other."""
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        query, key, value = (
+            heads(part(hidden_states), self.num_attention_heads) for part in (self.query, self.key, self.value)
+        )
+        out = attend(self, query, key, value, args, kwargs, dropout=self.dropout.p)
+        split = (self.num_attention_heads, self.attention_head_size)
+        joined = torch.cat((out.unflatten(-1, split), self._convolved(hidden_states).unflatten(-1, split)), 2)
+        return joined.flatten(2), None
+
+    def _convolved(self: Any, hidden: Tensor) -> Tensor:
+        """``[batch, n, channels]``: a kernel of each place and head over the places around it."""
+        width, half = self.conv_kernel_size, (self.conv_kernel_size - 1) // 2
+        chosen = self.key_conv_attn_layer(hidden.transpose(1, 2)).transpose(1, 2) * self.query(hidden)
+        kernels = self.conv_kernel_layer(chosen).unflatten(-1, (self.num_attention_heads, width)).softmax(-1)
+        around = torch.nn.functional.pad(self.conv_out_layer(hidden), (0, 0, half, half)).unfold(1, width, 1)
+        found = around.unflatten(2, (self.num_attention_heads, -1)) @ kernels[..., None]
+        return found.flatten(2)
+
+
 class AskingLongformer(Asking):
     """Longformer's and LED's attention without global tokens: a pattern inside the layer's own window."""
 
@@ -172,6 +217,13 @@ ENCODERS: dict[str, Any] = {
     "LukeSelfAttention": AskingLuke,
     "SqueezeBertSelfAttention": AskingSqueezeBert,
     "BlipAttention": AskingBlip,
+    "BigBirdPegasusSelfAttention": AskingBert,
+    "ConvBertSelfAttention": AskingConvBert,
+    "modeling_flaubert.MultiHeadAttention": AskingXLM,
+    "modeling_xlm.MultiHeadAttention": AskingXLM,
+    "Idefics3VisionAttention": AskingTower,
+    "Siglip2Attention": AskingTower,
+    "SmolVLMVisionAttention": AskingTower,
     "LongformerSelfAttention": AskingLongformer,
     "LEDEncoderSelfAttention": AskingLongformer,
     "MegatronBertSelfAttention": AskingBert,

@@ -8,6 +8,7 @@ that the first one filled.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ from sa_hf.hf.patching.probe_inputs import (
     ProbeSizes,
     body_of,
     first_inputs,
+    inner_model,
     installed_release,
     next_inputs,
     parameters_of,
@@ -64,9 +66,11 @@ class _Seen:
 
 @dataclass(eq=False)
 class _Runs:
-    """What each layer was called with, by its name: without a cache, and on new tokens with one (None: the model takes
-    none), and the tokens of these calls; and why what a pattern does inside a layer would not be right."""
+    """What ran, and what each layer was called with, by its name: without a cache, and on new tokens with one (None:
+    the model takes none), and the tokens of these calls; and why what a pattern does inside a layer would not be
+    right."""
 
+    body: PreTrainedModel
     sizes: ProbeSizes
     disproved: dict[str, str]
     plain: dict[str, _Seen]
@@ -137,11 +141,13 @@ def probe(
 def _run(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs], extra: Mapping[str, int]) -> _Runs:
     with partly_known() as mode:
         skeleton = skeleton_of(model, mode, PROBE, EXPERTS)
-        body, sizes = body_of(skeleton), ProbeSizes.of(model)
-        caching = any(site.spec.causal for site in sites.all_sites) and "use_cache" in parameters_of(body)
+        sizes, causal = ProbeSizes.of(model), any(site.spec.causal for site in sites.all_sites)
         with _recorder(skeleton, sites) as recorder:
-            output, given = _called_first(recorder, body, sizes, {"use_cache": caching})
+            body, output, given = _started(recorder, skeleton, sites, sizes, {"use_cache": causal})
+            caching = causal and "use_cache" in parameters_of(body)
             cache = cache_in((), dict(output)) if caching else None
+            if cache is not None and not {"cache", "past_key_values"} & parameters_of(body).keys():
+                cache = None  # T5 with a head for questions: it hands one out and takes none
             if cache is not None:
                 recorder.run(body, (), next_inputs(body, cache, sizes, given))
             plain, cached = recorder.runs[0], recorder.runs[1] if cache is not None else None
@@ -160,6 +166,7 @@ def _run(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs], ext
                 if count:
                     _join(skeleton, sites.stacks[stack], count, lambda: recorder.run(body, (), given))
     return _Runs(
+        body,
         sizes,
         {name: reason for name, reason in disproved.items() if reason is not None},
         plain,
@@ -202,6 +209,23 @@ class _Recorder:
         self.runs[-1][self.names[module]] = _Seen(*shapes, attention_mask, kwargs, kwargs.get("sparse_call"))
         self.last = query, key, value
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def _started(
+    recorder: _Recorder, skeleton: PreTrainedModel, sites: Sites, sizes: ProbeSizes, options: dict[str, Any]
+) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+    """What ran, its output and inputs: the model, or, where that asks for more than is known here (an image, and its
+    tokens among the others), the language model inside it."""
+    try:
+        body = body_of(skeleton)
+        return body, *_called_first(recorder, body, sizes, options)
+    except Exception:
+        inner = inner_model(skeleton, [site.name for site in sites.all_sites])
+        if inner is None:
+            raise
+        with contextlib.suppress(Exception):  # the model's own error says more
+            return inner, *_called_first(recorder, inner, sizes, options)
+        raise
 
 
 def _called_first(
@@ -296,6 +320,8 @@ def _wrong(site: Site, attention: nn.Module, seen: _Seen | None) -> str | None:
     if seen.mask is not None and seen.mask.causal != spec.causal:
         return f"is {'' if spec.causal else 'not '}causal by its module, but its mask says otherwise"
     causal = seen.keywords.get("is_causal")
+    if causal is False and seen.mask is not None:  # the mask says it (Moonshine)
+        causal = None
     if causal is None and seen.mask is None:
         causal = bool(getattr(attention, "is_causal", False))
     if causal is not None and causal != spec.causal:
@@ -334,8 +360,8 @@ def _lost(model: PreTrainedModel, site: Site, call: _Seen, runs: _Runs, needs: N
     turns = ROTARY_FUNCTION in inspect.unwrap(type(attention).forward).__code__.co_names
     if turns and needs.before_rotary and carried.rotary is None:
         return f"({site.name}) turns queries and keys, but gets no 'position_embeddings' ({installed_release()})"
-    body = parameters_of(body_of(model))
-    of_tokens = site.stack not in TOWERS and body_of(model).main_input_name == "input_ids"
+    body = parameters_of(runs.body)
+    of_tokens = site.stack not in TOWERS and runs.body.main_input_name == "input_ids"
     masked = of_tokens and "attention_mask" in body
     if masked and call.key[2] == runs.sizes.length and (call.mask is None or call.mask.padding is None):
         return f"({site.name}) does not get the padding mask that the model was given ({installed_release()})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os.path
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,18 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its head; the whole, where what is called its base is a part that takes no inputs (DINOv3)."""
     body: PreTrainedModel = model.base_model
     return body if body.main_input_name in parameters_of(body) else model
+
+
+def inner_model(model: PreTrainedModel, names: list[str]) -> PreTrainedModel | None:
+    """The innermost model of tokens that holds all layers of these names, without its head; None where that is the
+    whole."""
+    path = os.path.commonpath([name.replace(".", "/") for name in names]).replace("/", ".")
+    while path:
+        inner = model.get_submodule(path)
+        path = path.rpartition(".")[0]
+        if isinstance(inner, PreTrainedModel) and "input_ids" in parameters_of(inner):
+            return body_of(inner)
+    return None
 
 
 def parameters_of(body: PreTrainedModel) -> Any:

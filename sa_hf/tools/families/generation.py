@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sa_hf
 from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.state.patch import required_patch
 from sa_hf.tools.families.compare import LIMIT, Result, outputs, relative_error
 from sa_hf.tools.families.inputs import padded, parameters
 from sa_hf.tools.families.reference import NoReference, own_attention
@@ -69,7 +70,10 @@ def _caches(model: Any, given: dict[str, Any], found: Result, plain: Tensor) -> 
             yield "static", static
         else:
             found.notes.append("generation, static: the dense model's own logits change with it")
-    yield "sparse_cache", {"past_key_values": sa_hf.sparse_cache(model), "use_cache": True}
+    if not any(site.spec.causal for site in required_patch(model, "check").sites.all_sites):
+        found.notes.append("generation, sparse_cache: it has no causal layers")
+    else:
+        yield "sparse_cache", {"past_key_values": sa_hf.sparse_cache(model), "use_cache": True}
 
 
 def _logits(model: Any, given: dict[str, Any], **options: Any) -> Tensor:

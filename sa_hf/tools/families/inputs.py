@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sa_hf.tools.families.shrink import FRAMES, IMAGE
+from sa_hf.tools.families.shrink import FRAMES, HIDDEN, IMAGE, PATCH
 
 BATCH, LENGTH, DECODER_LENGTH, CHOICES = 2, 19, 13, 2
 SHORT = 13  # real tokens of the padded row
@@ -27,9 +27,12 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
     taken = parameters(model)
     text = _text(model, taken)
     pixels = {"pixel_values": _pixels(model)} if "pixel_values" in taken else {}
+    pictured = [_pictured(text, model, count) for count in _image_counts(model)] if text and pixels else []
     sounds = [{name: sound} for name in SOUNDS if name in taken for sound in _sounds(name, model)]
     decoder = {"decoder_input_ids": tokens(DECODER_LENGTH, 3, end_token(model))} if "decoder_input_ids" in taken else {}
     together = [(text,), (pixels,), *((sound,) for sound in sounds), (text, pixels)]
+    together += [(shown, pixels) for shown in pictured]
+    together += [(_flat(text, model, taken),), (text, _flat(text, model, taken))]
     for parts in [*together, *((text, sound) for sound in sounds), (_patches(model, taken),)]:
         if all(parts):
             given = {name: value for part in parts for name, value in part.items()}
@@ -58,9 +61,46 @@ def _text(model: Any, taken: dict[str, Any]) -> dict[str, Any]:
         given["bbox"] = corners + torch.tensor([0, 0, 50, 50])
     if type(model).__name__ == "BlipForQuestionAnswering":  # whose decoder shows in its loss alone
         given["labels"] = tokens(LENGTH, 5, end_token(model))
+    if "qformer_input_ids" in taken:
+        given["qformer_input_ids"] = tokens(LENGTH, 6, end_token(model))
     if "MultipleChoice" in type(model).__name__:
         given = {name: value[:, None].repeat_interleave(CHOICES, 1) for name, value in given.items()}
     return given
+
+
+def _pictured(text: dict[str, Any], model: Any, count: int) -> dict[str, Any]:
+    """The text with the places of an image's tokens in front."""
+    token = next(x for x in _image_tokens(model) if isinstance(x, int))
+    ids = text["input_ids"]
+    front = torch.full((len(ids), count), token)
+    given = {**text, "input_ids": torch.cat((front, ids), 1)}
+    if "attention_mask" in text:
+        given["attention_mask"] = torch.ones_like(given["input_ids"])
+    return given
+
+
+def _image_tokens(model: Any) -> list[Any]:
+    return [getattr(model.config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id")]
+
+
+def _image_counts(model: Any) -> list[int]:
+    """How many tokens an image may have: a query former's, or its patches, with a class token or without."""
+    if not any(isinstance(x, int) for x in _image_tokens(model)):
+        return []
+    config = model.config
+    queries = getattr(config, "num_query_tokens", None) or getattr(config, "latent_query_num", None)
+    return [x for x in (queries, (IMAGE // PATCH) ** 2, (IMAGE // PATCH) ** 2 + 1) if isinstance(x, int)]
+
+
+def _flat(text: dict[str, Any], model: Any, taken: dict[str, Any]) -> dict[str, Any]:
+    """An image as a row of patches, with its shape beside (SigLIP 2)."""
+    if "spatial_shapes" not in taken:
+        return {}
+    vision = getattr(model.config, "vision_config", model.config)
+    side = vision.patch_size
+    patches = torch.randn(BATCH, 16, vision.num_channels * side * side, generator=torch.Generator().manual_seed(2))
+    mask = {"pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long)} if "pixel_attention_mask" in taken else {}
+    return {"pixel_values": patches, "spatial_shapes": torch.tensor([[4, 4]] * BATCH), **mask}
 
 
 def _pixels(model: Any) -> Tensor:
@@ -88,6 +128,8 @@ def _sounds(name: str, model: Any) -> Iterator[Tensor]:
         (BATCH, bins, FRAMES),
         (BATCH, FRAMES, bins),
         (BATCH, getattr(audio, "max_length", 1), bins),
+        (BATCH, FRAMES, HIDDEN),
+        (BATCH, 1, FRAMES, bins),
     ]:
         yield torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
@@ -125,6 +167,10 @@ def end_token(model: Any) -> int:
 
 
 def _token(model: Any, name: str, default: int) -> int:
-    value = getattr(model.config.get_text_config(), name, None)
+    try:
+        config = model.config.get_text_config()
+    except ValueError:  # two models of text (MusicGen)
+        config = model.config
+    value = getattr(config, name, None)
     value = value[0] if isinstance(value, list) and value else value
     return value if isinstance(value, int) and value >= 0 else default

@@ -33,7 +33,10 @@ def main(
     results: Annotated[Path, typer.Option(help="the JSON file to go on with")] = RESULTS,
     card: Annotated[Path, typer.Option(help="where the table goes")] = CARD,
 ) -> None:
-    """Go through every architecture of the installed Transformers (under an hour on 2 cores) and write the table."""
+    """Go through every architecture of the installed Transformers (under an hour on 2 cores) and write the table.
+
+    A run that was stopped goes on where it was. ``python scripts/cards.py`` then writes the README's counts.
+    """
     table = Table(results)
     todo = [entry for entry in entries() if _asked(entry, table, only, again, bases)]
     keeps = (only is None or write) and not quick
@@ -48,7 +51,7 @@ def main(
             table.save()
     if keeps:
         table.save()
-        card.write_text(markdown(table), "utf-8")
+        card.write_text(markdown(results), "utf-8")
     else:
         table.results = {entry.name: table.results[entry.name] for entry in todo}
     counted = ", ".join(f"{number} {status}" for status, number in table.counts().most_common())

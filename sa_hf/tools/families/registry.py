@@ -44,8 +44,15 @@ def entries() -> tuple[Entry, ...]:
     """Every class once: bodies first, then heads, by ``model_type``."""
     found: dict[str, Entry] = {}
     for auto, model_type, name in _named():
-        found.setdefault(name, Entry(name, model_type, auto))
+        entry = found.setdefault(name, Entry(name, model_type, auto))
+        # Several types may name one class (GPT-SW3 is a GPT-2): it goes by its own name.
+        if entry.auto == auto and _is_of(name, model_type) and not _is_of(name, entry.model_type):
+            found[name] = Entry(name, model_type, auto)
     return tuple(sorted(found.values(), key=lambda entry: (entry.model_type, not entry.is_base, entry.name)))
+
+
+def _is_of(name: str, model_type: str) -> bool:
+    return name.lower().startswith(model_type.replace("_", "").replace("-", "").lower())
 
 
 def _named() -> Iterator[tuple[str, str, str]]:

@@ -58,7 +58,7 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"encoder_hash_byte_group_vocab", 64),
     (r"num_kv_shared_layers", 0),
     (r"time_step_rank|mamba_dt_rank", 8),
-    (r"num_queries|num_query_tokens|resampler_n_latents", 8),
+    (r"num_queries|num_query_tokens|latent_query_num|resampler_n_latents", 8),
     (r"conv_dim", 32),
     (r"num_conv_pos_embeddings", 16),
     (r"num_conv_pos_embedding_groups", 4),
@@ -86,11 +86,18 @@ UNSAID = {
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "blip-2": {"image_token_index": 120},
+    "chameleon": {"vocabulary_map": {"<image>": 120}},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "emu3": {"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121}},
+    "instructblip": {"image_token_index": 120},
+    "instructblipvideo": {"video_token_index": 120},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "num_hidden_layers": 2},
     "mistral4": {"head_dim": HEAD_DIM},
-    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
+    "nemotron_h": {"n_groups": 1, "layers_block_type": ["linear_attention", "full_attention", "mlp"]},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 120},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_key_value_heads": 1},
@@ -109,7 +116,7 @@ def tiny_config(config_class: Any, model_type: str) -> Any:
         *outer, name = path.split(".")
         where = fields
         for key in outer:
-            where = where[key]
+            where = where.setdefault(key, {})
         where[name] = value
     if model_type.startswith(_SECTIONS):
         _say_sections(fields)
@@ -176,12 +183,14 @@ def _small(name: str, value: Any, fields: dict[str, Any]) -> Any:
         return HIDDEN // 2
     if name == "depths" and isinstance(value, list):
         return [1] * len(value)
+    if staged and name == "window_size" and isinstance(value, int):
+        return 2
     size = next((size for pattern, size in _COMPILED if pattern.fullmatch(name)), None)
     if size is None:
         return value
     if isinstance(value, list):
         return [min(x, size) if isinstance(x, int) else x for x in value]
-    if size == KEY_HEADS and value == _heads(fields):
+    if size == KEY_HEADS and value in (_heads(fields), fields.get(name.replace("key_value", "attention"))):
         return HEADS
     if name == "head_dim" and "qk_rope_head_dim" in fields:
         return HEAD_DIM // 2
