@@ -65,17 +65,22 @@ class MaskRequest:
 
     def __getitem__(self, index: Any) -> Any:
         """The rows of the last queries, ``[:, :, -k:, :]``: layers that read the keys of others may run those alone
-        (Gemma 4, by ``logits_to_keep``). ``[:, 0, 0, :]`` is what hides padding, to add (Longformer)."""
-        all_of_it = slice(None)
-        if index == (all_of_it, 0, 0, all_of_it) and self.arguments["mask_function"] is bidirectional_mask_function:
+        (Gemma 4, by ``logits_to_keep``). ``[:, 0, 0, :]`` and ``[:, :, -1, :]`` are what hides
+        padding, to add (Longformer, NLLB-MoE)."""
+        all_of_it, function = slice(None), self.arguments["mask_function"]
+        if index == (all_of_it, 0, 0, all_of_it) and function is bidirectional_mask_function:
             return self._row()
+        last = function in (bidirectional_mask_function, causal_mask_function)  # whose last query reads all of the past
+        if index == (all_of_it, all_of_it, -1, all_of_it) and last and not self.key_offset:
+            return self._row()[:, None]
         rows = index[2] if isinstance(index, tuple) and len(index) == self.ndim else all_of_it
-        if index != (all_of_it, all_of_it, rows, all_of_it) or rows != slice(rows.start, None):
+        start = getattr(rows, "start", None)
+        if index != (all_of_it, all_of_it, rows, all_of_it) or rows != slice(start, None):
             raise UnsupportedModelError(
                 f"the model takes the part {index} of its mask; a pattern can serve the whole, or the last queries, "
                 "[:, :, -k:, :]. Keep such layers dense"
             )
-        if not rows.start:
+        if not start:
             return self
         first = rows.indices(self.query_length)[0]
         part = MaskRequest(
@@ -87,7 +92,9 @@ class MaskRequest:
     def _row(self) -> Tensor:
         dtype, device = self.arguments.get("dtype", torch.float32), self.arguments.get("device")
         row = torch.zeros(self.shape[0], self.shape[-1], dtype=dtype, device=device)
-        return row if self.padding is None else row.masked_fill(self.padding == 0, torch.finfo(dtype).min)
+        if self.padding is None:
+            return row
+        return row.masked_fill(self.padding[:, : row.shape[1]] == 0, torch.finfo(dtype).min)
 
     def contiguous(self) -> MaskRequest:
         """What ``generate`` calls on a mask that it builds ahead of the forward."""

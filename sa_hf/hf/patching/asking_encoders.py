@@ -184,7 +184,7 @@ class AskingConvBert(Asking):
         chosen = self.key_conv_attn_layer(hidden.transpose(1, 2)).transpose(1, 2) * self.query(hidden)
         kernels = self.conv_kernel_layer(chosen).unflatten(-1, (self.num_attention_heads, width)).softmax(-1)
         around = torch.nn.functional.pad(self.conv_out_layer(hidden), (0, 0, half, half)).unfold(1, width, 1)
-        found = around.unflatten(2, (self.num_attention_heads, -1)) @ kernels[..., None]
+        found: Tensor = around.unflatten(2, (self.num_attention_heads, -1)) @ kernels[..., None]
         return found.flatten(2)
 
 
