@@ -37,6 +37,7 @@ from sa_hf.tasks.source import SUMMARIES, Rows
 from sa_hf.tasks.summaries import summary_figures
 from sa_hf.tasks.verify import required_peft, verify_reload
 from sa_hf.tools.options import make_config, parse_options
+from sa_hf.tools.teacher import check_teacher, keep_for
 
 VERIFIED_ROWS = 2
 LABELS = ("labels", "start_positions", "end_positions")
@@ -92,6 +93,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="also follow the model's own dense attention: its logits, each attention layer's output, or both",
     )
     run.add_argument("--distill_weight", type=real(0), default=1.0, help="weight of the distance to it")
+    run.add_argument(
+        "--distill_teacher", metavar="FOLDER", help="run the teacher once in advance and keep its logits here: no "
+        "dense pass in training (causal-lm, --distill logits)",
+    )  # fmt: skip
+    run.add_argument("--distill_top_k", type=whole(1), default=64, help="classes per token that are kept there")
     run.add_argument("--weight_decay", type=real(0), default=0.01)
     run.add_argument(
         "--warmup_steps", "--warmup_ratio", type=real(0), default=0.1, help="steps, or below 1 a share of all steps"
@@ -275,6 +281,9 @@ def train(
         model = with_lora(model, args.lora_rank, output / "base", arguments.process_index == 0)
     rows, evaluation = data
     options = {"sparse_lr": args.sparse_lr, "distill": args.distill, "distill_weight": args.distill_weight}
+    if args.distill_teacher is not None:
+        keep_for(args, arguments, model, tokenizer, rows)
+        options["teacher"] = args.distill_teacher
     trainer = task_trainer(args.task, model, arguments, tokenizer, rows, evaluation, **options)
     clock = StepClock()
     trainer.add_callback(clock)
@@ -334,6 +343,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
     quiet_others()
     set_seed(args.seed)
     check_reports(args.report_to)
+    check_teacher(args)
     check_output(Path(args.output_dir))
     checkpoint_of(args.resume, args.output_dir)
     whole_one = checkpoint_to_resume(args.resume, Path(args.output_dir))

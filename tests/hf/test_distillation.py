@@ -21,7 +21,7 @@ WHOLE = sa_hf.SlidingWindowAttentionConfig(window=200)
 
 
 def trainer_of(model: Any, folder: Any, data: Any = None, **options: Any) -> SparseTrainer:
-    names = ("distill", "distill_weight", "model_init")
+    names = ("distill", "distill_weight", "teacher", "model_init")
     own = {name: options.pop(name) for name in names if name in options}
     given = {
         "per_device_train_batch_size": 1, "max_steps": 1, "report_to": [], "use_cpu": True, "save_strategy": "no",

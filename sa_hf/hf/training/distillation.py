@@ -1,14 +1,16 @@
 """Recovery by the model's own dense attention: a teacher that is the same model, and the distance to what it gives.
 
 The teacher runs inside ``dense(model)`` with the weights of before the training: where adapters alone (or learned
-sparse state) train, that is the model itself with its adapters off, else a frozen copy of it.
+sparse state) train, that is the model itself with its adapters off, else a frozen copy of it. Or it ran in advance
+(:func:`keep_teacher`), and its most likely classes are read from disk: training then has no dense pass.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -21,12 +23,24 @@ from sa_hf.hf.patching.patch import dense
 from sa_hf.hf.state.patch import required_patch
 from sa_hf.hf.state.sites import root_model
 from sa_hf.hf.state.step import IGNORED_LABEL
+from sa_hf.hf.training.kept_teacher import (
+    DTYPES,
+    KeptRows,
+    KeptTeacher,
+    Writer,
+    fingerprint,
+    kept_divergence,
+    keys_of,
+    most_likely,
+    real_tokens,
+)
 
 DISTILL = ("logits", "outputs", "both")
 NUMBERS_AT_ONCE = 2**22  # 16 MB in fp32: log-probabilities of a large vocabulary are made in pieces of about so many
 
 Outputs: TypeAlias = list[tuple[str, Tensor]]  # of attention layers, by name
-Taught: TypeAlias = tuple[dict[str, Tensor], Outputs]  # a teacher's logits by name, and outputs
+# A teacher's logits by name, or what was kept of them, and outputs.
+Taught: TypeAlias = tuple[dict[str, Tensor] | KeptRows, Outputs]
 
 
 class Distillation:
@@ -37,21 +51,27 @@ class Distillation:
         what: "logits" (KL divergence to the teacher's distribution; of one number the squared error), "outputs" (the
             squared error of each attention layer's output over a sequence, relative to the teacher's) or "both", which
             are added.
+        kept: a teacher on disk, of the logits of tokens; None runs the model's own.
 
     Raises:
-        SparseAttentionError: the model is not patched, or ``what`` is none of these.
+        SparseAttentionError: the model is not patched, ``what`` is none of these, or not what is kept.
     """
 
-    def __init__(self, model: nn.Module, what: str) -> None:
+    def __init__(self, model: nn.Module, what: str, kept: KeptTeacher | None = None) -> None:
         if what not in DISTILL:
             raise SparseAttentionError(f"distill={what!r} must be None or one of {DISTILL}; nearest: 'logits'")
-        self.what = what
+        if kept is not None and what != "logits":
+            raise SparseAttentionError(
+                f"distill={what!r} compares the outputs of layers, and {kept.folder} holds logits alone; use "
+                "distill='logits', or no folder"
+            )
+        self.what, self.kept = what, kept
         root = root_model(model)
         patch = required_patch(root, f"SparseTrainer(distill={what!r})")
         self.in_decoder = {site.name: site.spec.causal for site in patch.sites.all_sites}
         self.encodes_and_decodes = bool(getattr(root.config, "is_encoder_decoder", False))
         self.frozen: nn.Module | None = None
-        if _trains_weights(model):
+        if kept is None and _trains_weights(model):
             self.frozen = copy.deepcopy(model).requires_grad_(False).eval()
         self.figures: dict[str, float] = {}
 
@@ -60,8 +80,11 @@ class Distillation:
         ``[batch, length, hidden]`` (each empty where it is not asked for).
 
         Raises:
-            SparseAttentionError: the model gives no logits, and these are to be distilled.
+            SparseAttentionError: the model gives no logits, and these are to be distilled; or a teacher on disk has
+                not seen a row.
         """
+        if self.kept is not None:
+            return self.kept.rows_of(inputs), []
         teacher = model if self.frozen is None else self.frozen
         if self.frozen is not None:
             device = next(model.parameters()).device
@@ -107,7 +130,9 @@ class Distillation:
         """The distance to the teacher, an fp32 scalar: means over the tokens that are no padding, and over layers."""
         of_encoder, of_decoder = self._real_tokens(inputs)
         parts: dict[str, Tensor] = {}
-        if taught[0]:
+        if isinstance(taught[0], KeptRows):
+            parts["distill_logits"] = kept_divergence(self._tokens_of(answer, taught[0]), taught[0])
+        elif taught[0]:
             student = logits_in(answer)
             each = [divergence_of(student[name], logits, of_decoder) for name, logits in taught[0].items()]
             parts["distill_logits"] = torch.stack(each).mean()
@@ -126,6 +151,17 @@ class Distillation:
         total: Tensor = torch.stack(list(parts.values())).sum()
         return total
 
+    def _tokens_of(self, answer: Any, kept: KeptRows) -> Tensor:
+        """The student's logits ``[batch, length, classes]`` of the tokens that were kept."""
+        logits, size = logits_in(answer).get("logits"), self.kept.vocab_size if self.kept is not None else 0
+        if logits is None or logits.shape != (*kept.real.shape, size):
+            found = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
+            raise SparseAttentionError(
+                f"the model gives {found}, and its teacher on disk is of {tuple(kept.real.shape)} tokens and {size} "
+                "classes; keep the teacher of this model"
+            )
+        return logits
+
     def _real_tokens(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Which tokens of the encoder and of the decoder are no padding, bool ``[batch, length]``; None: not said. A
         model of one stack has the same for both."""
@@ -137,6 +173,59 @@ class Distillation:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return given, mask.bool()
         return given, labels != IGNORED_LABEL if isinstance(labels, Tensor) and labels.dim() == 2 else None
+
+
+@torch.no_grad()
+def keep_teacher(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], folder: str | Path, *, top_k: int = 64,
+    dtype: str = "float32",
+) -> int:  # fmt: skip
+    """Run the dense teacher of a patched model once over the training data, and keep what it finds most likely.
+
+    ``SparseTrainer(distill="logits", teacher=folder)`` then trains without a dense pass. A row that is kept already is
+    not run again, so that a call that was cut off goes on.
+
+    Args:
+        model: as it is before the training; adapters of PEFT are off.
+        batches: as the trainer gives them to the model: ``trainer.get_train_dataloader()``.
+        top_k: classes per token; all others count as one. 64 take 516 bytes a token, 388 in "float16".
+        dtype: of the log-probabilities: "float32" or "float16".
+
+    Returns:
+        How many rows were added.
+
+    Raises:
+        SparseAttentionError: the model is not patched, is an encoder-decoder or gives no logits of tokens, an option is
+            out of its range, or the folder holds another teacher.
+    """
+    root = root_model(model)
+    required_patch(root, "keep_teacher")
+    if dtype not in DTYPES:
+        raise SparseAttentionError(f"dtype={dtype!r} must be one of {sorted(DTYPES)}; nearest: 'float32'")
+    if getattr(root.config, "is_encoder_decoder", False):
+        raise SparseAttentionError(
+            f"{type(root).__name__} gives logits of its labels' tokens, and rows on disk are found by input_ids; use a "
+            "live teacher (no folder)"
+        )
+    device = next(model.parameters()).device
+    weights = fingerprint(model, {"sparse", *(getattr(model, "peft_config", None) or ())})
+    writer = Writer(Path(folder), {"top_k": top_k, "dtype": dtype, "weights": weights})
+    with _at_rest(model), dense(model):
+        for batch in batches:
+            given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+            keys = keys_of(given)
+            if writer.has(keys):
+                continue
+            logits, real = logits_in(model(**given)).get("logits"), real_tokens(given)
+            if logits is None or logits.dim() != 3 or logits.shape[:2] != real.shape:
+                raise SparseAttentionError(f"{type(root).__name__} gives no logits of tokens; use a live teacher")
+            if not 1 <= top_k <= logits.shape[2]:
+                raise SparseAttentionError(
+                    f"top_k={top_k} must lie in [1, {logits.shape[2]}]; nearest: {min(max(1, top_k), logits.shape[2])}"
+                )
+            writer.add(keys, most_likely(logits, real, top_k), logits.shape[2])
+    writer.write()
+    return writer.added
 
 
 def _trains_weights(model: nn.Module) -> bool:

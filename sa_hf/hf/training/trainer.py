@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from sa_hf.hf.state.sites import root_model
 from sa_hf.hf.state.step import share_of_loss
 from sa_hf.hf.training.distillation import Distillation
 from sa_hf.hf.training.groups import parameter_groups
+from sa_hf.hf.training.kept_teacher import KeptTeacher
 
 DEFAULT_SPARSE_LR = 1e-2
 
@@ -79,6 +81,8 @@ class SparseTrainer(Trainer):
         sparse_lr: learning rate of the learned sparse state; the scheduler scales it along with the other rate.
         distill: "logits", "outputs" or "both": training also follows the model's own dense attention, with the weights
             it has now (:class:`~sa_hf.hf.training.distillation.Distillation`); one dense forward a step. None: no.
+        teacher: a folder of :func:`~sa_hf.hf.training.distillation.keep_teacher`, of this model on these rows: no dense
+            forward then. With ``distill="logits"`` alone.
         distill_weight: what the distance to it is multiplied by; the task's loss keeps its weight of 1.
 
     Raises:
@@ -89,7 +93,7 @@ class SparseTrainer(Trainer):
 
     def __init__(
         self, *args: Any, sparse_lr: float = DEFAULT_SPARSE_LR, distill: str | None = None, distill_weight: float = 1.0,
-        **kwargs: Any,
+        teacher: str | Path | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self.sparse_lr = sparse_lr
@@ -99,7 +103,10 @@ class SparseTrainer(Trainer):
                 f"distill={distill!r} takes the weights of a model that there is: give SparseTrainer a model, not a "
                 "model_init"
             )
-        self.distillation = None if distill is None else Distillation(self.model, distill)
+        if distill is None and teacher is not None:
+            raise SparseAttentionError(f"teacher={str(teacher)!r} is read by distill='logits', and distill is None")
+        kept = None if teacher is None else KeptTeacher(teacher)
+        self.distillation = None if distill is None else Distillation(self.model, distill, kept)
         # First in the line, so that the figures are in the record before anything reports it.
         self.callback_handler.callbacks.insert(0, SparseAttentionCallback())
 
