@@ -4,7 +4,8 @@
     python scripts/cards.py --check     # exit 1 where a generated section is not up to date (pictures are not compared)
 
 The prose of a card is written by hand; between ``<!-- begin: x -->`` and ``<!-- end: x -->`` this script writes. The
-numbers come from model_cards/results/, which scripts/benchmark.py, scripts/quality.py and scripts/families.py write.
+numbers come from model_cards/results/, which scripts/benchmark.py, scripts/quality.py, scripts/claims.py and
+scripts/families.py write.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sa_hf.patterns.block_topk import BlockTopKAttentionConfig, read_pairs
 from sa_hf.patterns.drawing import plot_mask
 from sa_hf.tools.bench import cpu_report, quickstart_report
 from sa_hf.tools.bench.names import LEGEND, row_title
+from sa_hf.tools.claims.claim import claim_section
 from sa_hf.tools.describe import fields_of
 from sa_hf.tools.families import report as families
 
@@ -124,6 +126,8 @@ def measured(name: str) -> str:
     if quality.exists():
         data = json.loads(quality.read_text())
         blocks += [f"{label} ({data['header']}):\n\n{table(rows)}" for label, rows in quality_rows(data, name).items()]
+    claims = [json.loads(path.read_text()) for path in sorted((RESULTS / "claims").glob("*.json"))]
+    blocks += [f"A claim of the paper, small. {claim_section(c)}" for c in claims if c.get("system") == name]
     speed = speed_rows(BENCHMARK_LABELS.get(name, ()))
     if speed:
         blocks.append(

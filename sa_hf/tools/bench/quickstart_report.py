@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sa_hf.patterns.palette import colour_of, shades
 
+INTERVAL = "#E69F00"  # seen on each of the bars
 DPI = 200  # 2,400 points across: twice what a page shows
 
 
@@ -27,11 +28,13 @@ def draw_results(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
     dense = shades(colour_of("dense"), len(rows) - 1)[::-1] if len(rows) > 1 else []
     figure = Figure(figsize=(12, 3.2), dpi=DPI, layout="constrained", facecolor="white")
     for axis, (title, form, key) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
-        bars = axis.barh(list(rows), [row[key] for row in rows.values()], color=[*dense, colour_of("bigbird")])
-        if key == "eval_accuracy" and all("eval_accuracy_low" in row for row in rows.values()):
-            middle = [row[key] for row in rows.values()]
+        spread = None
+        if all(f"{key}_low" in row for row in rows.values()):
             spread = [[abs(row[f"{key}_{end}"] - row[key]) for row in rows.values()] for end in ("low", "high")]
-            axis.errorbar(middle, list(rows), xerr=spread, fmt="none", ecolor="black", capsize=3)
+        bars = axis.barh(
+            list(rows), [row[key] for row in rows.values()], color=[*dense, colour_of("bigbird")], xerr=spread,
+            error_kw={"ecolor": INTERVAL, "capsize": 4, "elinewidth": 2},
+        )  # fmt: skip
         axis.bar_label(bars, fmt=form, padding=3)
         axis.set_title(title)
         axis.margins(x=0.2)

@@ -1,0 +1,75 @@
+"""The small decoder of the claims, and its training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import sa_hf
+from sa_hf.tasks.synthetic import IGNORED
+
+WARMUP = 0.1
+
+
+def small_decoder(vocab_size: int, length: int, pattern: Any, seed: int, layers: int = 2, hidden: int = 64) -> Any:
+    """A freshly made Llama with a pattern, the same weights for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(
+            vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=length, bos_token_id=None,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        return sa_hf.patch_model(transformers.LlamaForCausalLM(config), pattern)
+
+
+def train(model: Any, batch: Callable[[int], tuple[Tensor, Tensor]], steps: int, rate: float) -> Any:
+    """Train by AdamW, the rate rising over a tenth of the steps and falling linearly to 0.
+
+    Args:
+        batch: step -> int64 ``[B, n]`` inputs and labels.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    model.train()
+    optimizer = torch.optim.AdamW(sa_hf.parameter_groups(model, weight_decay=0.0), lr=rate)
+    warm = max(1, int(WARMUP * steps))
+    factor = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
+    )
+    for step in range(steps):
+        ids, labels = batch(step)
+        model(input_ids=ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        factor.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+def right(model: Any, ids: Tensor, labels: Tensor, at_once: int = 32) -> float:
+    """Share of the labelled tokens that are the likeliest ones."""
+    hits = total = 0
+    for some, wanted in zip(ids.split(at_once), labels.split(at_once), strict=True):
+        found = model(input_ids=some).logits[:, :-1].argmax(-1)
+        counted = wanted[:, 1:] != IGNORED
+        hits += int((found == wanted[:, 1:])[counted].sum())
+        total += int(counted.sum())
+    return hits / total
+
+
+@torch.no_grad()
+def loss(model: Any, ids: Tensor, at_once: int = 32) -> float:
+    """Mean negative log-likelihood in nats of the second half of rows, int64 ``[B, n]``."""
+    losses = []
+    for some in ids.split(at_once):
+        labels = some.clone()
+        labels[:, : ids.shape[1] // 2] = IGNORED
+        losses.append(float(model(input_ids=some, labels=labels).loss) * len(some))
+    return sum(losses) / len(ids)

@@ -1,0 +1,101 @@
+"""Claims: a run goes on where it was stopped, counts every seed, and each claim's data is what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from sa_hf import SparseAttentionError, available_patterns
+from sa_hf.tools.claims import CLAIMS, Claim, small
+from sa_hf.tools.claims.claim import claim_section, run_claim
+from sa_hf.tools.claims.strided_periods import PERIOD, REACH, REPEATS, periodic
+
+ROOT = Path(__file__).parents[2]
+
+
+def claim(measure: Any) -> Claim:
+    return Claim(
+        name="toy", system="star", statement="One is more than two.", setting="none", variants={"one": 1, "two": 2},
+        measure=measure, steps=5, holds=lambda f: f["one"]["x"] > f["two"]["x"], rule="x of one is larger",
+    )  # fmt: skip
+
+
+def test_a_claim_must_hold_for_every_seed_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
+    calls: list[tuple[int, int, int]] = []
+
+    def measure(variant: int, seed: int, steps: int) -> dict[str, float]:
+        calls.append((variant, seed, steps))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return {"x": 1.0 / variant if seed < 2 else float(variant)}
+
+    with pytest.raises(KeyboardInterrupt):
+        run_claim(claim(measure), tmp_path / "toy.json")
+    result = run_claim(claim(measure), tmp_path / "toy.json")
+    assert calls == [(1, 0, 5), (2, 0, 5), (1, 1, 5), (2, 1, 5), (2, 1, 5), (1, 2, 5), (2, 2, 5)]
+    assert (result["held"], result["verdict"]) == ([True, True, False], "not reproduced")
+    assert json.loads((tmp_path / "toy.json").read_text()) == result
+    section = claim_section(result)
+    assert "Not reproduced (2 of 3 seeds; it counts where x of one is larger)" in section
+    assert "| one | 1 (1 to 1) |" in section
+    assert "| two | 1 (0.5 to 2) |" in section
+    assert run_claim(claim(measure), tmp_path / "toy.json", seeds=(0, 1))["verdict"] == "reproduced"
+    with pytest.raises(SparseAttentionError, match="steps=5, not 6"):
+        run_claim(claim(measure), tmp_path / "toy.json", steps=6)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_claim_runs_repeats_itself_and_can_fail(name: str) -> None:
+    found = CLAIMS[name]
+    assert found.system in available_patterns()
+    label, variant = next(iter(found.variants.items()))
+    figures = found.measure(variant, 0, 1)
+    assert figures == found.measure(variant, 0, 1)
+    assert not found.holds(dict.fromkeys(found.variants, figures)), label
+
+
+def test_periodic_rows_repeat_as_often_as_they_say() -> None:
+    rows = periodic(200, 1)
+    same = (rows[:, PERIOD:] == rows[:, :-PERIOD]).float().mean()
+    assert rows.shape == (200, REACH)
+    # A fresh token is the old one by chance, too: one of 16.
+    assert float(same) == pytest.approx(REPEATS + (1 - REPEATS) / 16, abs=0.01)
+
+
+def test_figures_of_the_small_models_are_their_definitions() -> None:
+    model = small.small_decoder(8, 16, "dense", seed=0).eval()
+    ids = torch.randint(8, (5, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        chances = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    nats = -chances.gather(-1, ids[:, 1:, None])[..., 0]
+    assert small.loss(model, ids, at_once=2) == pytest.approx(float(nats[:, 7:].mean()), rel=1e-5)
+    labels = torch.full_like(ids, -100)
+    labels[:, 15] = ids[:, 15]
+    hits = (chances[:, -1].argmax(-1) == ids[:, 15]).float().mean()
+    assert small.right(model, ids, labels, at_once=2) == pytest.approx(float(hits))
+
+
+@pytest.fixture(scope="module")
+def cards() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("cards_of_claims", ROOT / "scripts" / "cards.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_cards_show_the_claims_that_were_run(cards: ModuleType) -> None:
+    for path in sorted((ROOT / "model_cards" / "results" / "claims").glob("*.json")):
+        result = json.loads(path.read_text())
+        known = CLAIMS[result["name"]]
+        assert (result["setting"], result["steps"], result["seeds"]) == (known.setting, known.steps, [0, 1, 2])
+        by_seed = [{v: result["cells"][f"{v}/{seed}"] for v in known.variants} for seed in result["seeds"]]
+        assert [known.holds(figures) for figures in by_seed] == result["held"]
+        assert claim_section(result) in (ROOT / "model_cards" / f"{known.system}.md").read_text()
