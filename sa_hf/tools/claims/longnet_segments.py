@@ -34,7 +34,7 @@ def recall_of(variant: Any, seed: int, steps: int) -> Figures:
 LONGNET_SEGMENTS = Claim(
     name="longnet_segments",
     system="longnet",
-    statement="Recall at distance d needs a segment that covers d (section 2.2: the largest segment bounds the reach).",
+    statement="Recall at distance d needs a segment that covers d (arXiv 2307.02486).",
     setting=f"corridor of {LENGTH} tokens and 4 colours (chance {CHANCE:.0%}), decoder of 2 layers and width 64, "
     f"{ROWS} rows evaluated",
     variants={"segments of 32": (32,), "segments of 32 and 64": (32, 64), "segments of 32 and 128": (32, 128)},

@@ -28,10 +28,27 @@ def small_decoder(vocab_size: int, length: int, pattern: Any, seed: int, layers:
 
 
 def train(model: Any, batch: Callable[[int], tuple[Tensor, Tensor]], steps: int, rate: float) -> Any:
-    """Train by AdamW, the rate rising over a tenth of the steps and falling linearly to 0.
+    """Train a language model by :func:`fit`.
 
     Args:
         batch: step -> int64 ``[B, n]`` inputs and labels.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+
+    def named(step: int) -> dict[str, Tensor]:
+        ids, labels = batch(step)
+        return {"input_ids": ids, "labels": labels}
+
+    return fit(model, named, steps, rate)
+
+
+def fit(model: Any, batch: Callable[[int], dict[str, Tensor]], steps: int, rate: float) -> Any:
+    """Train by AdamW, the rate rising over a tenth of the steps and falling linearly to 0.
+
+    Args:
+        batch: step -> what the model is called with, labels among it.
 
     Returns:
         The model, in evaluation mode.
@@ -43,8 +60,7 @@ def train(model: Any, batch: Callable[[int], tuple[Tensor, Tensor]], steps: int,
         optimizer, lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
     )
     for step in range(steps):
-        ids, labels = batch(step)
-        model(input_ids=ids, labels=labels).loss.backward()
+        model(**batch(step)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         factor.step()
