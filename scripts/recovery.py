@@ -1,6 +1,6 @@
 """What a pattern loses of a trained model's quality, and after how many steps it is back.
 
-python scripts/recovery.py --part decoder                    # makes the base first (some 40 minutes on 2 cores)
+python scripts/recovery.py --part decoder                    # trains the base first, once
 python scripts/recovery.py --part encoder --seeds 0 --steps 0 --steps 30 --patterns bigbird
 python scripts/recovery.py --report                          # the card again, from the rows
 """

@@ -36,7 +36,8 @@ def _said(entries: list[Entry]) -> str:
     """The entry that got there first, or how far training went without."""
     there = [entry for entry in entries if entry.reached != NO]
     if not there:
-        return f"not within {max(entry.step for entry in entries)} steps"
+        last = max(entry.step for entry in entries)
+        return f"not within {last} steps" if last else "not untrained; its training is not measured yet"
     best = min(there, key=lambda entry: entry.step)
     trained = "untrained" if best.step == 0 else f"after {best.step} steps ({best.method})"
     return f"{trained}, at {best.density:.0%} of the pairs" + (", by the mean alone" if best.reached != "yes" else "")

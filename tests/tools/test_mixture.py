@@ -130,9 +130,11 @@ def test_the_grids_steps_are_joined_where_there_are_any(tmp_path: Path) -> None:
         add(pattern, "plain", 30, found[1])
         add(pattern, "distill", 100, found[2])
     add("window, one layer dense", "none", 0, 390)
+    add("logsparse", "none", 0, 40)
     assert recovered(False, rows.path) == {
         "bigbird": "after 30 steps (plain), at 20% of the pairs, by the mean alone",
         "star": "not within 100 steps",
         "longnet": "untrained, at 20% of the pairs",
+        "logsparse": "not untrained; its training is not measured yet",
     }
     assert recovered(True, rows.path) == {}

@@ -91,7 +91,8 @@ PATTERNS: dict[Part, dict[str, Assigned]] = {"decoder": DECODER, "encoder": ENCO
 class Method:
     """A way to train: all weights or adapters of PEFT, with or without the dense teacher.
 
-    ``rate`` is the learning rate, ``weight`` of the distance to the teacher; both were chosen on the tuning split.
+    ``rate`` is the learning rate, ``weight`` of the distance to the teacher. Both are set by hand so far: nothing has
+    been tried on the tuning split (``--split tuning``) yet.
     """
 
     lora: bool

@@ -29,8 +29,9 @@ stopped; [recovery.jsonl](results/recovery.jsonl) has a line for every cell, wit
   document among the 500. *Agreement*: cosine similarity of a document's embedding to the dense lengthened model's.
 - *Methods*: all weights trained on (plain), by the model's own dense attention as the teacher beside the task's loss
   (distill: `SparseTrainer(distill=...)`, the decoder's logits, the encoder's attention outputs), and LoRA of both.
-- Files to train on, to choose settings on and to report on are three splits without a common file. Intervals:
-  {COVERAGE:.0%}, by {RESAMPLES:,} bootstrap samples of the items (prompts, chunks, documents), seeds averaged first.
+- Files to train on, to choose settings on and to report on are three splits without a common file; the settings of the
+  methods are set by hand so far, none was chosen on figures. Intervals: {COVERAGE:.0%}, by
+  {RESAMPLES:,} bootstrap samples of the items (prompts, chunks, documents), seeds averaged first.
 - *Kept* is the figure over the untrained dense model's on the same items (bits per byte: dense over sparse);
   in brackets, over the dense model's after the same training. *98 %*: all judged figures
   ({_JUDGED}) are kept to 98 %, with the lower end of the interval ("yes"), in the mean alone, or not.
