@@ -77,7 +77,7 @@ def load_source(
             )
         choice = Choice(
             dataset, dataset_config, text_column, label_column, train_rows, evaluation_rows, eval_split, encoding,
-            evaluate_only,
+            evaluate_only, MADE_NAMES,
         )  # fmt: skip
         return _from_tables(task, choice, label2id, max_length)
     given = {"dataset_config": dataset_config, "text_column": text_column, "label_column": label_column}

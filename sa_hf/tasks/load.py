@@ -110,7 +110,7 @@ def adapter_fields(folder: Path) -> dict[str, Any]:
     """What the adapter of PEFT in a folder says of itself; empty where there is none."""
     try:
         found = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         raise SparseAttentionError(f"{folder / ADAPTER_CONFIG} cannot be read ({error})") from error

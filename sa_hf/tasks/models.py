@@ -10,6 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from sa_hf.config import did_you_mean, shown
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
+from sa_hf.hf.state.positions import position_tables
+from sa_hf.hf.state.sites import root_model
 from sa_hf.tasks.load import check_trust, read_config, resolve, tokenizer_of
 from sa_hf.tasks.ranks import say
 
@@ -111,7 +113,12 @@ def check_model(name: str, task: str, trust_remote_code: bool) -> None:
     alone."""
     auto_class_of(task)
     if name != CONV_TRANS and name not in TOYS:
-        config = read_config(name, trust_remote_code=trust_remote_code)
+        try:
+            config = read_config(name, trust_remote_code=trust_remote_code)
+        except SparseAttentionError as error:
+            # The others are of this module alone.
+            hint = did_you_mean(name, (*TOYS, CONV_TRANS))
+            raise SparseAttentionError(f"{error}{hint}") from error
         check_trust(config, name, trust_remote_code, "--trust_remote_code")
         check_head(config, task)
 
@@ -175,6 +182,17 @@ def check_causality(model: Any, task: str) -> None:
         raise SparseAttentionError(
             f"--task causal-lm trains the next token, but the attention of {type(model).__name__} is bidirectional and "
             "sees it; nearest: --task masked-lm, or --model_set is_decoder=true where the model knows this field"
+        )
+
+
+def check_length(model: Any, length: int) -> None:
+    """Raise ``SparseAttentionError`` where rows of ``length`` tokens need more positions than a model's table has."""
+    root = root_model(model)
+    limit = min((table.positions for table in position_tables(root)), default=length)
+    if length > limit:
+        raise SparseAttentionError(
+            f"--max_length {length} is above the {limit} positions of {type(root).__name__}; nearest: {limit}, or "
+            "train with a --pattern, which lengthens it"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sa_hf.config import did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tasks.files import KINDS, TEXT, Loaded, find_files, kind_of, load_files
+from sa_hf.tasks.files import KINDS, TEXT, Loaded, find_files, kind_of, load_files, suffix_of
 from sa_hf.tasks.labels import (
     check_classes,
     check_label,
@@ -34,7 +34,8 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Choice:
-    """What to read of a data set; fields as the flags of the same names."""
+    """What to read of a data set; fields as the flags of the same names. ``made``: names of those that are made, for
+    hints."""
 
     dataset: str
     dataset_config: str | None = None
@@ -45,6 +46,7 @@ class Choice:
     eval_split: str | None = None
     encoding: str | None = None
     evaluate_only: bool = False
+    made: Sequence[str] = ()
 
 
 class Texts(Sequence[dict[str, Any]]):
@@ -77,12 +79,17 @@ def load(choice: Choice, task: str, classify: bool) -> Loaded:
     import datasets
 
     root = Path(choice.dataset).expanduser()
+    if root.is_file() and choice.dataset_config is not None:
+        raise SparseAttentionError(
+            f"dataset_config={choice.dataset_config!r} is for hub data sets and folders that are laid out as such, not "
+            f"for the file {choice.dataset!r}"
+        )
     if not root.exists():
-        found = _from_hub(choice.dataset, choice.dataset_config)
+        found = _from_hub(choice)
     elif any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
         found = datasets.load_from_disk(str(root))
     elif choice.dataset_config is not None or _has_card_of_files(root):
-        found = _read_repository(choice.dataset, choice.dataset_config)
+        found = _read_repository(choice)
     else:
         files = find_files(root)
         kind = kind_of(files, choice.dataset)
@@ -319,23 +326,34 @@ def _has_card_of_files(root: Path) -> bool:
         return False
 
 
-def _from_hub(dataset: str, dataset_config: str | None) -> Any:
+def _near(choice: Choice) -> str:
+    """The name of a data set that is made, or the file or folder beside, that is like this one, as a hint."""
+    wanted = Path(choice.dataset).expanduser()
+    beside = sorted(wanted.parent.iterdir()) if wanted.parent.is_dir() else []
+    there = [str(path) for path in beside if path.is_dir() or suffix_of(path) in KINDS]
+    return did_you_mean(str(wanted), [*choice.made, *there])
+
+
+def _from_hub(choice: Choice) -> Any:
     # Hub names are "name" or "owner/name", and no file of ours.
-    if Path(dataset).suffix in KINDS or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
+    name = choice.dataset
+    if Path(name).suffix in KINDS or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SparseAttentionError(
-            f"dataset {dataset!r} does not exist; give a file or folder of {sorted(KINDS)}, a hub name, or 'stdlib'"
+            f"dataset {name!r} does not exist{_near(choice)}; give a file or folder of {sorted(KINDS)}, a hub name, or "
+            "'stdlib'"
         )
-    return _read_repository(dataset, dataset_config)
+    return _read_repository(choice)
 
 
-def _read_repository(dataset: str, dataset_config: str | None) -> Any:
+def _read_repository(choice: Choice) -> Any:
     import datasets
 
+    dataset = choice.dataset
     try:
-        return datasets.load_dataset(dataset, dataset_config)
+        return datasets.load_dataset(dataset, choice.dataset_config)
     except OSError as error:
         raise SparseAttentionError(
-            f"dataset {dataset!r} is no file or folder here, and the hub did not give it: {error}"
+            f"dataset {dataset!r} is no file or folder here{_near(choice)}, and the hub did not give it: {error}"
         ) from error
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         advice = "; choose one by --dataset_config" if "onfig" in str(error) else ""

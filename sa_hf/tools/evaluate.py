@@ -31,6 +31,7 @@ from sa_hf.tasks.flags import FlagParser, add_data_flags, devices, parse_flags, 
 from sa_hf.tasks.forecast import forecast_figures
 from sa_hf.tasks.load import tokenizer_of
 from sa_hf.tasks.metrics import perplexity
+from sa_hf.tasks.models import check_length
 from sa_hf.tasks.source import CAUSAL, CLASSIFICATION, QUESTIONS, SUMMARIES, Rows
 from sa_hf.tasks.summaries import summary_figures
 from sa_hf.tasks.verify import load_saved, saved_config
@@ -146,6 +147,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
     import sa_hf
 
     args = parse_flags(build_parser(prog), argv, pairs=("dataset_set",))
+    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
+        raise SparseAttentionError(f"--output {args.output}: {Path(args.output).parent} is no folder")
     if args.lengths is not None:
         return curves(args)
     # The config alone, so that what is wrong with the data comes before the model is loaded.
@@ -159,6 +162,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
     tokenizer = tokenizer_of(args.model)
     _, rows = tokenize(source, args.task, tokenizer, args.max_length, 1, args.eval_rows)
     model = load_saved(args.model, args.task)
+    check_length(model, args.max_length)
     with sa_hf.dense(model) if args.attention == "dense" else contextlib.nullcontext():
         figures = evaluate(model, tokenizer, rows, args)
     return show(figures, args)

@@ -30,7 +30,15 @@ from sa_hf.tasks.flags import (
     whole,
 )
 from sa_hf.tasks.forecast import forecast_figures
-from sa_hf.tasks.models import CONV_TRANS, TOYS, check_model, load_for_task, load_tokenizer, trained_classes
+from sa_hf.tasks.models import (
+    CONV_TRANS,
+    TOYS,
+    check_length,
+    check_model,
+    load_for_task,
+    load_tokenizer,
+    trained_classes,
+)
 from sa_hf.tasks.ranks import is_main, quiet_others, say
 from sa_hf.tasks.resume import check_checkpoint, checkpoint_of
 from sa_hf.tasks.source import SUMMARIES, Rows
@@ -183,6 +191,8 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, tuple[Rows, Rows]]:
         trust_remote_code=args.trust_remote_code,
     )
     if args.pattern == "none" or args.model == CONV_TRANS:
+        if args.model != CONV_TRANS:
+            check_length(model, args.max_length)
         return model, tokenizer, rows
     from sa_hf.hf.state.positions import lengthening
 

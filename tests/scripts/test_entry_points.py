@@ -72,6 +72,10 @@ def never(*args: object, **options: object) -> None:
         (["--dataset", "labels.csv", "--task", "sequence-classification"], "at least 2 classes"),
         (["--set", "blok_size=16"], "block_size"),
         (["--report_to", "tensorbord"], "did you mean 'tensorboard'"),
+        (["--dataset", "stdlb"], r"'stdlb' is no file or folder here \(did you mean 'stdlib'\?\)"),
+        (["--dataset", "shrt.txt"], r"'shrt.txt' does not exist \(did you mean 'short.txt'\?\)"),
+        (["--dataset", "short.txt", "--dataset_config", "x"], "dataset_config='x' is for hub.*not for the file"),
+        (["--model", "tiny-brt"], r"did you mean 'tiny-bert'"),
         (["--report_to", "none,wandb"], "give none, all, or one of"),
     ],
 )
@@ -111,3 +115,31 @@ def test_lora_without_peft_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         finetune.main(["--lora_rank", "2"])
     with pytest.raises(SparseAttentionError, match="an adapter of LoRA, needs PEFT"):
         load_saved(tmp_path, "masked-lm")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--model", "MODEL", "--max_length", "48"],
+            "--max_length 48 is above the 32 positions of Bert",
+        ),
+        (["--model", "MODEL/config.json"], "config.json' is a file; a model is a folder"),
+        (["--output", "/nowhere/figures.json"], "--output /nowhere/figures.json: /nowhere is no folder"),
+    ],
+)
+def test_what_evaluation_cannot_do_is_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM, ByT5Tokenizer
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=400, max_position_embeddings=32, **sizes)).save_pretrained(tmp_path)
+    ByT5Tokenizer(mask_token="<extra_id_0>").save_pretrained(tmp_path)
+    given = [word.replace("MODEL", str(tmp_path)) for word in flags]
+    with pytest.raises(SparseAttentionError, match=message):
+        evaluate.main([*given, "--eval_rows", "2", "--cpu"])
+
+
+def test_a_model_that_no_pattern_lengthens_takes_no_longer_rows(tmp_path: Path) -> None:
+    flags = ["--pattern", "none", "--max_length", "1024", "--train_rows", "2", "--eval_rows", "1"]
+    with pytest.raises(SparseAttentionError, match=r"above the 512 positions.*train with a --pattern"):
+        finetune.main([*flags, "--output_dir", str(tmp_path)])
