@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from packaging.version import Version
+from hf_cases import OLDER, REFUSED_THERE, older_releases_may
 
 import sa_hf
 from sa_hf.hf.patching.asking import CLASSES
 from sa_hf.hf.patching.asking_base import Asking
 from sa_hf.hf.patching.asking_decoders import bloom_slopes
 from sa_hf.hf.patching.families import find_sites
-from sa_hf.hf.state.versions import NEWEST_TESTED
 from sa_hf.tools.families.check import FIRST, build, check
 from sa_hf.tools.families.compare import REFUSED, RIGHT, outputs
 from sa_hf.tools.families.registry import entries
@@ -36,13 +34,8 @@ NAMES = [
 
 def patch(model: Any, pattern: Any, **options: Any) -> None:
     """Patch a model; skips the test where an older release makes masks or attention itself, which is refused."""
-    try:
+    with older_releases_may(REFUSED_THERE):
         sa_hf.patch_model(model, pattern, **options)
-    except sa_hf.UnsupportedModelError as error:
-        old = Version(tf.__version__) < Version(NEWEST_TESTED)
-        if not old or not re.search("gets a ready-made mask|computes its attention itself", str(error)):
-            raise
-        pytest.skip(f"transformers {tf.__version__}: {error}")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,7 +43,7 @@ def test_outputs_gradients_padding_generation_and_reloads(name: str) -> None:
     if name not in ENTRIES:
         pytest.skip(f"transformers {tf.__version__} has no {name}")
     found = check(ENTRIES[name])
-    if found.status == REFUSED and Version(tf.__version__) < Version(NEWEST_TESTED):
+    if found.status == REFUSED and OLDER:
         pytest.skip(f"transformers {tf.__version__}: {found.reason}")
     assert found.status == RIGHT, found.reason
     assert {"reload", FIRST.name, f"{FIRST.name} gradients"} <= found.figures.keys()

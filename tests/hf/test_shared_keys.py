@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from hf_cases import VOCABULARY, tokens
+from hf_cases import OLDER, VOCABULARY, tokens
 
 import sa_hf
 from sa_hf import SparseAttentionError, UnsupportedModelError
@@ -69,6 +70,15 @@ def test_the_last_queries_read_what_they_read_in_the_whole(pattern: str, call: s
             assert (model(**given, logits_to_keep=last).logits - whole[:, -last:]).abs().max() < 1e-4
 
 
+@cache
+def same_without_a_cache() -> bool:
+    """Whether the installed release gives the same with a cache and without, unpatched: 5.5.0 does not (4.8 off)."""
+    model = sharing_model()
+    with torch.no_grad():
+        logits = [model(tokens(2, 20), use_cache=use).logits for use in (False, True)]
+    return torch.allclose(*logits, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static", "sparse"])
 @pytest.mark.parametrize("pattern", ["one", "readers wider", "readers dense", "donors dense", "donors expire"])
 def test_generate_is_what_forwards_without_a_cache_give(pattern: str, kind: str) -> None:
@@ -79,9 +89,11 @@ def test_generate_is_what_forwards_without_a_cache_give(pattern: str, kind: str)
         options = {"past_key_values": sa_hf.sparse_cache(model)}
     out = model.generate(**given, max_new_tokens=6, do_sample=False, disable_compile=True, **options)
     ids, mask = given["input_ids"], given["attention_mask"]
+    fresh = not same_without_a_cache()
+    assert not fresh or OLDER
     with torch.no_grad():
         for _ in range(out.shape[1] - ids.shape[1]):
-            ids = torch.cat([ids, model(ids, attention_mask=mask, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+            ids = torch.cat([ids, model(ids, attention_mask=mask, use_cache=fresh).logits[:, -1:].argmax(-1)], 1)
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
     assert torch.equal(out, ids)
 
@@ -102,7 +114,11 @@ def test_gradients_reach_shared_keys() -> None:
 
 def test_a_pattern_that_needs_every_token_says_so() -> None:
     model = sa_hf.patch_model(sharing_model(), {"2-": EXPIRING})
-    model(tokens(1, 12), use_cache=False)
+    whole = model(tokens(1, 12), use_cache=False).logits
+    if OLDER:
+        last = model(tokens(1, 12), use_cache=False, logits_to_keep=3).logits
+        assert torch.allclose(last, whole[:, -3:], atol=1e-5)
+        pytest.skip(f"transformers {tf.__version__} runs every token in every layer")
     with pytest.raises(SparseAttentionError, match=r"last 3 of 12 tokens alone.*logits_to_keep=0.*static"):
         model(tokens(1, 12), use_cache=False, logits_to_keep=3)
 
