@@ -97,6 +97,8 @@ PATTERNS: dict[str, Any] = {
 # Their state-space layers compute in fp32 whatever the model does and differ from themselves: with a cache from without
 # (NemotronH by 9e-4, Zamba2 by 0.4, both unpatched), and where rounding does.
 ROUGH = {"Zamba", "Zamba2", "NemotronH"}
+# With a cache, on some machines, only (unpatched, on an Intel Xeon: by 6e-4).
+ROUGH_CACHED = {*ROUGH, "Qwen3_5Moe"}
 
 
 def patched(case: str, pattern: str) -> Any:
@@ -142,7 +144,7 @@ def test_generation(case: str, cache: str) -> None:
     if case == "MiniMax" and cache == "sparse":
         with pytest.raises(SparseAttentionError, match="keeps a cache of its own kind"):
             sa_hf.sparse_cache(model)
-    elif case not in ROUGH:
+    elif case not in ROUGH_CACHED:
         # Caches of other kinds, which are refused by name.
         with older_releases_may("no cache reached|a cache of its own kind|has_previous_state"):
             check(model, **options(cache, model))
