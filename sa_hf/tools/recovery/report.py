@@ -44,10 +44,15 @@ def write(rows: Rows, cards: Path) -> None:
     (cards / f"{NAME}.md").write_text(markdown(rows), "utf-8")
     for part in PARTS:
         entries = pooled(rows, part)
-        if entries:
+        if _is_drawn(entries):
             draw_curves(entries, rows.path.parent / f"{NAME}_{part}.png")
-        if entries and part == "decoder":
+        if _is_drawn(entries) and part == "decoder":
             draw_heat_maps(entries, rows.path.parent / f"{NAME}_needles.png")
+
+
+def _is_drawn(entries: Sequence[Entry]) -> bool:
+    """Whether there is more than the dense model's own row."""
+    return any(entry.pattern != DENSE for entry in entries)
 
 
 def markdown(rows: Rows) -> str:
@@ -78,8 +83,8 @@ def _measured(rows: Rows, entries: Sequence[Entry], part: str) -> str:
     trained = f"seeds of training: {seeds}" if seeds else "none after training yet"
     counts = ", ".join(f"{n} {name}" for name, n in of_part[0]["n"].items())
     picture = f"results/{NAME}_{part}.png"
-    shown = f"![Kept against steps]({picture})\n"
-    if part == "decoder":
+    shown = f"![Kept against steps]({picture})\n" if _is_drawn(entries) else ""
+    if shown and part == "decoder":
         shown += f"\n![Retrieval by length and depth](results/{NAME}_needles.png)\n"
     return (
         f"{len(of_part)} of the {whole} cells of the grid are measured ({trained}); items per cell: "
@@ -91,7 +96,8 @@ def _summary(entries: Sequence[Entry], part: str) -> str:
     """A row per pattern: the first step at which each method has 98 %."""
     methods = [m for m in (UNTRAINED, *dict.fromkeys(e.method for e in entries)) if m != UNTRAINED]
     methods = list(dict.fromkeys(methods))
-    lines = [f"| pattern | density | untrained | {' | '.join(methods)} |", "| --- " * (3 + len(methods)) + "|"]
+    head = ("pattern", "density", "untrained", *methods)
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     known = list(PATTERNS["encoder" if part == "encoder" else "decoder"])
     for pattern in known:
         of_pattern = [entry for entry in entries if entry.pattern == pattern]
