@@ -65,8 +65,8 @@ class MaskRequest:
 
     def __getitem__(self, index: Any) -> Any:
         """The rows of the last queries, ``[:, :, -k:, :]``: layers that read the keys of others may run those alone
-        (Gemma 4, by ``logits_to_keep``). ``[:, 0, 0, :]`` and ``[:, :, -1, :]`` are what hides
-        padding, to add (Longformer, NLLB-MoE)."""
+        (Gemma 4, by ``logits_to_keep``). ``[:, 0, 0, :]`` and ``[:, :, -1, :]`` are what hides padding, to add
+        (Longformer, NLLB-MoE)."""
         all_of_it, function = slice(None), self.arguments["mask_function"]
         if index == (all_of_it, 0, 0, all_of_it) and function is bidirectional_mask_function:
             return self._row()
@@ -94,7 +94,8 @@ class MaskRequest:
         row = torch.zeros(self.shape[0], self.shape[-1], dtype=dtype, device=device)
         if self.padding is None:
             return row
-        return row.masked_fill(self.padding[:, : row.shape[1]] == 0, torch.finfo(dtype).min)
+        padding = torch.nn.functional.pad(self.padding, (0, max(0, row.shape[1] - self.padding.shape[1])))
+        return row.masked_fill(padding[:, : row.shape[1]] == 0, torch.finfo(dtype).min)
 
     def contiguous(self) -> MaskRequest:
         """What ``generate`` calls on a mask that it builds ahead of the forward."""

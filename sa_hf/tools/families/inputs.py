@@ -32,6 +32,9 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
     decoder = {"decoder_input_ids": tokens(DECODER_LENGTH, 3, end_token(model))} if "decoder_input_ids" in taken else {}
     together = [(text,), (pixels,), *((sound,) for sound in sounds), (text, pixels)]
     together += [(shown, pixels) for shown in pictured]
+    if "image_embeds_position_mask" in taken:  # Kosmos-2, whose places of an image are named beside the tokens
+        places = (torch.arange(LENGTH) < model.config.latent_query_num).long().expand(BATCH, -1)
+        together.append(({**text, "image_embeds_position_mask": places}, pixels))
     together += [(_flat(text, model, taken),), (text, _flat(text, model, taken))]
     for parts in [*together, *((text, sound) for sound in sounds), (_patches(model, taken),)]:
         if all(parts):

@@ -89,6 +89,7 @@ OWN: dict[str, dict[str, Any]] = {
     "bigbird_pegasus": {"attention_type": "original_full"},
     "blip-2": {"image_token_index": 120},
     "chameleon": {"vocabulary_map": {"<image>": 120}},
+    "clap": {"audio_config.num_mel_bins": 64},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "emu3": {"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121}},
     "instructblip": {"image_token_index": 120},
@@ -101,10 +102,11 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen2_5_omni_thinker": {"vision_start_token_id": 120},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_key_value_heads": 1},
+    "step3p7": {"text_config.sliding_window": WINDOW},
     "xmod": {"default_language": "en_XX"},
 }
 # Whose code has a default of its own for the sections of rotary channels, made for wide heads.
-_SECTIONS = ("glm", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "paddleocr_vl")
+_SECTIONS = ("colqwen2", "glm", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "paddleocr_vl")
 
 
 def tiny_config(config_class: Any, model_type: str) -> Any:
