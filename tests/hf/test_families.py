@@ -7,7 +7,20 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from hf_cases import BOTH, CONFIGS, DECODERS, ENCODERS, FAMILIES, case, error, is_served, tiny_model, tokens
+from hf_cases import (
+    BOTH,
+    CONFIGS,
+    DECODERS,
+    ENCODERS,
+    FAMILIES,
+    VOCABULARY,
+    case,
+    error,
+    is_served,
+    right_padded,
+    tiny_model,
+    tokens,
+)
 
 import sa_hf
 from sa_hf import UnsupportedModelError
@@ -250,12 +263,16 @@ def test_a_family_that_the_installed_release_does_not_serve_is_refused() -> None
         return
     with pytest.raises(UnsupportedModelError, match="computes its attention itself"):
         sa_hf.patch_model(tf.T5ForConditionalGeneration(CONFIGS["t5"]()), NARROW)
-    with pytest.raises(UnsupportedModelError, match="gets a ready-made mask"):
-        sa_hf.patch_model(
-            tf.BigBirdModel(
-                tf.BigBirdConfig(
-                    hidden_size=32, num_hidden_layers=1, num_attention_heads=4, attention_type="original_full"
-                )
-            ),
-            NARROW,
-        )
+    # Its BigBird makes its mask of padding by itself.
+    config = tf.BigBirdConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        attention_type="original_full",
+    )
+    model, mask = tf.BigBirdModel(config).eval(), right_padded()
+    inputs, real = {"input_ids": tokens(*mask.shape), "attention_mask": mask}, mask.bool()
+    expected = model(**inputs).last_hidden_state[real]
+    sa_hf.patch_model(model, "sliding_window", window=1000)
+    assert torch.allclose(model(**inputs).last_hidden_state[real], expected, atol=1e-5)

@@ -39,7 +39,7 @@ def release(monkeypatch: pytest.MonkeyPatch, hand: Hand) -> None:
 
     def attention_forward(
         self: Any, hidden_states: Tensor, angles: Any = None, attention_mask: Any = None, store: Any = None,
-        is_causal: bool | None = None, position_embeddings: Any = None, **kwargs: Any,
+        is_causal: Any = None, position_embeddings: Any = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
@@ -53,7 +53,7 @@ def release(monkeypatch: pytest.MonkeyPatch, hand: Hand) -> None:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, modeling_llama.eager_attention_forward
         )
-        asked = {} if is_causal is None else {"is_causal": is_causal}
+        asked = {} if is_causal is None else {"is_causal": attention_mask is None if is_causal else False}
         out, weights = attend(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **asked, **kwargs
         )
@@ -118,6 +118,17 @@ def test_what_does_not_reach_the_adapter_is_refused_and_not_run(
     with pytest.raises(UnsupportedModelError, match=f"decoder layer 0.*{reason}"):
         sa_hf.patch_model(model, PATTERNS[pattern])
     assert dict(model.named_modules()) == modules
+
+
+def test_a_layer_may_leave_causality_to_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Moonshine's: ``is_causal`` only where no mask is given."""
+    release(monkeypatch, lambda cache, mask, angles: {**renamed(cache, mask, angles), "is_causal": "unless masked"})
+    model, ids = tiny_model("llama"), tokens(2, 12)
+    dense = model(ids).logits
+    sa_hf.patch_model(model, "sliding_window", window=1000)
+    assert torch.allclose(model(ids).logits, dense, atol=1e-5)
+    sa_hf.patch_model(model, PATTERNS["window"])
+    check(model)
 
 
 def test_angles_under_another_name_are_missed_by_what_undoes_the_rotation_alone(

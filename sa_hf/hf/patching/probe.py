@@ -286,7 +286,8 @@ def _join(skeleton: PreTrainedModel, sites: list[Site], count: int, run: Callabl
 def _disproved(site: Site, module: nn.Module, needs: Needs, recorder: _Recorder, mode: PartlyKnown) -> str | None:
     """Why what a pattern does inside a layer would not be what it means, or None."""
     seen = recorder.runs[0][site.name]
-    if seen.carried is None or not (needs.before_rotary or needs.taps):
+    left_to_the_mask = site.spec.causal and seen.keywords.get("is_causal") is False and seen.mask is not None
+    if seen.carried is None or not (needs.before_rotary or needs.taps or left_to_the_mask):
         return None
 
     def call(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -297,7 +298,13 @@ def _disproved(site: Site, module: nn.Module, needs: Needs, recorder: _Recorder,
         return recorder.last
 
     replay = Replay(module, *recorder.given[site.name], call)
-    reason = rotation_stays(replay, seen.carried.rotary) if needs.before_rotary else None
+    reason = None
+    if left_to_the_mask:  # as it must be said where there is no mask (Moonshine says it then)
+        replay.without_mask()
+        if recorder.runs[-1][site.name].keywords.get("is_causal") is False:
+            return "is causal by its module, but its attention gets is_causal=False, with and without a mask"
+    if needs.before_rotary:
+        reason = rotation_stays(replay, seen.carried.rotary)
     reason = reason or (taps_astray(replay, site.spec) if needs.taps else None)
     return None if reason is None else f"({site.name}) {reason}"
 

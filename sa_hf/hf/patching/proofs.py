@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sa_hf.hf.caches.layer import is_cache
 from sa_hf.hf.forward.convolution import ConvHook
+from sa_hf.hf.forward.masks import MaskRequest
 from sa_hf.hf.forward.rotary import before_rotary
 from sa_hf.layer import LayerSpec
 
@@ -49,6 +50,10 @@ class Replay:
 
     def again(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.call(self.module, self.args, self.kwargs)
+
+    def without_mask(self) -> tuple[Tensor, Tensor, Tensor]:
+        args, kwargs = self._mapped(lambda x: None if isinstance(x, MaskRequest) else x)
+        return self.call(self.module, args, kwargs)
 
     def at_angle_zero(self, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         zero = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
