@@ -137,8 +137,13 @@ def auto_class(config: Any) -> Any:
     for auto in auto_classes():
         mapped = auto._model_mapping.get(type(config), None)
         classes = mapped if isinstance(mapped, tuple | list) else (mapped,)
-        # A few Auto classes are not exported at the top, where a reader of a model card would import them from.
-        if any(c is not None and c.__name__ == wanted for c in classes) and hasattr(transformers, auto.__name__):
+        # A few Auto classes are not exported at the top, where a reader of a model card would import them from; that of
+        # backbones reads no folder (a sparse one of a backbone names AutoModel, too).
+        if (
+            auto.__name__ != "AutoBackbone"
+            and any(c is not None and c.__name__ == wanted for c in classes)
+            and hasattr(transformers, auto.__name__)
+        ):
             found.append(auto)
     ranks = {name: rank for rank, name in enumerate(PREFERRED)}
     return min(found, key=lambda auto: ranks.get(auto.__name__, len(ranks)), default=transformers.AutoModel)

@@ -315,3 +315,20 @@ def test_adapter_folder_loads_onto_its_sparse_base(tmp_path):
     save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     with pytest.raises(SparseAttentionError, match=r"missing.*layer\.0\.attention\.self\.sparse"):
         load(tmp_path / "adapter")
+
+
+def test_a_backbone_loads_by_auto_model(tmp_path) -> None:
+    """AutoBackbone asks the hub for the folder's name, and reads no folder (transformers 5.24)."""
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    model = transformers.Dinov2Backbone(config).eval()
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    patch_model(model, "sliding_window", window=2)
+    with torch.no_grad():
+        expected = model(image).feature_maps[0]
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path, AutoModel).eval()(image).feature_maps[0], expected)
+    with pytest.raises(ValueError, match=r"load with AutoModel\.from_pretrained"):
+        transformers.Dinov2Backbone.from_pretrained(tmp_path)

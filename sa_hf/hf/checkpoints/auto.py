@@ -18,7 +18,7 @@ CONFIG_FIELDS = (CONFIG_KEY, "auto_map", "attn_implementation")
 REMEDY = "sa_hf: load with "
 # Of several Auto classes that give a class, the ones that its users know first, and those that stand for others last.
 _BEST_KNOWN = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
-_LEAST_KNOWN = ("AutoModelForPreTraining", "AutoModelWithLMHead")
+_LEAST_KNOWN = ("AutoModelForPreTraining", "AutoModelWithLMHead", "AutoBackbone")
 # No "/" in it: that has Transformers look for a kernel on the hub.
 TO_TRAINERS = "; a trainer that is given the path takes trust_remote_code=True, too (trl: in its config)"
 
@@ -58,6 +58,9 @@ def auto_map(config: PreTrainedConfig, name: str) -> dict[str, str]:
         if names:
             chosen = name if name in names else names[0]
             result[auto.__name__] = f"{REMOTE_FILE.removesuffix('.py')}.{chosen}"
+    # Transformers' AutoBackbone asks the hub whether a folder exists there, and loads none.
+    if auto_class_name(result, name) == "AutoBackbone":
+        result["AutoModel"] = result["AutoBackbone"]
     return result
 
 

@@ -106,6 +106,7 @@ def _reloaded(entry: Entry, model: Any, inputs: dict[str, Any]) -> float:
     before = outputs(model, inputs)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = getattr(transformers, entry.auto).from_pretrained(folder, trust_remote_code=True)
+        auto = entry.auto if entry.auto != "AutoBackbone" else "AutoModel"  # the former reads no folder
+        loaded = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
     after = outputs(loaded.eval(), inputs)
     return max(relative_error(after[name], value) for name, value in before.items())
