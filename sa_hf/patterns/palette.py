@@ -20,6 +20,7 @@ COLOURS = {
     "block_topk": "#661100",
 }
 OTHER = "#000000"  # patterns that a user has registered
+INTERVAL = "#E69F00"  # of error bars: seen on each of the colours
 LEFT_OUT, FUTURE = "#ffffff", "#e8e6e1"
 # Brightness (0 black, 1 white) of the parts of a pattern, the first darkest: black and white would be the axes and what
 # is left out.

@@ -129,7 +129,7 @@ def test_the_grids_steps_are_joined_where_there_are_any(tmp_path: Path) -> None:
         add(pattern, "none", 0, found[0])
         add(pattern, "plain", 30, found[1])
         add(pattern, "distill", 100, found[2])
-    add("window, one layer dense", "none", 0, 390)
+    add("sliding_window, one layer dense", "none", 0, 390)
     add("logsparse", "none", 0, 40)
     assert recovered(False, rows.path) == {
         "bigbird": "after 30 steps (plain), at 20% of the pairs, by the mean alone",

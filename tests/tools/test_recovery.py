@@ -283,14 +283,14 @@ class Killed(Exception):
 def test_a_killed_run_goes_on_behind_its_last_cell(
     toy: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = grid.chains("decoder", ["bigbird", "window"], ["plain"], [0], [0, 2, 4], "report")
+    wanted = grid.chains("decoder", ["bigbird", "sliding_window"], ["plain"], [0], [0, 2, 4], "report")
 
     def new(name: str) -> Run:
         return Run("decoder", toy, Rows(tmp_path / name / "rows.jsonl"), tmp_path / name)
 
     monkeypatch.setitem(grid.PATTERNS, "decoder", {
         "dense": grid.DECODER["dense"],
-        "window": sa_hf.SlidingWindowAttentionConfig(window=8),
+        "sliding_window": sa_hf.SlidingWindowAttentionConfig(window=8),
         "bigbird": sa_hf.BigBirdAttentionConfig(block_size=16, num_random_blocks=1),
     })  # fmt: skip
     whole = new("whole")
@@ -315,7 +315,7 @@ def test_a_killed_run_goes_on_behind_its_last_cell(
     for mine, other in zip(Rows(tmp_path / "cut" / "rows.jsonl"), whole.rows, strict=True):
         for key in ("part", "pattern", "method", "seed", "step", "density", "figures", "kept", "items"):
             assert mine[key] == other[key], (key, mine["pattern"], mine["step"])
-    steps = {row["step"]: row["figures"]["bits per byte"][0] for row in whole.rows if row["pattern"] == "window"}
+    steps = {row["step"]: row["figures"]["bits per byte"][0] for row in whole.rows if row["pattern"] == "sliding_window"}
     assert len(set(steps.values())) == 3  # training moves it
     trained: list[str] = []
     monkeypatch.setattr(run, "train", lambda *args, **kwargs: trained.append("again"))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from sa_hf.patterns.palette import colour_of, shades
+from sa_hf.patterns.palette import INTERVAL, colour_of, shades
 
-INTERVAL = "#E69F00"  # seen on each of the bars
 DPI = 200  # 2,400 points across: twice what a page shows
 
 

@@ -39,12 +39,12 @@ _DENSE = DenseAttentionConfig()
 # At 1,024 positions, 8 query heads on 4 key heads, 6 layers.
 DECODER: dict[str, Assigned] = {
     DENSE: _DENSE,
-    "window": SlidingWindowAttentionConfig(window=112, num_sink_tokens=4),
-    "window, one layer dense": {
+    "sliding_window": SlidingWindowAttentionConfig(window=112, num_sink_tokens=4),
+    "sliding_window, one layer dense": {
         "0-1": SlidingWindowAttentionConfig(window=32, num_sink_tokens=4), "2": _DENSE,
         "3-": SlidingWindowAttentionConfig(window=32, num_sink_tokens=4),
     },
-    "window, one head dense": {
+    "sliding_window, one head dense": {
         "heads": {"0": _DENSE, "1-": SlidingWindowAttentionConfig(window=64, num_sink_tokens=4)}
     },
     "longnet": LongNetAttentionConfig(segment_length=(64, 256, 1024), dilated_ratio=(1, 2, 4)),
@@ -64,12 +64,12 @@ DECODER: dict[str, Assigned] = {
 # At 768 positions, 12 heads, 6 layers. Expire-Span is causal only.
 ENCODER: dict[str, Assigned] = {
     DENSE: _DENSE,
-    "window": SlidingWindowAttentionConfig(window=80, num_sink_tokens=4),
-    "window, one layer dense": {
+    "sliding_window": SlidingWindowAttentionConfig(window=80, num_sink_tokens=4),
+    "sliding_window, one layer dense": {
         "0-1": SlidingWindowAttentionConfig(window=24, num_sink_tokens=4), "2": _DENSE,
         "3-": SlidingWindowAttentionConfig(window=24, num_sink_tokens=4),
     },
-    "window, two heads dense": {
+    "sliding_window, two heads dense": {
         "heads": {"0-1": _DENSE, "2-": SlidingWindowAttentionConfig(window=24, num_sink_tokens=4)}
     },
     "longnet": LongNetAttentionConfig(segment_length=(64, 256, 1024), dilated_ratio=(1, 2, 4)),

@@ -17,8 +17,7 @@ COLUMNS = 4  # heat maps in a row
 
 def system_of(pattern: str) -> str:
     """The name of a registered pattern that a row of the grid is of."""
-    name = pattern.partition(",")[0]
-    return "sliding_window" if name == "window" else name
+    return pattern.partition(",")[0]
 
 
 def draw_curves(entries: Sequence[Entry], path: Path) -> None:
