@@ -315,7 +315,9 @@ def test_a_killed_run_goes_on_behind_its_last_cell(
     for mine, other in zip(Rows(tmp_path / "cut" / "rows.jsonl"), whole.rows, strict=True):
         for key in ("part", "pattern", "method", "seed", "step", "density", "figures", "kept", "items"):
             assert mine[key] == other[key], (key, mine["pattern"], mine["step"])
-    steps = {row["step"]: row["figures"]["bits per byte"][0] for row in whole.rows if row["pattern"] == "sliding_window"}
+    steps = {
+        row["step"]: row["figures"]["bits per byte"][0] for row in whole.rows if row["pattern"] == "sliding_window"
+    }
     assert len(set(steps.values())) == 3  # training moves it
     trained: list[str] = []
     monkeypatch.setattr(run, "train", lambda *args, **kwargs: trained.append("again"))
