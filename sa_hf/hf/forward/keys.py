@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -21,23 +19,24 @@ from sa_hf.patterns.static import StaticSparseAttention
 def give_keys(child: SparseAttention, inputs: AttentionInputs, request: MaskRequest | None) -> None:
     """Set the keys and values of a call as its pattern reads them: where they lie, if that reads a step's keys by
     their slots, else each at its slot."""
-    length = inputs.sequences.key_length
-    first = 0 if request is None or inputs.key_slots is not None else request.key_offset
-    if first and not inputs.sequences.extra_tokens:
-        slots = torch.arange(first, min(first + inputs.key.shape[2], length))
-        if len(slots) and slots[-1] == length - 1 and _reads_by_slot(child, replace(inputs, key_slots=slots)):
-            inputs.key, inputs.value = (x[:, :, : len(slots)] for x in (inputs.key, inputs.value))
-            inputs.key_slots = slots
-            return
-    if inputs.key_slots is None or not child.reads_listed_keys(inputs):
-        inputs.key, inputs.value = absolute_keys(inputs.key, inputs.value, length, request, inputs.key_slots)
-        inputs.key_slots = None
+    dropped, length = inputs.key_slots, inputs.sequences.key_length  # by a sparse cache
+    if dropped is None:
+        inputs.key_slots = _slots_of_sliding(child, inputs, request)
+    if inputs.key_slots is not None and child.reads_listed_keys(inputs):
+        inputs.key, inputs.value = (x[:, :, : len(inputs.key_slots)] for x in (inputs.key, inputs.value))
+        return
+    inputs.key, inputs.value = absolute_keys(inputs.key, inputs.value, length, request, dropped)
+    inputs.key_slots = None
 
 
-def _reads_by_slot(child: SparseAttention, inputs: AttentionInputs) -> bool:
-    """Whether a sliding cache's keys can be read where they lie: a learned pattern's own state is of every token."""
+def _slots_of_sliding(child: SparseAttention, inputs: AttentionInputs, request: MaskRequest | None) -> Tensor | None:
+    """The slots of the keys of a sliding cache that has dropped others, for static patterns alone (a learned one's own
+    state is of every token), else None."""
+    first, length = 0 if request is None else request.key_offset, inputs.sequences.key_length
     static = all(isinstance(leaf, StaticSparseAttention) for leaf in leaves(child))
-    return static and child.reads_listed_keys(inputs)
+    if not first or not static or inputs.sequences.extra_tokens or first + inputs.key.shape[2] < length:
+        return None
+    return torch.arange(first, length)
 
 
 def absolute_keys(
