@@ -121,6 +121,28 @@ def test_a_bias_of_boxes_is_refused() -> None:
         patch(model, FIRST)
 
 
+@pytest.mark.parametrize("windows", [[8, 16], [16, 8]])
+def test_layers_with_windows_of_their_own(windows: list[int]) -> None:
+    config = tf.LongformerConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37,
+        attention_window=windows, max_position_embeddings=130,
+    )  # fmt: skip
+    model = tf.LongformerModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 99, (2, 48), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 40:] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        for layers in (None, "0", "1"):
+            sa_hf.patch_model(model, "sliding_window", window=1000, layers=layers)
+            assert torch.allclose(model(ids, attention_mask=mask).last_hidden_state[mask.bool()], expected, atol=1e-4)
+            sa_hf.unpatch_model(model)
+
+
 def test_the_table_names_classes_that_transformers_has() -> None:
     found: set[str] = set()
     for name in NAMES:

@@ -14,7 +14,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    sliding_window_bidirectional_overlay,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sa_hf.hf.caches.layer import cache_in
@@ -24,7 +28,7 @@ from sa_hf.hf.state.activity import IMPLEMENTATION
 
 # The keywords of a call that our attention reads.
 _HANDED_ON = {"sparse_call", "output_attentions", "sequence_ids", "cu_seq_lens_q"}
-# On a mask: what it was made to, for the other layers of the forward.
+# On a mask: what it was made to, by what was asked for, for the other layers of the forward.
 _HELD = "sa_hf_asked"
 
 
@@ -122,25 +126,24 @@ def mask_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return kwargs["attention_mask"] if "attention_mask" in kwargs else (args[0] if args else None)
 
 
-def asked_mask(module: Any, hidden: Tensor, mask: Tensor | None, *, causal: bool, within: Any = None) -> Any:
+def asked_mask(module: Any, hidden: Tensor, mask: Tensor | None, *, causal: bool, window: int | None = None) -> Any:
     """The mask that a layer would have been given, had its model asked for one: of what its own mask hides of the keys.
 
-    Args: mask: the model's, ``[batch, keys]`` or ``[batch, 1, 1, keys]``, to add (0 real); within: a mask function that
-    it is joined with.
+    Args: mask: the model's, ``[batch, keys]`` or ``[batch, 1, 1, keys]``, to add (0 real); window: so many keys on
+    either side of its own.
     """
-    implementation = module.config._attn_implementation
-    held = getattr(mask, _HELD, None)
-    if held is not None and held[0] == (implementation, causal):
-        return held[1]
+    held, key = getattr(mask, _HELD, {}), (module.config._attn_implementation, causal, window)
+    if key in held:
+        return held[key]
     create: Any = create_causal_mask if causal else create_bidirectional_mask
     padding = None if mask is None else padding_of(mask)
     made = create(
         config=module.config, inputs_embeds=hidden, attention_mask=padding,
         **({"cache": None, "position_ids": None} if causal else {}),
-        **({} if within is None else {"and_mask_function": within}),
+        **({} if window is None else {"and_mask_function": sliding_window_bidirectional_overlay(window)}),
     )  # fmt: skip
     if mask is not None:
-        setattr(mask, _HELD, ((implementation, causal), made))
+        setattr(mask, _HELD, {**held, key: made})
     return made
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import sliding_window_bidirectional_overlay
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.patching.asking_base import (
@@ -202,10 +201,11 @@ class AskingLongformer(Asking):
                 "cannot run sparse) and take global tokens from the pattern"
             )
         query, key, value = (heads(part(hidden_states), self.num_heads) for part in (self.query, self.key, self.value))
-        window = sliding_window_bidirectional_overlay(self.one_sided_attn_window_size)
         out = attend(
             self, query, key, value, args, kwargs, dropout=self.dropout,
-            narrow=lambda mask: asked_mask(self, hidden_states, mask, causal=False, within=window),
+            narrow=lambda mask: asked_mask(
+                self, hidden_states, mask, causal=False, window=self.one_sided_attn_window_size
+            ),
         )  # fmt: skip
         return (out,)
 
