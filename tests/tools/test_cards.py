@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -21,16 +20,6 @@ from sa_hf.tools.describe import argument_docs
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "model_cards" / "results"
-
-
-@pytest.fixture(scope="module")
-def cards() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cards", ROOT / "scripts" / "cards.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_page_is_up_to_date(cards: ModuleType) -> None:

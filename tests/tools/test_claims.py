@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -82,16 +81,6 @@ def test_figures_of_the_small_models_are_their_definitions() -> None:
     labels[:, 15] = ids[:, 15]
     hits = (chances[:, -1].argmax(-1) == ids[:, 15]).float().mean()
     assert small.right(model, ids, labels, at_once=2) == pytest.approx(float(hits))
-
-
-@pytest.fixture(scope="module")
-def cards() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cards_of_claims", ROOT / "scripts" / "cards.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_cards_show_the_claims_that_were_run(cards: ModuleType) -> None:
