@@ -141,9 +141,7 @@ def _oracle(inputs: AttentionInputs, config: StaticPatternConfig, layer_idx: int
         rows = slice(s.query_start, s.query_start + s.query_length)
         keys = slice(s.key_start, s.key_start + s.key_length)
         part = options.with_tensors(sequence_ids=torch.tensor([index], device=query.device))
-        one, _ = dense_attention(
-            query[row, :, rows], key[row, :, keys], value[row, :, keys], counts, part
-        )  # fmt: skip
+        one, _ = dense_attention(query[row, :, rows], key[row, :, keys], value[row, :, keys], counts, part)
         filled = torch.zeros_like(query)
         filled[row, :, rows] = one
         out = out + filled

@@ -135,9 +135,7 @@ class _Ring:
         count = mask.sum(1, keepdim=True).clamp(min=1)
         # Slots of the real tokens first, in order: the r-th of them holds the token of rank r.
         slots = torch.sort((~mask).to(torch.uint8), dim=1, stable=True).indices
-        return cls(
-            mask, rank.clamp(min=0), slots.gather(1, (rank - 1) % count), slots.gather(1, (rank + 1) % count)
-        )  # fmt: skip
+        return cls(mask, rank.clamp(min=0), slots.gather(1, (rank - 1) % count), slots.gather(1, (rank + 1) % count))
 
 
 class StarAttention(nn.Module):

@@ -2,8 +2,19 @@
 
 The way down: ``attend`` (static plans) or ``planned`` (plans made from data) take the sequences of a batch;
 ``choice`` picks the engine; ``run`` takes it through the parts of a plan; ``engine`` says what an engine is, and merges
-what the parts give. Engines: ``triton`` (GPU), ``cpp`` (CPU, compiled at first use), ``tiles`` (torch's operators).
-``reference`` is the dense fp64 oracle, ``decode`` serves a few new queries.
+what the parts give. ``reference`` is the dense fp64 oracle, ``decode`` serves a few new queries: over listed positions,
+or over ``reads`` where the C++ kernel takes the step (``cpp/steps``).
+
+Engines, by folder and by the name that users give and errors say:
+
+==========  ==================  ========================================================================================
+folder      ``engine=``         runs
+==========  ==================  ========================================================================================
+``triton``  ``"triton"``        on a GPU (and, interpreted, on a CPU)
+``cpp``     ``"native"``        on a CPU, compiled at first use; ``"native"`` falls to the tiles where it does not serve
+``tiles``   ``"torch"``         torch's operators on any device, in fp64 too
+(none)      ``"auto"``          the first of these that serves, by each one's ``unsupported``
+==========  ==================  ========================================================================================
 
 Words:
 
@@ -15,15 +26,22 @@ slot          a row of a part: a position in natural or gathered order, or empty
               and puts them back
 tile          ``block_q x block_k`` pairs of slots; a block list (``layout``) names the tiles of each row of tiles
 lane          one head of one sequence of the batch, ``batch * heads + head``; query heads of a group share a key lane
-group         sequences of equal shape, stacked (``attend.BatchGroup``, ``grouped.Group``)
+group         sequences of equal shape, stacked (``attend.BatchGroup``, ``grouped.Group``); in the kernels the query
+              heads of one key head, each a member
 piece         some heads of some rows of a part, as a CPU holds at a time where slots are gathered (``pieces``); in
               the C++ kernels also one of the sums that a key lane's gradients are added up in
 means         a position that stands in several slots, each a softmax of its own, gets their mean (Routing)
 gate          a factor of a probability before it is normalised: spans in the kernels, a learned mask in ``gated``
 sink          a logit of a head in the softmax's denominator that gives no value; joins merged parts (``sinks``)
 width         of values, where it is not the keys': zeros bring both to one around an operator (``widths``)
-rule          makes a plan from data, by a name that an operator's arguments can carry (``planned``)
+rule          makes a plan from data, by a name that an operator's arguments can carry (``planned``); Routing's rule
+              "members" is named for the tokens of a cluster
+reads, runs   of a decoding step: what each row reads, as runs ``(first, end, step)`` of positions (``reads``)
 ============  ======================================================================================================
+
+Around them: ``counts`` (the pairs that a plan keeps), ``data_layout`` (block lists made from data), ``random`` (bits of
+dropout), ``transforms`` (autograd and ``torch.func``), ``graphs`` (torch.compile, CUDA graphs), ``host`` (a caller's
+default device and autocast), ``memory`` (freed memory on a CPU).
 
 What repeats to the bit, strongest first (same machine, same versions, same inputs):
 

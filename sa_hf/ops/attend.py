@@ -114,9 +114,7 @@ class Batch:
         )
 
     def groups(self) -> list[tuple[Sequence[Part], BatchGroup]]:
-        return [
-            (self.plan_for(*shape), BatchGroup(self, shape, indices)) for shape, indices in self.sequences.groups
-        ]  # fmt: skip
+        return [(self.plan_for(*shape), BatchGroup(self, shape, indices)) for shape, indices in self.sequences.groups]
 
     def compact(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.sequences.key_gather is None:

@@ -205,8 +205,4 @@ def shift(part: Part, by: int, *, query_length: int, key_length: int) -> Part:
             return slice(index.start + by, index.stop + by)
         return torch.where(index >= 0, index + by, index)
 
-    return replace(
-        part,
-        query_index=moved(part.query_index, query_length),
-        key_index=moved(part.key_index, key_length),
-    )
+    return replace(part, query_index=moved(part.query_index, query_length), key_index=moved(part.key_index, key_length))

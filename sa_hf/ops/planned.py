@@ -84,9 +84,7 @@ def _forward(
     return laid_out(out), lse.contiguous(), query.new_empty(0), lse.new_empty(0)
 
 
-_planned = torch.library.custom_op(
-    "sa_hf::planned_attention", _forward, mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS
-)  # fmt: skip
+_planned = torch.library.custom_op("sa_hf::planned_attention", _forward, mutates_args=(), tags=OUTSIDE_COMPILED_GRAPHS)
 
 
 @_planned.register_fake
@@ -206,9 +204,7 @@ def planned_attention(
             "is one softmax a row, for example 'sliding_window' or 'bigbird'"
         )
     first, second = (*tensors, None, None)[:2]
-    others = (
-        options.distance_bias, options.spans, options.sinks, first, second, options.seed, options.sequence_ids
-    )  # fmt: skip
+    others = (options.distance_bias, options.spans, options.sinks, first, second, options.seed, options.sequence_ids)
     rest = (
         rule, [NO_LIMIT if x is None else x for x in numbers], list(options.heads or ()), engine, mean_slots,
         [options.scale, options.softcap or 0.0, options.dropout, options.ramp],

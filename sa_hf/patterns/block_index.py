@@ -40,9 +40,7 @@ def sampled_rows(rows: int, at_most: int, turn: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def block_mass(
-    query: Tensor, positions: Tensor, key: Tensor, block: int, band: Band, options: ScoreOptions
-) -> Tensor:  # fmt: skip
+def block_mass(query: Tensor, positions: Tensor, key: Tensor, block: int, band: Band, options: ScoreOptions) -> Tensor:
     """The part of each query's dense attention that lies on each block, fp32 ``[G, H, P, blocks]`` (fp64 of fp64).
 
     Args:

@@ -194,9 +194,7 @@ class BlockTopKAttention(SparseAttention):
         if self.config.selection == "query_block" and not lasting:
             chosen = chosen[:, :, torch.arange(offset, n_k) // sets.block - own]
         reads = block_reads(sets, inputs.sequences, inputs.band.left, self.config.drop_diagonal)
-        return decode_step(
-            group.query, group.key, group.value, reads, group.options, listed=Listed(chosen, sets.block)
-        )  # fmt: skip
+        return decode_step(group.query, group.key, group.value, reads, group.options, listed=Listed(chosen, sets.block))
 
     @torch.no_grad()
     def _choose(

@@ -153,11 +153,7 @@ class CentroidState(LearnedAttention):
             return {}
         share = sizes / sizes.sum(-1, keepdim=True).clamp(min=1)
         entropy = -(share * torch.log(share.clamp(min=1e-30))).sum(-1).mean()
-        return {
-            "cluster_entropy": float(entropy),
-            "cluster_max": float(sizes.max()),
-            "cluster_min": float(sizes.min()),
-        }
+        return {"cluster_entropy": float(entropy), "cluster_max": float(sizes.max()), "cluster_min": float(sizes.min())}
 
 
 def random_directions(seed: int, words: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -225,12 +225,7 @@ class _StaticCall:
 
 
 def static_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sequences: AnySequences,
-    layer: str,
-    options: ScoreOptions,
+    query: Tensor, key: Tensor, value: Tensor, sequences: AnySequences, layer: str, options: ScoreOptions
 ) -> Tensor:
     """A static pattern over the sequences of a batch, ``[B, H, Nq, Dv]`` of values of any width Dv; differentiable in
     query, key, value, the distance bias and the sinks.
@@ -258,9 +253,7 @@ def _at_one_width(
         query, key, value, options.distance_bias, options.sinks, options.seed, sequences.query_gather,
         sequences.key_gather, mask, ids,
     )  # fmt: skip
-    rest = (
-        layer, _flat(sequences), sequences.extra_tokens, options.scale, options.softcap or 0.0, options.dropout,
-    )  # fmt: skip
+    rest = (layer, _flat(sequences), sequences.extra_tokens, options.scale, options.softcap or 0.0, options.dropout)
     if not tracing():
         return differentiable(_StaticCall(rest), *tensors)
     refuse_traced_transforms(*tensors)

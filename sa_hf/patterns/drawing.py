@@ -105,9 +105,7 @@ def _everything(head: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return torch.ones_like(i + j, dtype=torch.bool)
 
 
-def _taken_apart(
-    named: Mapping[str, Predicate], kept: Tensor, head: Tensor, i: Tensor, j: Tensor
-) -> dict[str, Tensor]:  # fmt: skip
+def _taken_apart(named: Mapping[str, Predicate], kept: Tensor, head: Tensor, i: Tensor, j: Tensor) -> dict[str, Tensor]:
     """Kept pairs by the first part that holds them; those of no part go to the last."""
     found, rest = {}, kept
     for label, holds in named.items():

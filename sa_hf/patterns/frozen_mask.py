@@ -48,9 +48,7 @@ def _version(kept: Tensor) -> int | None:
     return None if kept.is_inference() else kept._version
 
 
-def mask_step(
-    inputs: AttentionInputs, kept: Tensor, band: Band, options: ScoreOptions, drop_diagonal: bool
-) -> Tensor:  # fmt: skip
+def mask_step(inputs: AttentionInputs, kept: Tensor, band: Band, options: ScoreOptions, drop_diagonal: bool) -> Tensor:
     """A step of decoding (``steps.is_step_in_place``) by a fixed mask ``kept`` as in :func:`frozen_plan`; one by pair
     takes whole rows alone."""
     n_q, n_k = inputs.query.shape[2], inputs.sequences.key_length
@@ -64,9 +62,7 @@ def mask_step(
             rows = rows & (position[n_k - n_q :, None] != position)
         listed = Listed(torch.where(rows, position, -1)[None])
     reads = shared_reads(inputs.sequences, band.left, lists, relative=kept.dim() == 2, own_if_empty=True)
-    return decode_step(
-        inputs.query, inputs.key, inputs.value, reads, options, kept=inputs.key_slots, listed=listed
-    )  # fmt: skip
+    return decode_step(inputs.query, inputs.key, inputs.value, reads, options, kept=inputs.key_slots, listed=listed)
 
 
 def _distances(kept: Tensor, drop_diagonal: bool) -> RunLists:

@@ -90,10 +90,7 @@ class RoutingAttentionConfig(SparseAttentionConfig):
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:
-        return {
-            "wikitext-103": {"num_clusters": 8, "window": 512},
-            "enwik8": {"num_clusters": 16, "window": 512},
-        }
+        return {"wikitext-103": {"num_clusters": 8, "window": 512}, "enwik8": {"num_clusters": 16, "window": 512}}
 
     def cluster_window(self, length: int, causal: bool) -> int:
         """w for a sequence of ``length`` tokens."""

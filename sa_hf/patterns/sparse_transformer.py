@@ -103,10 +103,7 @@ class SparseTransformerAttentionConfig(StaticPatternConfig):
         stride = self.stride
         if self.kind == "strided":
             return {"local": lambda head, i, j: (i - j).abs() < stride, "columns": lambda head, i, j: i == i}
-        return {
-            "local": lambda head, i, j: i // stride == j // stride,
-            "summary columns": lambda head, i, j: i == i,
-        }
+        return {"local": lambda head, i, j: i // stride == j // stride, "summary columns": lambda head, i, j: i == i}
 
     def layer_of_plan(self, layer_idx: int) -> int:
         return layer_idx % 2 if self.head_mode == "interleaved" else 0

@@ -61,9 +61,7 @@ class StaticSparseAttention(SparseAttention):
 
     def _at(self, inputs: AttentionInputs) -> Geometry:
         layer = self.config.layer_of_plan(self.spec.layer_idx)
-        return Geometry(
-            1, 1, self.heads, self.spec.num_heads, layer, inputs.causal, inputs.band, chunk=inputs.chunk
-        )  # fmt: skip
+        return Geometry(1, 1, self.heads, self.spec.num_heads, layer, inputs.causal, inputs.band, chunk=inputs.chunk)
 
     def _attend(self, inputs: AttentionInputs, options: ScoreOptions) -> Tensor:
         if is_step(inputs):

@@ -62,9 +62,7 @@ def step_reads(
     rows = [(row, lists(row.position)) for row in step_rows(sequences, left, chunk)]
     order = None if sequences.key_gather is None else sequences.key_gather.cpu()
     queries = sequences.batch_size * sequences.query_length
-    return Reads.of(
-        rows, queries, relative=relative, skip_own=skip_own, own_if_empty=own_if_empty, order=order
-    )  # fmt: skip
+    return Reads.of(rows, queries, relative=relative, skip_own=skip_own, own_if_empty=own_if_empty, order=order)
 
 
 # The layers of a step share what they read.

@@ -175,10 +175,7 @@ def steps(text: str) -> int:
 
 
 def parse_flags(
-    parser: argparse.ArgumentParser,
-    argv: Sequence[str] | None,
-    pairs: Sequence[str] = (),
-    mappings: Sequence[str] = (),
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, pairs: Sequence[str] = (), mappings: Sequence[str] = ()
 ) -> argparse.Namespace:
     """Flags over the values of the YAML file ``--config`` over the defaults.
 

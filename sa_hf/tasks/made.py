@@ -103,9 +103,7 @@ def _piecewise(ask: Ask) -> Source:
 def _topics(ask: Ask) -> Source:
     topic = ask.build(TopicTask)
     make = topic.short_texts if ask.dataset == SHORT else topic.documents
-    return Source(
-        make("train", ask.train, ask.seed), make("evaluation", ask.evaluation, ask.seed), list(topic.topics)
-    )  # fmt: skip
+    return Source(make("train", ask.train, ask.seed), make("evaluation", ask.evaluation, ask.seed), list(topic.topics))
 
 
 def _texts(ask: Ask) -> Source:

@@ -10,15 +10,7 @@ from typing import Any
 from sa_hf.config import did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.files import KINDS, TEXT, Loaded, find_files, kind_of, load_files, suffix_of
-from sa_hf.tasks.labels import (
-    check_classes,
-    check_label,
-    in_a_line,
-    listed,
-    names_of,
-    number_of,
-    numbers_of,
-)
+from sa_hf.tasks.labels import check_classes, check_label, in_a_line, listed, names_of, number_of, numbers_of
 from sa_hf.tasks.ranks import say
 from sa_hf.tasks.splits import HELD_OUT, TRAIN, held_out_of, split_of
 

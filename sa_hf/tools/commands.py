@@ -278,9 +278,7 @@ def suggest(
     wanted = None if mixture is None else [c for causal in (True, False) for c in ladder(causal, length)]
     stacks = stacks_of(loaded, input_ids, wanted)
     for stack in stacks:
-        found = rank_patterns(
-            num_heads=stack.num_heads, causal=stack.causal, length=length, measured=stack.measured()
-        )  # fmt: skip
+        found = rank_patterns(num_heads=stack.num_heads, causal=stack.causal, length=length, measured=stack.measured())
         kind = f"{stack.name}, {'causal' if stack.causal else 'bidirectional'}"
         table(f"{model}, {kind}, {length} tokens", *suggestion_rows(found, length))
         steps = recovered(stack.causal)

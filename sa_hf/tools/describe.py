@@ -26,9 +26,7 @@ def fields_of(config: type[SparseAttentionConfig]) -> list[Field]:
     """The fields of a class in their order, the pattern's own before those that all patterns share."""
     meaning = argument_docs(config)
     shared = [f.name for f in dataclasses.fields(SparseAttentionConfig)]
-    found = [
-        Field(f.name, str(f.type), repr(f.default), meaning.get(f.name, "")) for f in dataclasses.fields(config)
-    ]  # fmt: skip
+    found = [Field(f.name, str(f.type), repr(f.default), meaning.get(f.name, "")) for f in dataclasses.fields(config)]
     return sorted(found, key=lambda field: field.name in shared)
 
 

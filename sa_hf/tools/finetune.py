@@ -18,17 +18,7 @@ from sa_hf.config import available_patterns, did_you_mean, shown
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.state.assignment import with_configs
 from sa_hf.tasks.data import tokenize
-from sa_hf.tasks.flags import (
-    FlagParser,
-    add_data_flags,
-    devices,
-    json_text,
-    parse_flags,
-    real,
-    source_of,
-    steps,
-    whole,
-)
+from sa_hf.tasks.flags import FlagParser, add_data_flags, devices, json_text, parse_flags, real, source_of, steps, whole
 from sa_hf.tasks.forecast import forecast_figures
 from sa_hf.tasks.models import (
     CONV_TRANS,
@@ -174,12 +164,7 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, tuple[Rows, Rows]]:
     if args.model == CONV_TRANS and args.pattern != "none":
         options["attention"] = chosen_pattern(args)
     rows = tokenize(
-        source,
-        args.task,
-        load_tokenizer(args.model, args.max_length),
-        args.max_length,
-        args.train_rows,
-        args.eval_rows,
+        source, args.task, load_tokenizer(args.model, args.max_length), args.max_length, args.train_rows, args.eval_rows
     )
     model, tokenizer = load_for_task(
         args.model,

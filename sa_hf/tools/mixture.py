@@ -152,7 +152,5 @@ def write_mixture(
     for m in mixtures:
         head.append(f"# {m.stack}: {m.density:.3f} of the dense pairs, {m.mass:.3f} of the attention mass")
     head.append('# In code: patch_model(model, yaml.safe_load(open(FILE))["pattern"])')
-    body = yaml.safe_dump(
-        {"model": model, "max_length": length, "pattern": mixture_mapping(mixtures)}, sort_keys=False
-    )  # fmt: skip
+    body = yaml.safe_dump({"model": model, "max_length": length, "pattern": mixture_mapping(mixtures)}, sort_keys=False)
     path.write_text("\n".join([*head, body]), encoding="utf-8")

@@ -54,12 +54,7 @@ class _Row:
 
 @with_host_defaults
 def plot_model(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    input_ids: Tensor | None = None,
-    length: int | None = None,
-    heads: int = 1,
+    model: nn.Module, path: str | Path, *, input_ids: Tensor | None = None, length: int | None = None, heads: int = 1
 ) -> list[str]:
     """Draw the sparse layers of a patched model, a row for each, layers that look the same in one.
 

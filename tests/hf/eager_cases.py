@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from hf_cases import VOCABULARY
+from hf_cases import VOCABULARY, tokens
 from torch import Tensor, nn
 
 import sa_hf
@@ -23,6 +23,15 @@ SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "max_position_embeddings": 128, "attn_implementation": "eager",
 }  # fmt: skip
 HIDDEN = torch.finfo(torch.float32).min  # a pair that no one reads; some models compute the softmax in fp32
+
+
+def ragged(side: str) -> tuple[Tensor, Tensor]:
+    """Ids and mask ``[3, 60]``: rows of 60, 43 and 11 tokens, padded on one side."""
+    mask = torch.ones(3, 60, dtype=torch.long)
+    for row, padding in enumerate((0, 17, 49)):
+        if padding:
+            mask[row, slice(60 - padding, None) if side == "right" else slice(padding)] = 0
+    return tokens(3, 60), mask
 
 
 def scattered(model: Any, seed: int = 3) -> Any:

@@ -20,6 +20,7 @@ import transformers as tf
 from packaging.version import Version
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from sa_hf import ExpireSpanAttentionConfig, SparseBertAttentionConfig
 from sa_hf.hf.state.versions import NEWEST_TESTED
 
 transformers_logging = tf.logging
@@ -27,6 +28,8 @@ transformers_logging.set_verbosity_error()
 
 VOCABULARY = 99
 LENGTHS = (20, 15, 9)
+EXPIRING = ExpireSpanAttentionConfig(max_span=12, ramp=4, initial_span=6, span_loss_coef=0.1)
+MASKS = SparseBertAttentionConfig(mask_length=32, density_coef=2.0)
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -197,3 +200,12 @@ def case(family: str, seed: int = 0, **changed: Any) -> Case:
 def error(got: Tensor, expected: Tensor) -> float:
     """Root-mean-square error relative to the expected tensor's own."""
     return float((got - expected).double().square().mean().sqrt() / expected.double().square().mean().sqrt())
+
+
+def gradients(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(7)
+    out = model(**inputs)
+    value = out.loss if getattr(out, "loss", None) is not None else out[0].float().square().mean()
+    value.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -20,9 +20,7 @@ from sa_hf import SparseAttentionError
 
 GROUPED = {**SIZES, **TOKENS, "num_key_value_heads": 2, "num_hidden_layers": 4}
 HEADS = {"head_dim": 8}
-LINEAR = {
-    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-}  # fmt: skip
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 HALF = ["linear_attention", "full_attention"] * 2
 MAMBA2 = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_chunk_size": 8}
@@ -179,9 +177,7 @@ def test_layers_count_among_the_attention_layers_and_the_summary_shows_the_model
     model = MODELS["Qwen3_5"]()
     sa_hf.patch_model(model, {"1": WINDOW})
     layers = sa_hf.summary(model, 64).layers
-    assert [(layer.index, layer.own, layer.pattern) for layer in layers] == [
-        (0, 1, "dense"), (1, 3, "sliding_window"),
-    ]  # fmt: skip
+    assert [(layer.index, layer.own, layer.pattern) for layer in layers] == [(0, 1, "dense"), (1, 3, "sliding_window")]
     assert "1 (layer 3)" in str(sa_hf.summary(model, 64))
     with pytest.raises(SparseAttentionError, match="layer"):
         sa_hf.patch_model(model, {"3": WINDOW})

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from eager_cases import SIZES, TOKENS, check_against_eager, scattered
+from eager_cases import SIZES, TOKENS, check_against_eager, ragged, scattered
 from generation_cases import check
 from hf_cases import tokens
-from torch import Tensor
 
 import sa_hf
 from sa_hf import SparseAttentionError, UnsupportedModelError
@@ -53,20 +52,12 @@ def patched(case: str, pattern: str) -> Any:
     return sa_hf.freeze_masks(model) or model if pattern == "frozen" else model
 
 
-def batch(side: str) -> tuple[Tensor, Tensor]:
-    mask = torch.ones(3, 60, dtype=torch.long)
-    for row, padding in enumerate((0, 17, 49)):
-        if padding:
-            mask[row, slice(60 - padding, None) if side == "right" else slice(padding)] = 0
-    return tokens(3, 60), mask
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(
     ("case", "pattern"), [*(("v3", name) for name in PATTERNS), *((name, "window") for name in CASES if name != "v3")]
 )
 def test_it_is_the_eager_attention_under_the_patterns_pairs(case: str, pattern: str, side: str) -> None:
-    ours = check_against_eager(patched(case, pattern), *batch(side), limit=1e-4)
+    ours = check_against_eager(patched(case, pattern), *ragged(side), limit=1e-4)
     assert ours["model.layers.0.self_attn.kv_b_proj.weight"].abs().max() > 1e-2
 
 
@@ -87,7 +78,7 @@ def test_generation(case: str, pattern: str, cache: str) -> None:
 @pytest.mark.parametrize("case", ["v2", "v3"])
 def test_saved_and_reloaded(case: str, tmp_path: Path) -> None:
     model = patched(case, "by heads")
-    ids, mask = batch("right")
+    ids, mask = ragged("right")
     model.save_pretrained(tmp_path)
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
     with torch.no_grad():
@@ -100,7 +91,7 @@ def test_training_with_and_without_checkpointing() -> None:
         model = patched("v3", "by heads").train()
         if checkpointed:
             model.gradient_checkpointing_enable()
-        ids, mask = batch("right")
+        ids, mask = ragged("right")
         model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -109,7 +100,7 @@ def test_training_with_and_without_checkpointing() -> None:
 def test_one_graph_under_compile() -> None:
     torch._dynamo.reset()
     model = patched("v3", "window")
-    ids, mask = batch("right")
+    ids, mask = ragged("right")
     compiled = torch.compile(model.model, backend="aot_eager")
     with torch.no_grad():
         ours, plain = (
@@ -182,5 +173,5 @@ def test_kin(family: str) -> None:
     model = getattr(tf, f"{family}ForCausalLM")(kind(**known)).eval()
     scattered(sa_hf.patch_model(model, PATTERNS["window"]))
     for side in ("right", "left"):
-        check_against_eager(model, *batch(side), limit=1e-4)
+        check_against_eager(model, *ragged(side), limit=1e-4)
     check(model, past_key_values=sa_hf.sparse_cache(model))

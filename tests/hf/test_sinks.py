@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from eager_cases import SIZES, TOKENS, check_against_eager, eager_under_its_pattern, scattered
+from eager_cases import SIZES, TOKENS, check_against_eager, eager_under_its_pattern, ragged, scattered
 from generation_cases import check, generate, prompt
 from hf_cases import tokens
-from torch import Tensor
 
 import sa_hf
 from sa_hf import SparseAttentionError
@@ -51,27 +50,19 @@ def patched(pattern: str, make: Any = gpt_oss) -> Any:
     return sa_hf.freeze_masks(model) or model if pattern == "frozen" else model
 
 
-def batch(side: str) -> tuple[Tensor, Tensor]:
-    mask = torch.ones(3, 60, dtype=torch.long)
-    for row, padding in enumerate((0, 17, 49)):
-        if padding:
-            mask[row, slice(60 - padding, None) if side == "right" else slice(padding)] = 0
-    return tokens(3, 60), mask
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_pattern_is_the_eager_attention_under_its_pairs(pattern: str, side: str) -> None:
     model = patched(pattern)
     assert model.config.layer_types == ["sliding_attention", "full_attention"]
-    ours = check_against_eager(model, *batch(side), limit=1e-4)
+    ours = check_against_eager(model, *ragged(side), limit=1e-4)
     assert all(ours[f"model.layers.{layer}.self_attn.sinks"].abs().min() > 1e-4 for layer in (0, 1))
     assert ours["model.embed_tokens.weight"].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("pattern", ["window", "expire_span"])
 def test_double_precision(pattern: str) -> None:
-    check_against_eager(patched(pattern, granite).double(), *batch("left"), limit=1e-5)
+    check_against_eager(patched(pattern, granite).double(), *ragged("left"), limit=1e-5)
 
 
 def test_packed_sequences_have_a_sink_each() -> None:
@@ -109,7 +100,7 @@ def test_generation_is_that_of_the_eager_model() -> None:
 @pytest.mark.parametrize("pattern", ["window", "expire_span", "by heads"])
 def test_saved_and_reloaded(pattern: str, tmp_path: Path) -> None:
     model = patched(pattern)
-    ids, mask = batch("right")
+    ids, mask = ragged("right")
     model.save_pretrained(tmp_path)
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     with torch.no_grad():
@@ -123,7 +114,7 @@ def test_a_training_step_moves_the_sinks_with_and_without_checkpointing() -> Non
         if checkpointed:
             model.gradient_checkpointing_enable()
         torch.manual_seed(5)
-        ids, mask = batch("right")
+        ids, mask = ragged("right")
         model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         moved.append(torch.stack([layer.self_attn.sinks.grad for layer in model.model.layers]))
     assert moved[0].abs().min() > 0
@@ -133,7 +124,7 @@ def test_a_training_step_moves_the_sinks_with_and_without_checkpointing() -> Non
 def test_one_graph_under_compile() -> None:
     torch._dynamo.reset()
     model = patched("window")
-    ids, mask = batch("right")
+    ids, mask = ragged("right")
     compiled = torch.compile(model.model, backend="aot_eager")
     outs = []
     for run in (model.model, compiled):
@@ -146,7 +137,7 @@ def test_one_graph_under_compile() -> None:
 
 def test_dense_layers_are_the_original() -> None:
     model = scattered(gpt_oss())
-    ids, mask = batch("right")
+    ids, mask = ragged("right")
     with torch.no_grad():
         expected = model(ids, attention_mask=mask).logits
         sa_hf.patch_model(model, "dense")
@@ -197,7 +188,7 @@ def test_other_families(family: str, pattern: str, tmp_path: Path) -> None:
         pytest.skip(f"transformers {tf.__version__} has no {family}")
     model = patched(pattern, OTHERS[family])
     for side in ("right", "left"):
-        check_against_eager(model, *batch(side), limit=1e-4)
+        check_against_eager(model, *ragged(side), limit=1e-4)
     check(model)
     check(model, past_key_values=sa_hf.sparse_cache(model))
 
@@ -217,7 +208,7 @@ def test_a_bidirectional_model(name: str) -> None:
         pytest.skip(f"transformers {tf.__version__} has no privacy filter")
     model = patched(name, privacy_filter)
     for side in ("right", "left"):
-        check_against_eager(model, *batch(side), limit=1e-4)
+        check_against_eager(model, *ragged(side), limit=1e-4)
     dense = scattered(privacy_filter())
     with pytest.raises(SparseAttentionError, match=r"attention sinks of layer 0.*'bigbird'"):
         sa_hf.patch_model(dense, "routing", num_clusters=3)
@@ -231,7 +222,7 @@ def test_a_pattern_that_reads_everything_is_the_dense_model(pattern: str) -> Non
         "expire_span": {"max_span": 500, "initial_span": 400}, "sparse_transformer": {"stride": 100},
     }  # fmt: skip
     model = scattered(gpt_oss(layer_types=["full_attention"] * 2))
-    ids, mask = batch("left")
+    ids, mask = ragged("left")
     with torch.no_grad():
         dense = model(ids, attention_mask=mask).logits[mask.bool()]
         sa_hf.patch_model(model, pattern, **covering[pattern])

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from learned_cases import Memory, attention_inputs, draw, layer_spec, rms_ratio
-from torch import Tensor
 
 from sa_hf import BlockTopKAttentionConfig, NotStaticError, SparseAttentionError, sparse_attention
 from sa_hf.layer import AttentionInputs
@@ -198,18 +197,12 @@ def loss_on(module: IndexedBlockTopKAttention, inputs: AttentionInputs) -> float
 def test_steps_choose_as_the_whole_forward(fields: dict[str, Any], cuts: tuple[int, ...]) -> None:
     inputs = inputs_of(75, True)
     module = indexed(fields, True, moved=True).eval()
-    whole, kept, memory, start, out = module(inputs), {}, Memory(), 0, []
-
-    def beside(name: str, tensor: Tensor | None = None) -> Tensor | None:
-        if tensor is not None:
-            kept[name] = tensor
-        return kept.get(name)
-
+    whole, memory, start, out = module(inputs), Memory(), 0, []
     for end in cuts:
         part = {n: getattr(inputs, n)[:, :, :end] for n in ("key", "value")}
         step = replace(
             inputs, query=inputs.query[:, :, start:end], hidden_states=inputs.hidden_states[:, start:end], **part,
-            sequences=Sequences.full(2, end - start, end), remember=memory, beside=beside,
+            sequences=Sequences.full(2, end - start, end), remember=memory, beside=memory.beside,
         )  # fmt: skip
         out.append(module(step))
         start = end

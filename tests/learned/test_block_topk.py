@@ -159,24 +159,18 @@ def test_steps_read_the_pooled_keys_kept_beside_the_cache(fields: dict[str, Any]
     """A step pools the keys of new blocks alone, and chooses and reads as the whole forward does."""
     inputs = inputs_of(75, True)
     module = BlockTopKAttentionConfig(**fields).build(layer_spec(4, 2, causal=True))
-    whole, kept, queries, start, out = module(inputs), {}, Memory(), 0, []
-
-    def beside(name: str, tensor: Tensor | None = None) -> Tensor | None:
-        if tensor is not None:
-            kept[name] = tensor
-        return kept.get(name)
-
+    whole, queries, start, out = module(inputs), Memory(), 0, []
     for end in cuts:
         part = {n: getattr(inputs, n)[:, :, :end] for n in ("key", "value")}
         step = replace(
             inputs, query=inputs.query[:, :, start:end], **part, sequences=Sequences.full(2, end - start, end),
-            remember=queries, beside=beside,
+            remember=queries, beside=queries.beside,
         )  # fmt: skip
         out.append(module(step))
-        block, pooled = fields["block_size"], kept["pooled"]
+        block, pooled = fields["block_size"], queries.made["pooled"]
         complete = inputs.key[:, :, : end // block * block]
         assert torch.equal(pooled, pooled_keys(complete, block, module.config.pooling))
-        kept["pooled"], start = pooled.clone(), end
+        queries.made["pooled"], start = pooled.clone(), end
     assert rms_ratio(torch.cat(out, 2), whole) < 1e-13
 
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from learned_cases import Memory, attention_inputs, draw, layer_spec, rms_ratio
+from learned_cases import Memory, attention_inputs, draw, layer_spec, padded_and_packed, rms_ratio
 from torch import Tensor
 
 from sa_hf.errors import NotStaticError, SparseAttentionError
@@ -101,21 +101,12 @@ def test_random_shortening_is_one_draw_per_step_for_all_layers() -> None:
 
 def test_padding_and_packing_equal_each_sequence_alone() -> None:
     module = build(span_loss_coef=1.0).train()
-    mask = torch.ones(3, 24, dtype=torch.long)
-    mask[0, :7] = 0
-    mask[1, 15:] = 0
-    mask[2, [3, 9]] = 0
-    ids = torch.zeros(3, 24, dtype=torch.long)
-    ids[2, 12:] = 1
-    inputs = attention_inputs(batch=3, length=24, causal=True)
-    inputs.sequences = Sequences.from_mask(3, 24, 24, mask, ids)
+    inputs = attention_inputs(batch=3, length=24, causal=True, sequences=padded_and_packed())
     out = module(inputs)
     grad = torch.autograd.grad(out.square().sum(), module.weight)[0]
     loss = float(module.aux_losses()["expire_span"].detach())
     total, spans, count = torch.zeros_like(grad), 0.0, 0
-    for row, slots in (
-        (0, range(7, 24)), (1, range(15)), (2, [*range(3), *range(4, 9), 10, 11]), (2, range(12, 24)),
-    ):  # fmt: skip
+    for row, slots in ((0, range(7, 24)), (1, range(15)), (2, [*range(3), *range(4, 9), 10, 11]), (2, range(12, 24))):
         at = torch.tensor(list(slots))
         alone = copy.copy(inputs)
         alone.query, alone.key, alone.value = (

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from learned_cases import Memory, attention_inputs, cosine, draw, layer_spec, rms_ratio
+from learned_cases import Memory, attention_inputs, cosine, draw, layer_spec, padded_and_packed, rms_ratio
 from learned_cases import build_routing as build
 from torch import Tensor
 from transformers import LlamaConfig
@@ -145,14 +145,7 @@ def test_a_token_changes_no_earlier_output() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_and_packing_equal_each_sequence_alone(causal: bool) -> None:
     module = build(2, causal=causal, window=None if not causal else 5, num_local_heads=1)
-    mask = torch.ones(3, 24, dtype=torch.long)
-    mask[0, :7] = 0
-    mask[1, 15:] = 0
-    mask[2, [3, 9]] = 0
-    ids = torch.zeros(3, 24, dtype=torch.long)
-    ids[2, 12:] = 1
-    inputs = attention_inputs(batch=3, length=24, causal=causal)
-    inputs.sequences = Sequences.from_mask(3, 24, 24, mask, ids)
+    inputs = attention_inputs(batch=3, length=24, causal=causal, sequences=padded_and_packed())
     out = module(inputs)
     assert float(out[0, :, :7].detach().abs().max()) == 0
     for row, slots in ((0, range(7, 24)), (1, range(15)), (2, [0, 1, 2, *range(4, 9), 10, 11]), (2, range(12, 24))):

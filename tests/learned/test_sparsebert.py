@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
-from learned_cases import attention_inputs, draw, layer_spec, rms_ratio
+from learned_cases import attention_inputs, build_sparsebert, draw, layer_spec, rms_ratio, scatter_logits
 from torch import Tensor
 
 import sa_hf
@@ -16,20 +15,6 @@ from sa_hf.ops.parts import Band, OffsetsPart
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.frozen_mask import frozen_plan
 from sa_hf.patterns.sparsebert import SparseBertAttention, SparseBertAttentionConfig
-
-
-def build(heads: int = 2, kv_heads: int | None = None, causal: bool = False, **fields: object) -> SparseBertAttention:
-    config = SparseBertAttentionConfig(**{"mask_length": 16, **fields})
-    return config.build(layer_spec(heads, kv_heads, causal=causal))
-
-
-def scatter_logits(module: SparseBertAttention, seed: int = 5, keep: float = 0.4) -> None:
-    """Logits of both signs, none near 0."""
-    assert module.logits is not None
-    raw = draw(*module.logits.shape, seed=seed)
-    uniform = torch.rand(module.logits.shape, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        module.logits.copy_(torch.where(uniform < keep, raw.abs() + 0.2, -raw.abs() - 0.2))
 
 
 def oracle(
@@ -69,7 +54,7 @@ STRUCTURES = ("structured", "unstructured")
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_sampled_mask_and_gradients_match_the_oracle(causal: bool, structure: str, hard: bool, kv_heads: int) -> None:
-    module = build(kv_heads=kv_heads, causal=causal, structure=structure, hard=hard, drop_diagonal=not hard)
+    module = build_sparsebert(kv_heads=kv_heads, causal=causal, structure=structure, hard=hard, drop_diagonal=not hard)
     scatter_logits(module)
     module.train()
     module.advance_step()
@@ -95,7 +80,7 @@ def test_sampled_mask_and_gradients_match_the_oracle(causal: bool, structure: st
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_dropped_keys_receive_a_gradient(structure: str) -> None:
-    module = build(structure=structure)
+    module = build_sparsebert(structure=structure)
     scatter_logits(module, keep=0.2)
     module.train()
     out = module(attention_inputs(length=16))
@@ -111,7 +96,7 @@ def test_dropped_keys_receive_a_gradient(structure: str) -> None:
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("drop_diagonal", [False, True])
 def test_frozen_equals_deterministic_and_the_oracle(causal: bool, structure: str, drop_diagonal: bool) -> None:
-    module = build(causal=causal, structure=structure, mask_length=80, drop_diagonal=drop_diagonal)
+    module = build_sparsebert(causal=causal, structure=structure, mask_length=80, drop_diagonal=drop_diagonal)
     scatter_logits(module, keep=0.05)  # sparse enough that some rows keep nothing
     module.eval()
     inputs = attention_inputs(batch=1, length=75, causal=causal)
@@ -149,7 +134,7 @@ def test_frozen_equals_deterministic_and_the_oracle(causal: bool, structure: str
 @pytest.mark.parametrize("keep", [0.1, 0.7])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_frozen_decoding_step_is_the_row_of_the_whole(structure: str, keep: float) -> None:
-    module = build(causal=True, structure=structure, mask_length=40)
+    module = build_sparsebert(causal=True, structure=structure, mask_length=40)
     scatter_logits(module, keep=keep)
     module.freeze()
     inputs = attention_inputs(length=33, causal=True)
@@ -164,7 +149,7 @@ def test_frozen_decoding_step_is_the_row_of_the_whole(structure: str, keep: floa
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_padding_packing_and_the_models_window(structure: str, frozen: bool) -> None:
-    module = build(structure=structure, causal=True)
+    module = build_sparsebert(structure=structure, causal=True)
     scatter_logits(module)
     module.eval()
     if frozen:
@@ -187,7 +172,7 @@ def test_padding_packing_and_the_models_window(structure: str, frozen: bool) -> 
 
 
 def test_chunks_of_rows_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = build(causal=True, mask_length=32)
+    module = build_sparsebert(causal=True, mask_length=32)
     scatter_logits(module)
     module.train()
     inputs = attention_inputs(length=50, causal=True)
@@ -202,7 +187,7 @@ def test_chunks_of_rows_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_noise_is_a_function_of_the_step() -> None:
-    module = build().train()
+    module = build_sparsebert().train()
     scatter_logits(module, keep=0.5)
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -210,7 +195,7 @@ def test_noise_is_a_function_of_the_step() -> None:
     assert torch.equal(first, module.gate())
     module.advance_step()
     assert not torch.equal(first, module.gate())
-    other = build().train()
+    other = build_sparsebert().train()
     other.load_state_dict(module.state_dict())
     assert torch.equal(module.gate(), other.gate())
     assert torch.equal(torch.get_rng_state(), state)
@@ -219,7 +204,7 @@ def test_noise_is_a_function_of_the_step() -> None:
 
 
 def test_gate_has_the_probability_of_its_logit() -> None:
-    module = build(mask_length=20000).train()
+    module = build_sparsebert(mask_length=20000).train()
     assert module.logits is not None
     with torch.no_grad():
         module.logits.fill_(1.0)
@@ -227,114 +212,8 @@ def test_gate_has_the_probability_of_its_logit() -> None:
     assert abs(float(module.gate().detach().mean()) - torch.sigmoid(torch.tensor(1.0)).item()) < 0.01
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("causal", [False, True])
-def test_density_loss_is_the_mean_gate_over_heads_and_pairs(structure: str, causal: bool) -> None:
-    module = build(structure=structure, causal=causal, hard=False).train()
-    scatter_logits(module)
-    mask = torch.ones(2, 14, dtype=torch.long)
-    mask[1, 9:] = 0
-    inputs = attention_inputs(length=14, causal=causal, band=Band(6, 4))
-    inputs.sequences = Sequences.from_mask(2, 14, 14, mask)
-    module(inputs)
-    gate = module.gate().detach()
-    total, pairs = 0.0, 0
-    for n in (14, 9):
-        for i in range(n):
-            for j in range(n):
-                if -(0 if causal else 4) <= i - j <= 6:
-                    total += sum(float(gate[h, i, j] if gate.dim() == 3 else gate[h, abs(i - j)]) for h in range(2))
-                    pairs += 2
-    assert math.isclose(float(module.aux_losses()["sparsebert_density"].detach()), 20.0 * total / pairs, rel_tol=1e-5)
-
-
-def test_shared_mask_is_owned_by_the_first_layer() -> None:
-    config = SparseBertAttentionConfig(mask_length=16)
-    layers = [config.build(layer_spec(layer=i)) for i in range(3)]
-    for layer in layers:
-        layer.tie(layers)
-    stack = torch.nn.ModuleList(layers).train()
-    assert [name for name, _ in stack.named_parameters()] == ["0.logits"]
-    scatter_logits(layers[0])
-    inputs = attention_inputs(length=16)
-    outs = [layer(inputs) for layer in layers]
-    assert torch.equal(outs[0], outs[1])  # the sample is shared as well
-    assert [sorted(layer.aux_losses()) for layer in layers] == [["sparsebert_density"], [], []]
-    twin = copy.deepcopy(stack)
-    assert twin[2].owner is twin[0]
-    for layer in layers:
-        layer.freeze()
-    assert sorted(stack.state_dict()) == ["0.kept", "0.step", "1.step", "2.step"]
-    stack.eval()
-    assert torch.equal(layers[2](inputs), layers[0](inputs))
-    with pytest.raises(SparseAttentionError, match="share_layers=False"):
-        config.build(layer_spec(heads=4)).tie(layers)
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_shared_mask_is_charged_for_every_pair_that_a_layer_reads(structure: str, causal: bool) -> None:
-    """A first layer that slides does not hide what the others read further away; equal layers count once."""
-    config = SparseBertAttentionConfig(mask_length=16, structure=structure, hard=False)
-    found = {}
-    for bands in (
-        (Band(2, 1), Band(4, 0), Band()),
-        (Band(2, 1), Band(4, 0)),
-        (Band(4, 1),),
-        (Band(4, 1),) * 3,
-        (Band(),),
-    ):
-        layers = [config.build(layer_spec(layer=i, causal=causal)).train() for i in range(len(bands))]
-        scatter_logits(layers[0])
-        for layer in layers:
-            layer.tie(layers)
-        for layer, band in zip(layers, bands, strict=True):
-            layer(attention_inputs(length=14, causal=causal, band=band))
-        loss = layers[0].aux_losses()["sparsebert_density"]
-        loss.backward()
-        assert layers[0].logits is not None
-        found[bands] = float(loss.detach()), layers[0].logits.grad
-        for layer, band in zip(layers, bands, strict=True):  # the figure is of the layer's own pairs
-            alone = config.build(layer_spec(causal=causal)).eval()
-            alone.logits = layers[0].logits
-            alone(attention_inputs(length=14, causal=causal, band=band))
-            assert layer.figures() == alone.figures()
-    first, second, one, three, full = found.values()
-    for (loss, grad), (expected, wanted) in ((first, full), (second, one), (three, one)):
-        assert loss == pytest.approx(expected, rel=1e-6)
-        assert torch.allclose(grad, wanted)
-    if structure == "structured":
-        assert bool((first[1][:, :14] != 0).all())
-
-
-def test_a_shared_mask_outlives_the_layer_that_owned_it() -> None:
-    config = SparseBertAttentionConfig(mask_length=16)
-    layers = [config.build(layer_spec(layer=i)) for i in range(3)]
-    for layer in layers:
-        layer.tie(layers)
-    scatter_logits(layers[0])
-    expected = layers[2].keep_table().clone()
-    for layer in layers[1:]:
-        layer.tie(layers[1:])
-    assert [name for name, _ in torch.nn.ModuleList(layers[1:]).named_parameters()] == ["0.logits"]
-    assert torch.equal(layers[2].keep_table(), expected)
-    assert layers[2].owner is layers[1]
-
-
-def test_unshared_masks_average_their_loss() -> None:
-    config = SparseBertAttentionConfig(mask_length=16, share_layers=False)
-    layers = [config.build(layer_spec(layer=i)).train() for i in range(4)]
-    for layer in layers:
-        layer.tie(layers)
-        layer.advance_step()
-        layer(attention_inputs(length=16))
-    total = sum(float(layer.aux_losses()["sparsebert_density"].detach()) for layer in layers)
-    mean = sum(float(layer._density(layer.gate(), layer._band).detach()) for layer in layers) / 4
-    assert math.isclose(total, 20 * mean, rel_tol=1e-6)
-
-
 def test_fresh_mask_is_dense_and_density_starts_near_one() -> None:
-    module = build(mask_length=64).eval()
+    module = build_sparsebert(mask_length=64).eval()
     inputs = attention_inputs(length=40)
     expected = torch.nn.functional.scaled_dot_product_attention(inputs.query, inputs.key, inputs.value)
     assert rms_ratio(module(inputs), expected) < 1e-5
@@ -345,7 +224,7 @@ def test_fresh_mask_is_dense_and_density_starts_near_one() -> None:
 
 def _trained(density_coef: float, planted: bool, steps: int = 120) -> SparseBertAttention:
     """Trains the mask towards the value three back (queries that know nothing), or towards dense attention."""
-    module = build(heads=1, causal=True, density_coef=density_coef, mask_length=12).train()
+    module = build_sparsebert(heads=1, causal=True, density_coef=density_coef, mask_length=12).train()
     optimizer = torch.optim.Adam([module.logits], lr=0.1, weight_decay=0.0)
     for step in range(steps):
         inputs = attention_inputs(batch=4, heads=1, length=20, causal=True, seed=10 * step)
@@ -376,14 +255,14 @@ def test_errors_and_registry() -> None:
     with pytest.raises(NotStaticError):
         SparseBertAttentionConfig().mask(8)
     with pytest.raises(SparseAttentionError, match="mask_length=16"):
-        build(structure="unstructured")(attention_inputs(length=17))
+        build_sparsebert(structure="unstructured")(attention_inputs(length=17))
     for bad in ({"structure": "toeplitz"}, {"mask_length": 0}, {"temperature": 0.0}, {"density_coef": -1}, {"hard": 1}):
         with pytest.raises(SparseAttentionError, match=next(iter(bad))):
             SparseBertAttentionConfig(**bad)
 
 
 def test_dropout_is_equal_in_recomputation_and_keeps_the_mean() -> None:
-    module = build(mask_length=32, density_coef=0.0).train()
+    module = build_sparsebert(mask_length=32, density_coef=0.0).train()
     inputs = attention_inputs(length=32, dropout=0.5)
     torch.manual_seed(3)
     first = module(inputs)

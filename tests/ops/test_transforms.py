@@ -175,9 +175,7 @@ REFUSED: dict[str, tuple[str, Callable[[Run, tuple[Tensor, ...]], Any]]] = {
 @pytest.mark.parametrize("mode", ["plain", "a mode that sees operators"])
 @pytest.mark.parametrize("run", [ours, spanned], ids=["static", "by data"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_forward_mode_and_second_derivatives_are_refused(
-    name: str, run: Run, mode: str, engine_of: str
-) -> None:  # fmt: skip
+def test_forward_mode_and_second_derivatives_are_refused(name: str, run: Run, mode: str, engine_of: str) -> None:
     reason, derivative = REFUSED[name]
     seen = nullcontext() if mode == "plain" else FlopCounterMode(display=False)
     with seen, pytest.raises(SparseAttentionError, match=reason):

@@ -80,9 +80,7 @@ def test_pipeline_tasks(minilm, task):
 def test_trainer(tmp_path):
     """save_model, checkpoints, resuming and the best model need nothing more from the user."""
     generator = torch.Generator().manual_seed(0)
-    rows = [
-        {"input_ids": torch.randint(3, 60, (40,), generator=generator), "labels": int(i % 3)} for i in range(12)
-    ]  # fmt: skip
+    rows = [{"input_ids": torch.randint(3, 60, (40,), generator=generator), "labels": int(i % 3)} for i in range(12)]
     arguments = TrainingArguments(
         tmp_path / "run",
         max_steps=4,

@@ -23,9 +23,7 @@ CARD_FILE = "README.md"
 # A card with this line is replaced by the next save; without it, it is the user's own.
 MARK = "<!-- written by sa_hf: remove this line to keep a text of your own here -->"
 METRICS_FILE = "metrics.json"  # of sa-hf finetune
-TASKS = {
-    "causal-lm": "text-generation", "masked-lm": "fill-mask", "sequence-classification": "text-classification",
-}  # fmt: skip
+TASKS = {"causal-lm": "text-generation", "masked-lm": "fill-mask", "sequence-classification": "text-classification"}
 OF_BASE = ("license", "license_name", "license_link", "language")  # what a derived model has from its base
 CARRIED = ("base_model", "license", "license_name", "license_link", "datasets", "language")
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sa_hf.hf.checkpoints.adapter_state import is_mark, load_sparse_state
 from sa_hf.hf.checkpoints.adapters import save_adapter
-from sa_hf.hf.state.activity import STATE
+from sa_hf.hf.state.activity import PATCH
 
 _GUARD = "sa_hf_guard"
 
@@ -94,5 +94,5 @@ def _patched_root(model: nn.Module) -> tuple[str, PreTrainedModel] | None:
     """The patched model inside one of PEFT's, and its name there; None where it is not patched."""
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
-            return (name, module) if STATE in vars(module) else None
+            return (name, module) if PATCH in vars(module) else None
     return None

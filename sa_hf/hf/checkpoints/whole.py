@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.state.activity import STATE
+from sa_hf.hf.state.activity import PATCH
 from sa_hf.hf.state.nested import patched_parts
 
 _GUARD = "sa_hf_guard"
@@ -42,7 +42,7 @@ def check_saves_whole(model: PreTrainedModel) -> None:
             else's may patch its part as it is built: it is warned about.
     """
     # An adapter alone holds nothing of its base.
-    if STATE in vars(model) or getattr(model, "_hf_peft_config_loaded", False):
+    if PATCH in vars(model) or getattr(model, "_hf_peft_config_loaded", False):
         return
     parts = patched_parts(model)
     if not parts:

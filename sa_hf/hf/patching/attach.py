@@ -20,7 +20,7 @@ from sa_hf.hf.forward.rotary import rotary_function
 from sa_hf.hf.patching.families import find_sites, switch_over
 from sa_hf.hf.patching.probe import Needs
 from sa_hf.hf.patching.probe import probe as run_probe
-from sa_hf.hf.state.activity import IMPLEMENTATION, PLACE, STATE, Activity, DenseMarker, Place
+from sa_hf.hf.state.activity import IMPLEMENTATION, PATCH, PLACE, Activity, DenseMarker, Place
 from sa_hf.hf.state.assignment import (
     HEADS,
     Assignment,
@@ -194,7 +194,7 @@ def _attach(root: PreTrainedModel, patch: Patch, children: dict[str, SparseAtten
     if learned_leaves(list(children.values())):
         follow_trainers()
     root.config.sa_hf = assignment_to_dict(patch.assignment)
-    setattr(root, STATE, patch)
+    setattr(root, PATCH, patch)
 
 
 def _put(module: nn.Module, child: nn.Module, place: Place) -> None:
@@ -280,4 +280,4 @@ def remove(root: PreTrainedModel, patch: Patch) -> None:
         module = root.get_submodule(name)
         del module.sparse
         delattr(module, PLACE)
-    delattr(root, STATE)
+    delattr(root, PATCH)

@@ -18,7 +18,7 @@ PACKED = "packed_sa_hf"
 # On an attention module, beside its child: PEFT may wrap and copy the child itself.
 PLACE = "sa_hf_place"
 # On a model, its Patch.
-STATE = "sa_hf_patch"
+PATCH = "sa_hf_patch"
 
 
 @dataclass(eq=False)

@@ -57,9 +57,7 @@ def parse_assignment(
     pattern = with_configs(pattern)
     if not isinstance(pattern, Mapping):
         config = make_config(pattern, options)
-        return {
-            stack: _filled(_where(layers, len(heads), stack), config) for stack, heads in stacks.items()
-        }  # fmt: skip
+        return {stack: _filled(_where(layers, len(heads), stack), config) for stack, heads in stacks.items()}
     if layers is not None or options:
         beside = f"layers={layers!r}" if layers is not None else f"the options {sorted(options)}"
         raise SparseAttentionError(

@@ -13,13 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.state.activity import PLACE, STATE, Activity
+from sa_hf.hf.state.activity import PATCH, PLACE, Activity
 
 
 def patched_parts(model: nn.Module) -> list[str]:
     """The names of the models inside a model that are patched by themselves."""
     # By name, not by class: of a checkpoint's carried code and the installed package each has its own.
-    return [name for name, module in model.named_modules() if name and STATE in vars(module)]
+    return [name for name, module in model.named_modules() if name and PATCH in vars(module)]
 
 
 def check_not_nested(root: PreTrainedModel, names: Iterable[str], own: Activity | None) -> None:

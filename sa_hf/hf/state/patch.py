@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sa_hf.config import SparseAttention
-from sa_hf.hf.state.activity import STATE, Activity
+from sa_hf.hf.state.activity import PATCH, Activity
 from sa_hf.hf.state.assignment import Assignment
 from sa_hf.hf.state.extension import Extension
 from sa_hf.hf.state.layers import sparse_children
@@ -49,7 +49,7 @@ class Patch:
 
 def patch_of(model: nn.Module) -> Patch | None:
     """The patch of a model, or None where it has none."""
-    patch = getattr(root_model(model), STATE, None)
+    patch = getattr(root_model(model), PATCH, None)
     return patch if isinstance(patch, Patch) else None
 
 

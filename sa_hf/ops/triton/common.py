@@ -61,10 +61,7 @@ def load_tile(
 
 
 @triton.jit
-def load_rows(
-    base, first, stride, valid,
-    ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-):  # fmt: skip
+def load_rows(base, first, stride, valid, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """:func:`load_tile` of any run of rows: ``first`` may be negative, ``valid [ROWS]`` says which are read."""
     pointers = base + first.to(tl.int64) * stride + tl.arange(0, ROWS)[:, None] * stride
     x0 = tl.load(pointers + tl.arange(0, D0)[None, :], mask=valid[:, None], other=0.0)

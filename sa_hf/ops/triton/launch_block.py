@@ -84,9 +84,7 @@ class Operands(NamedTuple):
 
     @property
     def shapes(self) -> OperandShapes:
-        return OperandShapes(
-            Shape.of(self.query), Shape.of(self.key), self.value.stride(), self.grad_out.stride()
-        )  # fmt: skip
+        return OperandShapes(Shape.of(self.query), Shape.of(self.key), self.value.stride(), self.grad_out.stride())
 
 
 class OperandShapes(NamedTuple):
@@ -156,9 +154,7 @@ def _by_query(
     return Prepared(kernel, _grid(work, tiling.tile_q // block_q, reps), arguments, config)
 
 
-def key_gradient(
-    lists: TileLists, operands: Operands, scores: Scores
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+def key_gradient(lists: TileLists, operands: Operands, scores: Scores) -> tuple[Tensor, Tensor, Tensor | None]:
     """dK and dV in the keys' shape and dtype, and the gradient of the spans at their positions."""
     query, key = operands.query, operands.key
     batch, heads, _, d = query.shape
@@ -170,15 +166,11 @@ def key_gradient(
     out_heads = heads // flat
     reps = _repeats(lists.tiling, batch, out_heads)
     grown = out_heads != kv_heads
-    dk, dv = (
-        stats_empty(key, batch, out_heads, n_k, d) if grown else empty_like(key) for _ in range(2)
-    )  # fmt: skip
+    dk, dv = (stats_empty(key, batch, out_heads, n_k, d) if grown else empty_like(key) for _ in range(2))
     d_span = None if scores.spans is None else stats_empty(key, batch, out_heads, n_k)
     part_k, part_v, part_span = _partials(work, reps, lists.tile_k, (d, d, 1), operands.delta)
     start = _key(lists.tiling, work.sizes, operands.shapes, flat, scores.numbers, config)
-    start(
-        *operands, dk, dv, d_span, part_k, part_v, part_span, *_list_tensors(lists, work), *scores.tensors
-    )  # fmt: skip
+    start(*operands, dk, dv, d_span, part_k, part_v, part_span, *_list_tensors(lists, work), *scores.tensors)
     list_heads = 1 if lists.heads == 1 else out_heads
     spans = None if d_span is None else part_span
     _combine(work, reps, part_k, spans, dk, d_span, lists.tiling, by_key=True, list_heads=list_heads, softmax=False)

@@ -75,9 +75,7 @@ def move_rows(
 
 # Of each part of a launch: its slots, and the first position of a run, or ``-1 - kind`` of an inverse index (bit 0: a
 # head has its own, bit 1: a sequence). One by one, because Triton specialises the numbers inside a tuple.
-SIZES = (
-    "n0", "n1", "n2", "n3", "n4", "n5", "n6", "n7", "s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7",
-)  # fmt: skip
+SIZES = ("n0", "n1", "n2", "n3", "n4", "n5", "n6", "n7", "s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7")
 MOST_PARTS = len(SIZES) // 2
 
 

@@ -179,9 +179,7 @@ def _moved(part: Part, device: torch.device) -> Part:
     return replace(part, layout=replace(layout, **tensors))
 
 
-def _milliseconds(
-    calls: Sequence[Callable[[], object]], device: torch.device, clock: Clock
-) -> float | None:  # fmt: skip
+def _milliseconds(calls: Sequence[Callable[[], object]], device: torch.device, clock: Clock) -> float | None:
     """Time of a call by the clock; None where the configuration does not compile or fit."""
     try:
         calls[0]()

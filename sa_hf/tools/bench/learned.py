@@ -153,9 +153,7 @@ def run_case(
     return out.detach(), *torch.autograd.grad(out, [*leaves, *(x for x in used if x.requires_grad)], grad)
 
 
-def data_parity(
-    case: DataCase, dtype: torch.dtype, device: torch.device, *, engine: str, shape: Shape
-) -> ParityResult:  # fmt: skip
+def data_parity(case: DataCase, dtype: torch.dtype, device: torch.device, *, engine: str, shape: Shape) -> ParityResult:
     """Errors against a fixed bound; ``dense_errors`` repeats it."""
     vectors, data = case_inputs(case, shape, 0)
     rounded = [x.to(dtype) for x in vectors]

@@ -127,9 +127,7 @@ def parity(
     )
 
 
-def option_case(
-    option: str, shape: Shape, device: torch.device
-) -> tuple[SlidingWindowAttentionConfig, ScoreOptions]:  # fmt: skip
+def option_case(option: str, shape: Shape, device: torch.device) -> tuple[SlidingWindowAttentionConfig, ScoreOptions]:
     """A causal window with one score option set."""
     config = SlidingWindowAttentionConfig(window=max(8, shape.length // 4))
     generator = torch.Generator().manual_seed(0)

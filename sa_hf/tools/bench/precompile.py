@@ -159,9 +159,7 @@ def _run_by_data(case: learned.DataCase, shape: Shape, dtype: torch.dtype) -> No
         learned.run_case(partial(case.attend, engine="triton"), [x.to(dtype) for x in vectors], data)
 
 
-def _run(
-    config: StaticPatternConfig, shape: Shape, dtype: torch.dtype, causal: bool, options: ScoreOptions
-) -> None:  # fmt: skip
+def _run(config: StaticPatternConfig, shape: Shape, dtype: torch.dtype, causal: bool, options: ScoreOptions) -> None:
     heads, n = shape.num_heads, shape.length
     geometry = Geometry(n, n, tuple(range(heads)), heads, 0, causal)
     plan = cached_plan(config, geometry, torch.device("cpu"))

@@ -41,9 +41,7 @@ class Comparison:
     note: str
 
 
-def compare(
-    config: SparseAttentionConfig, length: int, *, causal: bool, num_heads: int, head_dim: int
-) -> Comparison:  # fmt: skip
+def compare(config: SparseAttentionConfig, length: int, *, causal: bool, num_heads: int, head_dim: int) -> Comparison:
     """Time a pattern: static ones by the bare operator, those that learn by their module, untrained.
 
     Raises:

@@ -88,9 +88,7 @@ class Report:
         resume: the file to go on with where there is none at ``path``.
     """
 
-    def __init__(
-        self, path: Path, header: dict[str, Any], *, fresh: bool = False, resume: Path | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, path: Path, header: dict[str, Any], *, fresh: bool = False, resume: Path | None = None) -> None:
         self.path = path
         known = path if path.exists() or resume is None else resume
         self._earlier: dict[str, Any] = json.loads(known.read_text()) if known.exists() and not fresh else {}

@@ -8,15 +8,7 @@ import torch
 
 from sa_hf.tools.bench import learned
 from sa_hf.tools.bench.cases import parity_configs
-from sa_hf.tools.bench.parity import (
-    PARITY_DTYPES,
-    PARITY_SHAPES,
-    ParityResult,
-    Shape,
-    option_parity,
-    parity,
-    row_key,
-)
+from sa_hf.tools.bench.parity import PARITY_DTYPES, PARITY_SHAPES, ParityResult, Shape, option_parity, parity, row_key
 from sa_hf.tools.bench.suite import Suite
 
 TOY_SHAPE = Shape(1, 2, 1, 40, 16)

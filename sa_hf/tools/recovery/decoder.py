@@ -163,9 +163,7 @@ class Decoder:
         about.write_text(json.dumps(known, indent=1))
         return known
 
-    def _train_stage(
-        self, model: Any, optimizer: Any, stage: Stage, number: int, last: bool
-    ) -> list[dict[str, float]]:  # fmt: skip
+    def _train_stage(self, model: Any, optimizer: Any, stage: Stage, number: int, last: bool) -> list[dict[str, float]]:
         batches = self.rows(stage.length, stage.rows, stage.lines, f"base {number}")
         log = []
         for step, ids in zip(range(stage.steps), batches, strict=False):
