@@ -328,34 +328,28 @@ def check_fields(cls: type[SparseAttentionConfig], names: Iterable[str]) -> None
 def check_integer(
     config: SparseAttentionConfig, field: str, *, minimum: int, maximum: int = MAX_INTEGER, optional: bool = False
 ) -> None:
-    value = getattr(config, field)
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise SparseAttentionError(
-            f"{config.name}.{field}={shown(value)} must be an integer >= {minimum}{' or None' * optional}"
-        )
-    if not minimum <= value <= maximum:
-        nearest = minimum if value < minimum else maximum
-        raise SparseAttentionError(
-            f"{config.name}.{field}={shown(value)} must lie in [{minimum}, {maximum}]{' or be None' * optional}; "
-            f"nearest: {nearest}"
-        )
+    _check_range(config, field, int, "an integer", minimum, maximum, optional)
 
 
 def check_number(
     config: SparseAttentionConfig, field: str, *, minimum: float, maximum: float = MAX_NUMBER, optional: bool = False
 ) -> None:
-    value = getattr(config, field)
+    # An integer may be too large for isfinite, and is then out of range.
+    _check_range(config, field, int | float, "a finite number", minimum, maximum, optional)
+
+
+def _check_range(
+    config: SparseAttentionConfig, field: str, kind: Any, what: str, minimum: float, maximum: float, optional: bool
+) -> None:
+    value, name = getattr(config, field), f"{config.name}.{field}"
     if optional and value is None:
         return
-    # An integer may be too large for isfinite, and is then out of range.
-    if isinstance(value, bool) or not isinstance(value, int | float) or (value != value):
-        raise SparseAttentionError(f"{config.name}.{field}={shown(value)} must be a finite number >= {minimum}")
+    if isinstance(value, bool) or not isinstance(value, kind) or value != value:
+        raise SparseAttentionError(f"{name}={shown(value)} must be {what} >= {minimum}{' or None' * optional}")
     if not minimum <= value <= maximum:
         raise SparseAttentionError(
-            f"{config.name}.{field}={shown(value)} must lie in [{minimum}, {maximum}]; "
-            f"nearest: {minimum if value < minimum else maximum}"
+            f"{name}={shown(value)} must lie in [{minimum}, {maximum}]{' or be None' * optional}; nearest: "
+            f"{minimum if value < minimum else maximum}"
         )
 
 

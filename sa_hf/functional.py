@@ -44,7 +44,7 @@ def sparse_attention(
         sequence_ids: ``[batch, key_length]``; equal neighbours are one packed sequence.
         scale: of the query-key product; None is ``head_dim ** -0.5``.
         dropout: probability of dropping an attention probability.
-        engine: "auto", "triton", "native", or "reference" (the dense fp64 oracle).
+        engine: "auto", "triton", "native", "torch", or "reference" (the dense fp64 oracle).
 
     Returns:
         ``[batch, num_heads, query_length, head_dim]``; rows of padding are 0.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.functional import check_inputs
-from sa_hf.ops.choice import CANDIDATES, choose_engine
+from sa_hf.ops.choice import check_engine, choose_engine
 from sa_hf.ops.engine import Engine
 from sa_hf.ops.parts import Band, ScoreOptions, SegmentPart
 from sa_hf.ops.slots import merge_into, put, take
@@ -85,8 +85,7 @@ def sequence_parallel_longnet(
             "drop_diagonal=True is decided on the union of all branches of a row, which no rank sees before the "
             "exchange; sequence parallel LongNet takes drop_diagonal=False"
         )
-    if engine not in CANDIDATES:
-        raise SparseAttentionError(f"engine={engine!r} must be one of {list(CANDIDATES)}")
+    check_engine(engine)
     group = dist.group.WORLD if group is None else group
     if group is None:
         raise SparseAttentionError("torch.distributed has no process group; call init_process_group first")

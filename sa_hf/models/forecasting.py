@@ -106,12 +106,7 @@ class ConvTransForForecasting(ConvTransPreTrainedModel):
             SparseAttentionError: shapes that do not fit, or a series longer than the position table.
         """
         mask = self._check(values, covariates, series_ids, attention_mask)
-        # Padding to the front, real steps in order: a row's steps are then contiguous and end together.
-        order = torch.sort(mask.to(torch.uint8), dim=1, stable=True).indices
-        front = mask.gather(1, order)
-        steps = values.gather(1, order).masked_fill(~front, 0)
-        if covariates is not None:
-            covariates = covariates.gather(1, order.unsqueeze(-1).expand_as(covariates))
+        order, front, steps, covariates = _to_the_end(mask, values, covariates)
         scale = self._scale(steps, front)
         hidden, _ = self._run(_lagged(steps, front), scale, covariates, series_ids, front, None)
         hidden = torch.zeros_like(hidden).scatter(1, order.unsqueeze(-1).expand_as(hidden), hidden)
@@ -159,11 +154,7 @@ class ConvTransForForecasting(ConvTransPreTrainedModel):
                 )
             covariates, future = covariates[:, :past], covariates[:, past:].repeat_interleave(num_samples, 0)
         mask = self._check(values, covariates, series_ids, attention_mask, extra=steps)
-        order = torch.sort(mask.to(torch.uint8), dim=1, stable=True).indices
-        mask = mask.gather(1, order)
-        history = values.gather(1, order).masked_fill(~mask, 0)
-        if covariates is not None:
-            covariates = covariates.gather(1, order.unsqueeze(-1).expand_as(covariates))
+        _, mask, history, covariates = _to_the_end(mask, values, covariates)
         scale = self._scale(history, mask)
         _, caches = self._run(_lagged(history, mask), scale, covariates, series_ids, mask, [])
         caches = [c.repeated(num_samples) for c in caches]
@@ -252,3 +243,15 @@ class ConvTransForForecasting(ConvTransPreTrainedModel):
 def _lagged(values: Tensor, mask: Tensor) -> Tensor:
     """The value before each step, 0 at the first; padding (in front) holds 0 already."""
     return nn.functional.pad(values, (1, -1)).masked_fill(~mask, 0)
+
+
+def _to_the_end(
+    mask: Tensor, values: Tensor, covariates: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Padding to the front, real steps in order: a row's steps are then contiguous and end together. Returns the order
+    ``[B, T]``, and by it the mask, the values (0 at padding) and the covariates."""
+    order = torch.sort(mask.to(torch.uint8), dim=1, stable=True).indices
+    mask = mask.gather(1, order)
+    if covariates is not None:
+        covariates = covariates.gather(1, order.unsqueeze(-1).expand_as(covariates))
+    return order, mask, values.gather(1, order).masked_fill(~mask, 0), covariates

@@ -69,21 +69,11 @@ def source_of(
         fields: what ``--dataset_set`` says.
     """
     return load_source(
-        args.task,
-        args.dataset,
-        max_length=args.max_length,
-        dataset_config=args.dataset_config,
-        text_column=args.text_column,
-        label_column=args.label_column,
-        train_rows=args.train_rows,
-        evaluation_rows=args.eval_rows,
-        seed=args.seed,
-        eval_split=args.eval_split,
-        encoding=args.encoding,
-        evaluate_only=evaluate_only,
-        label2id=label2id,
-        fields=fields,
-    )
+        args.task, args.dataset, max_length=args.max_length, dataset_config=args.dataset_config,
+        text_column=args.text_column, label_column=args.label_column, train_rows=args.train_rows,
+        evaluation_rows=args.eval_rows, seed=args.seed, eval_split=args.eval_split, encoding=args.encoding,
+        evaluate_only=evaluate_only, label2id=label2id, fields=fields,
+    )  # fmt: skip
 
 
 def devices(cpu: bool) -> dict[str, bool]:

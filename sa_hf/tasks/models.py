@@ -27,7 +27,6 @@ AUTO_CLASSES = {
 TOYS = ("tiny-llama", "tiny-gpt2", "tiny-bert", "tiny-t5")
 # The forecaster of this package, freshly initialised: its pattern is a field of its config.
 CONV_TRANS = "convtrans"
-_TOY_SIZE = {"hidden": 64, "layers": 2, "heads": 4, "intermediate": 128}
 
 
 def load_for_task(
@@ -232,52 +231,25 @@ def _last_line(error: Exception) -> str:
 def _toy_config(name: str, vocab_size: int, max_length: int, options: Mapping[str, Any]) -> Any:
     import transformers
 
-    size = _TOY_SIZE
+    hidden, layers, heads, inner = 64, 2, 4, 128
+    given = {"vocab_size": vocab_size, "pad_token_id": 0}
+    ends = {"bos_token_id": None, "eos_token_id": 1}
+    usual = {
+        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": inner,
+        "max_position_embeddings": max_length,
+    }  # fmt: skip
     if name == "tiny-llama":
-        config: Any = transformers.LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=size["hidden"],
-            intermediate_size=size["intermediate"],
-            num_hidden_layers=size["layers"],
-            num_attention_heads=size["heads"],
-            num_key_value_heads=size["heads"] // 2,
-            max_position_embeddings=max_length,
-            bos_token_id=None,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
+        config: Any = transformers.LlamaConfig(**given, **usual, **ends, num_key_value_heads=heads // 2)
     elif name == "tiny-gpt2":
         config = transformers.GPT2Config(
-            vocab_size=vocab_size,
-            n_embd=size["hidden"],
-            n_layer=size["layers"],
-            n_head=size["heads"],
-            n_positions=max_length,
-            bos_token_id=None,
-            eos_token_id=1,
-            pad_token_id=0,
+            **given, **ends, n_embd=hidden, n_layer=layers, n_head=heads, n_positions=max_length
         )
     elif name == "tiny-t5":
         config = transformers.T5Config(
-            vocab_size=vocab_size,
-            d_model=size["hidden"],
-            d_kv=size["hidden"] // size["heads"],
-            d_ff=size["intermediate"],
-            num_layers=size["layers"],
-            num_heads=size["heads"],
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
-        )
+            **given, d_model=hidden, d_kv=hidden // heads, d_ff=inner, num_layers=layers, num_heads=heads,
+            eos_token_id=1, decoder_start_token_id=0,
+        )  # fmt: skip
     else:
-        config = transformers.BertConfig(
-            vocab_size=vocab_size,
-            hidden_size=size["hidden"],
-            intermediate_size=size["intermediate"],
-            num_hidden_layers=size["layers"],
-            num_attention_heads=size["heads"],
-            max_position_embeddings=max_length,
-            pad_token_id=0,
-        )
+        config = transformers.BertConfig(**given, **usual)
     _set(config, options)
     return config

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sa_hf.tools.recovery import grid
-from sa_hf.tools.recovery.grid import DENSE, MAX_DENSITY, NOT_SERVED, PARTS, PATTERNS, SEEDS, STEPS, UNTRAINED
+from sa_hf.tools.recovery.grid import DENSE, MAX_DENSITY, NOT_SERVED, PARTS, PATTERNS, SEEDS, STEPS, UNTRAINED, Part
 from sa_hf.tools.recovery.intervals import COVERAGE, RESAMPLES, Interval
 from sa_hf.tools.recovery.pictures import draw_curves, draw_heat_maps
 from sa_hf.tools.recovery.pooled import JUDGED, NO, Entry, pooled
@@ -68,11 +68,11 @@ def markdown(rows: Rows) -> str:
     return "\n".join(blocks)
 
 
-def _measured(rows: Rows, entries: Sequence[Entry], part: str) -> str:
+def _measured(rows: Rows, entries: Sequence[Entry], part: Part) -> str:
     """How much of the grid there is, and where it was measured."""
     of_part = [row for row in rows if row["part"] == part and row["split"] == "report"]
-    several = len(PATTERNS["encoder" if part == "encoder" else "decoder"])
-    later = (len(grid.METHODS["encoder" if part == "encoder" else "decoder"]) * several - 2) * len(SEEDS)
+    several = len(PATTERNS[part])
+    later = (len(grid.METHODS[part]) * several - 2) * len(SEEDS)
     whole = several + later * (len(STEPS) - 1)
     machines = Counter(
         f"{row['machine']['device']}, torch {row['machine']['torch']}, transformers {row['machine']['transformers']}, "
@@ -92,21 +92,19 @@ def _measured(rows: Rows, entries: Sequence[Entry], part: str) -> str:
     )
 
 
-def _summary(entries: Sequence[Entry], part: str) -> str:
+def _summary(entries: Sequence[Entry], part: Part) -> str:
     """A row per pattern: the first step at which each method has 98 %."""
-    methods = [m for m in (UNTRAINED, *dict.fromkeys(e.method for e in entries)) if m != UNTRAINED]
-    methods = list(dict.fromkeys(methods))
+    methods = list(dict.fromkeys(e.method for e in entries if e.method != UNTRAINED))
     head = ("pattern", "density", "untrained", *methods)
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-    known = list(PATTERNS["encoder" if part == "encoder" else "decoder"])
-    for pattern in known:
-        of_pattern = [entry for entry in entries if entry.pattern == pattern]
+    for pattern in PATTERNS[part]:
         if pattern == DENSE:
             continue
+        of_pattern = [entry for entry in entries if entry.pattern == pattern]
         density = f"{of_pattern[-1].density:.1%}" if of_pattern else ""
         cells = [_first([e for e in of_pattern if e.method == method]) for method in (UNTRAINED, *methods)]
         lines.append(f"| {pattern} | {density} | {' | '.join(cells)} |")
-    for pattern, why in NOT_SERVED["encoder" if part == "encoder" else "decoder"].items():
+    for pattern, why in NOT_SERVED[part].items():
         lines.append(f"| {pattern} | | not served: {why} |{' |' * len(methods)}")
     return "At which step 98 % of dense is kept:\n\n" + "\n".join(lines) + "\n"
 
