@@ -78,12 +78,16 @@ class Blocks:
 class LayerSpec:
     """One attention layer of a model, as far as a pattern needs to know it.
 
-    ``max_length`` is the longest input the model takes, None where unbounded; ``band`` its own sliding window, and
-    ``chunk`` the tokens of its own chunks (Llama 4), beyond which nothing is read.
-    ``heads`` are the query heads that a part of a mixture serves, None is all; ``num_heads`` is the whole layer's, and
-    ``num_key_value_heads`` counts the key heads that the part is given, and ``whole_groups`` says that it has all query
-    heads of each (grouped-query attention).
-    ``head_dim`` is that of queries and keys; ``sinks`` says that each head has a logit in the softmax's denominator.
+    Args:
+        num_heads: query heads of the whole layer.
+        num_key_value_heads: key heads that the pattern is given: the whole layer's, or those of its part.
+        head_dim: of queries and keys.
+        max_length: the longest input the model takes; None where unbounded.
+        band: the model's own sliding window; chunk: the tokens of its own chunks (Llama 4), beyond which nothing is
+            read.
+        heads: the query heads that a part of a mixture serves; None is all.
+        whole_groups: the part has all query heads of each of its key heads (grouped-query attention).
+        sinks: each head has a logit in the softmax's denominator.
     """
 
     layer_idx: int
@@ -107,19 +111,24 @@ class LayerSpec:
 class AttentionInputs:
     """One call of an attention layer.
 
-    Shapes: query ``[B, H, Nq, D]``, key and value ``[B, Hkv, Nk, D]`` (after rotary embedding, cache included;
-    values may be of another width),
-    ``hidden_states [B, Nq, hidden]`` the layer's input, ``distance_bias [H, 2 * N - 1]`` as in ``ScoreOptions``,
-    ``before_rotary(query, key)`` gives queries and keys of the new tokens as they were before the rotary embedding,
-    None where there is none. ``remember(name, tensor, dim)`` joins a per-token tensor of the new positions to the
-    cached ones along ``dim`` and returns that of all key positions; with ``need=m`` the cache keeps the last m (and a
-    few) alone, and only these and the new ones come back; with ``whole=False`` those of the keys that a cache kept come
-    back (``key_slots``), else the others' places are filled. It is None without a cache (then ``Nq == Nk``).
-    ``beside(name)`` gives what an earlier call on the same cache has put there by ``beside(name, tensor)``, ``[B, C, m,
-    D]`` made of the keys; it follows the rows of the batch, and after a crop it is empty. None without a cache, too.
-    ``key_slots [Nk]`` are the slots of the keys, ascending, where a cache has dropped others and the pattern
-    ``reads_listed_keys``; None: key ``j`` stands at slot ``j``. ``sinks [H]`` as in ``ScoreOptions``, ``chunk`` as in
-    ``Geometry``; ``blocks`` over all key slots of this call, None where there are none.
+    Args:
+        query: ``[B, H, Nq, D]``.
+        key, value: ``[B, Hkv, Nk, D]`` (after rotary embedding, cache included); values may be of another width.
+        hidden_states: ``[B, Nq, hidden]``, the layer's input.
+        distance_bias, sinks: ``[H, 2 * N - 1]`` and ``[H]``, as in ``ScoreOptions``.
+        before_rotary: ``(query, key)`` gives queries and keys of the new tokens as they were before the rotary
+            embedding; None where there is none.
+        remember: ``(name, tensor, dim)`` joins a per-token tensor of the new positions to the cached ones along ``dim``
+            and returns that of all key positions. With ``need=m`` the cache keeps the last m (and a few) alone, and
+            only these and the new ones come back; with ``whole=False`` those of the keys that a cache kept
+            (``key_slots``), else the others' places are filled. None without a cache (then ``Nq == Nk``).
+        beside: ``(name)`` gives what an earlier call on the same cache has put there by ``beside(name, tensor)``,
+            ``[B, C, m, D]`` made of the keys; it follows the rows of the batch, and after a crop it is empty. None
+            without a cache, too.
+        key_slots: ``[Nk]``, the slots of the keys, ascending, where a cache has dropped others and the pattern
+            ``reads_listed_keys``; None: key ``j`` stands at slot ``j``.
+        band, chunk: the model's own window and chunks, as in ``Geometry``.
+        blocks: over all key slots of this call; None where there are none.
     """
 
     query: Tensor

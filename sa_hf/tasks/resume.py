@@ -11,39 +11,12 @@ from sa_hf.config import shown
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.checkpoints.files import dense_name
 
-AUTO = "auto"
-_STATE = "trainer_state.json"
 _ADAPTER = "adapter_config.json"
 # What must be equal beside the pattern for the weights to fit and to mean the same.
 _FIELDS = (
     "model_type", "architectures", "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings",
     "label2id", "attention", "sa_hf",
 )  # fmt: skip
-
-
-def checkpoint_of(resume: str | None, output_dir: str) -> Path | None:
-    """The checkpoint that --resume names; "auto" is the newest of ``output_dir``, None where it has none.
-
-    Raises:
-        SparseAttentionError: the folder is no checkpoint of a Trainer.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if resume is None:
-        return None
-    if resume == AUTO:
-        found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        return None if found is None else Path(found)
-    folder = Path(resume)
-    if (folder / _STATE).is_file():
-        return folder
-    places = [place for place in (folder, Path(output_dir)) if place.is_dir()]
-    newest = next((found for place in places if (found := get_last_checkpoint(str(place)))), None)
-    problem = f"holds no {_STATE}, so it is no checkpoint of a run" if folder.is_dir() else "is no folder"
-    raise SparseAttentionError(
-        f"--resume {resume} {problem}; "
-        + (f"nearest: {newest}" if newest else "a run keeps checkpoints under --save_steps")
-    )
 
 
 def check_checkpoint(folder: Path, model: Any, lora_rank: int) -> None:

@@ -30,7 +30,7 @@ from sa_hf.tasks.models import (
     trained_classes,
 )
 from sa_hf.tasks.ranks import is_main, quiet_others, say
-from sa_hf.tasks.resume import check_checkpoint, checkpoint_of
+from sa_hf.tasks.resume import check_checkpoint
 from sa_hf.tasks.source import SUMMARIES, Rows
 from sa_hf.tasks.summaries import summary_figures
 from sa_hf.tasks.verify import required_peft, verify_reload
@@ -340,9 +340,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> dict[str
     check_reports(args.report_to)
     check_teacher(args)
     check_output(Path(args.output_dir))
-    checkpoint_of(args.resume, args.output_dir)
-    whole_one = checkpoint_to_resume(args.resume, Path(args.output_dir))
-    checkpoint = None if whole_one is None else Path(whole_one)
+    checkpoint = checkpoint_to_resume(args.resume, Path(args.output_dir))
     model, tokenizer, data = prepare(args)
     if checkpoint is not None:
         check_checkpoint(checkpoint, model, args.lora_rank)

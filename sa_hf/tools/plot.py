@@ -1,18 +1,14 @@
 """A patched model's attention, layer by layer, as one picture: static patterns, and what has been learned or routed.
 
-What a layer reads that follows its data (Expire-Span, Routing) is seen, not derived: its module runs again on the same
-inputs with scores of 0 and the values of one key after the other, so the output is the weight of each pair.
+What a layer reads that follows its data (Expire-Span, Routing) is seen, not derived (``seen.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sa_hf.config import SparseAttention
@@ -38,6 +34,7 @@ from sa_hf.patterns.drawing import (
 )
 from sa_hf.patterns.routing import RoutingAttention
 from sa_hf.patterns.sparsebert import SparseBertAttention
+from sa_hf.tools.seen import attended, inputs_seen
 
 NEEDS_TEXT = "what this layer reads\ndepends on the text:\ngive one (--text FILE)"
 
@@ -82,7 +79,7 @@ def plot_model(
     shown = min([wanted, *(limit for limit in limits if limit is not None)])
     if length is not None and shown < length:
         raise SparseAttentionError(f"length={length} is above what the model's layers take; nearest: {shown}")
-    seen = {} if input_ids is None else _inputs_of_layers(root, rows, input_ids)
+    seen = {} if input_ids is None else inputs_seen(root, (*(row.child for row in rows), *_routed(rows)), input_ids)
     drawn = [_panels(row, shown, heads, seen.get(id(row.child))) for row in rows]
     for part in _routed(rows):
         if id(part) in seen:  # last: a layer that is drawn runs again, and forgets its figures
@@ -164,55 +161,5 @@ def _panel(mask: Tensor, pattern: str, title: str, causal: bool) -> Panel:
     return Panel(title, len(mask), causal, drawn, part_colours(pattern, drawn))
 
 
-# -- what follows the data -----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def attended(child: SparseAttention, inputs: AttentionInputs) -> Tensor:
-    """Which pairs a layer reads on some inputs, and how open the gate of each is: fp32 ``[H, n, n]`` in [0, 1].
-
-    Of the first sequence; the weight of a pair over the largest of its row, all scores 0.
-    """
-    keys, width = inputs.key.shape[2], inputs.value.shape[3]
-    plain = replace(inputs, scale=0.0, softcap=None, distance_bias=None, dropout=0.0, remember=None, beside=None)
-    pieces = []
-    for begin in range(0, keys, width):
-        at = torch.arange(begin, min(begin + width, keys), device=inputs.value.device)
-        value = torch.zeros_like(inputs.value)
-        value[:, :, at, at - begin] = 1
-        pieces.append(child(replace(plain, value=value))[0, ..., : len(at)].float())
-    weights = torch.cat(pieces, -1)
-    return weights / weights.amax(-1, keepdim=True).clamp(min=1e-30)
-
-
-@torch.no_grad()
-def _inputs_of_layers(root: Any, rows: list[_Row], input_ids: Tensor) -> dict[int, AttentionInputs]:
-    """What the layers of the rows are given in one forward on a text, by the identity of their module."""
-    seen: dict[int, AttentionInputs] = {}
-    both = {"decoder_input_ids": input_ids} if root.config.is_encoder_decoder else {}
-    training = root.training
-    root.eval()
-    try:
-        with _watched(rows, seen):
-            root(input_ids=input_ids, **both)
-    finally:
-        root.train(training)
-    return seen
-
-
 def _routed(rows: list[_Row]) -> list[RoutingAttention]:
     return [part for row in rows for part in leaves(row.child) if isinstance(part, RoutingAttention)]
-
-
-@contextmanager
-def _watched(rows: list[_Row], seen: dict[int, AttentionInputs]) -> Iterator[None]:
-    def note(module: nn.Module, given: tuple[Any, ...]) -> None:
-        seen[id(module)] = given[0]
-
-    modules = {id(module): module for module in (*(row.child for row in rows), *_routed(rows))}
-    handles = [module.register_forward_pre_hook(note) for module in modules.values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

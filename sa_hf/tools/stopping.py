@@ -96,7 +96,7 @@ def end_if_saved(stop: StopAndSave, output: Path) -> None:
         raise SystemExit(STOPPED)
 
 
-def checkpoint_to_resume(wanted: str | None, output: Path) -> str | None:
+def checkpoint_to_resume(wanted: str | None, output: Path) -> Path | None:
     """The checkpoint that ``--resume`` names: a folder, or with "auto" the newest whole one in ``output``.
 
     Raises:
@@ -107,15 +107,16 @@ def checkpoint_to_resume(wanted: str | None, output: Path) -> str | None:
     if wanted != "auto":
         reason = _cut_short(Path(wanted))
         if reason:
-            known = [str(folder) for folder in _checkpoints(Path(wanted).parent) if not _cut_short(folder)]
+            places = (Path(wanted), Path(wanted).parent, output)
+            whole = (folder for place in places for folder in _checkpoints(place) if not _cut_short(folder))
             raise SparseAttentionError(
-                f"--resume {wanted}: {reason}; nearest: {known[0] if known else 'none, leave --resume out'}"
+                f"--resume {wanted}: {reason}; nearest: {next(whole, 'none, leave --resume out')}"
             )
-        return wanted
+        return Path(wanted)
     for folder in _checkpoints(output):
         reason = _cut_short(folder)
         if not reason:
-            return str(folder)
+            return folder
         print(f"{folder} is passed over: {reason}", file=sys.stderr)
     return None
 

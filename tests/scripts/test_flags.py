@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+import torch
 from finetune_cases import DECODER, FEW_STEPS
+from safetensors.torch import save_file
 
 from sa_hf import SparseAttentionError
 from sa_hf.tools import evaluate, finetune
@@ -187,13 +188,16 @@ def test_a_checkpoint_of_an_adapter_goes_on_with_its_own_rank_and_pattern(tmp_pa
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(SparseAttentionError, match="nowhere is no folder"):
+    with pytest.raises(SparseAttentionError, match="nowhere: there is no such folder"):
         run(tmp_path, *BIGBIRD, "--resume", str(tmp_path / "nowhere"))
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.mkdir()
-    with pytest.raises(SparseAttentionError, match=r"holds no trainer_state.json.*nearest: .*checkpoint-3"):
+    for name in ("config.json", "trainer_state.json"):
+        (checkpoint / name).write_text("{}")
+    save_file({"weight": torch.ones(1)}, checkpoint / "model.safetensors")
+    with pytest.raises(SparseAttentionError, match=r"it holds no model.*nearest: .*checkpoint-3"):
         run(tmp_path, *BIGBIRD, "--resume", str(tmp_path))
     assert list(tmp_path.iterdir()) == [checkpoint]
-    (checkpoint / "trainer_state.json").write_text(json.dumps({}))
-    with pytest.raises(SparseAttentionError, match="it holds no model"):
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(SparseAttentionError, match=r"checkpoint-3: it holds no model.*nearest: none"):
         run(tmp_path, *BIGBIRD, "--resume", str(checkpoint))

@@ -39,7 +39,7 @@ def test_auto_passes_over_what_was_not_saved_whole(tmp_path: Path, capsys: pytes
     checkpoint(tmp_path / "checkpoint-10", state='{"global_step": 1')
     checkpoint(tmp_path / "checkpoint-11", state=None)
     (tmp_path / "checkpoint-12").mkdir()
-    assert checkpoint_to_resume("auto", tmp_path) == str(whole)
+    assert checkpoint_to_resume("auto", tmp_path) == whole
     told = capsys.readouterr().err.splitlines()
     assert [line.partition(" is passed over: ")[0][-2:] for line in told] == ["12", "11", "10"]
     with pytest.raises(SparseAttentionError, match=r"checkpoint-11: it has no trainer_state.json.*checkpoint-9"):
@@ -63,11 +63,11 @@ def test_weights_and_state_that_are_cut_are_found_before_training(
 ) -> None:
     whole, cut = checkpoint(tmp_path / "checkpoint-1"), checkpoint(tmp_path / "checkpoint-2")
     content = (cut / name).read_bytes()
-    assert checkpoint_to_resume("auto", tmp_path) == str(cut)
+    assert checkpoint_to_resume("auto", tmp_path) == cut
     (cut / name).unlink()
     if kept is not None:
         (cut / name).write_bytes(content[:kept])
-    assert checkpoint_to_resume("auto", tmp_path) == str(whole)
+    assert checkpoint_to_resume("auto", tmp_path) == whole
     with pytest.raises(SparseAttentionError, match=f"{message}.*; nearest: .*checkpoint-1"):
         checkpoint_to_resume(str(cut), tmp_path)
 
@@ -158,7 +158,7 @@ def test_a_full_disk_has_a_clear_end_and_keeps_what_was_whole(tmp_path: Path) ->
     assert last.startswith(f"{tmp_path} cannot be written")
     assert "checkpoint-1" in last
     assert {p: p.read_bytes() for p in before if p.exists()} == before
-    assert checkpoint_to_resume("auto", tmp_path) == str(tmp_path / "checkpoint-1")
+    assert checkpoint_to_resume("auto", tmp_path) == tmp_path / "checkpoint-1"
 
 
 def test_only_what_cannot_be_written_is_told_as_such(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
 // Both passes over fixed offsets: a query's few keys along the vectors.
+//
+// Shapes: pairs [rows, room], room the offsets in whole vectors of W; sums [head_dim]; rows as in tiles.h.
 #pragma once
 
 #include "passes.h"

@@ -1,4 +1,6 @@
 // What the passes multiply, from rows where they lie; and the products' sums as rows.
+//
+// Shapes as in tiles.h: queries, gradients and sums as columns [head_dim, width], keys and values as rows.
 #pragma once
 
 #include "tiles.h"

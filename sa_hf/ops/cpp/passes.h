@@ -1,4 +1,6 @@
 // The forward and the backward pass over the tiles of block lists and segments.
+//
+// Shapes as in tiles.h: scores [keys, width] of a chunk, sums as columns [head_dim, width]; VECTORS * W queries.
 #pragma once
 
 #include "units.h"

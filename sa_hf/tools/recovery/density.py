@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +10,7 @@ from sa_hf.hf.patching.summary import summary
 from sa_hf.hf.state.layers import active_child
 from sa_hf.hf.state.patch import patch_of
 from sa_hf.hf.state.sites import root_model
-
-COLUMNS = 256  # width of the values that the layers run on
+from sa_hf.tools.seen import attended, inputs_seen
 
 
 def densities(model: nn.Module, ids: Tensor) -> list[float]:
@@ -34,50 +28,18 @@ def densities(model: nn.Module, ids: Tensor) -> list[float]:
 
 @torch.no_grad()
 def pairs_read(model: nn.Module, ids: Tensor) -> dict[int, float]:
-    """Pairs that each sparse layer reads of ``ids [1, n]``, over those of dense attention, ``{layer: share}``.
-
-    Each layer runs again on unit vectors as its values, so that its output is its weights; with a scale of 0 a pair
-    that is read has one above 0, however unlike query and key are (which pairs are read does not hang on the scale).
-    """
+    """Pairs that each sparse layer reads of ``ids [1, n]``, over those of dense attention, ``{layer: share}``."""
     root = root_model(model)
     patch = patch_of(root)
     if patch is None:
         return {}
+    children = [(site.spec, active_child(root.get_submodule(site.name))) for site in patch.sites.all_sites]
+    sparse = [(spec, child) for spec, child in children if isinstance(child, SparseAttention)]
+    seen = inputs_seen(root, (child for _, child in sparse), ids)
     found: dict[int, float] = {}
-    training = model.training
-    model.eval()
-    with _counted(root, patch.sites.all_sites, found):
-        model(input_ids=ids)
-    model.train(training)
-    return found
-
-
-@contextmanager
-def _counted(root: nn.Module, sites: list[Any], found: dict[int, float]) -> Iterator[None]:
-    handles = []
-    for site in sites:
-        child = active_child(root.get_submodule(site.name))
-        if isinstance(child, SparseAttention):
-            handles.append(child.register_forward_hook(_counter(site.spec, found)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _counter(spec: Any, found: dict[int, float]) -> Any:
-    def count(child: SparseAttention, given: tuple[Any, ...], output: Tensor) -> None:
-        inputs = given[0]
-        heads, length = inputs.key.shape[1], inputs.key.shape[2]
-        kept = 0
-        units = torch.eye(length, dtype=inputs.value.dtype, device=inputs.value.device)
-        for columns in units.split(COLUMNS, dim=1):
-            value = columns.expand(1, heads, -1, -1).contiguous()
-            # Not through __call__: this hook would run again.
-            weights = child.forward(replace(inputs, value=value, scale=0.0))
-            kept += int((weights > 0).sum())
+    for spec, child in sparse:
+        inputs = seen[id(child)]
+        length = inputs.key.shape[2]
         pairs = length * (length + 1) // 2 if spec.causal else length * length
-        found[spec.layer_idx] = kept / (pairs * inputs.query.shape[1])
-
-    return count
+        found[spec.layer_idx] = int((attended(child, inputs) > 0).sum()) / (pairs * inputs.query.shape[1])
+    return found
