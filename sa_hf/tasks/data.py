@@ -208,7 +208,7 @@ def _documents(rows: Rows, tokenizer: Any, max_length: int) -> PackedRows:
 
 def _from_tables(task: str, choice: Choice, label2id: Mapping[str, int] | None, max_length: int) -> Source:
     """The rows of the user's files, or of a hub data set."""
-    loaded = load(choice, task, classify=task not in LANGUAGE)
+    loaded = load(choice, classify=task not in LANGUAGE)
     if task == FORECASTING:
         return table_series(loaded, choice, max_length)
     if task in (QUESTIONS, SUMMARIES):

@@ -62,7 +62,7 @@ def checked_text(value: Any, where: Callable[[], str], column: str) -> str:
     raise SparseAttentionError(f"{where()}: column {column!r} {problem}")
 
 
-def load(choice: Choice, task: str, classify: bool) -> Loaded:
+def load(choice: Choice, classify: bool) -> Loaded:
     """The splits of a local file or folder, a folder of ``save_to_disk``, or a hub data set, under their usual names.
 
     Raises:

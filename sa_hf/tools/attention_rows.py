@@ -6,7 +6,7 @@ seen from outside, and the probabilities of some of its rows, drawn evenly over 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sa_hf.config import SparseAttention, SparseAttentionConfig
+from sa_hf.config import SparseAttentionConfig
 from sa_hf.layer import AttentionInputs, Geometry
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.block_topk import BlockTopKAttentionConfig, read_pairs
@@ -149,6 +149,7 @@ def layers_kept(
             left out of it.
     """
     from sa_hf import patch_model, unpatch_model
+    from sa_hf.hf.state.patch import required_patch
     from sa_hf.hf.state.sites import root_model
 
     root, length = root_model(model), input_ids.shape[1]
@@ -159,7 +160,7 @@ def layers_kept(
     try:
         root.eval()
         with ExitStack() as stack:
-            for site, child in _children(root):
+            for site, child in required_patch(root, "measure").sparse_sites(root):
                 layers = found.setdefault(site.stack, [])
                 layers.append({})
 
@@ -176,16 +177,6 @@ def layers_kept(
         root.train(training)
         unpatch_model(root)
     return found
-
-
-def _children(root: nn.Module) -> Iterator[tuple[Any, SparseAttention]]:
-    from sa_hf.hf.state.layers import active_child
-    from sa_hf.hf.state.patch import required_patch
-
-    for site in required_patch(root, "measure").sites.all_sites:
-        child = active_child(root.get_submodule(site.name))
-        if isinstance(child, SparseAttention):
-            yield site, child
 
 
 def _serves(config: SparseAttentionConfig, spec: Any) -> bool:

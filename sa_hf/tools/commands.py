@@ -275,7 +275,7 @@ def suggest(
     input_ids, limit = None, position_limit(loaded)
     if text is not None:
         input_ids = text_ids(model, text, tokens_to_measure(limit, tokens))
-    wanted = None if mixture is None else [c for causal in (True, False) for c in ladder(causal, length)]
+    wanted = None if mixture is None else [c for causal in (True, False) for c in ladder(causal)]
     stacks = stacks_of(loaded, input_ids, wanted)
     for stack in stacks:
         found = rank_patterns(num_heads=stack.num_heads, causal=stack.causal, length=length, measured=stack.measured())

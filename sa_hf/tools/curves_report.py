@@ -52,7 +52,7 @@ def _found(cell: Mapping[str, float]) -> str:
     return f"{cell['accuracy']:.1%} ({cell['low']:.1%} to {cell['high']:.1%}, n = {cell['answers']})"
 
 
-def draw_curves(settings: Mapping[str, Any], cells: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def draw_curves(cells: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Perplexity against context length with its intervals, a line for each attention (needs matplotlib)."""
     from matplotlib.figure import Figure
 
@@ -115,7 +115,7 @@ def write_report(
 ) -> None:
     """The page and the pictures beside the results."""
     (folder / "curves.md").write_text(curves_page(header, settings, cells), encoding="utf-8")
-    draw_curves(settings, cells, folder / "perplexity.png")
+    draw_curves(cells, folder / "perplexity.png")
     for kind in settings["retrieval"]:
         grids: dict[str, dict[int, list[float]]] = {}
         for key, cell in cells.items():

@@ -35,7 +35,7 @@ class Mixture:
     mass: float
 
 
-def ladder(causal: bool, length: int) -> list[Candidate]:
+def ladder(causal: bool) -> list[Candidate]:
     """What a layer can get: the candidates in their published shapes, and cheaper and dearer ones of each."""
     window = 2 if causal else 3
     more: list[Candidate] = [
@@ -51,7 +51,7 @@ def ladder(causal: bool, length: int) -> list[Candidate]:
             for k in (2, 4, 8)
         ),
     ]
-    return list(dict.fromkeys([*candidates(causal, length), *more]))
+    return list(dict.fromkeys([*candidates(causal), *more]))
 
 
 def best_mixture(stack: Stack, length: int, budget: float) -> Mixture:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.state.assignment import format_indices
-from sa_hf.hf.state.layers import active_child, leaves
+from sa_hf.hf.state.layers import leaves
 from sa_hf.hf.state.patch import required_patch
 from sa_hf.hf.state.sites import Site, root_model
 from sa_hf.layer import AttentionInputs
@@ -70,8 +70,7 @@ def plot_model(
         SparseAttentionError: the model is not patched, all its layers are dense, or all need a text.
     """
     root = root_model(model)
-    sites = required_patch(root, "plot").sites.all_sites
-    rows = _grouped(root, sites)
+    rows = _grouped(required_patch(root, "plot").sparse_sites(root))
     if not rows:
         raise SparseAttentionError(f"all attention layers of {type(root).__name__} are dense: nothing to draw")
     limits = [r.site.spec.max_length for r in rows] + [_mask_limit(p) for r in rows for p in leaves(r.child)]
@@ -91,12 +90,9 @@ def plot_model(
     return blank
 
 
-def _grouped(root: nn.Module, sites: list[Site]) -> list[_Row]:
+def _grouped(sites: list[tuple[Site, SparseAttention]]) -> list[_Row]:
     rows: dict[Any, _Row] = {}
-    for site in sites:
-        child = active_child(root.get_submodule(site.name))
-        if not isinstance(child, SparseAttention):
-            continue
+    for site, child in sites:
         key = (site.stack, *(_looks(part, site) for part in leaves(child)))
         row = rows.setdefault(key, _Row(site.stack, [], site, child))
         row.layers.append(site.spec.layer_idx)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.patching.patch import patch_model
 from sa_hf.hf.patching.sparse_model import unpatch_model
-from sa_hf.hf.state.layers import leaves, sparse_children
+from sa_hf.hf.state.layers import leaves
 from sa_hf.hf.state.patch import patch_of
 from sa_hf.hf.state.sites import root_model
 from sa_hf.patterns.sparsebert import SparseBertAttention, SparseBertAttentionConfig
@@ -133,7 +133,7 @@ def diagonal_probabilities(mask: SparseBertAttention) -> Tensor:
 
 def _masks(root: nn.Module) -> list[SparseBertAttention]:
     patch = patch_of(root)
-    children = [] if patch is None else sparse_children(root, [site.name for site in patch.sites.all_sites])
+    children = [] if patch is None else patch.children(root)
     masks = [leaf for child in children for leaf in leaves(child) if isinstance(leaf, SparseBertAttention)]
     if not masks:
         raise SparseAttentionError("the model has no learned mask; patch_model(model, 'sparsebert') comes first")

@@ -70,7 +70,7 @@ class Stack:
         return {config: mean_of([layer[config] for layer in self.layers]) for config in self.layers[0]}
 
 
-def candidates(causal: bool, length: int) -> Iterator[Candidate]:
+def candidates(causal: bool) -> Iterator[Candidate]:
     """Patterns in their published shapes whose pairs are known before training, those that a user registered included:
     static ones, and blocks chosen by content."""
     for name, cls in available_patterns().items():
@@ -105,7 +105,7 @@ def suggest(
     if length < 1:
         raise SparseAttentionError(f"length={length} must be at least 1; nearest: 1")
     found = []
-    for config in candidates(causal, length):
+    for config in candidates(causal):
         density = density_of(config, num_heads, causal, length)
         if density <= max_density:
             kept = None if measured is None else measured.get(config)
@@ -130,7 +130,7 @@ def dense_pairs(length: int, causal: bool) -> int:
 def left_out(found: list[Suggestion], *, num_heads: int, causal: bool, length: int) -> list[tuple[str, str]]:
     """The patterns that have no row in ``found``, and why: (name, reason)."""
     ranked = {s.config.name for s in found}
-    too_many = {c.name: density_of(c, num_heads, causal, length) for c in candidates(causal, length)}
+    too_many = {c.name: density_of(c, num_heads, causal, length) for c in candidates(causal)}
     reasons = []
     for name, cls in available_patterns().items():
         if name in ranked or cls is DenseAttentionConfig:
@@ -187,8 +187,7 @@ def stacks_of(
         stacks.append(Stack(name, spec.num_heads, spec.causal))
     if input_ids is None:
         return stacks
-    length = input_ids.shape[1]
-    wanted = configs or list(dict.fromkeys(c for s in stacks for c in candidates(s.causal, length)))
+    wanted = configs or list(dict.fromkeys(c for s in stacks for c in candidates(s.causal)))
     measured = layers_kept(model, input_ids, wanted)
     return [replace(stack, layers=measured.get(stack.name)) for stack in stacks]
 

@@ -103,7 +103,7 @@ def test_stacks_of_an_encoder_decoder_get_a_mixture_each(tmp_path: Path) -> None
     torch.manual_seed(0)
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_decoder_layers=3, num_heads=2)
     model = T5ForConditionalGeneration(config).eval()
-    configs = list(dict.fromkeys(c for causal in (True, False) for c in ladder(causal, 2048)))
+    configs = list(dict.fromkeys(c for causal in (True, False) for c in ladder(causal)))
     stacks = stacks_of(model, torch.arange(3, 263)[None] % 32, configs)
     mixtures = [best_mixture(stack, 2048, 0.4) for stack in stacks]
     assert [len(m.layers) for m in mixtures] == [2, 3]

@@ -48,7 +48,7 @@ def even(length: int, causal: bool) -> LayerRows:
 
 
 def measured_on(rows: LayerRows, causal: bool) -> dict[SparseAttentionConfig, Measured]:
-    static = [c for c in candidates(causal, rows.geometry.key_length) if c.name != "block_topk"]
+    static = [c for c in candidates(causal) if c.name != "block_topk"]
     return {config: measure_rows(config, rows) for config in static}
 
 
@@ -150,7 +150,7 @@ def test_no_tensor_grows_with_the_square_of_the_text() -> None:
 
     sizes = []
     for n in (1024, 2048):
-        configs, largest = ladder(True, n), 0
+        configs, largest = ladder(True), 0
         with Watch():
             kept = attention_rows.layers_kept(model, torch.arange(n)[None] % 64, configs)
         assert [set(layer) for layer in kept["decoder"]] == [set(configs)] * 2

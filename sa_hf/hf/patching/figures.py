@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from sa_hf.config import SparseAttention
-from sa_hf.hf.state.layers import active_child, leaves
+from sa_hf.hf.state.layers import leaves
 from sa_hf.hf.state.patch import required_patch
 from sa_hf.hf.state.sites import root_model
 from sa_hf.patterns.centroids import CentroidState
@@ -35,12 +35,11 @@ def figures(model: nn.Module) -> dict[int | str, Figures]:
         SparseAttentionError: the model is not patched.
     """
     root = root_model(model)
-    sites = required_patch(root, "figures").sites.all_sites
-    several = len({site.stack for site in sites}) > 1
+    patch = required_patch(root, "figures")
+    several = len(patch.sites.stacks) > 1
     found: dict[int | str, Figures] = {}
-    for site in sites:
-        child = active_child(root.get_submodule(site.name))
-        of_layer = _of_layer(child) if isinstance(child, SparseAttention) else {}
+    for site, child in patch.sparse_sites(root):
+        of_layer = _of_layer(child)
         if of_layer:
             index = site.spec.layer_idx
             found[f"{site.stack}.{index}" if several else index] = of_layer

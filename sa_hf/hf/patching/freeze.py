@@ -11,7 +11,7 @@ from sa_hf.config import SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.patching.sparse_model import enable_saving
 from sa_hf.hf.state.assignment import HEADS, LayerEntry, assignment_to_dict
-from sa_hf.hf.state.layers import leaves, sparse_children
+from sa_hf.hf.state.layers import leaves
 from sa_hf.hf.state.patch import patch_of
 from sa_hf.hf.state.sites import root_model
 from sa_hf.patterns.sparsebert import SparseBertAttention, SparseBertAttentionConfig
@@ -31,7 +31,7 @@ def freeze_masks(model: Model) -> Model:
     """
     root = root_model(model)
     patch = patch_of(root)
-    children = [] if patch is None else sparse_children(root, [site.name for site in patch.sites.all_sites])
+    children = [] if patch is None else patch.children(root)
     masks = [leaf for child in children for leaf in leaves(child) if isinstance(leaf, SparseBertAttention)]
     if patch is None or not masks:
         raise SparseAttentionError(

@@ -12,9 +12,9 @@ from sa_hf.config import SparseAttention
 from sa_hf.hf.state.activity import PATCH, Activity
 from sa_hf.hf.state.assignment import Assignment
 from sa_hf.hf.state.extension import Extension
-from sa_hf.hf.state.layers import sparse_children
+from sa_hf.hf.state.layers import active_child, sparse_children
 from sa_hf.hf.state.nested import not_patched
-from sa_hf.hf.state.sites import Sites, root_model
+from sa_hf.hf.state.sites import Site, Sites, root_model
 
 
 @dataclass(eq=False)
@@ -40,6 +40,11 @@ class Patch:
     def children(self, root: nn.Module) -> list[SparseAttention]:
         """The pattern modules of the layers that are not dense."""
         return sparse_children(root, self.names)
+
+    def sparse_sites(self, root: nn.Module) -> list[tuple[Site, SparseAttention]]:
+        """The layers that are not dense, each with the pattern module that acts there."""
+        found = [(site, active_child(root.get_submodule(site.name))) for site in self.sites.all_sites]
+        return [(site, child) for site, child in found if isinstance(child, SparseAttention)]
 
     def inherit(self, old: Patch) -> None:
         """Take over what patching again leaves as it is: configs already copied, positions already lengthened."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sa_hf.config import SparseAttention
 from sa_hf.hf.patching.summary import summary
-from sa_hf.hf.state.layers import active_child
 from sa_hf.hf.state.patch import patch_of
 from sa_hf.hf.state.sites import root_model
 from sa_hf.tools.seen import attended, inputs_seen
@@ -33,8 +31,7 @@ def pairs_read(model: nn.Module, ids: Tensor) -> dict[int, float]:
     patch = patch_of(root)
     if patch is None:
         return {}
-    children = [(site.spec, active_child(root.get_submodule(site.name))) for site in patch.sites.all_sites]
-    sparse = [(spec, child) for spec, child in children if isinstance(child, SparseAttention)]
+    sparse = [(site.spec, child) for site, child in patch.sparse_sites(root)]
     seen = inputs_seen(root, (child for _, child in sparse), ids)
     found: dict[int, float] = {}
     for spec, child in sparse:
