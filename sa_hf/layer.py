@@ -44,7 +44,7 @@ class Geometry:
     @property
     def full_band(self) -> Band:
         """The model's window and causality together."""
-        return self.band.intersect(Band(None, 0)) if self.causal else self.band
+        return self.band.causal_if(self.causal)
 
     def reached(self, i: Tensor, j: Tensor) -> Tensor:
         """The pairs of positions inside the model's window, causality and chunks, bool."""

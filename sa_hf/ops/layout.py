@@ -64,13 +64,9 @@ def build_layout(
     rows = torch.bincount(head * nq + qb, minlength=heads * nq)
     row_start = torch.zeros(heads * nq + 1, dtype=torch.int64, device=device)
     torch.cumsum(rows, 0, out=row_start[1:])
-    slot_band = Band(
-        None if band.left is None else band.left - query_offset,
-        None if band.right is None else band.right + query_offset,
-    )
     return BlockLayout(
         query_slots, key_slots, block, block, 1, heads, row_start, kb.to(torch.int32), kind, masks,
-        band=slot_band if natural else Band(),
+        band=band.moved(query_offset) if natural else Band(),
     )  # fmt: skip
 
 

@@ -47,6 +47,15 @@ class Band(NamedTuple):
     def intersect(self, other: Band) -> Band:
         return Band(_tighter(self.left, other.left), _tighter(self.right, other.right))
 
+    def causal_if(self, causal: bool) -> Band:
+        """The same, without later keys where causal."""
+        return self.intersect(Band(None, 0)) if causal else self
+
+    def moved(self, by: int) -> Band:
+        """The same by the numbers of queries that begin at position ``by``; keys keep theirs."""
+        left, right = self
+        return Band(None if left is None else left - by, None if right is None else right + by)
+
     @property
     def unbounded(self) -> bool:
         return self.left is None and self.right is None

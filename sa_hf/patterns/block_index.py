@@ -76,7 +76,7 @@ def rows_mass(group: Group, low: Tensor, per_row: int, sets: BlockSets, band: Ba
     positions = low[:, None] + torch.arange(per_row, device=low.device)
     real = (positions >= offset) & (positions < length)
     at = positions.clamp(offset, length - 1).flatten()
-    band = band.intersect(Band(None, 0)) if sets.causal else band
+    band = band.causal_if(sets.causal)
     query = group.query.detach()[:, :, at - offset]
     mass = block_mass(query, at, group.key.detach(), sets.block, band, group.options)
     summed: Tensor = (mass.unflatten(2, positions.shape) * real[:, :, None]).sum(3)

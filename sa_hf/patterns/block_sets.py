@@ -162,7 +162,7 @@ def plan_parts(data: PlanData) -> list[Part]:
     sets = BlockSets(block, min(window, 2 * blocks + 1), min(sinks, blocks), bool(causal))
     band = Band(*data.numbers[6:])
     (chosen,) = data.tensors
-    band = band.intersect(Band(None, 0)) if causal else band
+    band = band.causal_if(bool(causal))
     if causal and data.query_length == 1:
         return last_row_plan(chosen[:, :, 0], sets, data.key_length, band.left, bool(drop_diagonal))
     if not by_row and not drop_diagonal and block % TILES[-1] == 0:
@@ -248,12 +248,9 @@ def block_lists(
         target = torch.zeros(2, kept.numel() + 1, dtype=torch.int64, device=device)
         column, kind = target.scatter_(1, place.expand(2, -1), torch.stack([column, kind]))[:, :-1]
         longest = max(shape[-1], query_tiles)
-    in_slots = Band(
-        None if band.left is None else band.left - start, None if band.right is None else band.right + start
-    )
     return BlockLayout(
         query_slots, key_slots, tile, tile, batch, heads, row_start, column.int(), kind.int(),
-        torch.zeros(0, tile, tile, dtype=torch.bool, device=device), band=in_slots, longest=longest,
+        torch.zeros(0, tile, tile, dtype=torch.bool, device=device), band=band.moved(start), longest=longest,
     )  # fmt: skip
 
 
@@ -341,7 +338,7 @@ def kept_pairs(
     listed = torch.cat([sets.always(own, blocks).expand(*chosen.shape[:2], -1, -1), rows], dim=-1)
     read = torch.zeros(*listed.shape[:3], blocks + 1, dtype=torch.bool, device=chosen.device)
     read.scatter_(-1, torch.where(listed < 0, blocks, listed), True)
-    band = band.intersect(Band(None, 0)) if sets.causal else band
+    band = band.causal_if(sets.causal)
     kept = read[..., j // sets.block] & band.contains(i[:, None], j)
     if drop_diagonal:
         others = kept & (i[:, None] != j)

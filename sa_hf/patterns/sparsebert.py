@@ -202,7 +202,7 @@ class SparseBertAttention(LearnedAttention):
     def mask(self, length: int) -> Tensor:
         """The pairs that evaluation keeps for one sequence, bool ``[H, length, length]``."""
         self._check_length(length)
-        band = self.spec.band.intersect(Band(None, 0)) if self.spec.causal else self.spec.band
+        band = self.spec.band.causal_if(self.spec.causal)
         rows = self._gate_rows(self.keep_table().float(), 0, length, length, band) > 0
         own = torch.eye(length, dtype=torch.bool, device=rows.device)
         return rows | (own & ~rows.any(-1, keepdim=True))
@@ -231,7 +231,7 @@ class SparseBertAttention(LearnedAttention):
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward(self, inputs: AttentionInputs) -> Tensor:
-        band = inputs.band.intersect(Band(None, 0)) if inputs.causal else inputs.band
+        band = inputs.band.causal_if(inputs.causal)
         for _, _, key_length in inputs.sequences.shapes:
             self._check_length(key_length)
         _, kept = self._held()
@@ -352,7 +352,7 @@ class SparseBertAttention(LearnedAttention):
     def _last_band(self) -> Band:
         if self._seen:
             return self._band
-        return self.spec.band.intersect(Band(None, 0)) if self.spec.causal else self.spec.band
+        return self.spec.band.causal_if(self.spec.causal)
 
     def _last_lengths(self) -> list[tuple[int, int, int]]:
         """(sequences, query length, key length) of the last forward; before any, one of ``mask_length`` tokens."""
