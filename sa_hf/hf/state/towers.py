@@ -17,7 +17,10 @@ from sa_hf.errors import UnsupportedModelError
 TOWERS = ("vision", "audio")
 _TEXT = "text"
 _KINDS = {"image": "vision", "video": "vision", "audio": "audio"}
-_NAMES = {"vision": re.compile(r"vision|visual|image|video|pixel"), "audio": re.compile(r"audio|speech|acoustic|codec")}
+_NAMES = {
+    "vision": re.compile(r"vision|visual|image|video|pixel"),
+    "audio": re.compile(r"audio|speech|acoustic|codec"),
+}
 
 
 def tower_of(root: nn.Module, name: str) -> str | None:
