@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sa_hf.ops.cpp.steps import PreparedStep
 from sa_hf.ops.parts import Band
 from sa_hf.ops.sequences import Sequences
 
@@ -129,6 +130,7 @@ class AttentionInputs:
             ``reads_listed_keys``; None: key ``j`` stands at slot ``j``.
         band, chunk: the model's own window and chunks, as in ``Geometry``.
         blocks: over all key slots of this call; None where there are none.
+        step: set by a static pattern whose call was a step of decoding in C++: layers alike may run it, too.
     """
 
     query: Tensor
@@ -150,6 +152,7 @@ class AttentionInputs:
     sinks: Tensor | None = None
     chunk: int | None = None
     blocks: Blocks | None = None
+    step: PreparedStep | None = None
 
     def remembered(self, name: str, tensor: Tensor, dim: int) -> Tensor:
         """A per-token tensor of the keys that there are, the new ones' joined to the cached ones'."""

@@ -75,8 +75,10 @@ def runs_in_place(query: Tensor, key: Tensor, value: Tensor, options: ScoreOptio
     tensors = query, key, value, options.distance_bias, options.spans, options.sinks
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return False
-    one_dtype = query.dtype == key.dtype == value.dtype and query.dtype in ELEMENTS
-    if not one_dtype or not eager(*tensors) or torch._C._are_functorch_transforms_active() or has_tangent(*tensors):
+    dtype = query.dtype
+    if dtype not in ELEMENTS or key.dtype != dtype or value.dtype != dtype or not eager(*tensors):
+        return False
+    if torch._C._are_functorch_transforms_active() or has_tangent(*tensors):
         return False
     return CPP.unsupported(query, options) is None
 

@@ -40,6 +40,8 @@ def with_host_defaults(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+            return function(*args, **kwargs)
         with host_defaults():
             return function(*args, **kwargs)
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from sa_hf.errors import SparseAttentionError
 
@@ -89,7 +89,10 @@ def given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether one of the tensors carries a tangent of forward mode."""
-    return any(x is not None and x.is_floating_point() and unpack_dual(x).tangent is not None for x in tensors)
+    if forward_ad._current_level < 0:  # where there is no level, there is none; as torch's own reader finds
+        return False
+    read = forward_ad.unpack_dual
+    return any(x is not None and x.is_floating_point() and read(x).tangent is not None for x in tensors)
 
 
 def transformed() -> bool:

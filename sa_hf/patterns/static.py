@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sa_hf.config import SparseAttention
 from sa_hf.layer import AttentionInputs, Geometry
-from sa_hf.ops.cpp.steps import missing_key
+from sa_hf.ops.cpp.steps import missing_key, prepared
 from sa_hf.ops.decode import decode_attention, runs_in_place
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.reads import Reads, RunLists, runs_of
@@ -68,9 +68,8 @@ class StaticSparseAttention(SparseAttention):
             at = self._at(inputs)
             if runs_in_place(inputs.query, inputs.key, inputs.value, options, inputs.engine):
                 reads = static_reads(self.config, at, inputs.sequences)
-                return decode_attention(
-                    inputs.query, inputs.key, inputs.value, reads, options, inputs.engine, inputs.key_slots
-                )  # fmt: skip
+                step = inputs.step = prepared(inputs.query, inputs.key, inputs.value, reads, options)
+                return step.run(inputs.query, inputs.key, inputs.value, inputs.key_slots).transpose(1, 2)
             index = _index_on(self.config, at, inputs.sequences, inputs.query.device)
             if inputs.key_slots is not None:
                 index = _places(index, inputs.key_slots)

@@ -270,6 +270,11 @@ class LayerMemory:
             )
         return None if slots is None or len(slots) == length else slots
 
+    def evicts(self, new: int) -> bool:
+        """Whether a ``sparse_cache`` would look for what it can drop after a call of ``new`` queries."""
+        evicts = getattr(self.layer, "evicts", None)
+        return evicts is not None and evicts(new)
+
     def evict(self, child: SparseAttention, inputs: AttentionInputs) -> None:
         """Let a ``sparse_cache`` drop what the layer's pattern can no longer read."""
         evict = getattr(self.layer, "evict", None)

@@ -211,10 +211,14 @@ class KeptLayer(DynamicLayer):
         self.slots, self.seen, self.asked_at = None, 0, 0
         self.kept_for, self.announced = None, False
 
+    def evicts(self, new: int) -> bool:
+        """Whether :meth:`evict` looks for keys to drop after a call of ``new`` queries."""
+        return new > 1 or (self.seen - self.asked_at) * EVICTED_PART >= _held(self)
+
     def evict(self, child: SparseAttention, inputs: AttentionInputs) -> None:
         """Drop the keys that no row's next queries can read."""
         decoding = inputs.query.shape[2] == 1
-        if decoding and (self.seen - self.asked_at) * EVICTED_PART < _held(self):
+        if not self.evicts(inputs.query.shape[2]):
             return
         self.asked_at = self.seen
         keep = readable_slots(child, inputs)

@@ -26,6 +26,7 @@ from sa_hf.hf.forward.layer_input import NO_CACHE_IN_GRAPHS, LayerCall
 from sa_hf.hf.forward.masks import MaskRequest, check_no_past, packed_mask, said_ids, sparse_mask, traced_sequences
 from sa_hf.hf.forward.position_bias import expanded_bias
 from sa_hf.hf.forward.ready_masks import is_padding, read_padding
+from sa_hf.hf.forward.repeated import repeated_step, settle_step
 from sa_hf.hf.forward.rotary import before_rotary
 from sa_hf.hf.state.activity import IMPLEMENTATION, PACKED, Place, place_of
 from sa_hf.hf.state.inputs import ForwardInputs, handed_over
@@ -73,16 +74,36 @@ def sparse_attention_forward(
     if not isinstance(child, SparseAttention):
         return _dense_forward(module, place, query, key, value, attention_mask, scaling, dropout, kwargs)
     request: MaskRequest | None = attention_mask
+    said = _said(scaling, dropout, kwargs)
+    if said is not None:
+        out = repeated_step(child, place, call.memory, (query, key, value), request, said)
+        if out is not None:
+            return out, None
     attend = _attend
     if call.memory is not None and torch.compiler.is_compiling():
         attend = _attend_uncompiled
-    return attend(module, place, child, call, query, key, value, request, scaling, dropout, kwargs), None
+    return attend(module, place, child, call, query, key, value, request, scaling, dropout, said, kwargs), None
+
+
+# What a decoding step of a static pattern is told beside its tensors, its mask and what changes nothing here.
+_OF_A_STEP = ("softcap", "sliding_window", "is_causal")
+
+
+def _said(scaling: float | None, dropout: float, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """That, to be compared from layer to layer; None where a call is told more."""
+    if dropout or torch.compiler.is_compiling() or any(kwargs.get(name) is not None for name in _MORE_SAID):
+        return None
+    return scaling, *(kwargs.get(name) for name in _OF_A_STEP), *kwargs
+
+
+_MORE_SAID = ("position_bias", SINKS, "sequence_ids", "cu_seq_lens_q", "output_attentions")
 
 
 @with_host_defaults
 def _attend(
     module: nn.Module, place: Place, child: SparseAttention, call: LayerCall, query: Tensor, key: Tensor, value: Tensor,
-    request: MaskRequest | None, scaling: float | None, dropout: float, kwargs: dict[str, Any],
+    request: MaskRequest | None, scaling: float | None, dropout: float, said: tuple[Any, ...] | None,
+    kwargs: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """One layer's pattern: output ``[batch, queries, heads, head_dim]``."""
     bias = kwargs.pop("position_bias", None)
@@ -150,9 +171,11 @@ def _attend(
         check_no_past(key.shape[2], sequences.key_length)
     give_keys(child, inputs, request)
     out = _run(child, inputs)
+    if said is not None and inputs.step is not None:
+        settle_step(child, place, inputs, request, said)
     if call.memory is not None:
         call.memory.evict(child, inputs)
-    conv = getattr(child, "conv", None)
+    conv = child._modules.get("conv")
     if isinstance(conv, ConvTaps):
         conv.forget()
     return out.transpose(1, 2).contiguous()

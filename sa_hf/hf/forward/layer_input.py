@@ -66,11 +66,11 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     _check_implementation(module)
     given = Carried.by(args, kwargs)
     hidden, request = given.hidden, given.request
-    memory = LayerMemory.of(given.cache, place.index)
+    memory, child = LayerMemory.of(given.cache, place.index), active_child(module)
     if memory is not None:
-        memory.announce(active_child(module))
+        memory.announce(child)
     kwargs = {**kwargs, "sparse_call": LayerCall(hidden, given.rotary, memory)}
-    conv = getattr(active_child(module), "conv", None)
+    conv = child._modules.get("conv")
     if isinstance(conv, ConvTaps):
         prepare = _prepare_uncompiled if memory is not None and torch.compiler.is_compiling() else _prepare
         prepare(conv, hidden, module, request, memory)
@@ -83,6 +83,8 @@ def _check_implementation(module: nn.Module) -> None:
     """That the layer will ask for the adapter: a part that was copied inside ``dense(model)`` would not, nor would a
     model whose config was set to another attention by hand."""
     config: Any = getattr(module, "config", None)
+    if config is None or vars(config).get("_attn_implementation_internal") == IMPLEMENTATION:  # the property: 5 us
+        return
     asked = getattr(config, "_attn_implementation", IMPLEMENTATION)
     if asked != IMPLEMENTATION:
         raise SparseAttentionError(

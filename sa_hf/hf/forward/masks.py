@@ -55,6 +55,7 @@ class MaskRequest:
         self._rules: MaskRules | None = None
         self._blocks: Blocks | None = None
         self._looked_at_blocks = False
+        self.settled: list[Any] = []  # steps of decoding that layers of this forward ran (``repeated``)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

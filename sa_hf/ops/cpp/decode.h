@@ -123,6 +123,7 @@ struct Step {
             gate[count] = m;
         }
         places[count] = place;
+        fetch(key_row(count), c.head_dim);
         distance[count] = (int32_t)back;
         ++taken;
         if (++count == CHUNK) flush();
@@ -181,6 +182,11 @@ struct Step {
                places[j] * c.value.step;
     }
 
+    // Ask for a row before its turn: a cache's keys lie in no near memory, and a step reads each once.
+    static void fetch(const T* row, int64_t depth) {
+        for (const char* at = (const char*)row; at < (const char*)(row + depth); at += 64) __builtin_prefetch(at);
+    }
+
     void flush() {
         const int64_t n = count, number = chunk++;
         count = 0;
@@ -195,17 +201,34 @@ struct Step {
 
     // Scores [group, CHUNK] of the chunk's keys.
     void products(int64_t n) {
-        const int64_t depth = padded(c.head_dim), whole = c.head_dim / W * W;
+        if (c.head_dim == 64)
+            products_of<64>(n);
+        else if (c.head_dim == 128)
+            products_of<128>(n);
+        else
+            products_of<0>(n);
+    }
+
+    // DIM: the head_dim, or 0 where it is any.
+    template <int DIM>
+    void products_of(int64_t n) {
+        const int64_t depth = padded(c.head_dim), whole = (DIM ? DIM : c.head_dim) / W * W;
         for (int64_t j0 = 0; j0 < n; j0 += W) {
             const T* keys[W];
-            for (int j = 0; j < W; ++j) keys[j] = key_row(std::min(j0 + j, n - 1));
+            for (int j = 0; j < W; ++j) {
+                keys[j] = key_row(std::min(j0 + j, n - 1));
+                fetch(value_row(std::min(j0 + j, n - 1)), c.value_dim);
+            }
             for (int64_t g = 0; g < group; ++g) {
                 const float* q = query + g * depth;
                 vf sum[W];
+#pragma GCC unroll 16
                 for (int j = 0; j < W; ++j) {
                     vf s = {};
+#pragma GCC unroll 8
                     for (int64_t d = 0; d < whole; d += W) s += load(keys[j] + d) * load(q + d);
-                    if (whole < c.head_dim) s += load_part(keys[j] + whole, c.head_dim - whole) * load(q + whole);
+                    if (DIM == 0 && whole < c.head_dim)
+                        s += load_part(keys[j] + whole, c.head_dim - whole) * load(q + whole);
                     sum[j] = s;
                 }
                 transpose_block(sum);
@@ -344,20 +367,23 @@ static int decode(const DecodeCall& c) {
             1, std::min({ceil_div(2 * c.threads, units), keys / WORTH_A_SPLIT, (int64_t)MOST_SPLITS}));
     const int64_t size = ceil_div(S::elements(c), 16) * 16;
     float* parts = splits > 1 ? buffer(units * splits * S::result(c)) : nullptr;
+    // Lanes that read the keys of one head one after the other, from the near memory of one core.
+    const int64_t together = splits == 1 && units >= 2 * c.threads * c.lanes / c.kv_heads ? c.lanes / c.kv_heads : 1;
     std::atomic<int64_t> next{0};
     int missing = 0;
 #pragma omp parallel num_threads((int)c.threads) if (!alone) reduction(| : missing)
     {
         float* work = buffer(size);
         int found = 0;
-        for (int64_t x; (x = next++) < units * splits;) {
-            S step(c, x / splits / c.lanes, x / splits % c.lanes, x % splits, splits, work, &found);
-            step.run();
-            if (splits == 1)
-                step.write();
-            else
-                std::copy(work, work + S::result(c), parts + x * S::result(c));
-        }
+        for (int64_t first; (first = next.fetch_add(together)) < units * splits;)
+            for (int64_t x = first; x < first + together; ++x) {
+                S step(c, x / splits / c.lanes, x / splits % c.lanes, x % splits, splits, work, &found);
+                step.run();
+                if (splits == 1)
+                    step.write();
+                else
+                    std::copy(work, work + S::result(c), parts + x * S::result(c));
+            }
         missing |= found;
         free(work);
     }

@@ -50,7 +50,57 @@ def decode_step(
     Raises:
         SparseAttentionError: a row reads a slot that is not among the ``kept``.
     """
-    batch, heads, n_q, head_dim = query.shape
+    step = prepared(query, key, value, reads, options, listed=listed, labelled=labelled)
+    return step.run(query, key, value, kept).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedStep:
+    """A step without its queries, keys and values: those of other layers, alike in shape and layout, may follow."""
+
+    call: DecodeCall
+    held: tuple[Tensor, ...]  # what the call points to
+    reads: Reads
+    layout: tuple[object, ...]
+
+    def serves(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        return self.layout == layout_of(query, key, value)
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None = None, keys: int | None = None
+    ) -> Tensor:  # fmt: skip
+        """The attention of the rows, ``[B, Nq, H, Dv]``; as :func:`decode_step`.
+
+        Args: keys: how many of the keys count, the first; None: all.
+        """
+        call = self.call
+        rows = query if query.dtype == torch.float32 and query.stride(3) == 1 else plain(query, torch.float32)
+        key, value = last_together(key), last_together(value)
+        made = rows.new_empty if self.reads.complete else rows.new_zeros
+        out = made(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        call.query.data, call.out.data = rows.data_ptr(), out.data_ptr()
+        call.key.data, call.value.data = key.data_ptr(), value.data_ptr()
+        call.held = key.shape[2] if keys is None else keys
+        slots = None if kept is None else kept.to(torch.int64).contiguous()
+        call.kept = None if slots is None else slots.data_ptr()
+        if library().sa_hf_decode(ctypes.byref(call)):
+            raise missing_key()
+        return out if rows is query else out.to(query.dtype)
+
+
+def layout_of(*tensors: Tensor) -> tuple[object, ...]:
+    """What a prepared step takes for granted: all but the number of keys and where they lie."""
+    query = tensors[0]
+    return query.dtype, query.shape, *((x.dtype, x.shape[1], x.shape[3], x.stride()) for x in tensors)
+
+
+def prepared(
+    query: Tensor, key: Tensor, value: Tensor, reads: Reads, options: ScoreOptions, *, listed: Listed | None = None,
+    labelled: Labelled | None = None,
+) -> PreparedStep:  # fmt: skip
+    """A step of queries, keys and values like these; the arguments of :func:`decode_step`."""
+    layout = layout_of(query, key, value)
+    _, heads, n_q, head_dim = query.shape
     kv_heads, held = key.shape[1:3]
     group, value_dim = heads // kv_heads, value.shape[3]
     own_lists = [reads.list_heads, 1 if listed is None else listed.index.shape[1]]
@@ -58,10 +108,9 @@ def decode_step(
     lanes = heads if group > 1 and (apart or heads in own_lists) else kv_heads
     rows = query if query.dtype == torch.float32 and query.stride(3) == 1 else plain(query, torch.float32)
     key, value = last_together(key), last_together(value)
-    made = rows.new_empty if reads.complete else rows.new_zeros
-    out = made(batch, n_q, heads, value_dim).transpose(1, 2)
+    out = CallRows(0, n_q * heads * value_dim, value_dim, heads * value_dim)  # [B, Nq, H, Dv]
     call = DecodeCall(
-        query=_lying(rows), key=_lying(key), value=_lying(value), out=_lying(out),
+        query=_lying(rows), key=_lying(key), value=_lying(value), out=out,
         rows=reads.rows.buffer_info()[0], run_start=reads.lists.starts.buffer_info()[0],
         runs=reads.lists.runs.buffer_info()[0], num_rows=reads.count, heads=heads, kv_heads=kv_heads, lanes=lanes,
         list_heads=reads.list_heads, queries=n_q, head_dim=head_dim, value_dim=value_dim, held=held,
@@ -69,8 +118,6 @@ def decode_step(
         threads=torch.get_num_threads(), scale=options.scale, softcap=options.softcap or 0.0, ramp=options.ramp,
     )  # fmt: skip
     held_tensors: list[Tensor] = []
-    if kept is not None:
-        held_tensors.append(_set(call, "kept", kept, torch.int64))
     if reads.order is not None:
         held_tensors.append(_set(call, "order", reads.order, torch.int64))
         call.order_width = reads.order.shape[1]
@@ -93,9 +140,7 @@ def decode_step(
         call.labels, call.label_batch_step, call.label_head_step = labels.data_ptr(), *labels.stride()[:2]
         held_tensors += [labels, _set(call, "row_label", labelled.rows, torch.int64)]
         call.most = labelled.most
-    if library().sa_hf_decode(ctypes.byref(call)):
-        raise missing_key()
-    return out if rows is query else out.to(query.dtype)
+    return PreparedStep(call, tuple(held_tensors), reads, layout)
 
 
 def missing_key() -> SparseAttentionError:
