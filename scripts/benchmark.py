@@ -25,12 +25,14 @@ from typing import Annotated, Any
 import typer
 
 RESULTS = Path(__file__).resolve().parent.parent / "model_cards" / "results"
-SECTIONS = ("speed", "training", "memory", "growth", "decode")
+SECTIONS = ("speed", "dropout", "memory", "growth", "decode", "training")
+PARTS = ("speed", "memory", "growth", "decode", "training")  # of a result file
 PARITY = "parity"  # alone: into a known result file, whose other figures, commit and date stay
 SPEED_LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
 GROWTH_LENGTHS = [2048, 4096, 8192, 16384, 32768, 65536]
 # Dense attention with dropout is n x n in memory here: it reaches the first only.
-TRAINING_LENGTHS = [8192, 16384]
+DROPOUT_LENGTHS = [8192, 16384]
+TRAINING_LENGTHS = [4096, 8192]  # of whole models
 DECODE_LENGTHS = [512, 8192, 32768]  # tokens in the cache
 # Of a pattern's error against fp64, relative and root-mean-square: beyond it no speed-up is shown.
 LIMITS = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
@@ -94,7 +96,7 @@ def main(
     }
     chosen = [x for x in labels if not pattern or x in pattern]
     bench = Bench(output, shared, chosen, resume, processes, parity_alone=PARITY in (section or ()))
-    wanted = section or (SECTIONS if dtype == "float32" else SECTIONS[:-1])  # models decode in fp32
+    wanted = section or [x for x in SECTIONS if dtype == "float32" or x != "decode"]  # models decode in fp32
     if PARITY in wanted:
         if len(wanted) > 1:
             raise typer.BadParameter(f"{PARITY} is measured by every section; alone it measures nothing else")
@@ -106,14 +108,16 @@ def main(
     )
     if "speed" in wanted:
         bench.speed(speed, dropout=0.0)
-    if "training" in wanted:
-        bench.speed(length or (QUICK_SPEED if quick else TRAINING_LENGTHS), dropout=DROPOUT)
+    if "dropout" in wanted:
+        bench.speed(length or (QUICK_SPEED if quick else DROPOUT_LENGTHS), dropout=DROPOUT)
     if "memory" in wanted:
         bench.memory(speed)
     if "growth" in wanted:
         bench.growth(growth)
     if "decode" in wanted:
         bench.decode(length or (QUICK_SPEED if quick else DECODE_LENGTHS))
+    if "training" in wanted:
+        bench.training(length or (QUICK_SPEED if quick else TRAINING_LENGTHS))
     bench.draw()
     print(f"wrote {bench.path('json')}, .md and .png")
 
@@ -131,7 +135,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Run one task; what it prints is read by the parent."""
     import torch
 
-    from sa_hf.tools.bench import cpu, decoding
+    from sa_hf.tools.bench import cpu, decoding, training
 
     if task["threads"]:
         torch.set_num_threads(task["threads"])
@@ -147,6 +151,10 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         return {label: cpu.parity_error(label, length, toy=toy, dtype=dtype) for label in task["labels"]}
     if kind == "decode":
         return decoding.decode_times(task["label"], length, toy=toy)
+    if kind == "step_times":
+        return training.step_times(task["model"], task["labels"], length, toy=toy, dtype=dtype)
+    if kind == "step_memory":
+        return training.step_memory(task["model"], task["label"], length, toy=toy, dtype=dtype)
     return cpu.growth(task["label"], length, toy=toy, dtype=dtype)
 
 
@@ -176,7 +184,7 @@ class Bench:
             },
             "shape": f"batch 1, 8 heads, head_dim 64, {SHORT[shared['dtype']]}",
             "configs": {label: describe(case.config) for label, case in self.cases.items()},
-            "speed": [], "memory": [], "growth": [], "decode": [],
+            **{part: [] for part in PARTS},
         }  # fmt: skip
         self.labels = labels
         if resume and self.path("json").exists():
@@ -186,7 +194,7 @@ class Bench:
                 raise typer.BadParameter(f"{self.path('json')} is from elsewhere or another day; leave --resume out")
             self.result["machine"]["commit"] = " and ".join(dict.fromkeys(" and ".join(commits).split(" and ")))
             self.result["command"] = f"{known['command']}; {self.result['command']}"
-            self.result |= {section: known.get(section, []) for section in ("speed", "memory", "growth", "decode")}
+            self.result |= {part: known.get(part, []) for part in PARTS}
         if not parity_alone:
             self.result["parity"] = self.parity()
             self.sound = [
@@ -270,6 +278,21 @@ class Bench:
                 if label in self.labels and not self.has("decode", key):
                     self.result["decode"].append({**key, **self.run(kind="decode", **key)})
                     self.save(f"decode n={length} {label}")
+
+    def training(self, lengths: list[int]) -> None:
+        from sa_hf.tools.bench.training import MODELS, contenders
+
+        for length in lengths:
+            for model in MODELS:
+                labels = contenders(model, self.labels)
+                key = {"length": length, "model": model}
+                if self.has("training", key):
+                    continue
+                found = self.run(kind="step_times", labels=labels, **key)
+                each = {label: self.run(kind="step_memory", label=label, **key) for label in found["seconds"]}
+                memory = {label: one["mb"] for label, one in each.items()}
+                self.result["training"].append({**key, **found, "memory": memory})
+                self.save(f"training n={length} {model}")
 
     def has(self, section: str, key: dict[str, Any]) -> bool:
         return any(all(row[k] == value for k, value in key.items()) for row in self.result[section])

@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from sa_hf.tools.bench import cpu
+from sa_hf.tools.bench.product import of_product
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
 
@@ -43,10 +44,19 @@ def test_a_dry_run_writes_every_section(benchmark: ModuleType, tmp_path: Path) -
     assert [(row["label"], row["length"]) for row in result["decode"]] == [("logsparse", 64), ("logsparse", 96)]
     steps = {"dense static", "dense dynamic", "zero static", "static", "sparse", "dynamic"}
     assert all(row[name] > 0 for row in result["decode"] for name in steps)
+    assert all(row["product"] > 0 and of_product(row, "dense", 512) > 0 for row in result["speed"])
+    trained = {(row["length"], row["model"]): row for row in result["training"]}
+    assert set(trained) == {(n, model) for n in (64, 96) for model in ("bert", "llama")}
+    assert (
+        set(trained[96, "bert"]["seconds"])
+        == {"dense", "dense, no dropout", "bigbird"}
+        == set(trained[96, "bert"]["memory"])
+    )
     table = (tmp_path / "benchmark_cpu_quick.md").read_text()
     for part in (
         "## Speed",
-        "## Training mode",
+        "## With dropout 0.1",
+        "## Training whole models",
         "## Peak memory",
         "## Growth",
         "## Decoding",

@@ -68,7 +68,8 @@ def repeated_step(
     if memory is None or memory.pending or not _undisturbed(child, tensors):
         return None
     query, key, value = tensors
-    for known in request.settled:
+    settled: list[SettledStep] = request.settled
+    for known in settled:
         if not known.serves(child, place, said) or not known.step.serves(query, key, value):
             continue
         if memory.evicts(query.shape[2]):

@@ -28,6 +28,7 @@ from sa_hf.patterns.block_topk import BlockTopKAttentionConfig
 from sa_hf.patterns.sparsebert import SparseBertAttention
 from sa_hf.tools.bench.data_oracle import data_oracle
 from sa_hf.tools.bench.parity import relative_rms
+from sa_hf.tools.bench.product import product_rate
 
 HEADS, HEAD_DIM = 8, 64
 WARM_LENGTH = 48
@@ -277,11 +278,13 @@ def time_side_by_side(
                 raise
             failed[label] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     times: dict[str, list[float]] = {label: [] for label in first}
+    products: list[float] = []
     begin, rounds = time.perf_counter(), 0
     least = 3 if length <= 16384 else 2
     while rounds < least or (time.perf_counter() - begin < seconds and rounds < 15):
         for label, known in times.items():
             known.append(call(runs[label], qkv, upstream))
+        products.append(product_rate(dtype, toy))
         rounds += 1
     rows = {
         label: {"first_s": first[label], "median_s": statistics.median(known), "min_s": min(known)}
@@ -289,7 +292,7 @@ def time_side_by_side(
     }
     for label in labels:
         rows[label] |= pair_counts(cases[label], length)
-    return {"rounds": rounds, "rows": rows, "failed": failed}
+    return {"rounds": rounds, "rows": rows, "failed": failed, "product": statistics.median(products)}
 
 
 def pair_counts(case: CpuCase, length: int, heads: int = HEADS) -> dict[str, float]:
