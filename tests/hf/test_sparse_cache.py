@@ -54,16 +54,16 @@ def test_sparse_cache_of_other_models(family: str) -> None:
 
 
 def test_a_step_reads_the_kept_keys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sa_hf.patterns import static
+    from sa_hf.ops.cpp.steps import PreparedStep
 
     lengths: list[int] = []
-    decode = static.decode_attention
+    run = PreparedStep.run
 
-    def recorded(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+    def recorded(self: PreparedStep, query: Tensor, key: Tensor, *rest: Any) -> Tensor:
         lengths.append(key.shape[2])
-        return decode(query, key, *rest)
+        return run(self, query, key, *rest)
 
-    monkeypatch.setattr(static, "decode_attention", recorded)
+    monkeypatch.setattr(PreparedStep, "run", recorded)
     model = tiny_model("llama")
     sa_hf.patch_model(model, {"0": "star", "1": {"heads": {"0-1": "star", "2-": PATTERNS["window"]}}})
     ids, mask = prompt()

@@ -1,0 +1,110 @@
+"""A decoding step's later layers use what the first one settled; the bits are those of the long way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from generation_cases import PATTERNS, generate, prompt
+from hf_cases import tiny_model
+from torch import Tensor
+
+import sa_hf
+from sa_hf.hf.caches import sparse
+from sa_hf.hf.forward import adapter
+from sa_hf.ops.cpp.kernels import why_not
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no C++ kernels: {why_not()}")
+STATIC = [
+    name for name in PATTERNS if name in ("window", "longnet", "logsparse", "fixed", "strided", "bigbird", "star")
+]
+CACHES: dict[str, Callable[[Any], Any]] = {
+    "dynamic": lambda model: tf.DynamicCache(config=model.config),
+    "static": lambda model: tf.StaticCache(config=model.config, max_cache_len=64),
+    "sparse": sa_hf.sparse_cache,
+}
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each call of a sparse layer: whether it took the short way."""
+    found: list[bool] = []
+    step = adapter.repeated_step
+
+    def recorded(*args: Any) -> Tensor | None:
+        out = step(*args)
+        found.append(out is not None)
+        return out
+
+    monkeypatch.setattr(adapter, "repeated_step", recorded)
+    return found
+
+
+def by_the_long_way(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> Any:
+    with monkeypatch.context() as patched:
+        patched.setattr(adapter, "repeated_step", lambda *_: None)
+        return run()
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("pattern", STATIC)
+def test_same_bits_by_both_ways(
+    pattern: str, kind: str, repeated: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sparse, "EVICTED_PART", 1)  # else so small a cache looks for what it can drop at every step
+    model = tiny_model("llama", num_hidden_layers=4)
+    sa_hf.patch_model(model, PATTERNS[pattern])
+    ids, mask = prompt()
+
+    def run() -> Any:
+        return generate(model, ids, mask, past_key_values=CACHES[kind](model))
+
+    short = run()
+    if pattern == "bigbird":  # each layer has random blocks of its own
+        assert not any(repeated)
+    else:
+        assert sum(repeated) >= len(short.logits)
+    long = by_the_long_way(monkeypatch, run)
+    assert torch.equal(torch.stack(short.logits), torch.stack(long.logits))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral", "t5", "gpt2"])
+def test_layers_that_differ_are_kept_apart(
+    family: str, repeated: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    model = tiny_model(family)
+    sa_hf.patch_model(model, {"0": PATTERNS["window"], "1-": PATTERNS["bigbird"]})
+    ids, mask = prompt()
+    short = generate(model, ids, mask)
+    long = by_the_long_way(monkeypatch, lambda: generate(model, ids, mask))
+    assert torch.equal(torch.stack(short.logits), torch.stack(long.logits))
+
+
+def test_what_stands_between_takes_the_long_way(repeated: list[bool]) -> None:
+    model = tiny_model("llama", num_hidden_layers=3)
+    sa_hf.patch_model(model, PATTERNS["window"])
+    ids, mask = prompt()
+
+    def ways(**options: Any) -> list[bool]:
+        cache = tf.DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=cache)
+        repeated.clear()
+        more = torch.cat([mask, torch.ones(len(ids), 1, dtype=mask.dtype)], dim=1)
+        model(ids[:, -1:], attention_mask=more, past_key_values=cache, **options)
+        return list(repeated)
+
+    with torch.no_grad():
+        assert ways() == [False, True, True]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not any(ways())
+        seen: list[Any] = []
+        hook = model.model.layers[1].self_attn.sparse.register_forward_hook(lambda *_: seen.append(1))
+        assert ways() == [False, False, True]
+        assert seen
+        hook.remove()
+        assert ways() == [False, True, True]
+    assert not any(ways())  # gradients are wanted
