@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -69,6 +70,7 @@ def main(
     huge_pages: Annotated[
         bool, typer.Option(help=f"tensors in pages of 2 MB ({HUGE_PAGES}=1), into benchmark_cpu_huge_pages.*")
     ] = False,
+    name: Annotated[str, typer.Option(help="into benchmark_cpu_<name>*: of another machine, say")] = "",
     quick: Annotated[bool, typer.Option(help="toy sizes, for CI")] = False,
     resume: Annotated[bool, typer.Option(help="keep the rows of the result file, and name both commits")] = False,
     output: Annotated[
@@ -93,6 +95,7 @@ def main(
         "seconds": 0.0 if quick else seconds,
         "huge_pages": huge_pages,
         "dtype": dtype,
+        "name": check_name(name),
     }
     chosen = [x for x in labels if not pattern or x in pattern]
     bench = Bench(output, shared, chosen, resume, processes, parity_alone=PARITY in (section or ()))
@@ -120,6 +123,12 @@ def main(
         bench.training(length or (QUICK_SPEED if quick else TRAINING_LENGTHS))
     bench.draw()
     print(f"wrote {bench.path('json')}, .md and .png")
+
+
+def check_name(name: str) -> str:
+    if not re.fullmatch(r"\w*", name):
+        raise typer.BadParameter(f"{name!r} is no word of letters, digits and _", param_hint="--name")
+    return name
 
 
 def check_choices(option: str, values: list[str] | None, choices: Iterable[str]) -> None:
@@ -220,7 +229,8 @@ class Bench:
         self.save(PARITY)
 
     def path(self, suffix: str) -> Path:
-        kind = ("_huge_pages" if self.shared["huge_pages"] else "") + ("_torch" if without_kernels() else "")
+        kind = f"_{name}" if (name := self.shared.get("name")) else ""
+        kind += ("_huge_pages" if self.shared["huge_pages"] else "") + ("_torch" if without_kernels() else "")
         kind += "" if self.shared["dtype"] == "float32" else f"_{self.shared['dtype']}"
         kind += "_quick" if self.shared["toy"] else ""
         return self.output / f"benchmark_cpu{kind}.{suffix}"
