@@ -21,7 +21,7 @@ from sa_hf.ops.host import own_rules
 from sa_hf.ops.means import Means, means_backward, means_forward
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.run import empty_output, laid_out, plan_backward, plan_forward
-from sa_hf.ops.transforms import differentiable, refuse_second_derivative, refuse_traced_transforms
+from sa_hf.ops.transforms import differentiable, refuse_for_onnx, refuse_second_derivative, refuse_traced_transforms
 from sa_hf.ops.widths import at_one_width
 
 NO_LIMIT = -1  # stands for None among the numbers of a rule
@@ -89,6 +89,7 @@ _planned = torch.library.custom_op("sa_hf::planned_attention", _forward, mutates
 
 @_planned.register_fake
 def _(query, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
+    refuse_for_onnx()
     mean_slots = rest[-2]
     stats = torch.promote_types(query.dtype, torch.float32)
     lead, (length, dim) = query.shape[:2], query.shape[2:]

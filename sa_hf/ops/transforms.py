@@ -119,10 +119,15 @@ def _for_onnx() -> bool:
 _for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as the decorator sets it
 
 
-def refuse_recorded() -> None:
-    """Raise where torch.jit or the exporter to ONNX records what runs."""
+def refuse_for_onnx() -> None:
+    """Raise inside the exporter to ONNX, which runs the fakes alone of a program's operators."""
     if _for_onnx():
         raise SparseAttentionError(ONNX)
+
+
+def refuse_recorded() -> None:
+    """Raise where torch.jit or the exporter to ONNX records what runs."""
+    refuse_for_onnx()
     if not torch.compiler.is_compiling() and torch._C._is_tracing():  # which torch.compile could not trace
         raise SparseAttentionError(JIT_TRACE)
 

@@ -26,7 +26,7 @@ from sa_hf.ops.parts import Band, Part, ScoreOptions
 from sa_hf.ops.run import empty_output, laid_out
 from sa_hf.ops.sequences import PendingSequences, Sequences, Span, WholeRows
 from sa_hf.ops.slots import examine_slots
-from sa_hf.ops.transforms import differentiable, refuse_second_derivative, refuse_traced_transforms
+from sa_hf.ops.transforms import differentiable, refuse_for_onnx, refuse_second_derivative, refuse_traced_transforms
 from sa_hf.ops.widths import at_one_width
 from sa_hf.patterns.base import StaticPatternConfig, finished_plan
 
@@ -143,6 +143,7 @@ _static_attention = torch.library.custom_op(
 
 @_static_attention.register_fake
 def _(query, key, value, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
+    refuse_for_onnx()
     stats = torch.float64 if query.dtype == torch.float64 else torch.float32
     return empty_output(query), query.new_empty(query.shape[:3], dtype=stats)
 

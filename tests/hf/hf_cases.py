@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import transformers as tf
-from packaging.version import Version
+from older_releases import OLDER
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from sa_hf import ExpireSpanAttentionConfig, SparseBertAttentionConfig
-from sa_hf.hf.state.versions import NEWEST_TESTED
 
 transformers_logging = tf.logging
 transformers_logging.set_verbosity_error()
@@ -114,24 +110,6 @@ class Case:
 def is_served(family: str) -> bool:
     """Whether the installed release asks the attention interface in this family (T5 does not in the oldest)."""
     return family != "t5" or "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(T5Attention.forward).__code__.co_names
-
-
-# Whether the installed release is older than the one that all tests run on.
-OLDER = Version(tf.__version__) < Version(NEWEST_TESTED)
-REFUSED_THERE = "gets a ready-made mask|computes its attention itself"
-
-
-@contextmanager
-def older_releases_may(reasons: str) -> Iterator[None]:
-    """Skips the test where an error of an older release's own, or our refusal of it, is one of the ``reasons`` (a
-    regular expression); nothing is skipped on the release that all tests run on."""
-    try:
-        yield
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        if not OLDER or not re.search(reasons, said):
-            raise
-        pytest.skip(f"transformers {tf.__version__}: {said}")
 
 
 def tiny_model(family: str, seed: int = 0, **changed: Any) -> Any:

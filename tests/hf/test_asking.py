@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from hf_cases import OLDER, REFUSED_THERE, older_releases_may
+from older_releases import OLDER, REFUSED_THERE, older_releases_may
 
 import sa_hf
 from sa_hf.hf.patching.asking import CLASSES

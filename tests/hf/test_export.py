@@ -191,6 +191,18 @@ def test_onnx_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> Non
         exported(model, masked=False)
 
 
+@pytest.mark.parametrize(("pattern", "fields"), [("star", {}), ("routing", {"window": 16})])
+def test_an_exported_program_goes_to_onnx_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, pattern: str, fields: dict[str, Any]
+) -> None:
+    """The exporter decomposes a program, which runs the fakes of its operators and no model."""
+    program = torch.export.export(built("bert", pattern, fields), (), inputs(2, 40, masked=False))
+    program.run_decompositions()
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with pytest.raises(SparseAttentionError, match=r"ONNX has no operator.*sa_hf\.dense\(model\)"):
+        program.run_decompositions()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(("kind", "pattern"), [("bert", "star"), ("bert", "routing"), ("llama", "logsparse")])
 def test_what_records_or_compiles_source_is_refused_with_the_reason(kind: str, pattern: str) -> None:

@@ -12,7 +12,8 @@ import torch
 import transformers as tf
 from eager_cases import SIZES, TOKENS, check_against_eager, scattered
 from generation_cases import check, generate, prompt
-from hf_cases import OLDER, REFUSED_THERE, error, older_releases_may, tokens
+from hf_cases import error, tokens
+from older_releases import OLDER, REFUSED_THERE, older_releases_may
 from torch import Tensor
 
 import sa_hf

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from hf_cases import REFUSED_THERE, VOCABULARY, case, older_releases_may, tiny_model, tokens
+from hf_cases import VOCABULARY, case, tiny_model, tokens
+from older_releases import REFUSED_THERE, older_releases_may
 
 import sa_hf
 from sa_hf import SparseAttentionError, UnsupportedModelError

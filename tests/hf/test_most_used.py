@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
-from hf_cases import OLDER
+from older_releases import OLDER
 
 import sa_hf
 from sa_hf.tools.families import reference

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from hf_cases import OLDER, VOCABULARY, tokens
+from hf_cases import VOCABULARY, tokens
+from older_releases import OLDER
 
 import sa_hf
 from sa_hf import SparseAttentionError, UnsupportedModelError

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-for folder in (Path(__file__).parent, Path(__file__).parent.parent / "hf"):
-    sys.path.insert(0, str(folder))
 
 FOUND: list[dict[str, str]] = []
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from used_inside import checks
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-sys.path.insert(0, str(Path(__file__).parent.parent / "hf"))
 from hf_cases import tiny_model, tokens  # noqa: E402
 from words import word_tokenizer  # noqa: E402
 

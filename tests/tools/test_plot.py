@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from older_releases import REFUSED_THERE, older_releases_may
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
@@ -144,7 +145,8 @@ def test_figures_name_stacks_and_parts_and_leave_static_layers_out() -> None:
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_decoder_layers=1, num_heads=2)
     )
-    patch_model(t5, {"encoder": "sparsebert", "decoder": "expire_span"})
+    with older_releases_may(REFUSED_THERE):
+        patch_model(t5, {"encoder": "sparsebert", "decoder": "expire_span"})
     assert set(sa_hf.figures(t5)) == {"encoder.0", "decoder.0"}
     mixed = sa_hf.figures(gpt2({"heads": {"0": "sliding_window", "1": "expire_span"}}))
     assert mixed[0] == {"part1_mean_span": None, "part1_max_span": None, "part1_tokens_kept": None}
