@@ -331,7 +331,7 @@ def without_kernels() -> dict[str, str]:
 
 def median_of(found: list[dict[str, Any]]) -> dict[str, Any]:
     """One table row of several processes: the median of their times by contender. What a process measures moves as a
-    whole from one to the next, by up to 40 %, which more rounds in one do not show."""
+    whole from one to the next, which more rounds in one do not show."""
     rows: dict[str, dict[str, float]] = {}
     for label in found[0]["rows"]:
         each = [one["rows"][label] for one in found if label in one["rows"]]

@@ -1,7 +1,7 @@
 """The compile gate: every shipped kernel compiled ahead of time, for GPUs that are not there.
 
     python scripts/compile_gate.py              # every kernel x configuration x option, sm_80 and sm_90; the table
-    python scripts/compile_gate.py --quick      # the reduced set of CI, under 3 minutes
+    python scripts/compile_gate.py --quick      # the reduced set of CI
     python scripts/compile_gate.py --targets sm_100,gfx942
 
 The launchers of the Triton engine run as on the real device up to the moment of compilation; what they would compile is
@@ -40,7 +40,8 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per SM that 
 BLOCK_SIZES = ("BLOCK_Q", "BLOCK_K", "BLOCK", "ROWS", "TILES")
 # Some launches that an H100 measured as the fastest keep a few addresses in local memory (dQ at head_dim 128: 271 us
 # with 64 columns and 80 bytes, 301 us with 32 and none; dK/dV there 620 us with three stages and 3 accesses in a loop
-# of 266 instructions, 674 us with two; dK/dV at head_dim 256: 1,719 us with 8 accesses, 2,024 us without).
+# of 266 instructions, 674 us with two; dK/dV at head_dim 256: 1,719 us with 8 accesses, 2,024 us without). Times:
+# model_cards/results/kernels_h100.md.
 MEASURED_SPILL, MEASURED_LOOP_SPILLS = 96, 8
 LIST_CASES = ("block/D128/bfloat16/plain", "block/D64/bfloat16/all")
 

@@ -1,6 +1,6 @@
 """Quality of every system against dense attention, on embedded data: what the model cards show.
 
-    python scripts/quality.py            # about 20 minutes on 2 cores
+    python scripts/quality.py
     python scripts/quality.py --quick    # a few steps, to see that it runs
 
 Two measurements. *Language model*: a small byte-level decoder is trained from scratch on the standard library's source

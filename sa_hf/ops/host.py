@@ -16,7 +16,7 @@ R = TypeVar("R")
 def host_defaults() -> AbstractContextManager[object]:
     """Inside, a tensor made without a device lies on the CPU, as without ``torch.set_default_device``: indices and
     lists are made there, and would meet tensors of another device."""
-    # A default device is one of the modes on this stack; asking for it by its public name takes 3 us.
+    # A default device is one of the modes on this stack; asking for it by its public name, each time, costs more.
     if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
         return nullcontext()
     if torch.get_default_device().type == "cpu":

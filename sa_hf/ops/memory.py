@@ -15,8 +15,8 @@ def keep_freed_memory() -> None:
     """Have the allocator keep what a batch of tiles frees for the next one, once per process.
 
     glibc gives freed memory back to the system beyond twice the largest chunk that it has seen freed. Until that is a
-    large one, the few megabytes of each batch go back and come again page by page: at 16,384 tokens a quarter of
-    BigBird's time (forward and backward 0.85 s, else 0.70 s). One untouched chunk, freed, raises that to 64 MB
-    (mallopt(3), M_TRIM_THRESHOLD); other allocators take no notice.
+    large one, the few megabytes of each batch go back and come again page by page, which the time of long
+    inputs shows. One untouched chunk, freed, raises that to 64 MB (mallopt(3), M_TRIM_THRESHOLD); other allocators
+    take no notice.
     """
     torch.empty(LARGEST_LEARNED, dtype=torch.uint8)

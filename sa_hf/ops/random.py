@@ -85,8 +85,9 @@ def dropout_bits(row_word: Tensor, column_word: Tensor, dropout: float) -> Tenso
     """:func:`dropout_keep` as int32: 0 where kept, -1 (all bits) where dropped; made in one buffer.
 
     The words are mixed already (:func:`dropout_words`); of a pair of them one product is made, by an odd number of the
-    row's own (multiply-shift hashing, Dietzfelbinger et al. 1997), and its upper bits are compared. With a full hash of
-    each pair an H100's forward at head_dim 64 took 401 us, and 124 us without dropout.
+    row's own (multiply-shift hashing, Dietzfelbinger et al. 1997), and its upper bits are compared. A full hash of each
+    pair would take longer than attention itself (model_cards/results/kernels_h100.md, 1136e07 in a graph: forward+,
+    which had one, beside forward).
     ``tests/ops/test_dropout_bits.py`` holds the masks against independent draws.
     """
     value = row_word ^ column_word

@@ -152,7 +152,7 @@ def differentiable(call: Call, *tensors: Tensor | None) -> Tensor:
 
 
 def _apply(function: type[torch.autograd.Function], *inputs: Any) -> tuple[Tensor, ...]:
-    """``function.apply`` without what it does first: it binds the inputs to a signature, which takes 50 us."""
+    """``function.apply`` without what it does first: it binds the inputs to a signature, slowly."""
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         result: tuple[Tensor, ...] = function.apply(*inputs)
     else:

@@ -57,7 +57,7 @@ def _first_largest(scores: Tensor) -> Tensor:
     """Column of the largest of each row, int64; the first of equal ones.
 
     Scores in fp32 are used up on the CPU, where torch's maximum without its index runs through vector instructions and
-    that with the index does not (4,096 rows of 128: 0.29 ms; this 0.12 ms).
+    that with the index does not.
     """
     if scores.device.type != "cpu" or scores.dtype != torch.float32:
         return scores.max(-1).indices
@@ -170,7 +170,7 @@ def _largest_on_cpu(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]
     """Columns of the ``count < n`` largest, the least of them, and the largest of all others ``[rows]``.
 
     The columns fall into classes of ``CLASSES`` each. The ``count`` largest lie in the ``count`` classes with the
-    largest maxima, so most columns are never ranked (128 rows of 16,384, 128 chosen: 2.8 ms instead of 4.2).
+    largest maxima, so most columns are never ranked.
     """
     rows, n = scores.shape
     classes = n // CLASSES

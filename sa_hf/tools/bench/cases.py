@@ -66,7 +66,7 @@ def decode_cases(toy: bool = False) -> list[Case]:
     return [*(case for case in timing_cases(toy) if case.causal), wide]
 
 
-# What compiled FlexAttention is measured on: a row costs 15 to 30 s of compilation.
+# What compiled FlexAttention is measured on: a row costs a compilation of its own.
 FLEX_CASES = ("bigbird/causal", "sliding_window/causal", "logsparse/causal")
 # Blocks of its mask: its own first, in both passes; the tiles of its backward do not divide 64 (torch 2.11 to 2.13).
 FLEX_BLOCK, FLEX_OTHER_BLOCK = 128, 64

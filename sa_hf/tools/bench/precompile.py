@@ -98,8 +98,8 @@ def compile_until(kernels: Sequence[Any], until: float) -> tuple[int, list[str],
 
 
 def build_launcher(compiled: Any) -> None:
-    """Up to Triton 3.6 each signature has a C launcher, compiled at its first launch: half a second of the C compiler,
-    one after another. Newer versions launch without (``CudaLauncher`` in 3.7)."""
+    """Up to Triton 3.6 each signature has a C launcher, compiled at its first launch by the C compiler, one after
+    another. Newer versions launch without (``CudaLauncher`` in 3.7)."""
     from triton.backends.nvidia import driver
 
     if hasattr(driver, "make_launcher"):
