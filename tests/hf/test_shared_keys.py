@@ -124,6 +124,25 @@ def test_a_pattern_that_needs_every_token_says_so() -> None:
         model(tokens(1, 12), use_cache=False, logits_to_keep=3)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "kept"),
+    [
+        (EXPIRING, "inputs"),
+        (sa_hf.RoutingAttentionConfig(num_clusters=2, window=4), "clusters"),
+        (sa_hf.BlockTopKAttentionConfig(block_size=4, top_k=1), "queries"),
+    ],
+    ids=["expire_span", "routing", "block_topk"],
+)
+def test_what_a_reader_of_keys_has_no_place_for_is_refused_with_a_cache(pattern: Any, kept: str) -> None:
+    """In the layers whose keys they are it is served: `donors expire` above."""
+    model = sa_hf.patch_model(sharing_model(), {"2-": pattern})
+    model(tokens(1, 12), use_cache=False)
+    reason = rf"layer 2 reads the keys of another layer.*'{kept}'.*use a static pattern there.*or use_cache=False"
+    for caches in ({"use_cache": True}, {"past_key_values": sa_hf.sparse_cache(model)}):
+        with pytest.raises(SparseAttentionError, match=reason):
+            model(tokens(1, 12), **caches)
+
+
 @pytest.mark.parametrize("index", [0, (slice(None), slice(None), slice(2, 5), slice(None)), (slice(None), slice(3))])
 def test_another_part_of_a_mask_is_refused(index: Any) -> None:
     request = MaskRequest({"batch_size": 1, "q_length": 8, "kv_length": 8, "mask_function": None})

@@ -192,7 +192,8 @@ class LayerMemory:
         if length is None or not self.layer.is_initialized or int(length()) == 0:
             raise SparseAttentionError(
                 f"layer {self.layer_idx} reads the keys of another layer (they are shared), so the cache has no place "
-                f"for the {name!r} that its pattern needs of each token; use a static pattern there, or use_cache=False"
+                f"for the {name!r} that its pattern needs of each token; use a static pattern there (a learned one may "
+                "stand in the layer whose keys they are), or use_cache=False"
             )
 
     def remember(
