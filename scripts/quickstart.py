@@ -166,7 +166,8 @@ def measured_on(results: dict[str, Any]) -> str:
     return (
         f"{sizes['documents']} documents to train on, {sizes['evaluation']} to evaluate, seed {results['seed']}; "
         f"{results['total_seconds']:.0f} s in all. {about['device']}, {about['threads']} threads, "
-        f"torch {about['torch']}, transformers {about['transformers']}, {about['date']}, commit {about['commit']}; `bash scripts/quickstart.sh`."
+        f"torch {about['torch']}, transformers {about['transformers']}, {about['date']}, commit {about['commit']}; "
+        "`bash scripts/quickstart.sh`."
     )
 
 
