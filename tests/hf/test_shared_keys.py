@@ -127,11 +127,10 @@ def test_a_pattern_that_needs_every_token_says_so() -> None:
 @pytest.mark.parametrize(
     ("pattern", "kept"),
     [
-        (EXPIRING, "inputs"),
-        (sa_hf.RoutingAttentionConfig(num_clusters=2, window=4), "clusters"),
+        (EXPIRING, "spans"),
         (sa_hf.BlockTopKAttentionConfig(block_size=4, top_k=1), "queries"),
     ],
-    ids=["expire_span", "routing", "block_topk"],
+    ids=["expire_span", "block_topk"],
 )
 def test_what_a_reader_of_keys_has_no_place_for_is_refused_with_a_cache(pattern: Any, kept: str) -> None:
     """In the layers whose keys they are it is served: `donors expire` above."""
