@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from finetune_cases import CASES, DECODER, FEW_STEPS, SCRIPTS
+from older_releases import OLDER
 from safetensors.torch import load_file, save_file
 
 from sa_hf import SparseAttentionError, available_patterns
@@ -126,6 +128,10 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
+    if OLDER:
+        pytest.skip(
+            f"transformers {transformers.__version__}: a Trainer may divide accumulated losses twice (tests/hf)"
+        )
     flags = ["--model", "tiny-bert", "--task", "sequence-classification", "--dataset", "stdlib-short"]
     flags += ["--max_length", "48", "--pattern", "sliding_window", "--model_set", "hidden_dropout_prob=0"]
     flags += ["--model_set", "attention_probs_dropout_prob=0", "--max_steps", "1"]
