@@ -40,7 +40,7 @@ def test_the_reason_comes_before_any_of_theirs(family: str, pattern: str) -> Non
 @pytest.mark.parametrize("pattern", [name for name in sa_hf.available_patterns() if name != "dense"])
 @checks("onnxscript", "torch.onnx.export of an exported program raises with the same reason")
 def test_a_program_of_the_sparse_model_is_refused_with_the_reason(pattern: str) -> None:
-    family = "llama" if pattern in ("expire_span", "logsparse") else "bert"
+    family = "llama" if pattern in ("expire_span", "logsparse", "block_topk") else "bert"
     model: Any = sa_hf.patch_model(tiny_model(family), pattern)
     program = torch.export.export(model, (), {"input_ids": tokens(2, 12), **_without_cache(family)})
     with pytest.raises(Exception, match=r"ONNX has no operator.*sa_hf\.dense\(model\)") as caught:
