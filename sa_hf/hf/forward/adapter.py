@@ -25,7 +25,7 @@ from sa_hf.hf.forward.keywords import SINKS, refuse_attentions, unknown_keywords
 from sa_hf.hf.forward.layer_input import NO_CACHE_IN_GRAPHS, LayerCall
 from sa_hf.hf.forward.masks import MaskRequest, check_no_past, packed_mask, said_ids, sparse_mask, traced_sequences
 from sa_hf.hf.forward.position_bias import expanded_bias
-from sa_hf.hf.forward.ready_masks import is_padding, read_padding
+from sa_hf.hf.forward.ready_masks import read_mask, sequences_twice
 from sa_hf.hf.forward.repeated import repeated_step, settle_step
 from sa_hf.hf.forward.rotary import before_rotary
 from sa_hf.hf.state.activity import IMPLEMENTATION, PACKED, Place, place_of
@@ -64,8 +64,9 @@ def sparse_attention_forward(
     call: LayerCall = kwargs.pop("sparse_call", None) or LayerCall()
     child = active_child(module)
     ours = isinstance(child, SparseAttention) or place.extra_tokens
-    if ours and is_padding(attention_mask, place.spec is None or place.spec.causal):
-        attention_mask = read_padding(attention_mask, query, key)
+    if ours and place.spec is not None:
+        ready = call.cut if attention_mask is None else attention_mask
+        attention_mask = read_mask(ready, query, key, place.spec.causal, place.extra_tokens)
     if isinstance(attention_mask, Tensor) and ours:
         raise SparseAttentionError(
             f"a mask of shape {tuple(attention_mask.shape)} reached {type(module).__name__}; sparse attention takes a "
@@ -273,6 +274,8 @@ def _sequences(
     if request is not None:
         if request.given is not None or (ids is None and lengths is None):
             return request.sequences(extra)
+        if request.cuts:
+            raise sequences_twice()
         ids = said_ids(ForwardInputs(ids, None, lengths), query.shape[0], request.query_length)
         return Sequences.from_mask(
             query.shape[0], request.query_length, request.query_length, request.padding, ids

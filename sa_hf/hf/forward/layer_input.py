@@ -23,12 +23,13 @@ from sa_hf.ops.sequences import Sequences
 class Carried:
     """What a call of an attention module carries for its pattern: the layer's input ``[batch, queries, hidden]``, the
     rotary angles ``(cos, sin)``, the cache and the mask request, each None where there is none. The probe proves with
-    the installed transformers that they are found."""
+    the installed transformers that they are found. ``cut`` is as in :class:`LayerCall`."""
 
     hidden: Any
     rotary: Any
     cache: Any
     request: MaskRequest | None
+    cut: MaskRequest | None = None
 
     @classmethod
     def by(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Carried:
@@ -46,11 +47,13 @@ class Carried:
 
 @dataclass(eq=False)
 class LayerCall:
-    """What the pre-hook of an attention module saw, handed to the adapter as one extra keyword."""
+    """What the pre-hook of an attention module saw, handed to the adapter as one extra keyword; ``cut`` is the
+    mask request of one that cuts its row into sequences by itself."""
 
     hidden_states: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     memory: LayerMemory | None = None
+    cut: MaskRequest | None = None
 
 
 # What a pattern reads grows with every token, so a compiled decode step runs its attention outside the graph: traced,

@@ -35,6 +35,7 @@ class MaskRequest:
     Attributes:
         query_offset: tokens in the cache before this call; ``key_offset``: tokens that the cache no longer holds.
         whole: the request that this one is the last queries of, or None.
+        cuts: the model tells sequences apart by itself, so that a call may not.
     """
 
     ndim = 4
@@ -50,6 +51,7 @@ class MaskRequest:
         self.padding: Tensor | None = arguments.get("attention_mask")
         self.given = handed_over()
         self.whole: MaskRequest | None = None
+        self.cuts = False
         self._dense: dict[tuple[str, int], Any] = {}
         self._sequences: dict[int, Sequences] = {}
         self._rules: MaskRules | None = None

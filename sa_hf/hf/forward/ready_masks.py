@@ -1,25 +1,56 @@
-"""Masks of padding that a model makes by itself, instead of asking Transformers' mask functions for them."""
+"""Masks that a model makes by itself, instead of asking Transformers' mask functions for them, read as what they say.
+
+A mask of keys says what is padding. One of pairs is read where it is causality, padding and sequences one after
+another, and nothing else: that it is, is checked pair by pair. Towers of packed patches name lengths instead.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    packed_sequence_mask_function,
+)
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
-from sa_hf.hf.forward.masks import MaskRequest
+from sa_hf.hf.forward.masks import MaskRequest, ids_from_lengths
 
 # Models hide by the least number of a dtype, by -inf or by -10000, of which the exponential is 0 in each.
 _HIDDEN = -9e3
-# On a mask: the request that it was read as, for the other layers of the forward.
+# On a mask: the requests that it was read as, causal or not, for the other layers of the forward.
 _HELD = "sa_hf_read"
 
 
-def is_padding(mask: Any, causal: bool) -> bool:
-    """Whether a ready-made mask can be one of padding alone: ``[batch, 1, 1, keys]``, of a stack that is not causal."""
-    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1 and not causal
+def read_mask(mask: Any, query: Tensor, key: Tensor, causal: bool, extra_tokens: int = 0) -> Any:
+    """A ready-made mask as the request that the model did not make, once for all layers that get it; what is no mask of
+    all heads in one (``[batch, 1, queries or 1, keys]``) stays as it is.
+
+    Raises:
+        SparseAttentionError: it says something else than causality, padding and sequences.
+        UnsupportedModelError: under torch.compile: its values are read.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1 or mask.is_meta:
+        return mask
+    of_keys = mask.shape[2] == 1 and not causal
+    if not of_keys and mask.shape[2] != query.shape[2] - extra_tokens:
+        return mask
+    if torch.compiler.is_compiling():
+        raise UnsupportedModelError(
+            "under torch.compile a model must ask Transformers for its mask; this one makes it by itself: run it "
+            "uncompiled"
+        )
+    held: dict[bool, MaskRequest] = getattr(mask, _HELD, {})
+    if causal not in held:
+        read = _read_keys(mask, query, key) if of_keys else _read_pairs(mask, query, causal)
+        held = {**held, causal: read}
+        setattr(mask, _HELD, held)
+    return held[causal]
 
 
 def padding_of(mask: Tensor) -> Tensor:
@@ -30,37 +61,117 @@ def padding_of(mask: Tensor) -> Tensor:
     Raises:
         SparseAttentionError: it adds something else than 0 to what it does not hide.
     """
-    row = mask[:, 0, 0] if mask.dim() == 4 else mask
-    if row.dtype == torch.bool:
-        return row.long()
-    real = row > _HIDDEN
-    if bool((row * real).any()):
-        raise SparseAttentionError(
-            "the model's own mask adds numbers to the scores of some keys, where one of padding adds 0 or hides; a "
-            "pattern would drop them. Keep such layers dense"
-        )
-    return real.long()
+    return _seen(mask[:, 0, 0] if mask.dim() == 4 else mask).long()
 
 
-def read_padding(mask: Tensor, query: Tensor, key: Tensor) -> MaskRequest:
-    """A ready-made mask of padding as the request that the model did not make; once for all layers.
+def packed_request(lengths: Tensor, hidden: Tensor) -> MaskRequest:
+    """The request of a layer that cuts one row into sequences by itself; once for all layers with these lengths.
+
+    Args: lengths: ``[0, n0, n0 + n1, ...]``; hidden: the layer's input ``[tokens, width]`` or ``[1, tokens, width]``.
 
     Raises:
-        UnsupportedModelError: under torch.compile: its values are read.
+        SparseAttentionError: the lengths do not make up the row.
     """
-    if torch.compiler.is_compiling():
-        raise UnsupportedModelError(
-            "under torch.compile a model must ask Transformers for its mask; this one makes it by itself: run it "
-            "uncompiled"
+    held: dict[bool, MaskRequest] = getattr(lengths, _HELD, {})
+    if False not in held:
+        tokens = hidden.shape[-2]
+        if int(lengths[-1]) != tokens:
+            raise SparseAttentionError(
+                f"the sequences of a row of {tokens} tokens end at {int(lengths[-1])}; cu_seqlens must end at {tokens}"
+            )
+        request = _request(1, tokens, tokens, None, ids_from_lengths(lengths, 1, tokens), False, hidden)
+        held = {**held, False: request}
+        setattr(lengths, _HELD, held)
+    return held[False]
+
+
+def _read_keys(mask: Tensor, query: Tensor, key: Tensor) -> MaskRequest:
+    return _request(query.shape[0], query.shape[2], key.shape[2], padding_of(mask), None, False, query)
+
+
+def _read_pairs(mask: Tensor, query: Tensor, causal: bool) -> MaskRequest:
+    padding, ids = relation_of(mask[:, 0], causal)
+    batch = query.shape[0]
+    padding, ids = (None if x is None else x.expand(batch, -1) for x in (padding, ids))
+    return _request(batch, *mask.shape[2:], None if padding is None else padding.long(), ids, causal, query)
+
+
+def relation_of(mask: Tensor, causal: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Which keys are real and which sequence they are of, ``[batch, keys]`` each; None where all are real, or one.
+
+    A key is real where any query reads it. What rows of padding read does not matter.
+
+    Args: mask: ``[batch, queries, keys]``, of the last queries, bool (True: may read) or to add (0: may).
+
+    Raises:
+        SparseAttentionError: a real query reads other keys than the real ones of its sequence (those up to itself,
+            where ``causal``).
+    """
+    seen = _seen(mask)
+    queries, keys = seen.shape[1:]
+    first, slots = keys - queries, torch.arange(keys, device=seen.device)
+    real = seen.any(1)
+    ids = _runs_of(seen, real) if first == 0 else real.new_zeros(real.shape, dtype=torch.long)
+    expected = (ids[:, first:, None] == ids[:, None, :]) & real[:, None, :]
+    if causal:
+        expected &= slots <= slots[first:, None]
+    if bool(((seen != expected) & real[:, first:, None]).any()):
+        raise SparseAttentionError(
+            f"a mask of shape {tuple(mask.shape)} that the model makes by itself is not "
+            f"{'causality' if causal else 'all pairs'} inside padding and sequences one after another, and a pattern "
+            "would drop what else it says. Keep such layers dense"
         )
-    held: MaskRequest | None = getattr(mask, _HELD, None)
-    if held is None:
-        held = MaskRequest(
-            {
-                "batch_size": query.shape[0], "q_length": query.shape[2], "kv_length": key.shape[2],
-                "mask_function": bidirectional_mask_function, "attention_mask": padding_of(mask),
-                "dtype": query.dtype, "device": query.device,
-            }
-        )  # fmt: skip
-        setattr(mask, _HELD, held)
-    return held
+    return None if bool(real.all()) else real, None if bool((ids <= 1).all()) else ids
+
+
+def _runs_of(seen: Tensor, real: Tensor) -> Tensor:
+    """The number ``[batch, n]`` of each token's sequence, which begins where a real token does not read the real one
+    before it."""
+    slots = torch.arange(real.shape[1], device=real.device)
+    last = torch.where(real, slots, -1).cummax(1).values
+    before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+    joined = seen.gather(2, before.clamp(min=0)[..., None])[..., 0] & (before >= 0)
+    return (real & ~joined).cumsum(1)
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """What a mask, bool or to add, does not hide."""
+    if mask.dtype == torch.bool:
+        return mask
+    seen = mask > _HIDDEN
+    if bool(((mask != 0) & seen).any()):
+        raise SparseAttentionError(
+            "the model's own mask adds numbers to the scores of some keys, where one of padding or of sequences adds 0 "
+            "or hides; a pattern would drop them. Keep such layers dense"
+        )
+    return seen
+
+
+def _request(
+    batch: int, queries: int, keys: int, padding: Tensor | None, ids: Tensor | None, causal: bool, like: Tensor
+) -> MaskRequest:
+    function = causal_mask_function if causal else bidirectional_mask_function
+    request = MaskRequest(
+        {
+            "batch_size": batch, "q_length": queries, "kv_length": keys, "q_offset": keys - queries if causal else 0,
+            "mask_function": function if ids is None else and_masks(function, packed_sequence_mask_function(ids)),
+            "attention_mask": padding, "dtype": like.dtype, "device": like.device,
+        }
+    )  # fmt: skip
+    given = request.given
+    if ids is None:
+        return request
+    request.cuts = True
+    if given is not None:
+        if given.sequence_ids is not None or given.cu_seq_lens is not None:
+            raise sequences_twice()
+        request.given = replace(given, position_ids=None)  # which are not those of its tokens
+    return request
+
+
+def sequences_twice() -> SparseAttentionError:
+    """The error for a call that names sequences where the model does so by itself."""
+    return SparseAttentionError(
+        "sequence_ids and cu_seq_lens_q name the sequences of a layer whose model already tells them apart (the "
+        "patches of each image); leave them out"
+    )

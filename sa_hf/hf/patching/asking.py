@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from sa_hf.hf.patching.asking_base import Asking, asking_class
 from sa_hf.hf.patching.asking_decoders import DECODERS
 from sa_hf.hf.patching.asking_encoders import ENCODERS
+from sa_hf.hf.patching.asking_packed import AskingPacked, cuts_its_row
 
 CLASSES = {**ENCODERS, **DECODERS}
 
@@ -38,7 +39,8 @@ def _mixin(module: nn.Module) -> Any:
     kind, code = type(module).__name__, type(module).__module__
     if not code.startswith("transformers."):
         return None
-    return CLASSES.get(kind) or CLASSES.get(f"{code.rpartition('.')[2]}.{kind}")
+    named = CLASSES.get(kind) or CLASSES.get(f"{code.rpartition('.')[2]}.{kind}")
+    return named or (AskingPacked if cuts_its_row(type(module)) else None)
 
 
 def _around(model: nn.Module, name: str) -> tuple[str, ...]:

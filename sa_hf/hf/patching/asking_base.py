@@ -65,11 +65,12 @@ def asks(module: Any) -> bool:
 class Asking:
     """Put on top of an attention module's class; ``asked(hidden, args, kwargs)`` is its ``forward`` where it asks.
 
-    Attributes: own: the class below; causal: what the module is, None where it says so itself; sa_hf_around: the names
-    of the classes of the modules around it.
+    Attributes: own: the class below; own_eager: the eager attention that it calls is that of its module; causal: what
+    the module is, None where it says so itself; sa_hf_around: the names of the classes of the modules around it.
     """
 
     asks_interface: ClassVar[bool] = True
+    own_eager: ClassVar[bool] = False
     own: ClassVar[Any]
     causal: ClassVar[bool | None] = False
 
@@ -160,9 +161,10 @@ def projected(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @lru_cache(maxsize=256)
-def asking_class(mixin: type, own: type) -> Any:
+def asking_class(mixin: type[Asking], own: type) -> Any:
     """A class of the same name that asks."""
-    body = {"__module__": mixin.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__, "own": own}
+    module = own.__module__ if mixin.own_eager else mixin.__module__
+    body = {"__module__": module, "__qualname__": own.__qualname__, "__doc__": own.__doc__, "own": own}
     return type(own.__name__, (mixin, own), body)
 
 

@@ -28,7 +28,7 @@ from sa_hf.hf.forward.keywords import SINKS, unknown_keywords
 from sa_hf.hf.forward.layer_input import Carried
 from sa_hf.hf.forward.masks import MaskRequest, sparse_mask
 from sa_hf.hf.forward.position_bias import has_bias_table
-from sa_hf.hf.forward.ready_masks import is_padding, read_padding
+from sa_hf.hf.forward.ready_masks import read_mask
 from sa_hf.hf.forward.rotary import ROTARY_FUNCTION
 from sa_hf.hf.patching.asking import asked
 from sa_hf.hf.patching.probe_inputs import (
@@ -62,6 +62,8 @@ class _Seen:
     mask: Any
     keywords: dict[str, Any]
     carried: Carried | None
+    ready: bool = False  # the model makes its mask by itself
+    unread: str | None = None  # why that is none which a pattern can join
 
 
 @dataclass(eq=False)
@@ -122,15 +124,14 @@ def probe(
             f"{failed_line(error)}: {type(error).__name__}: {error}"
         ) from error
     for site in sites.all_sites:
-        call = runs.plain.get(site.name)
-        attention = model.get_submodule(site.name)
+        call, attention = runs.plain.get(site.name), model.get_submodule(site.name)
         if site.stack == "encoder" and runs.stood_in:
             if site.name in targets:
                 raise UnsupportedModelError(
                     f"the encoder of {name} takes sound; a pattern can go into its decoder: {{'decoder': ...}}"
                 )
             continue
-        reason = _wrong(site, attention, call)
+        reason = _wrong(site, attention, call, site.name in targets or bool((extra or {}).get(site.stack)))
         if reason is None and call is not None and site.name in targets:
             reason = _not_served(model, site, call.keywords) or _lost(model, site, call, runs, targets[site.name])
             reason = reason or runs.disproved.get(site.name)
@@ -204,9 +205,15 @@ class _Recorder:
     ) -> tuple[Tensor, None]:
         """The attention function."""
         shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
-        if is_padding(attention_mask, self.causal.get(self.names[module], True)):
-            attention_mask = read_padding(attention_mask, query, key)
-        self.runs[-1][self.names[module]] = _Seen(*shapes, attention_mask, kwargs, kwargs.get("sparse_call"))
+        name, carried = self.names[module], kwargs.get("sparse_call")
+        if attention_mask is None and isinstance(carried, Carried):
+            attention_mask = carried.cut
+        ready, unread = isinstance(attention_mask, Tensor), None
+        try:
+            attention_mask = read_mask(attention_mask, query, key, self.causal.get(name, True))
+        except SparseAttentionError as error:  # which a layer left dense may have
+            unread = str(error)
+        self.runs[-1][name] = _Seen(*shapes, attention_mask, kwargs, carried, ready, unread)
         self.last = query, key, value
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
@@ -289,6 +296,8 @@ def _disproved(site: Site, module: nn.Module, needs: Needs, recorder: _Recorder,
     left_to_the_mask = site.spec.causal and seen.keywords.get("is_causal") is False and seen.mask is not None
     if seen.carried is None or not (needs.before_rotary or needs.taps or left_to_the_mask):
         return None
+    if needs.taps and getattr(seen.carried.hidden, "ndim", 3) == 2:
+        return f"({site.name}) has its tokens in one row without a batch, which a convolution does not know"
 
     def call(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
         mode.again()
@@ -309,8 +318,8 @@ def _disproved(site: Site, module: nn.Module, needs: Needs, recorder: _Recorder,
     return None if reason is None else f"({site.name}) {reason}"
 
 
-def _wrong(site: Site, attention: nn.Module, seen: _Seen | None) -> str | None:
-    """Why the adapter cannot serve a layer, or None."""
+def _wrong(site: Site, attention: nn.Module, seen: _Seen | None, ours: bool) -> str | None:
+    """Why the adapter cannot serve a layer, or None; one that is not ``ours`` gets its ready-made mask as it is."""
     spec = site.spec
     if seen is None:
         return f"({site.name}) does not call transformers' AttentionInterface"
@@ -323,7 +332,8 @@ def _wrong(site: Site, attention: nn.Module, seen: _Seen | None) -> str | None:
     if seen.carried is None:
         return f"({site.name}) does not hand keywords down to its attention function"
     if seen.mask is not None and not isinstance(seen.mask, MaskRequest):
-        return f"({site.name}) gets a ready-made mask instead of asking transformers' mask functions for it"
+        why = f"({site.name}) gets a ready-made mask instead of asking transformers' mask functions for it"
+        return (why if seen.unread is None else f"{why}: {seen.unread}") if ours else None
     if seen.mask is not None and seen.mask.causal != spec.causal:
         return f"is {'' if spec.causal else 'not '}causal by its module, but its mask says otherwise"
     causal = seen.keywords.get("is_causal")
@@ -369,7 +379,7 @@ def _lost(model: PreTrainedModel, site: Site, call: _Seen, runs: _Runs, needs: N
         return f"({site.name}) turns queries and keys, but gets no 'position_embeddings' ({installed_release()})"
     body = parameters_of(runs.body)
     of_tokens = site.stack not in TOWERS and runs.body.main_input_name == "input_ids"
-    masked = of_tokens and "attention_mask" in body
+    masked = of_tokens and "attention_mask" in body and not call.ready  # one of its own says what its attention hides
     if masked and call.key[2] == runs.sizes.length and (call.mask is None or call.mask.padding is None):
         return f"({site.name}) does not get the padding mask that the model was given ({installed_release()})"
     if turns and site.spec.causal and not any(name.endswith("position_ids") for name in body):

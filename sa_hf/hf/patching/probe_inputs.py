@@ -81,6 +81,9 @@ def _tokens(sizes: ProbeSizes, length: int) -> Tensor:
 def first_inputs(body: PreTrainedModel, sizes: ProbeSizes) -> Iterator[dict[str, Any]]:
     """Inputs of the kind that the model takes; of sound, several forms."""
     main, config, parameters = body.main_input_name, body.config, parameters_of(body)
+    if _is_asked(parameters.get("grid_thw")):
+        yield _rows_of_patches(config, parameters)
+        return
     if main not in parameters and "pixel_values" in parameters:  # a tower that does not say what it takes
         main = "pixel_values"
     given: dict[str, Any] = {}
@@ -91,7 +94,7 @@ def first_inputs(body: PreTrainedModel, sizes: ProbeSizes) -> Iterator[dict[str,
         if "bbox" in parameters:
             given["bbox"] = torch.zeros(1, sizes.length, 4, dtype=torch.long)
     elif main == "pixel_values":
-        given.update(_image(config))
+        given.update(_packed_images(config) if "image_sizes" in parameters else _image(config))
     if "decoder_input_ids" in parameters:
         given["decoder_input_ids"] = _tokens(sizes, sizes.decoder_length)
     if main == "input_ids" and _is_asked(parameters.get("pixel_values")):
@@ -144,6 +147,26 @@ def _image(config: Any) -> dict[str, Tensor]:
     height, width = (size, size) if isinstance(size, int) else size
     before = (1, frames) if isinstance(frames, int) else (1,)
     return {"pixel_values": torch.zeros(*before, getattr(images, "num_channels", None) or 3, height, width)}
+
+
+def _packed_images(config: Any) -> dict[str, Tensor]:
+    """Two images of different sizes below the largest, whose patches make one row (Pixtral)."""
+    side = getattr(config, "patch_size", None)
+    if not isinstance(side, int):
+        return _image(config)
+    pixels = torch.zeros(2, getattr(config, "num_channels", None) or 3, 3 * side, 4 * side)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[3 * side, 4 * side], [2 * side, 3 * side]])}
+
+
+def _rows_of_patches(config: Any, parameters: Any) -> dict[str, Tensor]:
+    """The patches of two images of different sizes in one row, with their grids (Qwen's and GLM's towers)."""
+    merged = next((m for m in (getattr(config, n, None) for n in ("spatial_merge_size", "merge_size")) if m), 2)
+    names = ("in_channels", "num_channels", "in_chans")
+    channels = next((c for c in (getattr(config, name, None) for name in names) if isinstance(c, int)), 3)
+    width = channels * config.patch_size**2 * (getattr(config, "temporal_patch_size", None) or 1)
+    grids = torch.tensor([[1, 2 * merged, 3 * merged], [1, 2 * merged, merged]])
+    name = next(name for name in ("hidden_states", "pixel_values") if name in parameters)
+    return {name: torch.zeros(int(grids.prod(1).sum()), width), "grid_thw": grids}
 
 
 def _is_asked(parameter: inspect.Parameter | None) -> bool:

@@ -17,6 +17,8 @@ from sa_hf.errors import UnsupportedModelError
 TOWERS = ("vision", "audio")
 _TEXT = "text"
 _KINDS = {"image": "vision", "video": "vision", "audio": "audio"}
+# What a tower may ask for: one image of one size, or patches with the grid of each image.
+_TAKEN = {"pixel_values", "hidden_states", "grid_thw"}
 _NAMES = {
     "vision": re.compile(r"vision|visual|image|video|pixel"),
     "audio": re.compile(r"audio|speech|acoustic|codec"),
@@ -76,10 +78,10 @@ def tower_model(root: nn.Module, name: str, kind: str) -> PreTrainedModel:
         raise UnsupportedModelError(f"its {kind} tower is no model by itself, which could be tried; leave it as it is")
     parameters = inspect.signature(tower.forward).parameters.values()
     asked = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if [name for name in asked if name != "pixel_values"]:
+    if not set(asked) <= _TAKEN:
         raise UnsupportedModelError(
-            f"its {kind} tower asks for {asked}, and only towers that take pixel_values alone get patterns; leave it "
-            "as it is"
+            f"its {kind} tower asks for {asked}, and only towers that take pixel_values, or patches with their "
+            "grid_thw, get patterns; leave it as it is"
         )
     return tower
 

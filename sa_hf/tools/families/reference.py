@@ -61,8 +61,8 @@ def own_attention(model: Any, *, patterns: bool = True, zeros: bool = False) -> 
 
 
 def under_pattern(child: SparseAttention, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """The model's own mask ``[batch, 1 or heads, n, n]`` (or None) with the pairs that a static pattern keeps of each
-    row's real tokens; a token is real where any query reads it. A pair that counts twice gets the logarithm of 2."""
+    """The model's own mask ``[batch, 1 or heads, n, n]`` (or None) with the pairs that a static pattern keeps of the
+    real tokens of each sequence; one is real where any query reads it. A pair that counts twice gets log 2."""
     batch, n, keys = query.shape[0], query.shape[2], key.shape[2]
     if n != keys:
         raise NoReference(f"{n} queries of {keys} keys")
@@ -72,13 +72,24 @@ def under_pattern(child: SparseAttention, mask: Tensor | None, query: Tensor, ke
         if mask.dtype == torch.bool:
             mask = torch.where(mask, 0.0, HIDDEN)
         whole = whole + mask[..., :n].to(query.dtype)
-    seen = (whole > FAR).any(1).any(1)  # [batch, keys]
+    seen = (whole > FAR).any(1)  # [batch, queries, keys]
     for row in range(batch):
-        real = seen[row].nonzero().flatten()
-        pairs = log_weights(child, len(real)).to(query.dtype)
-        at = torch.tensor(row), slice(None), real[:, None], real[None, :]
-        whole[at] = torch.clamp(whole[at] + pairs, min=HIDDEN)
+        for real in sequences(seen[row]):
+            pairs = log_weights(child, len(real)).to(query.dtype)
+            at = torch.tensor(row), slice(None), real[:, None], real[None, :]
+            whole[at] = torch.clamp(whole[at] + pairs, min=HIDDEN)
     return whole
+
+
+def sequences(seen: Tensor) -> list[Tensor]:
+    """The places of a row's real tokens: of each group whose tokens read each other and nothing else (``seen [n, n]``),
+    or of all, where it does not fall into such groups."""
+    real = seen.any(0).nonzero().flatten()
+    pairs = seen[real[:, None], real]
+    alike = (pairs[:, None] == pairs[None]).all(-1)
+    if not torch.equal(alike, pairs):
+        return [real]
+    return [real[group] for group in torch.unique(pairs, dim=0)]
 
 
 def log_weights(child: Any, n: int) -> Tensor:
