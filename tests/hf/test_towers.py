@@ -190,9 +190,31 @@ def test_a_tower_gets_a_pattern_where_it_is_named(tmp_path: Path) -> None:
         assert torch.equal(sa_hf.unpatch_model(model)(**given).logits[real], dense)
 
 
+def test_a_tower_of_patches_with_a_grid_for_each_image() -> None:
+    model = made("qwen3_vl")
+    patches = torch.randn(20, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(5))
+    grids = torch.tensor([[1, 4, 4], [1, 2, 2]])
+    ids = torch.cat([torch.arange(3, 9), torch.full((4,), IMAGE), torch.arange(9, 14), torch.tensor([IMAGE, 5, 6])])
+    given = {"input_ids": ids[None], "pixel_values": patches, "image_grid_thw": grids}
+    given["mm_token_type_ids"] = (given["input_ids"] == IMAGE).int()
+    with torch.no_grad():
+        dense = model(**given).logits
+        sa_hf.patch_model(model, {"vision": sa_hf.SlidingWindowAttentionConfig(window=1000)})
+        assert torch.allclose(model(**given).logits, dense, atol=1e-3)
+        sa_hf.patch_model(model, {"vision": {"0": WINDOW}, "language": "dense"})
+        assert (model(**given).logits - dense).abs().max() > 0.1
+        assert torch.equal(sa_hf.unpatch_model(model)(**given).logits, dense)
+
+
 def test_a_tower_that_asks_for_more_is_refused() -> None:
-    with pytest.raises(SparseAttentionError, match=r"vision tower asks for .*'grid_thw'"):
-        sa_hf.patch_model(made("qwen3_vl"), {"vision": WINDOW})
+    class Asking(tf.CLIPVisionModel):  # type: ignore[misc]
+        def forward(self, pixel_values: Tensor, spatial_shapes: Tensor, **kwargs: Any) -> Any:
+            return super().forward(pixel_values, **kwargs)
+
+    model = made("llava")
+    model.model.vision_tower.__class__ = Asking
+    with pytest.raises(SparseAttentionError, match=r"vision tower asks for .*'spatial_shapes'"):
+        sa_hf.patch_model(model, {"vision": WINDOW})
 
 
 @pytest.mark.parametrize(

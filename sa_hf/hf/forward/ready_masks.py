@@ -6,7 +6,8 @@ another, and nothing else: that it is, is checked pair by pair. Towers of packed
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,11 +21,20 @@ from transformers.masking_utils import (
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 from sa_hf.hf.forward.masks import MaskRequest, ids_from_lengths
+from sa_hf.hf.state.inputs import ForwardInputs, handed_over
 
 # Models hide by the least number of a dtype, by -inf or by -10000, of which the exponential is 0 in each.
 _HIDDEN = -9e3
-# On a mask: the requests that it was read as, causal or not, for the other layers of the forward.
+# On a mask: what it was read as, for the other layers of the forward.
 _HELD = "sa_hf_read"
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    forward: ForwardInputs | None
+    version: int
+    causal: bool
+    request: MaskRequest
 
 
 def read_mask(mask: Any, query: Tensor, key: Tensor, causal: bool, extra_tokens: int = 0) -> Any:
@@ -45,12 +55,18 @@ def read_mask(mask: Any, query: Tensor, key: Tensor, causal: bool, extra_tokens:
             "under torch.compile a model must ask Transformers for its mask; this one makes it by itself: run it "
             "uncompiled"
         )
-    held: dict[bool, MaskRequest] = getattr(mask, _HELD, {})
-    if causal not in held:
-        read = _read_keys(mask, query, key) if of_keys else _read_pairs(mask, query, causal)
-        held = {**held, causal: read}
+    return _once(mask, causal, lambda: _read_keys(mask, query, key) if of_keys else _read_pairs(mask, query, causal))
+
+
+def _once(mask: Tensor, causal: bool, read: Callable[[], MaskRequest]) -> MaskRequest:
+    """What ``read`` gives, kept on the mask while the same forward runs and the mask is not written to: a caller may
+    give the same one again."""
+    forward, version = handed_over(), 0 if mask.is_inference() else mask._version
+    held: _Held | None = getattr(mask, _HELD, None)
+    if held is None or held.forward is not forward or (held.version, held.causal) != (version, causal):
+        held = _Held(forward, version, causal, read())
         setattr(mask, _HELD, held)
-    return held[causal]
+    return held.request
 
 
 def padding_of(mask: Tensor) -> Tensor:
@@ -71,18 +87,22 @@ def packed_request(lengths: Tensor, hidden: Tensor) -> MaskRequest:
 
     Raises:
         SparseAttentionError: the lengths do not make up the row.
+        UnsupportedModelError: under torch.compile: they are read.
     """
-    held: dict[bool, MaskRequest] = getattr(lengths, _HELD, {})
-    if False not in held:
-        tokens = hidden.shape[-2]
+    if torch.compiler.is_compiling():
+        raise UnsupportedModelError(
+            "under torch.compile a row of packed patches cannot be cut, as its lengths are read: run it uncompiled"
+        )
+    tokens = hidden.shape[-2]
+
+    def read() -> MaskRequest:
         if int(lengths[-1]) != tokens:
             raise SparseAttentionError(
                 f"the sequences of a row of {tokens} tokens end at {int(lengths[-1])}; cu_seqlens must end at {tokens}"
             )
-        request = _request(1, tokens, tokens, None, ids_from_lengths(lengths, 1, tokens), False, hidden)
-        held = {**held, False: request}
-        setattr(lengths, _HELD, held)
-    return held[False]
+        return _request(1, tokens, tokens, None, ids_from_lengths(lengths, 1, tokens), False, hidden)
+
+    return _once(lengths, False, read)
 
 
 def _read_keys(mask: Tensor, query: Tensor, key: Tensor) -> MaskRequest:
@@ -115,7 +135,9 @@ def relation_of(mask: Tensor, causal: bool) -> tuple[Tensor | None, Tensor | Non
     expected = (ids[:, first:, None] == ids[:, None, :]) & real[:, None, :]
     if causal:
         expected &= slots <= slots[first:, None]
-    if bool(((seen != expected) & real[:, first:, None]).any()):
+    # Fewer queries are the last: behind them are no places that no one reads (those of a static cache).
+    behind = first > 0 and not bool((real[:, -1] | ~real.any(1)).all())
+    if behind or bool(((seen != expected) & real[:, first:, None]).any()):
         raise SparseAttentionError(
             f"a mask of shape {tuple(mask.shape)} that the model makes by itself is not "
             f"{'causality' if causal else 'all pairs'} inside padding and sequences one after another, and a pattern "

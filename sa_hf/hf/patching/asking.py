@@ -11,8 +11,9 @@ from sa_hf.hf.patching.asking_base import Asking, asking_class
 from sa_hf.hf.patching.asking_decoders import DECODERS
 from sa_hf.hf.patching.asking_encoders import ENCODERS
 from sa_hf.hf.patching.asking_packed import AskingPacked, cuts_its_row
+from sa_hf.hf.patching.asking_relative import RELATIVE
 
-CLASSES = {**ENCODERS, **DECODERS}
+CLASSES = {**ENCODERS, **DECODERS, **RELATIVE}
 
 
 def let_ask(model: nn.Module) -> bool:

@@ -21,10 +21,13 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sa_hf.config import SparseAttention
 from sa_hf.hf.caches.layer import cache_in
+from sa_hf.hf.forward.layer_input import LayerCall
 from sa_hf.hf.forward.masks import MaskRequest
 from sa_hf.hf.forward.ready_masks import padding_of
 from sa_hf.hf.state.activity import IMPLEMENTATION
+from sa_hf.hf.state.layers import active_child
 
 # The keywords of a call that our attention reads.
 _HANDED_ON = {"sparse_call", "output_attentions", "sequence_ids", "cu_seq_lens_q"}
@@ -87,6 +90,20 @@ class Asking:
 
     def __reduce__(self) -> Any:
         return _new_asking, (type(self).__bases__[0], self.own), vars(self).copy()
+
+
+class AskingSparse(Asking):
+    """One that asks for a pattern alone: a layer left dense, and ``dense(model)``, run the class below, with the eager
+    attention of its module. ``asked`` finds the call of the layer among the keywords, ``sparse_call``."""
+
+    causal: ClassVar[bool | None] = None
+    own_eager: ClassVar[bool] = True
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        call = kwargs.get("sparse_call")
+        if call is None or (isinstance(call, LayerCall) and not isinstance(active_child(self), SparseAttention)):
+            return self.own.forward(self, hidden_states, *args, **kwargs)
+        return self.asked(hidden_states, args, kwargs)
 
 
 def attend(

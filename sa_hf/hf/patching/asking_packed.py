@@ -11,11 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sa_hf.config import SparseAttention
 from sa_hf.hf.forward.layer_input import LayerCall
 from sa_hf.hf.forward.ready_masks import packed_request
-from sa_hf.hf.patching.asking_base import Asking
-from sa_hf.hf.state.layers import active_child
+from sa_hf.hf.patching.asking_base import AskingSparse
 
 LENGTHS = "cu_seqlens"
 
@@ -32,22 +30,17 @@ def _asks_by_parts(attention: Any, code: Any) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in code.co_names and "torch.split(" in source
 
 
-class AskingPacked(Asking):
+class AskingPacked(AskingSparse):
     """An attention that is given ``hidden_states [tokens, width]`` (or with a batch of 1) and ``cu_seqlens``."""
 
-    causal = None
-    own_eager = True
-
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = list(inspect.signature(self.own.forward).parameters)[2:]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        call, lengths = given.get("sparse_call"), given.get(LENGTHS)
-        if call is None or lengths is None or given.get("attention_mask") is not None:
-            return self.own.forward(self, hidden_states, *args, **kwargs)
-        if isinstance(call, LayerCall):
-            if not isinstance(active_child(self), SparseAttention):
-                return self.own.forward(self, hidden_states, *args, **kwargs)
-            call.hidden_states = hidden_states if hidden_states.dim() == 3 else hidden_states[None]
+        call, lengths = given["sparse_call"], given.get(LENGTHS)
+        if lengths is None or given.get("attention_mask") is not None:
+            return self.own.forward(self, hidden_states, **given)
+        if isinstance(call, LayerCall) and hidden_states.dim() == 2:
+            call.hidden_states = hidden_states[None]
         call.cut = packed_request(lengths, hidden_states)
         given[LENGTHS] = lengths.new_tensor([0, hidden_states.shape[-2]])
         return self.own.forward(self, hidden_states, **given)

@@ -186,12 +186,21 @@ def _check_halves(model: PreTrainedModel, stacks: dict[str, list[Site]]) -> None
     if not all(isinstance(half, nn.Module) for half in halves.values()):
         return
     names = {half: name for name, half in model.named_modules() if half in halves.values()}
-    lacking = [stack for stack, half in halves.items() if stack not in stacks and not tower_of(model, names[half])]
+    lacking = [
+        stack
+        for stack, half in halves.items()
+        if stack not in stacks and not tower_of(model, names[half]) and _has_attention(half)
+    ]
     if lacking:
         raise UnsupportedModelError(
             f"the {lacking[0]} of {type(model).__name__} computes its attention itself instead of asking transformers' "
             "AttentionInterface for it, so the pattern would reach the other half alone"
         )
+
+
+def _has_attention(half: Any) -> bool:
+    """Whether a half has any attention: a transducer's decoder is an LSTM."""
+    return any("ttention" in type(module).__name__ for module in half.modules())
 
 
 def switch_over(model: nn.Module) -> bool:

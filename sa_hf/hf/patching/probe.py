@@ -41,7 +41,7 @@ from sa_hf.hf.patching.probe_inputs import (
     next_inputs,
     parameters_of,
 )
-from sa_hf.hf.patching.proofs import Replay, changes_its_mask, rotation_stays, taps_astray
+from sa_hf.hf.patching.proofs import Replay, changes_its_mask, lacks, rotation_stays, taps_astray
 from sa_hf.hf.patching.skeleton import PartlyKnown, failed_line, partly_known, skeleton_of
 from sa_hf.hf.state.activity import Activity
 from sa_hf.hf.state.sites import Site, Sites
@@ -296,8 +296,8 @@ def _disproved(site: Site, module: nn.Module, needs: Needs, recorder: _Recorder,
     left_to_the_mask = site.spec.causal and seen.keywords.get("is_causal") is False and seen.mask is not None
     if seen.carried is None or not (needs.before_rotary or needs.taps or left_to_the_mask):
         return None
-    if needs.taps and getattr(seen.carried.hidden, "ndim", 3) == 2:
-        return f"({site.name}) has its tokens in one row without a batch, which a convolution does not know"
+    if (lacking := lacks(module, seen.carried.hidden, rotary=needs.before_rotary, taps=needs.taps)) is not None:
+        return f"({site.name}) {lacking}"
 
     def call(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
         mode.again()

@@ -94,6 +94,15 @@ def _changes_below(node: ast.AST, needed: frozenset[str]) -> Iterator[frozenset[
             yield from _changes_below(other, needed)
 
 
+def lacks(attention: nn.Module, hidden: Any, *, rotary: bool, taps: bool) -> str | None:
+    """Why what a layer is given does not go with what a pattern does to it, or None."""
+    if taps and getattr(hidden, "ndim", 3) == 2:
+        return "has its tokens in one row without a batch, which a convolution does not know; use conv_kernel_size=1"
+    if rotary and getattr(attention, "has_place_channels", False):
+        return "has channels of its tokens' places, which routing would cluster; use another pattern"
+    return None
+
+
 def rotation_stays(replay: Replay, angles: tuple[Tensor, Tensor] | None) -> str | None:
     """Why queries and keys from before the rotary embedding cannot be had from those after it, or None."""
     if angles is None:
