@@ -255,12 +255,10 @@ def test_an_image_does_not_depend_on_those_beside_it() -> None:
         assert torch.equal(sa_hf.unpatch_model(model)(**given).last_hidden_state, dense)
 
 
-@pytest.mark.parametrize("pattern", ["expire_span", "sparsebert"])
-def test_learned_patterns_train_over_several_images(pattern: str) -> None:
+def test_learned_patterns_train_over_several_images() -> None:
     """They are called once a forward: their steps and losses count once."""
-    options = {"max_span": 4, "ramp": 2} if pattern == "expire_span" else {"mask_length": 32}
     model, given = qwen_tower()
-    sa_hf.patch_model(model, pattern, **options).train()
+    sa_hf.patch_model(model, "sparsebert", mask_length=32).train()
     model(**given).last_hidden_state.square().sum().backward()
     children = [module for module in model.modules() if isinstance(module, SparseAttention)]
     assert {child.forwards for child in children} == {1}
@@ -270,6 +268,9 @@ def test_learned_patterns_train_over_several_images(pattern: str) -> None:
 
 
 def test_convolutions_in_a_tower_of_packed_patches_are_refused() -> None:
-    model, _ = qwen_tower()
-    with pytest.raises(sa_hf.UnsupportedModelError, match="one row without a batch"):
-        sa_hf.patch_model(model, "logsparse", conv_kernel_size=3)
+    joined, _ = qwen_tower()
+    with pytest.raises(SparseAttentionError, match="no projection of queries and keys"):
+        sa_hf.patch_model(joined, "logsparse", conv_kernel_size=3)
+    apart, _ = build(ENTRIES["HunYuanVLVisionTransformer"])
+    with pytest.raises(sa_hf.UnsupportedModelError, match="over whose ends a convolution would reach"):
+        sa_hf.patch_model(apart, "logsparse", conv_kernel_size=3)

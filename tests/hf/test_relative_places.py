@@ -58,7 +58,7 @@ def test_padded_rows_and_every_gradient() -> None:
     dense = run()
     sa_hf.patch_model(model, ALL)
     for got, expected in zip(run(), dense, strict=True):
-        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max().clamp(min=1e-3)
+        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max().clamp(min=0.1)
     sa_hf.patch_model(model, WINDOW)
     assert (run()[0] - dense[0]).abs().max() > 1e-2
     with sa_hf.dense(model):

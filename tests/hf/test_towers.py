@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sa_hf
 from sa_hf import SparseAttentionError
-from sa_hf.hf.state.towers import tower_of
+from sa_hf.hf.state.towers import tower_model, tower_of
 
 WINDOW = sa_hf.SlidingWindowAttentionConfig(window=4, num_sink_tokens=1)
 IMAGE = 98
@@ -213,8 +213,9 @@ def test_a_tower_that_asks_for_more_is_refused() -> None:
 
     model = made("llava")
     model.model.vision_tower.__class__ = Asking
+    name = next(name for name, module in model.named_modules() if type(module).__name__ == "CLIPAttention")
     with pytest.raises(SparseAttentionError, match=r"vision tower asks for .*'spatial_shapes'"):
-        sa_hf.patch_model(model, {"vision": WINDOW})
+        tower_model(model, name, "vision")
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,9 @@ def _read_keys(mask: Tensor, query: Tensor, key: Tensor) -> MaskRequest:
 
 def _read_pairs(mask: Tensor, query: Tensor, causal: bool) -> MaskRequest:
     padding, ids = relation_of(mask[:, 0], causal)
-    batch = query.shape[0]
+    batch, queries, keys = query.shape[0], mask.shape[2], mask.shape[3]
     padding, ids = (None if x is None else x.expand(batch, -1) for x in (padding, ids))
-    return _request(batch, *mask.shape[2:], None if padding is None else padding.long(), ids, causal, query)
+    return _request(batch, queries, keys, None if padding is None else padding.long(), ids, causal, query)
 
 
 def relation_of(mask: Tensor, causal: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -139,7 +139,7 @@ def relation_of(mask: Tensor, causal: bool) -> tuple[Tensor | None, Tensor | Non
     behind = first > 0 and not bool((real[:, -1] | ~real.any(1)).all())
     if behind or bool(((seen != expected) & real[:, first:, None]).any()):
         raise SparseAttentionError(
-            f"a mask of shape {tuple(mask.shape)} that the model makes by itself is not "
+            f"a ready-made mask of shape {tuple(mask.shape)} is not "
             f"{'causality' if causal else 'all pairs'} inside padding and sequences one after another, and a pattern "
             "would drop what else it says. Keep such layers dense"
         )

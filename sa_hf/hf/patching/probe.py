@@ -296,7 +296,7 @@ def _disproved(site: Site, module: nn.Module, needs: Needs, recorder: _Recorder,
     left_to_the_mask = site.spec.causal and seen.keywords.get("is_causal") is False and seen.mask is not None
     if seen.carried is None or not (needs.before_rotary or needs.taps or left_to_the_mask):
         return None
-    if (lacking := lacks(module, seen.carried.hidden, rotary=needs.before_rotary, taps=needs.taps)) is not None:
+    if (lacking := lacks(module, seen.carried, rotary=needs.before_rotary, taps=needs.taps)) is not None:
         return f"({site.name}) {lacking}"
 
     def call(*given: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -115,9 +115,9 @@ def first_inputs(body: PreTrainedModel, sizes: ProbeSizes) -> Iterator[dict[str,
     if main in SOUND:
         for form in sound_forms(main, config):
             yield {**given, **form}
-    if STAND_IN in parameters:
+    width = getattr(body, "encoder_output_dim", None) or getattr(config, "hidden_size", None)
+    if STAND_IN in parameters and width is not None:
         # An encoder of sound in a form of its own: what it needs is its own, and what it gives the decoder is not.
-        width = getattr(body, "encoder_output_dim", None) or config.hidden_size
         yield {**given, STAND_IN: BaseModelOutput(torch.zeros(1, sizes.length, width))}
     elif main not in SOUND:
         raise UnsupportedModelError(

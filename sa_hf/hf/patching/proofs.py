@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sa_hf.hf.caches.layer import is_cache
 from sa_hf.hf.forward.convolution import ConvHook
+from sa_hf.hf.forward.layer_input import Carried
 from sa_hf.hf.forward.masks import MaskRequest
 from sa_hf.hf.forward.rotary import before_rotary
 from sa_hf.layer import LayerSpec
@@ -94,10 +95,12 @@ def _changes_below(node: ast.AST, needed: frozenset[str]) -> Iterator[frozenset[
             yield from _changes_below(other, needed)
 
 
-def lacks(attention: nn.Module, hidden: Any, *, rotary: bool, taps: bool) -> str | None:
+def lacks(attention: nn.Module, carried: Carried, *, rotary: bool, taps: bool) -> str | None:
     """Why what a layer is given does not go with what a pattern does to it, or None."""
-    if taps and getattr(hidden, "ndim", 3) == 2:
-        return "has its tokens in one row without a batch, which a convolution does not know; use conv_kernel_size=1"
+    if taps and carried.cut is not None:
+        return (
+            "cuts its row into sequences by itself, over whose ends a convolution would reach; use conv_kernel_size=1"
+        )
     if rotary and getattr(attention, "has_place_channels", False):
         return "has channels of its tokens' places, which routing would cluster; use another pattern"
     return None
