@@ -29,6 +29,7 @@ NAMES = [
     "ConvBertModel", "XLMModel", "FlaubertModel", "BigBirdPegasusModel", "Idefics3VisionTransformer",
     "SmolVLMVisionTransformer", "Siglip2Model",
     "MvpForConditionalGeneration", "TrOCRForCausalLM", "GPTNeoXJapaneseForCausalLM", "OpenAIGPTLMHeadModel",
+    "ParakeetEncoder",
 ]  # fmt: skip
 
 

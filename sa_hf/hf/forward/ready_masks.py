@@ -25,6 +25,7 @@ from sa_hf.hf.state.inputs import ForwardInputs, handed_over
 
 # Models hide by the least number of a dtype, by -inf or by -10000, of which the exponential is 0 in each.
 _HIDDEN = -9e3
+_INSTEAD = "Give the model a 2-D mask [batch, length] (1 real, 0 padding), or keep such layers dense"
 # On a mask: what it was read as, for the other layers of the forward.
 _HELD = "sa_hf_read"
 
@@ -141,7 +142,7 @@ def relation_of(mask: Tensor, causal: bool) -> tuple[Tensor | None, Tensor | Non
         raise SparseAttentionError(
             f"a ready-made mask of shape {tuple(mask.shape)} is not "
             f"{'causality' if causal else 'all pairs'} inside padding and sequences one after another, and a pattern "
-            "would drop what else it says. Keep such layers dense"
+            f"would drop what else it says. {_INSTEAD}"
         )
     return None if bool(real.all()) else real, None if bool((ids <= 1).all()) else ids
 
@@ -164,7 +165,7 @@ def _seen(mask: Tensor) -> Tensor:
     if bool(((mask != 0) & seen).any()):
         raise SparseAttentionError(
             "the model's own mask adds numbers to the scores of some keys, where one of padding or of sequences adds 0 "
-            "or hides; a pattern would drop them. Keep such layers dense"
+            f"or hides; a pattern would drop them. {_INSTEAD}"
         )
     return seen
 
