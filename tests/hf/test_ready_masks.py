@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from eager_cases import HIDDEN, SIZES, TOKENS, scattered
-from hf_cases import older_releases_may
+from older_releases import older_releases_may
 from torch import Tensor
 
 import sa_hf

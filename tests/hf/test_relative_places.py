@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_cases import older_releases_may
+from older_releases import older_releases_may
 from torch import Tensor
 
 import sa_hf
