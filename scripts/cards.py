@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sa_hf.config import SparseAttentionConfig, pattern_class
 from sa_hf.patterns.block_topk import BlockTopKAttentionConfig, read_pairs
 from sa_hf.patterns.drawing import plot_mask
 from sa_hf.tools.bench import cpu_report, quickstart_report
+from sa_hf.tools.bench.decoding import SHAPE as DECODING_SHAPE
 from sa_hf.tools.bench.names import LEGEND, row_title
 from sa_hf.tools.claims.claim import claim_section
 from sa_hf.tools.describe import fields_of
@@ -37,6 +39,8 @@ SYSTEMS = (
     "block_topk",
 )  # fmt: skip
 
+HEADLINE_KIND = "_amx"  # of the benchmark's result files
+DECODE_LENGTH = 8192
 HEADLINE_LENGTH = 16384  # tokens of the README's first table
 
 # What each picture shows: small enough that single pairs are visible.
@@ -125,14 +129,16 @@ def measured(name: str) -> str:
     quality = RESULTS / "quality.json"
     if quality.exists():
         data = json.loads(quality.read_text())
-        blocks += [f"{label} ({data['header']}):\n\n{table(rows)}" for label, rows in quality_rows(data, name).items()]
+        blocks += [f"{label}:\n\n{table(rows)}" for label, rows in quality_rows(data, name).items()]
     claims = [json.loads(path.read_text()) for path in sorted((RESULTS / "claims").glob("*.json"))]
     blocks += [f"A claim of the paper, small. {claim_section(c)}" for c in claims if c.get("system") == name]
-    speed = speed_rows(BENCHMARK_LABELS.get(name, ()))
-    if speed:
-        blocks.append(
-            f"Speed on the CPU against dense SDPA of the same causality ({benchmark_header()}):\n\n{table(speed)}"
-        )
+    speed: list[dict[str, Any]] = []
+    for kind in ("", HEADLINE_KIND, f"{HEADLINE_KIND}_bfloat16"):
+        rows = speed_rows(BENCHMARK_LABELS.get(name, ()), kind)
+        if rows:
+            speed += rows
+            about = benchmark_header(kind)
+            blocks.append(f"Speed on the CPU against dense SDPA of the same causality ({about}):\n\n{table(rows)}")
     growth = growth_rows(BENCHMARK_LABELS.get(name, ()))
     if growth:
         blocks.append(f"Growth with the length, forward and backward (same machine and command):\n\n{table(growth)}")
@@ -159,26 +165,28 @@ def quality_rows(data: dict[str, Any], name: str) -> dict[str, list[dict[str, An
     found: dict[str, list[dict[str, Any]]] = {}
     for row in data["rows"]:
         if row["system"] == name:
-            rest = {k: v for k, v in row.items() if k not in {"system", "measurement"}}
-            found.setdefault(row["measurement"][0].upper() + row["measurement"][1:], []).append(rest)
+            rest = {k: v for k, v in row.items() if k not in {"system", "measurement", "run"}}
+            label = f"{row['measurement'][0].upper()}{row['measurement'][1:]} ({row.get('run', data['header'])})"
+            found.setdefault(label, []).append(rest)
     return found
 
 
-def benchmark() -> dict[str, Any] | None:
-    path = RESULTS / "benchmark_cpu.json"
+def benchmark(kind: str = "") -> dict[str, Any] | None:
+    """The result file of scripts/benchmark.py with this behind its name."""
+    path = RESULTS / f"benchmark_cpu{kind}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def benchmark_header() -> str:
-    data = benchmark() or {}
+def benchmark_header(kind: str = "") -> str:
+    data = benchmark(kind) or {}
     machine = ", ".join(f"{key} {value}" for key, value in data.get("machine", {}).items())
     return f"{data.get('shape')}; {machine}; `{data.get('command')}`"
 
 
-def speed_rows(labels: tuple[str, ...]) -> list[dict[str, Any]]:
+def speed_rows(labels: tuple[str, ...], kind: str = "") -> list[dict[str, Any]]:
     """Seconds and speed-up over dense, of contenders of the benchmark's speed section, at every length."""
     rows = []
-    for row in (benchmark() or {}).get("speed", []):
+    for row in (benchmark(kind) or {}).get("speed", []):
         dense = row["rows"]["dense"]["median_s"]
         for label in labels:
             found = row["rows"].get(label)
@@ -198,20 +206,37 @@ def speed_rows(labels: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def headline() -> str:
-    """The README's first table: every pattern at one length, a row each."""
-    shown: dict[str, dict[str, str]] = {}
+    """The README's first table: every pattern at one length, a row each, in fp32 and bf16; and a token of decoding."""
+    kinds = {"fp32": HEADLINE_KIND, "bf16": f"{HEADLINE_KIND}_bfloat16"}
+    decode = [row for row in (benchmark(HEADLINE_KIND) or {}).get("decode", []) if row["length"] == DECODE_LENGTH]
+    tokens = {row_title(row["label"]): row for row in decode}
     windows = ("window causal", "window")
-    for row in speed_rows((*windows, *(label for system in BENCHMARK_LABELS.values() for label in system))):
-        if row["tokens"] == f"{HEADLINE_LENGTH:,}":
-            cells = shown.setdefault(row["pattern"], {"pattern": row["pattern"], "pairs kept": row["pairs kept"]})
-            cells[row["pass"]] = f"{row['sparse, s']:.3f} s ({row['speed-up']})"
+    labels = (*windows, *(label for system in BENCHMARK_LABELS.values() for label in system))
+    shown: dict[str, dict[str, str]] = {}
+    for short, kind in kinds.items():
+        for row in speed_rows(labels, kind):
+            if row["tokens"] == f"{HEADLINE_LENGTH:,}":
+                cells = shown.setdefault(row["pattern"], {"pattern": row["pattern"], "pairs kept": row["pairs kept"]})
+                cells[f"{short}, {row['pass']}"] = f"{row['sparse, s']:.3f} s ({row['speed-up']})"
     if not shown:
         return "Not measured yet."
+    column = f"a token, {DECODE_LENGTH:,} cached"
+    for title, cells in shown.items():
+        row = tokens.get(title)
+        cells[column] = f"{row['static']:.1f} ms ({row['dense static'] / row['static']:.1f}x)" if row else ""
+    whole = "\n".join(f"{benchmark_header(kind)}." for kind in kinds.values() if benchmark(kind))
+    files = " and ".join(f"[{name}](model_cards/results/{name})" for name in files_of(kinds.values()))
     return (
-        f"Attention at {HEADLINE_LENGTH:,} tokens on the CPU, and the speed-up over dense SDPA of the same causality, "
-        f"called in turn:\n\n{table(list(shown.values()))}\n\n{LEGEND}\n\n{benchmark_header()}. All "
-        "lengths, memory, FlexAttention and growth: [benchmark_cpu.md](model_cards/results/benchmark_cpu.md)."
+        f"Attention at {HEADLINE_LENGTH:,} tokens on the CPU, and the speed-up over dense SDPA of the same causality "
+        f"and dtype, called in turn; and a whole token of {DECODING_SHAPE} with a static cache:\n\n"
+        f"{table(list(shown.values()))}\n\n{LEGEND}\n\n{whole} FlexAttention, training and other caches beside them: "
+        f"{files}. All lengths, memory and growth, on another machine and by an earlier build: "
+        "[benchmark_cpu.md](model_cards/results/benchmark_cpu.md)."
     )
+
+
+def files_of(kinds: Iterable[str]) -> list[str]:
+    return [f"benchmark_cpu{kind}.md" for kind in kinds if benchmark(kind)]
 
 
 def gpu() -> str:

@@ -1,6 +1,7 @@
 """Quality of every system against dense attention, on embedded data: what the model cards show.
 
     python scripts/quality.py
+    python scripts/quality.py --only block_topk   # a language model's rows anew, dense attention in the same run
     python scripts/quality.py --quick    # a few steps, to see that it runs
 
 Two measurements. *Language model*: a small byte-level decoder is trained from scratch on the standard library's source
@@ -43,6 +44,7 @@ DECODERS: list[tuple[str, list[str]]] = [
     ("expire_span", ["max_span=512", "ramp=32", "span_loss_coef=1e-4"]),
     ("routing", ["num_clusters=8", "window=128", "num_local_heads=2", "local_window=128"]),
     ("bigbird", ["block_size=32"]),
+    ("block_topk", ["block_size=32", "top_k=4"]),
     ("star", ["ring=false"]),
 ]
 ENCODERS: list[tuple[str, dict[str, Any]]] = [
@@ -113,12 +115,23 @@ def unchanged_encoder(count: int) -> list[dict[str, Any]]:
     return rows
 
 
+def joined(
+    known: dict[str, Any], header: str, rows: list[dict[str, Any]], system: str
+) -> tuple[str, list[dict[str, Any]]]:  # fmt: skip
+    """The rows of a file with those of a system measured anew, which say in what run; dense attention's figure of that
+    run stands in them."""
+    measured = {row["measurement"] for row in rows}
+    kept = [row for row in known["rows"] if row["system"] != system or row["measurement"] not in measured]
+    fresh = [{**row, "run": f"{header} --only {system}"} for row in rows if row["system"] == system]
+    return known["header"], [*kept, *fresh]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps of each")
     parser.add_argument("--steps", type=int, default=150, help="training steps of each decoder")
     parser.add_argument("--out", type=Path, default=ROOT / "model_cards" / "results" / "quality.json")
-    parser.add_argument("--only", help="one system")
+    parser.add_argument("--only", help="one system's decoders, and dense; the other rows of the file stay")
     args = parser.parse_args()
     steps, evaluated, count = (3, 4, 2) if args.quick else (args.steps, 64, 16)
     about = machine(torch.device("cpu"))
@@ -130,7 +143,7 @@ def main() -> int:
     if not args.only:
         rows += unchanged_encoder(count)
     for system, options in DECODERS:
-        if args.only in (None, system):
+        if args.only in (None, system) or system == "dense":
             with tempfile.TemporaryDirectory() as folder:
                 figures = language_model(system, options, steps, evaluated, Path(folder))
             about_run = f"byte-level decoder, {steps} steps, {LENGTH} bytes"
@@ -141,6 +154,8 @@ def main() -> int:
     for row in rows:
         if dense is not None and "bits per byte" in row:
             row["dense, same run"] = dense
+    if args.only and args.out.exists():
+        header, rows = joined(json.loads(args.out.read_text()), header, rows, args.only)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
     print(f"wrote {args.out}")
