@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,7 +33,11 @@ NAMES = [
     "SmolVLMVisionTransformer", "Siglip2Model",
     "MvpForConditionalGeneration", "TrOCRForCausalLM", "GPTNeoXJapaneseForCausalLM", "OpenAIGPTLMHeadModel",
     "ParakeetEncoder",
+    "SwinModel", "DonutSwinModel", "MaskFormerSwinModel", "Swinv2Model", "Swin2SRModel", "DogeForCausalLM",
 ]  # fmt: skip
+
+
+DENSE = ["MPNetModel", "GPTNeoForCausalLM", "BloomForCausalLM", "SiglipVisionModel", "Swinv2Model", "DogeForCausalLM"]
 
 
 def patch(model: Any, pattern: Any, **options: Any) -> None:
@@ -52,7 +59,7 @@ def test_outputs_gradients_padding_generation_and_reloads(name: str) -> None:
         assert {"generation, dynamic", "generation, sparse_cache"} <= found.figures.keys(), found.notes
 
 
-@pytest.mark.parametrize("name", ["MPNetModel", "GPTNeoForCausalLM", "BloomForCausalLM", "SiglipVisionModel"])
+@pytest.mark.parametrize("name", DENSE)
 def test_dense_and_unpatched_are_the_original_bit_for_bit(name: str) -> None:
     model, inputs = build(ENTRIES[name])
     classes = {path: type(module) for path, module in model.named_modules()}
@@ -78,7 +85,7 @@ def _equal(got: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 def test_a_layer_left_dense_beside_a_sparse_one() -> None:
     """Its bias of distances is expanded: with a covering pattern in the other layer all is dense."""
-    for name in ("MPNetModel", "BloomForCausalLM", "GPTNeoForCausalLM"):
+    for name in ("MPNetModel", "BloomForCausalLM", "GPTNeoForCausalLM", "SwinModel", "DogeForCausalLM"):
         model, inputs = build(ENTRIES[name])
         before = outputs(model, inputs)
         patch(model, "sliding_window", window=1000, layers="1")
@@ -142,6 +149,63 @@ def test_layers_with_windows_of_their_own(windows: list[int]) -> None:
             sa_hf.patch_model(model, "sliding_window", window=1000, layers=layers)
             assert torch.allclose(model(ids, attention_mask=mask).last_hidden_state[mask.bool()], expected, atol=1e-4)
             sa_hf.unpatch_model(model)
+
+
+@pytest.mark.parametrize("layers", ["0", "1", "2-3"])
+@pytest.mark.parametrize("name", ["SwinModel", "DonutSwinModel", "Swinv2Model"])
+def test_a_pattern_of_one_row_of_a_window(name: str, layers: str) -> None:
+    """Of a window of 4 x 4 patches all are kept, or each row of four by itself, which a chunk of 4 is, too: the bias of
+    pairs and the mask of shifted windows (layers 1 and 3) stay those of the pairs that are left."""
+    if name not in ENTRIES:
+        pytest.skip(f"transformers {tf.__version__} has no {name}")
+    model, inputs = build(ENTRIES[name])
+    before = outputs(model, inputs)
+    patch(model, "sliding_window", window=16, layers=layers)
+    for key, value in outputs(model, inputs).items():
+        assert torch.allclose(value, before[key], atol=1e-4, rtol=1e-4), key
+    patch(model, "longnet", segment_length=(4,), dilated_ratio=(1,), layers=layers)
+    found = outputs(model, inputs)
+    assert not _equal(found, before)
+    sa_hf.unpatch_model(model)
+    with _rows_alone(model, [int(x) for x in layers.split("-")]):
+        expected = outputs(model, inputs)
+    for key, value in found.items():
+        assert torch.allclose(value, expected[key], atol=1e-4, rtol=1e-4), key
+
+
+@contextlib.contextmanager
+def _rows_alone(model: Any, layers: list[int]) -> Iterator[None]:
+    """Inside, softmax hides all pairs but those of one row of a window from the layers named, in the model's own code:
+    in each forward it is called once a layer."""
+    hidden = ~torch.block_diag(*[torch.ones(4, 4, dtype=torch.bool)] * 4)
+    softmax, calls = torch.nn.functional.softmax, itertools.count()
+
+    def hiding(scores: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(calls) % 4 in layers:
+            scores = scores.masked_fill(hidden, -torch.inf)
+        return softmax(scores, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch.nn.functional, "softmax", hiding)
+        yield
+
+
+def test_doge_where_its_own_mask_would_drop_keys() -> None:
+    """It reads the keep_window_size keys of the greatest bias, which is refused where they are not all."""
+    config = build(ENTRIES["DogeForCausalLM"])[0].config
+    config.keep_window_size = 30
+    model = tf.DogeForCausalLM(config).eval()
+    ids = torch.randint(5, 28, (2, 30), generator=torch.Generator().manual_seed(0))
+    before = outputs(model, {"input_ids": ids})
+    patch(model, "sliding_window", window=1000)
+    for key, value in outputs(model, {"input_ids": ids}).items():
+        assert torch.allclose(value, before[key], atol=1e-4), key
+    with pytest.raises(sa_hf.SparseAttentionError, match="load the model with keep_window_size=31"):
+        model(torch.cat((ids, ids[:, :1]), 1))
+    with pytest.raises(sa_hf.SparseAttentionError, match="load the model with keep_window_size=31"):
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+    with pytest.raises(sa_hf.UnsupportedModelError, match="which routing would compare"):
+        sa_hf.patch_model(model, "routing", num_clusters=2, window=4)
 
 
 def test_the_table_names_classes_that_transformers_has() -> None:

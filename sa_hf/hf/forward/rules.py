@@ -57,6 +57,9 @@ class MaskRules:
             return cls.read(held["mask_function"])  # positions inside each sequence are what ours are, too
         if kind == "_bidirectional_window_overlay.<locals>.inner_mask":  # Gemma 3's, whose bound is exclusive
             return cls(band=Band(int(held["sliding_window"]) - 1, int(held["sliding_window"]) - 1))
+        if kind == "sliding_window_mask_function.<locals>.inner_mask" and held.get("is_causal") is False:
+            window = int(held["sliding_window"])  # T5Gemma 2's, over both sides
+            return cls(band=Band((window + 1) // 2 - 1, window // 2))
         if _is_everything(function):
             return cls()
         raise _unknown(kind.split(".")[0])

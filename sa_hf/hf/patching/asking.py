@@ -12,8 +12,9 @@ from sa_hf.hf.patching.asking_decoders import DECODERS
 from sa_hf.hf.patching.asking_encoders import ENCODERS
 from sa_hf.hf.patching.asking_packed import AskingPacked, cuts_its_row
 from sa_hf.hf.patching.asking_relative import RELATIVE
+from sa_hf.hf.patching.asking_windows import WINDOWS
 
-CLASSES = {**ENCODERS, **DECODERS, **RELATIVE}
+CLASSES = {**ENCODERS, **DECODERS, **RELATIVE, **WINDOWS}
 
 
 def let_ask(model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from sa_hf.hf.caches.layer import cache_in
 from sa_hf.hf.forward.layer_input import LayerCall
 from sa_hf.hf.forward.masks import MaskRequest
 from sa_hf.hf.forward.ready_masks import padding_of
-from sa_hf.hf.state.activity import IMPLEMENTATION
+from sa_hf.hf.state.activity import IMPLEMENTATION, DenseMarker
 from sa_hf.hf.state.layers import active_child
 
 # The keywords of a call that our attention reads.
@@ -41,6 +41,8 @@ def asked_attention_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Dense attention of a layer that its patch leaves dense, softmax in float32 at least."""
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    if 1 < key.shape[1] < query.shape[1]:  # heads that share their keys
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = torch.matmul(query * scale, key.transpose(-1, -2))
     if position_bias is not None:
         scores = scores + expanded_table(position_bias, query.shape[2], key.shape[2])
@@ -69,13 +71,15 @@ class Asking:
     """Put on top of an attention module's class; ``asked(hidden, args, kwargs)`` is its ``forward`` where it asks.
 
     Attributes: own: the class below; own_eager: the eager attention that it calls is that of its module; causal: what
-    the module is, None where it says so itself; sa_hf_around: the names of the classes of the modules around it.
+    the module is, None where it says so itself; widened: whether its queries and keys have channels beside their own,
+    which hold a bias; sa_hf_around: the names of the classes of the modules around it.
     """
 
     asks_interface: ClassVar[bool] = True
     own_eager: ClassVar[bool] = False
     own: ClassVar[Any]
     causal: ClassVar[bool | None] = False
+    widened: ClassVar[bool] = False
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not asks(self):
@@ -109,16 +113,19 @@ class AskingSparse(Asking):
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *,
     narrow: Callable[[Any], Any] | None = None, bias: Callable[[int], Tensor] | None = None, dropout: float = 0.0,
-    scaling: float | None = None,
+    scaling: float | None = None, widen: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:  # fmt: skip
     """The interface's attention ``[batch, queries, heads * head_dim]``; the cache among the arguments is updated first.
 
-    Args: narrow: what becomes of the mask; bias: the table of distances up to a length.
+    Args: narrow: what becomes of the mask; bias: the table of distances up to a length; widen: what becomes of queries
+    and keys beside their values, those of the cache included.
     """
     cache = cache_in(args, kwargs)
     if cache is not None:
         cache = getattr(cache, "self_attention_cache", cache)
         key, value = cache.update(key, value, module.layer_idx)
+    if widen is not None:
+        query, key = widen(query, key, value)
     mask = mask_in(args, kwargs)
     call = {name: x for name, x in kwargs.items() if name in _HANDED_ON}
     if bias is not None:
@@ -130,6 +137,11 @@ def attend(
     )[0]  # fmt: skip
     flat: Tensor = out.flatten(2)
     return flat
+
+
+def left_dense(module: nn.Module) -> bool:
+    """Whether a layer of a patched model has no pattern."""
+    return isinstance(getattr(module, "sparse", None), DenseMarker)
 
 
 def _positions(mask: Any) -> int:

@@ -20,6 +20,7 @@ from sa_hf.hf.forward.rotary import rotary_function
 from sa_hf.hf.patching.families import find_sites, switch_over
 from sa_hf.hf.patching.probe import Needs
 from sa_hf.hf.patching.probe import probe as run_probe
+from sa_hf.hf.patching.skeleton import configs_apart
 from sa_hf.hf.state.activity import IMPLEMENTATION, PATCH, PLACE, Activity, DenseMarker, Place
 from sa_hf.hf.state.assignment import (
     HEADS,
@@ -216,10 +217,11 @@ def _attach_extra_tokens(root: PreTrainedModel, patch: Patch, stack: str, count:
 
 
 def _switch_configs(root: PreTrainedModel, patch: Patch) -> None:
-    """Switch over the model's own configs, but those of towers that are left as they are."""
+    """Switch over the model's own configs, but those of towers and halves that are left as they are."""
     language = {
         id(value) for _, module in language_modules(root, patch.sites.stacks) for value in vars(module).values()
     }
+    language -= {id(config) for config in configs_apart(root, patch.sites.halves)}
     switched: dict[int, tuple[PreTrainedConfig, str]] = {}
     for name, attribute, original in patch.originals:
         own = getattr(root.get_submodule(name), attribute)

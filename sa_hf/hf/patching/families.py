@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -25,6 +26,9 @@ from sa_hf.ops.parts import Band
 
 # The attribute names under which decoders keep attention over the encoder's output.
 CROSS_NAMES = {"encoder_attn", "crossattention", "EncDecAttention", "cross_attn", "cross_attention"}
+# Of a layer that joins the encoder's keys to those of its own tokens (T5Gemma 2's decoder).
+_MERGED = "merged_attention_mask"
+_MERGES = "its layers read their own tokens and the encoder's in one softmax"
 # Kinds of layers in a config that have its window.
 _SLIDING = ("sliding_attention", "hybrid_sliding")
 # The functions of Transformers that make masks, and whether causal ones.
@@ -68,16 +72,21 @@ _Layers: TypeAlias = "list[tuple[str, nn.Module]]"
 
 def _sites(model: PreTrainedModel, max_length: int | None) -> Sites:
     found: dict[str, _Layers] = {}
+    merged: dict[str, _Layers] = {}
     cross: list[str] = []
     for name, module in model.named_modules():
         if not calls_interface(module):
             continue
         if _is_cross(name, module):
             cross.append(name)
+        elif _MERGED in inspect.signature(type(module).forward).parameters:
+            merged.setdefault(_stack_path(name), []).append((name, module))
         else:
             found.setdefault(_stack_path(name), []).append((name, module))
     kinds = {path: tower_of(model, path) for path in found}
     language = {path: layers for path, layers in found.items() if kinds[path] is None}
+    if not language and merged:
+        raise UnsupportedModelError(f"{type(model).__name__} gets no pattern: {_MERGES}")
     if not language:
         raise UnsupportedModelError(
             f"{_language_part(model, found)} (model_type {model.config.model_type!r}) computes its attention itself "
@@ -97,7 +106,7 @@ def _sites(model: PreTrainedModel, max_length: int | None) -> Sites:
 
     chosen, left = _language_stacks(model, language)
     stacks = {stack: described(layers, stack, limit) for stack, layers in chosen.items()}
-    _check_halves(model, stacks)
+    left.update(_halves_left(model, stacks, merged))
     towers: dict[str, list[Site]] = {}
     for kind in TOWERS:
         paths = sorted((path for path in found if kinds[path] == kind), key=lambda path: -len(found[path]))
@@ -180,22 +189,26 @@ def _around_embedding(model: PreTrainedModel) -> str:
     return ""
 
 
-def _check_halves(model: PreTrainedModel, stacks: dict[str, list[Site]]) -> None:
+def _halves_left(model: PreTrainedModel, stacks: Iterable[str], merged: dict[str, _Layers]) -> dict[str, Left]:
+    """The half of an encoder-decoder that no pattern reaches, "encoder" or "decoder"."""
     body = model.base_model
     halves = {stack: getattr(body, stack, None) for stack in ("encoder", "decoder")}
     if not all(isinstance(half, nn.Module) for half in halves.values()):
-        return
+        return {}
     names = {half: name for name, half in model.named_modules() if half in halves.values()}
-    lacking = [
-        stack
-        for stack, half in halves.items()
-        if stack not in stacks and not tower_of(model, names[half]) and _has_attention(half)
-    ]
-    if lacking:
-        raise UnsupportedModelError(
-            f"the {lacking[0]} of {type(model).__name__} computes its attention itself instead of asking transformers' "
-            "AttentionInterface for it, so the pattern would reach the other half alone"
+    left: dict[str, Left] = {}
+    for stack, half in halves.items():
+        name = names[half]
+        if stack in stacks or tower_of(model, name) or not _has_attention(half):
+            continue
+        layers = [layer for path in merged if f"{path}.".startswith(f"{name}.") for layer, _ in merged[path]]
+        reason = (
+            _MERGES
+            if layers
+            else "it computes its attention itself instead of asking transformers' AttentionInterface for it"
         )
+        left[stack] = Left(name, tuple(layers), reason, half=name)
+    return left
 
 
 def _has_attention(half: Any) -> bool:
@@ -343,9 +356,17 @@ def own_window(module: nn.Module, index: int, causal: bool) -> Band:
         )
         if exclusive and isinstance(window, int) and window == getattr(config, "sliding_window", None):
             window += 1  # T5Gemma's mask has as many on each side; ModernBERT's layers count themselves already
+        if not causal and isinstance(window, int) and _halves_windows(module):
+            return Band((window + 1) // 2 - 1, window // 2)
     elif window is None and kind != "full_attention":
         window = getattr(module, "sliding_window", None)
     return window_band(None if isinstance(window, bool) or not isinstance(window, int) else window, causal)
+
+
+def _halves_windows(module: nn.Module) -> bool:
+    """Whether the code of a model spreads a window over both sides (T5Gemma 2's encoder)."""
+    function = getattr(sys.modules[type(module).__module__], "sliding_window_mask_function", None)
+    return function is not None and "is_causal" in inspect.signature(function).parameters
 
 
 def own_chunk(module: nn.Module, index: int) -> int | None:

@@ -141,7 +141,7 @@ def probe(
 
 def _run(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs], extra: Mapping[str, int]) -> _Runs:
     with partly_known() as mode:
-        skeleton = skeleton_of(model, mode, PROBE, EXPERTS)
+        skeleton = skeleton_of(model, mode, PROBE, EXPERTS, sites.halves)
         sizes, causal = ProbeSizes.of(model), any(site.spec.causal for site in sites.all_sites)
         with _recorder(skeleton, sites) as recorder:
             body, output, given = _started(recorder, skeleton, sites, sizes, {"use_cache": causal})
@@ -293,6 +293,8 @@ def _join(skeleton: PreTrainedModel, sites: list[Site], count: int, run: Callabl
 def _disproved(site: Site, module: nn.Module, needs: Needs, recorder: _Recorder, mode: PartlyKnown) -> str | None:
     """Why what a pattern does inside a layer would not be what it means, or None."""
     seen = recorder.runs[0][site.name]
+    if needs.before_rotary and getattr(module, "widened", False):
+        return "has a bias of its keys in channels beside their own, which routing would compare; use another pattern"
     left_to_the_mask = site.spec.causal and seen.keywords.get("is_causal") is False and seen.mask is not None
     if seen.carried is None or not (needs.before_rotary or needs.taps or left_to_the_mask):
         return None

@@ -12,7 +12,7 @@ import copy
 import functools
 import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -151,8 +151,13 @@ def partly_known() -> Iterator[PartlyKnown]:
         yield mode
 
 
-def skeleton_of(model: PreTrainedModel, mode: PartlyKnown, attention: str, experts: str) -> PreTrainedModel:
-    """The model's architecture from a copy of its config, with other implementations of attention and experts."""
+def skeleton_of(
+    model: PreTrainedModel, mode: PartlyKnown, attention: str, experts: str, halves: Iterable[str] = ()
+) -> PreTrainedModel:
+    """The model's architecture from a copy of its config, with other implementations of attention and experts.
+
+    Args: halves: the parts that keep an attention of Transformers.
+    """
     config = copy.deepcopy(model.config)
     config.__dict__.pop("sa_hf", None)
     _forget_ours(config)
@@ -165,11 +170,27 @@ def skeleton_of(model: PreTrainedModel, mode: PartlyKnown, attention: str, exper
         if hasattr(module, "config"):
             module.config._attn_implementation = attention
             module.config._experts_implementation = experts
+    for config in configs_apart(skeleton, halves):
+        config._attn_implementation_internal = "eager"
     # Norms that multiply by ones would look like norms that commute with a rotation.
     for parameter in skeleton.parameters():
         if not parameter.is_meta and parameter.is_floating_point():
             parameter.copy_(1 + 0.3 * mode._filled(torch.empty_like(parameter, device="meta")))
     return skeleton
+
+
+def configs_apart(root: PreTrainedModel, halves: Iterable[str]) -> list[Any]:
+    """The configs that the modules of these parts of a model have and no other module does."""
+    inside: dict[int, Any] = {}
+    outside: set[int] = set()
+    prefixes = tuple(f"{half}." for half in halves)
+    for name, module in root.named_modules():
+        config = getattr(module, "config", None)
+        if f"{name}.".startswith(prefixes) and config is not None:
+            inside[id(config)] = config
+        else:
+            outside.add(id(config))
+    return [config for key, config in inside.items() if key not in outside]
 
 
 def _forget_ours(config: Any) -> None:

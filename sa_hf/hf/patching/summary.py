@@ -47,7 +47,7 @@ class LayerSummary:
 @dataclass(frozen=True)
 class Summary:
     """All layers at one length, encoder first; prints as a table. ``left``: what else of the model attends and is left
-    as it is, ``{stack: why}`` (towers of images and sound)."""
+    as it is, ``{stack: why}`` (towers of images and sound, a half that no pattern can reach)."""
 
     model: str
     length: int
@@ -99,7 +99,8 @@ def summary(model: nn.Module, length: int | None = None) -> Summary:
 
 
 def _left(name: str, stack: Left) -> str:
-    layers = f"{len(stack.names)} layers" + ("" if name == stack.path else f" in {stack.path!r}")
+    layers = f"{len(stack.names)} layers" if stack.names else "all layers"
+    layers += "" if name == stack.path else f" in {stack.path!r}"
     why = f"no pattern can go there: {stack.reason}" if stack.reason else f"a mapping can name it: {{{name!r}: ...}}"
     return f"{layers} ({why})"
 

@@ -28,11 +28,12 @@ class Site:
 @dataclass(frozen=True)
 class Left:
     """A stack that is left as it is: where it lies, its attention modules, and why no pattern can go there (None: it
-    can, and was not asked for)."""
+    can, and was not asked for). ``half`` names the half of an encoder-decoder whose masks are its own, too."""
 
     path: str
     names: tuple[str, ...]
     reason: str | None = None
+    half: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Sites:
     def bystanders(self) -> list[str]:
         """The attention modules that get no pattern."""
         return [*self.cross, *(name for one in self.left.values() for name in one.names)]
+
+    @property
+    def halves(self) -> list[str]:
+        """The names of the halves of an encoder-decoder that keep the attention which they have."""
+        return [one.half for one in self.left.values() if one.half is not None]
 
     @property
     def with_towers(self) -> Sites:

@@ -83,6 +83,9 @@ UNSAID = {
     "head_dim": HEAD_DIM, "num_key_value_heads": HEADS,
 }  # fmt: skip
 
+# Windows of 16 patches, more than a pattern keeps of each, the second of each stage shifted.
+_SWIN = {"depths": [2, 2], "num_heads": [2, 4], "num_layers": 2, "window_size": 4, "image_size": 2 * IMAGE}
+
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"attention_type": "original_full"},
@@ -90,6 +93,7 @@ OWN: dict[str, dict[str, Any]] = {
     "blip-2": {"image_token_index": 120},
     "chameleon": {"vocabulary_map": {"<image>": 120}},
     "clap": {"audio_config.num_mel_bins": 64},
+    "donut-swin": _SWIN,
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "emu3": {"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121}},
     "instructblip": {"image_token_index": 120},
@@ -97,12 +101,17 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "num_hidden_layers": 2},
+    "maskformer-swin": _SWIN,
     "mistral4": {"head_dim": HEAD_DIM},
     "nemotron_h": {"n_groups": 1, "layers_block_type": ["linear_attention", "full_attention", "mlp"]},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 120},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_key_value_heads": 1},
     "step3p7": {"text_config.sliding_window": WINDOW},
+    "swin": _SWIN,
+    "swin2sr": {**_SWIN, "image_size": IMAGE // 2},
+    "swinv2": _SWIN,
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},  # which the whole model's config sets in it
     "xmod": {"default_language": "en_XX"},
 }
 # Whose code has a default of its own for the sections of rotary channels, made for wide heads.
