@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class AskingWindow(Asking):
     shifted window's mask adds -100 between its parts."""
 
     widened = True
+    mask_times: ClassVar[int] = 1
 
     def prepare(self: Any) -> None:
         self.qk_head_dim = whole_width(self.attention_head_size + self.window_size[0] * self.window_size[1])
@@ -93,12 +94,12 @@ class AskingWindow(Asking):
 
     def _attended(
         self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any],
-        scaling: float, dropout: float, times: int = 1,
+        scaling: float, dropout: float,
     ) -> Tensor:  # fmt: skip
-        """Args: mask: ``[windows, n, n]``, to add so many ``times``."""
+        """Args: mask: ``[windows, n, n]``, to add."""
         bias = self._bias()
         if mask is not None:
-            bias = bias + times * mask.repeat(query.shape[0] // mask.shape[0], 1, 1)[:, None]
+            bias = bias + self.mask_times * mask.repeat(query.shape[0] // mask.shape[0], 1, 1)[:, None]
         query, key = biased(query, key, bias, scaling)
         kwargs = {name: x for name, x in kwargs.items() if name != "attention_mask"}
         return attend(self, query, key, value, (), kwargs, dropout=dropout, scaling=scaling)
@@ -129,6 +130,8 @@ class AskingSwin2(AskingWindow):
     """Swin V2's: cosines with a learned scale for each head, a bias that a network makes of distances; and its mask of
     shifted windows is added twice."""
 
+    mask_times = 2
+
     def _scored(self: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float]:
         scale = self.logit_scale.clamp(max=math.log(1.0 / 0.01)).exp()
         return normalize(query, dim=-1) * scale, normalize(key, dim=-1), 1.0
@@ -137,9 +140,6 @@ class AskingSwin2(AskingWindow):
         n = self.window_size[0] * self.window_size[1]
         table = self.continuous_position_bias_mlp(self.relative_coords_table).view(-1, self.num_attention_heads)
         return 16 * torch.sigmoid(table[self.relative_position_index.view(-1)].view(n, n, -1).permute(2, 0, 1))[None]
-
-    def _attended(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return super()._attended(*args, **kwargs, times=2)
 
 
 class AskingDoge(Asking):
