@@ -190,12 +190,12 @@ def test_what_an_attention_would_lose_is_refused_at_once() -> None:
         sa_hf.patch_model(sinks, "bigbird")
 
 
-def test_half_an_encoder_decoder_is_refused() -> None:
+def test_half_an_encoder_decoder_is_refused_where_it_is_asked_for() -> None:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
     model = tf.LongT5Model(tf.LongT5Config(**sizes))
-    reason = "the encoder of LongT5Model" if is_served("t5") else "computes its attention itself"
-    with pytest.raises(UnsupportedModelError, match=reason):
-        sa_hf.patch_model(model, "sliding_window", window=3)
+    with pytest.raises(sa_hf.SparseAttentionError, match="computes its attention itself"):
+        sa_hf.patch_model(model, {"encoder": sa_hf.SlidingWindowAttentionConfig(window=3)})
+    assert not [name for name, _ in model.named_modules() if name.endswith(".sparse")]
 
 
 def test_a_plain_module_is_refused() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sa_hf.tools.bench import cpu
+from sa_hf.tools.bench.names import row_title
 
 LAYERS, HEADS, HIDDEN, VOCABULARY = 4, 12, 768, 8192
 # Kept for the backward of a layer of dense attention with dropout, in matrices of a head: scores, probabilities, mask
@@ -141,7 +142,7 @@ def training_tables(rows: list[dict[str, Any]]) -> list[str]:
         seconds, memory = row["seconds"], row["memory"]
         dense = DENSE if DENSE in seconds else NO_DROPOUT
         for label in (*seconds, *row["failed"]):
-            start = f"| {row['length']:,} | {MODELS[row['model']]} | {label} |"
+            start = f"| {row['length']:,} | {MODELS[row['model']]} | {row_title(label)} |"
             if label in row["failed"]:
                 lines.append(f"{start} {row['failed'][label]} | |")
                 continue
