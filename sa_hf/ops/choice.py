@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
@@ -42,6 +44,15 @@ def choose_engine(name: str, query: Tensor, options: ScoreOptions) -> Engine:
     Raises:
         SparseAttentionError: the named engine cannot serve the input; the message lists the reasons of each.
     """
+    return _first(name, query, lambda engine: engine.unsupported(query, options))
+
+
+def choose_decoder(name: str, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> Engine:
+    """The engine for a step of decoding; as :func:`choose_engine`."""
+    return _first(name, query, lambda engine: engine.cannot_decode(query, key, value, options))
+
+
+def _first(name: str, query: Tensor, unsupported: Callable[[Engine], str | None]) -> Engine:
     if name not in ENGINES:
         raise SparseAttentionError(f"engine={name!r} must be one of {list(ENGINES)}")
     check_engine(name)
@@ -50,7 +61,7 @@ def choose_engine(name: str, query: Tensor, options: ScoreOptions) -> Engine:
         candidates = candidates[1:]  # interpreted, as on CPU tensors, kernels are for tests that ask for them
     reasons = []
     for engine in candidates:
-        reason = engine.unsupported(query, options)
+        reason = unsupported(engine)
         if reason is None:
             return engine
         reasons.append(reason)

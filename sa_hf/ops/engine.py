@@ -14,6 +14,7 @@ from torch import Tensor
 from sa_hf.ops.parts import Index, OffsetsPart, Part, ScoreOptions
 from sa_hf.ops.pieces import Piece, pieces
 from sa_hf.ops.slots import add_slots, merge_into, take
+from sa_hf.ops.transforms import needs_derivative
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,11 @@ class Engine(ABC):
         """Why this engine cannot serve the input, or None. The one predicate: dispatch, the errors, ``sa-hf doctor``
         and the tests' skips ask it."""
 
+    def cannot_decode(self, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> str | None:
+        """Why :meth:`decode` cannot take a step, or None: :meth:`unsupported` with what a kernel for decoding lacks."""
+        lacking = needs_derivative(query, key, value, options.distance_bias, options.spans, options.sinks)
+        return self.unsupported(query, options) if lacking is None else f"its decode kernel {lacking}"
+
     @abstractmethod
     def forward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
@@ -57,6 +63,10 @@ class Engine(ABC):
         """Gradients through this part of a plan. ``out`` and ``lse`` are those of the whole plan (its parts merged):
         with ``p = exp(s - lse)`` and ``delta = sum(out * grad_out)`` the flash backward of each part is exact and
         the mixing weights between the parts get their gradient."""
+
+    @abstractmethod
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions) -> Tensor:
+        """As ``ops.decode.decode_attention``, its arguments checked."""
 
     # -- between positions and slots: an engine with kernels for these overrides them ------------------------------
 

@@ -39,6 +39,9 @@ class RunLists:
         return len(self.starts) - 1
 
 
+NOTHING = RunLists.of([[]])
+
+
 class Row(NamedTuple):
     """A query: its batch row and query slot, its list, the key slot of its sequence's position 0, its position, and
     the positions ``low <= j < high`` that it may read."""

@@ -95,6 +95,15 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     return any(x is not None and x.is_floating_point() and read(x).tangent is not None for x in tensors)
 
 
+def needs_derivative(*tensors: Tensor | None) -> str | None:
+    """What a kernel without derivatives and without batching rules lacks to take these tensors, or None."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return "has no backward"
+    if has_tangent(*tensors):
+        return "has no forward-mode derivative"
+    return "has no rules for torch.func" if transformed() else None
+
+
 def transformed() -> bool:
     """Whether torch.func transforms what runs (``grad``, ``vjp``, ``vmap``, ...), uncompiled."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

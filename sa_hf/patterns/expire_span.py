@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from sa_hf.config import SparseAttentionConfig, check_bool, check_integer, check_number, register_pattern
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
+from sa_hf.ops.cpp.steps import decode_step
 from sa_hf.ops.data_layout import EXPIRING
-from sa_hf.ops.decode import decode_attention
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences
@@ -172,9 +172,7 @@ class ExpireSpanAttention(LearnedAttention):
         left = nearest_reach(self.config.max_span + self.config.ramp - 1, inputs.band.left)
         if self._in_place(inputs):
             reads = shared_reads(inputs.sequences, left)
-            return decode_attention(
-                inputs.query, inputs.key, inputs.value, reads, options, inputs.engine, inputs.key_slots
-            )  # fmt: skip
+            return decode_step(inputs.query, inputs.key, inputs.value, reads, options, kept=inputs.key_slots)
 
         def attend_group(group: Group) -> Tensor:
             return planned_attention(

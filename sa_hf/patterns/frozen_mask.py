@@ -12,9 +12,9 @@ from sa_hf.ops.cpp.steps import Listed, decode_step
 from sa_hf.ops.layout import build_layout
 from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.planned import PlanData, plan_rule
-from sa_hf.ops.reads import RunLists, runs_of
+from sa_hf.ops.reads import NOTHING, RunLists, runs_of
 from sa_hf.patterns.base import own_key_parts
-from sa_hf.patterns.steps import NOTHING, shared_reads
+from sa_hf.patterns.steps import shared_reads
 
 # One offset costs about as much as 10 keys of a tile: LogSparse's 15 offsets beside a causal window of 512, 16,384
 # tokens on the CPU (model_cards/results/benchmark_cpu.md).

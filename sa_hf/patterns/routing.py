@@ -33,6 +33,7 @@ from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.cpp.steps import Labelled, decode_step
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
 from sa_hf.ops.planned import planned_attention
+from sa_hf.ops.reads import NOTHING
 from sa_hf.ops.sequences import Sequences, refuse_open_length
 from sa_hf.patterns.centroids import CentroidState
 from sa_hf.patterns.clusters import CLUSTERS, MEMBERS, expired
@@ -40,7 +41,7 @@ from sa_hf.patterns.learned import refuse_drop_diagonal
 from sa_hf.patterns.selection import find_nearest_centroid, nearest_vectors
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
 from sa_hf.patterns.static import score_options
-from sa_hf.patterns.steps import NOTHING, is_step_in_place, shared_reads
+from sa_hf.patterns.steps import is_step_in_place, shared_reads
 
 DEFAULT_CAUSAL_WINDOW = 512
 

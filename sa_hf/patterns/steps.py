@@ -16,7 +16,7 @@ from sa_hf.ops.sequences import Sequences
 
 # Up to this many new queries read their keys by lists of positions; above it (prefill in chunks) a plan is cheaper.
 DECODE_QUERIES = 16
-EVERYTHING, NOTHING = RunLists.of([[(0, 2**40, 1)]]), RunLists.of([[]])
+EVERYTHING = RunLists.of([[(0, 2**40, 1)]])
 
 
 def is_step(inputs: AttentionInputs) -> bool:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from sa_hf import SparseAttentionError
-from sa_hf.ops import decode as decoding
-from sa_hf.ops.choice import CPP
+from sa_hf.ops.choice import CPP, TILES, TRITON, choose_decoder
+from sa_hf.ops.cpp import CppEngine
 from sa_hf.ops.cpp.steps import Labelled, Listed, decode_step
 from sa_hf.ops.decode import decode_attention, runs_in_place
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.reads import Reads, Row, Run, RunLists, positions_of, runs_of
+from sa_hf.ops.triton import TritonEngine
 
 BATCH, HEADS, KEY_HEADS, N = 2, 4, 2, 700
 pytestmark = pytest.mark.skipif(
@@ -203,9 +204,25 @@ def test_what_the_kernel_does_not_take_goes_to_torch(monkeypatch: pytest.MonkeyP
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the kernel ran")
 
-    monkeypatch.setattr(decoding, "decode_step", refuse)
+    monkeypatch.setattr(CppEngine, "decode", refuse)
     out = decode_attention(q, k, v, lists(1), ScoreOptions(0.1), "native")
     torch.autograd.grad(out.sum(), q)
+
+
+def test_each_engine_says_whether_it_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One predicate: who chooses, who reads a cache in place and the error ask it."""
+    q, k, v = tensors()
+    options, marked, half = ScoreOptions(0.1), q.clone().requires_grad_(), k.bfloat16()
+    assert choose_decoder("auto", q, k, v, options) is CPP
+    for query, key, said in ((marked, k, "no backward"), (q, half, "bfloat16"), (q.to("meta"), k, "no registered")):
+        assert said in str(CPP.cannot_decode(query, key, v, options))
+        assert not runs_in_place(query, key, v, options, "native")
+        assert choose_decoder("native", query, key, v, options) is TILES
+    assert "extra tokens" in str(CPP.cannot_decode(q, k, v, replace(options, extra_tokens=1)))
+    monkeypatch.setattr(TritonEngine, "unsupported", lambda *_: None)
+    assert choose_decoder("triton", q, k, v, options) is TRITON
+    with pytest.raises(SparseAttentionError, match=r"engine 'triton' cannot serve .* no backward; use engine='auto'"):
+        choose_decoder("triton", marked, k, v, options)
 
 
 def test_runs_and_positions_say_the_same() -> None:

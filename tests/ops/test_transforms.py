@@ -14,8 +14,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from sa_hf import BigBirdAttentionConfig, SparseAttentionError, sparse_attention
-from sa_hf.ops import decode
+from sa_hf.ops.choice import TRITON
 from sa_hf.ops.cpp.kernels import SWITCH
+from sa_hf.ops.decode import decode_attention
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.planned import planned_attention
 from sa_hf.patterns.expire_span import EXPIRING
@@ -233,13 +234,13 @@ def test_decoding_has_its_tangents(monkeypatch: pytest.MonkeyPatch) -> None:
         return (q @ k[:, :, ::2].transpose(-1, -2) / 4).softmax(-1) @ v[:, :, ::2]
 
     def listed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return decode.decode_attention(q, k, v, index, ScoreOptions(0.25))
+        return decode_attention(q, k, v, index, ScoreOptions(0.25))
 
     tensors, tangents = (query, key, value), tuple(x.cos() for x in (query, key, value))
     torch.testing.assert_close(func.jvp(listed, tensors, tangents), func.jvp(dense, tensors, tangents))
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(query, query)
-        reason = decode._triton_reason(dual, key, value, ScoreOptions(0.25))
+        reason = TRITON.cannot_decode(dual, key, value, ScoreOptions(0.25))
     assert reason is not None
     assert "forward-mode" in reason
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+from sa_hf.ops.triton.device import why_not
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 SUITE = Path(__file__).parents[2] / "scripts" / "gpu_suite.py"
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from sa_hf.ops.triton.device import why_not
+
 ROOT = Path(__file__).resolve().parents[2]
 
-pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
 def test_first_launch_comes_before_the_end_of_each_pass() -> None:

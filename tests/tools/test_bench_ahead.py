@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from bench_cases import ROOT
 
+from sa_hf.ops.triton.device import why_not
 from sa_hf.tools.bench import precompile
 
 # The suite's own functions as on a GPU, up to each kernel's compilation: what they would launch, and precompile has not
@@ -112,8 +113,8 @@ def test_a_compiler_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch
     assert not set(multiprocessing.active_children()) - before
 
 
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_what_the_suite_runs_was_compiled_ahead(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", NOT_AHEAD, str(tmp_path / "r.json")], cwd=ROOT, env=environment, capture_output=True,

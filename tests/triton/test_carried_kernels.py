@@ -6,16 +6,16 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_hf import patch_model
+from sa_hf.ops.triton.device import why_not
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed on this platform")
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 # Arguments: the checkpoint, and record.py, which a checkpoint does not carry and which needs triton alone.
 COMPILE = """

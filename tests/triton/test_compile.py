@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from sa_hf.ops.triton.device import why_not
+
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed on this platform")
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 # Every kernel that three kinds of parts and a decode step call, over lengths, batches, heads and strides: how many
 # distinct compiled entries each would be.

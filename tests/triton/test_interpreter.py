@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from sa_hf.ops.triton.device import why_not
+
 FOLDER = Path(__file__).parent / "kernels"
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed on this platform")
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 @pytest.mark.parametrize("name", sorted(p.name for p in FOLDER.glob("test_*.py")))
 def test_kernels_match_the_oracle(name: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

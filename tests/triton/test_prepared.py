@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from sa_hf.ops.triton.device import why_not
+
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed on this platform")
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 # A stand-in GPU: kernels are bound and specialised as on a real one, "compiled" into notes of their calls.
 STAND_IN = """

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
+from sa_hf.ops.triton.device import why_not
+
+if why_not() is not None:
+    pytest.skip(str(why_not()), allow_module_level=True)
 
 from triton.runtime.errors import OutOfResources
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from sa_hf.config import SparseAttention, SparseAttentionConfig
 from sa_hf.hf.caches.layer import LayerMemory
@@ -21,6 +20,7 @@ from sa_hf.hf.state.activity import Place
 from sa_hf.layer import AttentionInputs
 from sa_hf.ops.cpp.steps import PreparedStep
 from sa_hf.ops.graphs import eager
+from sa_hf.ops.transforms import needs_derivative
 from sa_hf.patterns.static import StaticSparseAttention
 
 
@@ -88,6 +88,4 @@ def _undisturbed(child: nn.Module, tensors: tuple[Tensor, ...]) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or torch._C._len_torch_function_stack() or not eager(*tensors):
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    return needs_derivative(*tensors) is None

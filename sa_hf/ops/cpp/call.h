@@ -1,4 +1,5 @@
-// What a call hands over to the kernels. Python reads the fields of Call from this file (call.py).
+// What a call hands over to the kernels. Python reads the fields of Call and DecodeCall from this file (call.py): one
+// declaration a line. A pointer may be null where its comment says so.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,7 @@ struct Index {
 };
 
 // ``lanes`` is batch * heads. A slot's *row* in the tensors of its side is its position where the call is
-// ``in_place``, else the slot itself. A pointer may be null where its comment says so. One declaration a line.
+// ``in_place``, else the slot itself.
 struct Call {
     // Rows, [batch, heads | kv_heads, rows, head_dim], of the call's element; what is written may be of floats.
     Rows query, key, value;
@@ -70,4 +71,28 @@ struct Call {
     int64_t left, right;  // of the band; FAR where unbounded
     int64_t bias_columns, extra_tokens, dropout_threshold, pieces, threads;
     double scale, softcap, ramp, keep;  // softcap 0: none; keep: 1 - dropout
+};
+
+// A step of decoding. What is read: runs of positions and listed ones. A position's *slot* is where the sequence has
+// it, its *place* where the cache has that slot.
+struct DecodeCall {
+    Rows query;           // [batch, heads, queries, head_dim], of floats
+    Rows key, value;      // of the call's element
+    Rows out;             // [batch, heads, queries, value_dim], of floats
+    const int64_t* rows;  // [num_rows, ROW]: batch, query, list, slot of position 0, position, first and end it reads
+    const int64_t* run_start;  // [lists * list_heads + 1]
+    const int64_t* runs;    // [runs, 3]: first, end, step; where ``relative``, distances back from the row's position
+    const int64_t* index;   // null, or [index_batch, index_heads, queries, index_width]; -1 is empty
+    const int64_t* order;   // null, or [batch, order_width]: the slots in the order of the positions
+    const int64_t* kept;    // null, or [held]: the slot of each place, ascending
+    const int64_t* labels;  // null, or by the steps below: of each place; rows then read the last ``most`` of theirs
+    const int64_t* row_label;  // null, or [batch, heads, queries]
+    const float* bias;         // null, or [heads, bias_columns]
+    const float* spans;        // null, or by the steps below: of each place
+    const float* sinks;        // null, or [heads]
+    int64_t num_rows, heads, kv_heads, lanes, list_heads, queries, head_dim, value_dim, held, base;
+    int64_t relative, skip_own, own_if_empty, index_batch, index_heads, index_width, unit, order_width;
+    int64_t label_batch_step, label_head_step, most, span_batch_step, span_head_step, bias_columns;
+    int64_t element, threads;
+    double scale, softcap, ramp;  // softcap 0: none
 };

@@ -3,37 +3,6 @@
 
 #include "operands.h"
 
-// Rows of any element type by batch, head and number; a row's elements follow each other. Steps count elements.
-struct Lying {
-    const void* data;
-    int64_t batch_step, head_step, step;
-};
-
-// What is read: runs of positions and listed ones. A position's *slot* is where the sequence has it, its *place* where
-// the cache has that slot. A pointer may be null where its comment says so. Python reads the fields from here, too
-// (call.py). One declaration a line.
-struct DecodeCall {
-    Rows query;  // [batch, heads, queries, head_dim]
-    Lying key, value;
-    Rows out;             // [batch, heads, queries, value_dim]
-    const int64_t* rows;  // [num_rows, ROW]: batch, query, list, slot of position 0, position, first and end it reads
-    const int64_t* run_start;  // [lists * list_heads + 1]
-    const int64_t* runs;    // [runs, 3]: first, end, step; where ``relative``, distances back from the row's position
-    const int64_t* index;   // null, or [index_batch, index_heads, queries, index_width]; -1 is empty
-    const int64_t* order;   // null, or [batch, order_width]: the slots in the order of the positions
-    const int64_t* kept;    // null, or [held]: the slot of each place, ascending
-    const int64_t* labels;  // null, or by Rows' steps below: of each place; rows then read the last ``most`` of theirs
-    const int64_t* row_label;  // null, or [batch, heads, queries]
-    const float* bias;         // null, or [heads, bias_columns]
-    const float* spans;        // null, or by the steps below: of each place
-    const float* sinks;        // null, or [heads]
-    int64_t num_rows, heads, kv_heads, lanes, list_heads, queries, head_dim, value_dim, held, base;
-    int64_t relative, skip_own, own_if_empty, index_batch, index_heads, index_width, unit, order_width;
-    int64_t label_batch_step, label_head_step, most, span_batch_step, span_head_step, bias_columns;
-    int64_t element, threads;     // element: of key and value
-    double scale, softcap, ramp;  // softcap 0: none
-};
-
 constexpr int ROW = 7, CHUNK = 128, MOST_SPLITS = 16;
 // Multiplications of a call below which a second thread costs more than it takes over, and keys worth a split.
 constexpr int64_t WORTH_A_THREAD = 1 << 17, WORTH_A_SPLIT = 512;
@@ -174,13 +143,8 @@ struct Step {
 
     // -- their softmax ------------------------------------------------------------------------------------------------
 
-    const T* key_row(int64_t j) const {
-        return (const T*)c.key.data + row[0] * c.key.batch_step + key_head * c.key.head_step + places[j] * c.key.step;
-    }
-    const T* value_row(int64_t j) const {
-        return (const T*)c.value.data + row[0] * c.value.batch_step + key_head * c.value.head_step +
-               places[j] * c.value.step;
-    }
+    const T* key_row(int64_t j) const { return c.key.of<const T>(row[0], key_head) + places[j] * c.key.step; }
+    const T* value_row(int64_t j) const { return c.value.of<const T>(row[0], key_head) + places[j] * c.value.step; }
 
     // Ask for a row before its turn: a cache's keys lie in no near memory, and a step reads each once.
     static void fetch(const T* row, int64_t depth) {

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.cpp.kernels import backward, backward_all, forward, forward_all, why_not
-from sa_hf.ops.cpp.rows import Rows
+from sa_hf.ops.cpp.rows import ELEMENTS, Rows
+from sa_hf.ops.cpp.steps import decode_listed
 from sa_hf.ops.engine import Engine, Gradients, Merging, Total
+from sa_hf.ops.graphs import eager
 from sa_hf.ops.memory import keep_freed_memory
 from sa_hf.ops.parts import OffsetsPart, Part, ScoreOptions, SegmentPart
 
@@ -27,6 +29,16 @@ class CppEngine(Engine):
             return "the C++ kernels compute in float32, and the query is float64"
         return why_not()
 
+    def cannot_decode(self, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> str | None:
+        if not eager(query, key, value, options.distance_bias, options.spans, options.sinks):
+            return "its decode kernel is no registered operator, as a graph or a mode needs it"
+        if query.dtype not in ELEMENTS or not query.dtype == key.dtype == value.dtype:
+            given = query.dtype, key.dtype, value.dtype
+            return f"its decode kernel takes query, key and value in one of {list(ELEMENTS)}, not in {given}"
+        if options.extra_tokens:
+            return "its decode kernel knows no extra tokens"
+        return super().cannot_decode(query, key, value, options)
+
     def forward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
@@ -38,6 +50,9 @@ class CppEngine(Engine):
         options: ScoreOptions,
     ) -> Gradients:  # fmt: skip
         return backward(simplest(part), query, key, value, out, lse, grad_out, options)
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions) -> Tensor:
+        return decode_listed(query, key, value, index, options)
 
     def merging(self, query: Tensor, start: tuple[Tensor, Tensor] | None) -> Merging:
         return InPlaceMerging(self, query, start)

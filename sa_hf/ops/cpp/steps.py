@@ -13,7 +13,7 @@ from sa_hf.ops.cpp.call import CallRows, DecodeCall
 from sa_hf.ops.cpp.kernels import library
 from sa_hf.ops.cpp.rows import ELEMENTS, plain
 from sa_hf.ops.parts import ScoreOptions
-from sa_hf.ops.reads import Reads
+from sa_hf.ops.reads import NOTHING, Reads, Row
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,15 @@ def decode_step(
     """
     step = prepared(query, key, value, reads, options, listed=listed, labelled=labelled)
     return step.run(query, key, value, kept).transpose(1, 2)
+
+
+def decode_listed(query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions) -> Tensor:
+    """As ``ops.decode.decode_attention``."""
+    length, n_q = key.shape[2], query.shape[2]
+    rows = [
+        (Row(b, q, 0, 0, length - n_q + q, 0, length), NOTHING) for b in range(query.shape[0]) for q in range(n_q)
+    ]  # fmt: skip
+    return decode_step(query, key, value, Reads.of(rows, len(rows)), options, listed=Listed(index))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from sa_hf.ops.memory import keep_freed_memory
 from sa_hf.ops.parts import BlockPart, Part, ScoreOptions
 from sa_hf.ops.slots import share_of
 from sa_hf.ops.tiles.batches import Tiles, tiles_of
+from sa_hf.ops.tiles.decode import decode_gathered
 from sa_hf.ops.tiles.scores import OptionGradients, Pairs, add_rows, tile_backward, tile_forward
 
 
@@ -22,6 +23,9 @@ class TileEngine(Engine):
     name = "torch"
 
     def unsupported(self, query: Tensor, options: ScoreOptions) -> str | None:
+        return None
+
+    def cannot_decode(self, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> str | None:
         return None
 
     def forward(
@@ -73,6 +77,9 @@ class TileEngine(Engine):
             )
         )  # fmt: skip
         return Gradients(of_query, of_key, of_value, *of_options)
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions) -> Tensor:
+        return decode_gathered(query, key, value, index, options)
 
 
 class _Call:

@@ -6,8 +6,16 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
+
+
+def why_not() -> str | None:
+    """Why this process has no kernels to compile or interpret, or None."""
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install triton; Linux on x86_64)"
+    return None
 
 
 def interpreting() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -12,8 +11,9 @@ from sa_hf.ops.engine import Engine, Gradients, Merging, Total
 from sa_hf.ops.graphs import hold
 from sa_hf.ops.parts import BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.pieces import Piece
-from sa_hf.ops.triton.device import capability, interpreting, on_device
+from sa_hf.ops.triton.device import capability, interpreting, on_device, why_not
 from sa_hf.ops.triton.lists import TileLists, layout_lists, segment_lists
+from sa_hf.ops.widths import at_one_width
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 16, 256
@@ -60,10 +60,9 @@ class TritonEngine(Engine):
             return block_backward(_held_lists(part, query), query, key, value, out, lse, grad_out, scores)
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions) -> Tensor:
-        """As ``ops.decode.decode_attention``; no gradients."""
         from sa_hf.ops.triton.launch_decode import decode
 
-        return decode(query, key, value, index, options)
+        return at_one_width(lambda q, k, v: decode(q, k, v, index, options), query, key, value)
 
     def pieces(self, part: Part, query: Tensor, key: Tensor) -> Iterator[Piece]:
         yield Piece.of_all(part)
@@ -95,8 +94,9 @@ def _held_lists(part: BlockPart | SegmentPart, query: Tensor) -> TileLists:
 
 
 def _machine_reason(device: torch.device) -> str | None:
-    if find_spec("triton") is None:
-        return "triton is not installed (pip install triton; Linux on x86_64)"
+    missing = why_not()
+    if missing is not None:
+        return missing
     if interpreting():
         return (
             None if device.type == "cpu" else "in this process triton only interprets, on the CPU (TRITON_INTERPRET=1)"
