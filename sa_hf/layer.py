@@ -118,7 +118,8 @@ class AttentionInputs:
         hidden_states: ``[B, Nq, hidden]``, the layer's input.
         distance_bias, sinks: ``[H, 2 * N - 1]`` and ``[H]``, as in ``ScoreOptions``.
         before_rotary: ``(query, key)`` gives queries and keys of the new tokens as they were before the rotary
-            embedding; None where there is none.
+            embedding; None where there is none. ``turned_halves()`` gives the angles ``(cos, sin)`` ``[B, N, R]`` where
+            that has turned the halves of their first R dimensions against each other, else None.
         remember: ``(name, tensor, dim)`` joins a per-token tensor of the new positions to the cached ones along ``dim``
             and returns that of all key positions. With ``need=m`` the cache keeps the last m (and a few) alone, and
             only these and the new ones come back; with ``whole=False`` those of the keys that a cache kept
@@ -146,6 +147,7 @@ class AttentionInputs:
     engine: str = "auto"
     hidden_states: Tensor | None = None
     before_rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    turned_halves: Callable[[], tuple[Tensor, Tensor] | None] | None = None
     remember: Callable[..., Tensor] | None = None
     beside: Callable[..., Tensor | None] | None = None
     key_slots: Tensor | None = None

@@ -70,6 +70,11 @@ def map_groups(
     return batch.expand_queries(out)
 
 
+def whole_group(query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> Group:
+    """A batch whose sequences all fill their rows; ``options`` as they stand."""
+    return Group(query, key, value, options, _unchanged, _unchanged)
+
+
 def _unchanged(x: Tensor) -> Tensor:
     return x
 

@@ -52,6 +52,11 @@ class BlockSets(NamedTuple):
             chosen = chosen & ((other + 1) * self.block - 1 - low <= band.right)
         return chosen
 
+    def eligible_run(self, position: int, left: int | None) -> tuple[int, int]:
+        """The first of the blocks that a causal row at ``position`` may choose, and the one behind the last."""
+        first = self.sinks if left is None else max(self.sinks, -(-(position - left) // self.block))
+        return first, max(first, position // self.block - self.window + 1)
+
     def always(self, own: Tensor, blocks: int) -> Tensor:
         """The sinks and the window of the blocks ``own [R]``, int64 ``[R, sinks + window]``: each block once, -1 where
         there is none. ``blocks`` is their number in the sequence."""

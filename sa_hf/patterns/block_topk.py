@@ -30,8 +30,9 @@ from sa_hf.config import (
 )
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
+from sa_hf.ops.cpp.choices import highest_blocks
 from sa_hf.ops.cpp.steps import Listed, decode_step
-from sa_hf.ops.grouped import Group, map_groups
+from sa_hf.ops.grouped import Group, map_groups, whole_group
 from sa_hf.ops.parts import Band
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.reads import Reads, RunLists
@@ -154,11 +155,12 @@ class BlockTopKAttention(SparseAttention):
         sets, config = self.config.sets(inputs.causal), self.config
         by_row = config.selection == "query"
         self._seen = []
-        in_place = not self.training and inputs.sequences.is_full and is_step_in_place(inputs)
+        whole = inputs.sequences.is_full and not inputs.sequences.extra_tokens
+        if whole and not self.training and is_step_in_place(inputs):
+            group = whole_group(inputs.query, inputs.key, inputs.value, options)
+            return self._step(group, sets, inputs, recent, index)
 
         def attend_group(group: Group) -> Tensor:
-            if in_place:
-                return self._step(group, sets, inputs, recent, index)
             chosen = self._choose(group, sets, inputs, recent, index)
             chosen = chosen.repeat_interleave(group.query.shape[1] // chosen.shape[1], 1)
             if inputs.engine == "reference":
@@ -187,6 +189,8 @@ class BlockTopKAttention(SparseAttention):
         if known is not None and known.shape[2] and int(known[0, 0, 0, -1]) == own:
             chosen = known[..., :-1]
             self._seen.append((chosen, torch.tensor([own])))
+        elif self.config.selection == "query":
+            chosen = self._choose_by_row(group, sets, inputs, recent, index)
         else:
             chosen = self._choose(group, sets, inputs, recent, index)
             if beside is not None:
@@ -206,6 +210,19 @@ class BlockTopKAttention(SparseAttention):
         lengths = group.query_offset, group.key.shape[2]
         chosen, rows = chosen_blocks(self.config.choice(sets.causal), query, start, pooled, *lengths, inputs.band)
         self._seen.append((chosen, rows))
+        return chosen
+
+    @torch.no_grad()
+    def _choose_by_row(
+        self, group: Group, sets: BlockSets, inputs: AttentionInputs, recent: Recent, index: Index | None
+    ) -> Tensor:
+        """:meth:`_choose` for the rows of a step in C++."""
+        query, pooled = recent(group)[0], self._pooled(group, inputs, index)
+        rows = range(group.query_offset, group.key.shape[2])
+        reach = [x for i in rows for x in sets.eligible_run(i, inputs.band.left)]
+        together = query.shape[1] // pooled.shape[1] if self.config.shared_by_group else 1
+        chosen = highest_blocks(query, pooled, reach, together, min(self.config.top_k, pooled.shape[2]))
+        self._seen.append((chosen, torch.tensor([i // sets.block for i in rows])))
         return chosen
 
     def _pooled(self, group: Group, inputs: AttentionInputs, index: Index | None) -> Tensor:

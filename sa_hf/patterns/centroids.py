@@ -19,6 +19,8 @@ from torch.nn.functional import layer_norm
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.layer import LayerSpec
+from sa_hf.ops.grouped import real_queries
+from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.kmeans import cluster_counts, cluster_sums, kmeans
 from sa_hf.patterns.learned import LearnedAttention, seeded_uniform
 
@@ -64,7 +66,8 @@ class CentroidState(LearnedAttention):
         self._sample: Tensor | None = None  # of the first micro-batch: [kv, vectors, d]
         self._sample_is_settled = False
         self._sizes: Tensor | None = None
-        self._counted: tuple[Tensor, Tensor] | None = None  # what sizes are still to be counted from
+        # What sizes are still to be counted from: clusters of queries and keys, and which tokens are real.
+        self._counted: tuple[tuple[Tensor, Tensor], Tensor | Sequences] | None = None
 
     def advance_step(self) -> None:
         super().advance_step()
@@ -97,13 +100,10 @@ class CentroidState(LearnedAttention):
         alone), their clusters ``[B, H | kv, N]``, and which tokens are real, bool ``[B, N]``."""
         if self.steps_back:  # a recomputation after a later forward: counted already, under its own number
             return
-        kv = key.shape[1]
-        # The queries of a group and its keys side by side: [B, kv, (group + 1), N, d] -> [(B, group + 1), kv, N, d]
-        both = torch.cat([clusters[0].unflatten(1, (kv, -1)), clusters[1].unsqueeze(2)], dim=2).transpose(1, 2)
-        weight = real[:, None, None]
         if not self.training:
-            self._counted = both, weight  # figures alone ask for sizes
+            self._counted = clusters, real  # figures alone ask for sizes
             return
+        kv, both, weight = key.shape[1], _side_by_side(clusters), real[:, None, None]
         vectors = torch.cat([query.unflatten(1, (kv, -1)), key.unsqueeze(2)], dim=2).transpose(1, 2)
         sums, counts = cluster_sums(vectors.float(), both, self.num_clusters, weight)
         self._sizes, self._counted = counts, None
@@ -141,8 +141,10 @@ class CentroidState(LearnedAttention):
 
     def _cluster_sizes(self) -> Tensor | None:
         if self._counted is not None:
-            both, weight = self._counted
-            self._sizes, self._counted = cluster_counts(both, self.num_clusters, weight), None
+            clusters, real = self._counted
+            real = real if isinstance(real, Tensor) else real_queries(real, clusters[0].device)
+            counts = cluster_counts(_side_by_side(clusters), self.num_clusters, real[:, None, None])
+            self._sizes, self._counted = counts, None
         return self._sizes
 
     def cluster_figures(self) -> dict[str, float]:
@@ -154,6 +156,12 @@ class CentroidState(LearnedAttention):
         share = sizes / sizes.sum(-1, keepdim=True).clamp(min=1)
         entropy = -(share * torch.log(share.clamp(min=1e-30))).sum(-1).mean()
         return {"cluster_entropy": float(entropy), "cluster_max": float(sizes.max()), "cluster_min": float(sizes.min())}
+
+
+def _side_by_side(clusters: tuple[Tensor, Tensor]) -> Tensor:
+    """Those of a group's queries and of its keys: ``[B, H, N]`` and ``[B, kv, N]`` to ``[B, group + 1, kv, N]``."""
+    queries, keys = clusters
+    return torch.cat([queries.unflatten(1, (keys.shape[1], -1)), keys.unsqueeze(2)], dim=2).transpose(1, 2)
 
 
 def random_directions(seed: int, words: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -30,8 +30,10 @@ from sa_hf.config import (
 )
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
+from sa_hf.ops.cpp.choices import nearest_clusters
 from sa_hf.ops.cpp.steps import Labelled, decode_step
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
+from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.reads import NOTHING
 from sa_hf.ops.sequences import Sequences, refuse_open_length
@@ -154,10 +156,12 @@ class RoutingAttention(CentroidState):
 
     def forward(self, inputs: AttentionInputs) -> Tensor:
         split = self.config.num_local_heads
-        routed = self._heads(inputs, slice(split, None))
-        if self.config.shared_qk:
+        shared = self.config.shared_qk
+        routed = self._heads(inputs, slice(split, None)) if split or shared else inputs
+        if shared:
             routed.key = inputs.remembered("queries", routed.query, dim=2)
-        out = self._route(routed)
+        in_place = inputs.causal and self.config.commitment_coef == 0 and self._in_place(routed)
+        out = self._step(routed) if in_place else self._route(routed)
         if self.local is None:
             return out
         return torch.cat([self.local(self._heads(inputs, slice(0, split))), out], dim=1)
@@ -192,11 +196,7 @@ class RoutingAttention(CentroidState):
             if not torch.compiler.is_exporting():  # tensors of a trace mean nothing after it
                 self._seen = of_keys, inputs.sequences, inputs.key_slots
             if self._in_place(inputs):
-                most = self.config.cluster_window(inputs.sequences.key_length, causal=True) - 1
-                return decode_step(
-                    inputs.query, inputs.key, inputs.value, shared_reads(inputs.sequences, inputs.band.left, NOTHING),
-                    options, kept=inputs.key_slots, labelled=Labelled(of_keys, of_queries, most),
-                )  # fmt: skip
+                return self._read(inputs, options, of_queries, of_keys)
 
             def attend_group(group: Group) -> Tensor:
                 return self._causal(group, of_queries, of_keys, inputs)
@@ -208,6 +208,31 @@ class RoutingAttention(CentroidState):
                 return self._bidirectional(group, query, key, inputs)
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
+
+    @torch.no_grad()
+    def _step(self, inputs: AttentionInputs) -> Tensor:
+        """A step of decoding: clusters are found, and keys are read, where they lie."""
+        query, key, turned = inputs.query, inputs.key[:, :, -inputs.query.shape[2] :], None
+        if inputs.before_rotary is not None:
+            turned = None if inputs.turned_halves is None else inputs.turned_halves()
+            if turned is None:
+                query, key = self._vectors(inputs)
+        of_queries, fresh = nearest_clusters(query, query if self.config.shared_qk else key, self.centroids, turned)
+        self._unscaled.pop("routing_commitment", None)  # of an earlier forward
+        self._sizes, self._counted = None, ((of_queries, fresh), inputs.sequences)
+        of_keys = inputs.remembered("clusters", fresh, dim=2)
+        self._seen = of_keys, inputs.sequences, inputs.key_slots
+        options = score_options(inputs, self.heads[self.config.num_local_heads :])
+        return self._read(inputs, options, of_queries, of_keys)
+
+    def _read(self, inputs: AttentionInputs, options: ScoreOptions, of_queries: Tensor, of_keys: Tensor) -> Tensor:
+        """What a step's rows read, by the kernel in C++."""
+        most = self.config.cluster_window(inputs.sequences.key_length, causal=True) - 1
+        reads = shared_reads(inputs.sequences, inputs.band.left, NOTHING)
+        labelled = Labelled(of_keys, of_queries, most)
+        return decode_step(
+            inputs.query, inputs.key, inputs.value, reads, options, kept=inputs.key_slots, labelled=labelled
+        )
 
     def _in_place(self, inputs: AttentionInputs) -> bool:
         no_holes = inputs.sequences.key_gather is None

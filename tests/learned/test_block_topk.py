@@ -174,6 +174,24 @@ def test_steps_read_the_pooled_keys_kept_beside_the_cache(fields: dict[str, Any]
     assert rms_ratio(torch.cat(out, 2), whole) < 1e-13
 
 
+@pytest.mark.parametrize("fields", CASES, ids=ids)
+@pytest.mark.parametrize("left", [None, 30])
+def test_steps_in_place_choose_as_the_whole_forward(fields: dict[str, Any], left: int | None) -> None:
+    inputs = inputs_of(75, True, band=Band(left, 0))
+    inputs = replace(inputs, **{n: getattr(inputs, n).detach().float() for n in ("query", "key", "value")})
+    module = BlockTopKAttentionConfig(**fields).build(layer_spec(4, 2, causal=True)).eval()
+    whole, memory, start, out = module(inputs), Memory(), 0, []
+    for end in (60, 61, 62, 66, 75):
+        part = {n: getattr(inputs, n)[:, :, :end] for n in ("key", "value")}
+        step = replace(
+            inputs, query=inputs.query[:, :, start:end], **part, sequences=Sequences.full(2, end - start, end),
+            remember=memory, beside=memory.beside,
+        )  # fmt: skip
+        out.append(module(step))
+        start = end
+    assert rms_ratio(torch.cat(out, 2), whole) < 1e-6
+
+
 @pytest.mark.parametrize("selection", ["query", "query_block"])
 def test_the_bare_operator_serves_it(selection: str) -> None:
     fields = {**SMALL, "selection": selection}

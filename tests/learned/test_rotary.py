@@ -98,6 +98,27 @@ def test_vectors_are_those_of_the_projections(name: str) -> None:
         torch.testing.assert_close(shifted, got, rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("name", TURNED)
+def test_a_step_finds_the_clusters_of_the_whole_forward(name: str) -> None:
+    """Where halves are turned, by angles alone; in other conventions by the layer's own function."""
+    family, fields = TURNED[name]
+    model = sa_hf.patch_model(tiny(family, fields), "routing", num_clusters=4, window=4)
+    ids = torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(1))
+    layer, asked = routed(model)[0], list[tuple[Tensor, Tensor]]()
+    with torch.no_grad():
+        model(ids, use_cache=False)
+        whole = layer._seen
+        cache = model(ids[:, :15], use_cache=True).past_key_values
+        spy(layer, asked)
+        for at in range(15, 20):
+            model(ids[:, at : at + 1], past_key_values=cache)
+    assert whole is not None
+    assert layer._seen is not None
+    assert torch.equal(layer._seen[0], whole[0])
+    halves = family in ("Llama", "GPTNeoX", "Phi", "StableLm")
+    assert len(asked) == (0 if halves else 5)
+
+
 def test_an_encoder_with_and_one_without_rotary_embedding() -> None:
     torch.manual_seed(0)
     fields = {**TINY, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}

@@ -27,7 +27,7 @@ from sa_hf.hf.forward.masks import MaskRequest, check_no_past, packed_mask, said
 from sa_hf.hf.forward.position_bias import expanded_bias
 from sa_hf.hf.forward.ready_masks import read_mask, sequences_twice
 from sa_hf.hf.forward.repeated import repeated_step, settle_step
-from sa_hf.hf.forward.rotary import before_rotary
+from sa_hf.hf.forward.rotary import before_rotary, turned_halves
 from sa_hf.hf.state.activity import IMPLEMENTATION, PACKED, Place, place_of
 from sa_hf.hf.state.inputs import ForwardInputs, handed_over
 from sa_hf.hf.state.layers import active_child, leaves, remembers
@@ -155,6 +155,7 @@ def _attend(
         blocks=blocks,
         hidden_states=call.hidden_states,
         before_rotary=partial(before_rotary, module, call.rotary),
+        turned_halves=partial(turned_halves, module, call.rotary),
         remember=None if call.memory is None else call.memory.remember,
         beside=None if call.memory is None else call.memory.beside,
     )

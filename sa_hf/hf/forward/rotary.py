@@ -45,6 +45,33 @@ def before_rotary(
     return whole[0], whole[1]
 
 
+def turned_halves(module: nn.Module, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """The angles ``(cos, sin)`` ``[B, N, R]`` by which an attention module has turned the halves of the first R
+    dimensions against each other; None where it turns otherwise, or not at all."""
+    function = rotary_function(module)
+    if function is None or angles is None:
+        return None
+    if function not in _HALVES:
+        _HALVES[function] = _turns_halves(function)
+    return angles if _HALVES[function] else None
+
+
+_HALVES: dict[RotaryFunction, bool] = {}
+
+
+def _turns_halves(function: RotaryFunction) -> bool:
+    x = torch.arange(2 * 3 * 8, dtype=torch.float32, device="cpu").view(1, 2, 3, 8).cos()
+    angle = (torch.arange(3.0, device="cpu")[:, None] + torch.arange(4.0, device="cpu") / 4).repeat(1, 2)[None]
+    cos, sin = angle.cos(), angle.sin()
+    try:
+        turned = function(x, x, cos, sin)
+    except (TypeError, RuntimeError, ValueError):
+        return False
+    first, second = x.chunk(2, dim=-1)
+    want = x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    return all(torch.allclose(y, want, atol=1e-6) for y in turned)
+
+
 def rotary_function(module: nn.Module) -> RotaryFunction | None:
     """The function by which an attention module turns queries and keys; None where it does not.
 

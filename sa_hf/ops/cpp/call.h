@@ -1,5 +1,5 @@
-// What a call hands over to the kernels. Python reads the fields of Call and DecodeCall from this file (call.py): one
-// declaration a line. A pointer may be null where its comment says so.
+// What a call hands over to the kernels. Python reads the structs' fields from this file (call.py): one declaration a
+// line. A pointer may be null where its comment says so.
 #pragma once
 
 #include <cstdint>
@@ -95,4 +95,25 @@ struct DecodeCall {
     int64_t label_batch_step, label_head_step, most, span_batch_step, span_head_step, bias_columns;
     int64_t element, threads;
     double scale, softcap, ramp;  // softcap 0: none
+};
+
+// ``query`` and ``pooled``: [batch, heads | kv_heads, rows | blocks, depth], rows of floats. Python reads the fields
+// from here, too (call.py). One declaration a line.
+struct ChoiceCall {
+    Rows query, pooled;
+    const int64_t* reach;  // [rows, 2]: the first eligible block and the one behind the last
+    int64_t* out;          // [batch, heads / together, rows, most]
+    int64_t batch, heads, kv_heads, rows, depth, together, most;  // together: query heads that make one choice
+};
+
+// ``query`` and ``key``: [batch, heads | kv_heads, rows, depth], rows of floats. A pointer may be null where its
+// comment says so. Python reads the fields from here, too (call.py).
+struct ClusterCall {
+    Rows query, key;
+    const float* centroids;  // [kv_heads, count, depth]
+    const float* cosine;     // null, or [angle_batch, rows, turned]: of the angles by which the halves of the first
+    const float* sine;       // ``turned`` elements were turned against each other, and are turned back
+    int64_t* of_queries;     // [batch, heads, rows]
+    int64_t* of_keys;        // [batch, kv_heads, rows]
+    int64_t batch, heads, kv_heads, rows, depth, count, turned, angle_batch;
 };

@@ -6,6 +6,7 @@ import ctypes
 import re
 
 import torch
+from torch import Tensor
 
 from sa_hf.ops.cpp.sources import FILES
 
@@ -14,6 +15,11 @@ FAR = 2**40
 
 class CallRows(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), *((x, ctypes.c_int64) for x in ("batch_step", "head_step", "step")))
+
+    @classmethod
+    def of(cls, x: Tensor) -> CallRows:
+        """Where a tensor ``[B, H, N, D]`` lies."""
+        return cls(x.data_ptr(), *x.stride()[:3])
 
 
 class CallIndex(ctypes.Structure):
@@ -39,3 +45,11 @@ class Call(ctypes.Structure):
 
 class DecodeCall(ctypes.Structure):
     _fields_ = tuple((name, _TYPES.get(kind, ctypes.c_void_p)) for name, kind in _declared("DecodeCall"))
+
+
+class ChoiceCall(ctypes.Structure):
+    _fields_ = tuple((name, _TYPES.get(kind, ctypes.c_void_p)) for name, kind in _declared("ChoiceCall"))
+
+
+class ClusterCall(ctypes.Structure):
+    _fields_ = tuple((name, _TYPES.get(kind, ctypes.c_void_p)) for name, kind in _declared("ClusterCall"))

@@ -134,11 +134,20 @@ struct Step {
         const int64_t mine = c.row_label[(row[0] * c.heads + first_head) * c.queries + row[1]];
         take(position(), own);
         int64_t left = c.most;
-        for (int64_t place = own - 1; place >= 0 && left > 0; --place) {
-            const int64_t at = (c.kept != nullptr ? c.kept[place] : place + c.base) - row[3];
-            if (at < low) break;
-            if (of[place] == mine) take(at, place), --left;
+        for (int64_t place = own - 1; place >= 0 && left > 0;) {
+            const int64_t next = std::max<int64_t>(place - 16, -1);
+            if (place - next == 16 && !holds(of + next + 1, mine)) place = next;  // most have none
+            for (; place > next && left > 0; --place) {
+                const int64_t at = (c.kept != nullptr ? c.kept[place] : place + c.base) - row[3];
+                if (at < low) return;
+                if (of[place] == mine) take(at, place), --left;
+            }
         }
+    }
+    static bool holds(const int64_t* sixteen, int64_t label) {
+        int64_t found = 0;
+        for (int x = 0; x < 16; ++x) found |= sixteen[x] == label;
+        return found != 0;
     }
 
     // -- their softmax ------------------------------------------------------------------------------------------------

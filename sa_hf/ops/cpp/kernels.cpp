@@ -1,5 +1,6 @@
 // The CPU kernels: what Python calls (kernels.py). Compiled at first use by build.py, as one unit.
 
+#include "choices.h"
 #include "decode.h"
 #include "offsets.h"
 

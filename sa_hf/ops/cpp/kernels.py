@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.cpp.build import BuildError, load
-from sa_hf.ops.cpp.call import DTYPES, FAR, Call, CallIndex, CallRows, DecodeCall
+from sa_hf.ops.cpp.call import DTYPES, FAR, Call, CallIndex, CallRows, ChoiceCall, ClusterCall, DecodeCall
 from sa_hf.ops.cpp.rows import ELEMENTS, Rows, plain
 from sa_hf.ops.cpp.sources import FILES
 from sa_hf.ops.engine import Gradients
@@ -68,6 +68,8 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
     found.sa_hf_backward.argtypes = [ctypes.POINTER(Call), ctypes.c_int64]
     found.sa_hf_forward.restype = found.sa_hf_backward.restype = None
     found.sa_hf_decode.argtypes, found.sa_hf_decode.restype = [ctypes.POINTER(DecodeCall)], ctypes.c_int
+    found.sa_hf_choose.argtypes, found.sa_hf_choose.restype = [ctypes.POINTER(ChoiceCall)], None
+    found.sa_hf_nearest.argtypes, found.sa_hf_nearest.restype = [ctypes.POINTER(ClusterCall)], None
     found.sa_hf_units.argtypes, found.sa_hf_units.restype = [], ctypes.c_int64
     return found, None
 

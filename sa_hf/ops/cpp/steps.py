@@ -119,7 +119,7 @@ def prepared(
     key, value = last_together(key), last_together(value)
     out = CallRows(0, n_q * heads * value_dim, value_dim, heads * value_dim)  # [B, Nq, H, Dv]
     call = DecodeCall(
-        query=_lying(rows), key=_lying(key), value=_lying(value), out=out,
+        query=CallRows.of(rows), key=CallRows.of(key), value=CallRows.of(value), out=out,
         rows=reads.rows.buffer_info()[0], run_start=reads.lists.starts.buffer_info()[0],
         runs=reads.lists.runs.buffer_info()[0], num_rows=reads.count, heads=heads, kv_heads=kv_heads, lanes=lanes,
         list_heads=reads.list_heads, queries=n_q, head_dim=head_dim, value_dim=value_dim, held=held,
@@ -162,10 +162,6 @@ def missing_key() -> SparseAttentionError:
 def last_together(x: Tensor) -> Tensor:
     """Each row's elements next to each other."""
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.detach().contiguous()
-
-
-def _lying(x: Tensor) -> CallRows:
-    return CallRows(x.data_ptr(), *x.stride()[:3])
 
 
 def _steps(x: Tensor) -> list[int]:
