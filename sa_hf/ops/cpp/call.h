@@ -97,8 +97,7 @@ struct DecodeCall {
     double scale, softcap, ramp;  // softcap 0: none
 };
 
-// ``query`` and ``pooled``: [batch, heads | kv_heads, rows | blocks, depth], rows of floats. Python reads the fields
-// from here, too (call.py). One declaration a line.
+// A choice of blocks; ``query`` and ``pooled``: [batch, heads | kv_heads, rows | blocks, depth], rows of floats.
 struct ChoiceCall {
     Rows query, pooled;
     const int64_t* reach;  // [rows, 2]: the first eligible block and the one behind the last
@@ -106,8 +105,7 @@ struct ChoiceCall {
     int64_t batch, heads, kv_heads, rows, depth, together, most;  // together: query heads that make one choice
 };
 
-// ``query`` and ``key``: [batch, heads | kv_heads, rows, depth], rows of floats. A pointer may be null where its
-// comment says so. Python reads the fields from here, too (call.py).
+// A choice of clusters; ``query`` and ``key``: [batch, heads | kv_heads, rows, depth], rows of floats.
 struct ClusterCall {
     Rows query, key;
     const float* centroids;  // [kv_heads, count, depth]
