@@ -61,71 +61,65 @@ def dense_attention(
 def _dropout_at(options: ScoreOptions, batch: int, heads: int, i: Tensor, j: Tensor) -> Tensor:
     assert options.seed is not None
     ids = torch.arange(batch, device=i.device) if options.sequence_ids is None else options.sequence_ids
-    sequence, head = ids[:, None, None, None], _head_ids(options, heads, i.device)[:, None, None]
+    of_heads = torch.tensor(options.heads or range(heads), device=i.device)
+    sequence, head = ids[:, None, None, None], of_heads[:, None, None]
     rows = dropout_words(options.seed, sequence, head, i, stream=0)
     columns = dropout_words(options.seed, sequence, head, j, stream=1)
     return dropout_keep(rows, columns, options.dropout) / (1 - options.dropout)
 
 
-def _head_ids(options: ScoreOptions, heads: int, device: torch.device) -> Tensor:
-    return torch.arange(heads, device=device) if options.heads is None else torch.tensor(options.heads, device=device)
-
-
-def part_multiplicity(part: Part, query_length: int, key_length: int, device: torch.device | str = "cpu") -> Tensor:
+def part_multiplicity(part: Part, query_length: int, key_length: int) -> Tensor:
     """How often a part reads each pair, int64 ``[B_l, H_l, query_length, key_length]`` over positions."""
-    slots = _slot_mask(part, device)
+    slots = _slot_mask(part)
     if part.query_index is None and part.key_index is None:
         return slots.long()
-    query = _index_tensor(part.query_index, slots.shape[2], device)
-    key = _index_tensor(part.key_index, slots.shape[3], device)
+    query = _index_tensor(part.query_index, slots.shape[2])
+    key = _index_tensor(part.key_index, slots.shape[3])
     batch = max(slots.shape[0], query.shape[0], key.shape[0])
     heads = max(slots.shape[1], query.shape[1], key.shape[1])
     slots = slots.expand(batch, heads, -1, -1)
     query, key = (x.expand(batch, heads, -1) for x in (query, key))
     slots = slots & (query >= 0)[..., :, None] & (key >= 0)[..., None, :]
-    result = torch.zeros(batch, heads, query_length, key_length, dtype=torch.int64, device=device)
+    result = torch.zeros(batch, heads, query_length, key_length, dtype=torch.int64)
     flat = query.clamp(min=0)[..., :, None] * key_length + key.clamp(min=0)[..., None, :]
     result.flatten(2).scatter_add_(2, flat.flatten(2), slots.long().flatten(2))
     return result
 
 
-def _index_tensor(index: Index, slots: int, device: torch.device | str) -> Tensor:
+def _index_tensor(index: Index, slots: int) -> Tensor:
     if isinstance(index, Tensor):
-        return index.to(device)
+        return index
     start = 0 if index is None else index.start
-    return torch.arange(start, start + slots, device=device)[None, None]
+    return torch.arange(start, start + slots)[None, None]
 
 
-def _slot_mask(part: Part, device: torch.device | str) -> Tensor:
+def _slot_mask(part: Part) -> Tensor:
     """The kept pairs in slots, bool ``[B_l, H_l, query_slots, key_slots]``."""
     if isinstance(part, OffsetsPart):
-        i = torch.arange(part.length, device=device)[:, None]
-        j = torch.arange(part.length, device=device)[None, :]
+        i = torch.arange(part.length)[:, None]
+        j = torch.arange(part.length)[None, :]
         inside = (i >= part.begin) & (i < part.stop) & (j >= part.begin) & (j < part.stop)
-        rows = [
-            torch.isin(i - j, torch.tensor(offsets, dtype=torch.int64, device=device)) & inside
-            for offsets in part.offsets
-        ]
+        rows = [torch.isin(i - j, torch.tensor(offsets, dtype=torch.int64)) & inside for offsets in part.offsets]
         return torch.stack(rows)[None]
     if isinstance(part, SegmentPart):
-        i = torch.arange(part.query_slots, device=device)[:, None]
-        j = torch.arange(part.key_slots, device=device)[None, :]
+        i = torch.arange(part.query_slots)[:, None]
+        j = torch.arange(part.key_slots)[None, :]
         same = i // part.query_segment == j // part.key_segment
         a, b = i % part.query_segment, j % part.key_segment
         kept = same & part.band.contains(a, b)
         if part.skip_diagonal:
             kept = kept & (a != b)
         return kept[None, None]
-    return _layout_mask(part, device)
+    return _layout_mask(part)
 
 
-def _layout_mask(part: BlockPart, device: torch.device | str) -> Tensor:
+def _layout_mask(part: BlockPart) -> Tensor:
     layout = part.layout
     nq, nk, bq, bk = layout.num_query_blocks, layout.num_key_blocks, layout.block_q, layout.block_k
-    i = torch.arange(nq * bq, device=device)[:, None]
-    j = torch.arange(nk * bk, device=device)[None, :]
+    i = torch.arange(nq * bq)[:, None]
+    j = torch.arange(nk * bk)[None, :]
     band = layout.band.contains(i, j)
-    mask = torch.zeros(layout.batch * layout.heads, nq * bq, nk * bk, dtype=torch.bool, device=device)
+    mask = torch.zeros(layout.batch * layout.heads, nq * bq, nk * bk, dtype=torch.bool)
     starts = layout.row_start.tolist()
     for row in range(layout.batch * layout.heads * nq):
         at = slice(row % nq * bq, (row % nq + 1) * bq)
@@ -135,10 +129,10 @@ def _layout_mask(part: BlockPart, device: torch.device | str) -> Tensor:
             if kind == FULL:
                 mask[row // nq, at, to] = True
             else:
-                mask[row // nq, at, to] = band[at, to] if kind == BAND else layout.masks[kind].to(device)
+                mask[row // nq, at, to] = band[at, to] if kind == BAND else layout.masks[kind]
     mask = mask.view(layout.batch, layout.heads, nq * bq, nk * bk)[:, :, : layout.query_slots, : layout.key_slots]
     if layout.key_range is not None:
-        slots = torch.arange(layout.key_slots, device=device)
+        slots = torch.arange(layout.key_slots)
         low, high = layout.key_range[..., 0:1], layout.key_range[..., 1:2]
         mask = mask & (slots >= low) & (slots < high)
     return mask

@@ -121,12 +121,16 @@ def tiny_model(family: str, seed: int = 0, **changed: Any) -> Any:
     for name, value in changed.items():
         setattr(config, name, value)
     torch.manual_seed(seed)
-    model = getattr(tf, CLASSES[family])(config).eval()
+    return roughened(getattr(tf, CLASSES[family])(config), 0.3 if family != "t5" else 0.15)
+
+
+def roughened(model: Any, scale: float = 0.3) -> Any:
+    """The model in evaluation, with random weights so large that attention matters."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.3 if family != "t5" else 0.15)
-    return model
+                parameter.normal_(0, scale)
+    return model.eval()
 
 
 def tokens(*shape: int, seed: int = 1) -> Tensor:

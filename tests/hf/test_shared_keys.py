@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from hf_cases import VOCABULARY, tokens
+from hf_cases import VOCABULARY, roughened, tokens
 from older_releases import OLDER
 
 import sa_hf
@@ -31,12 +31,7 @@ def sharing_model() -> Any:
         layer_types=["sliding_attention", "full_attention"] * 2, pad_token_id=0, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = tf.Gemma4ForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.3)
-    return model
+    return roughened(tf.Gemma4ForCausalLM(config))
 
 
 def padded() -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from generation_cases import EXPIRING, LOSSLESS, PATTERNS, TOLERANCE, generate, patched, prompt
-from hf_cases import VOCABULARY, tiny_model, tokens
+from hf_cases import VOCABULARY, roughened, tiny_model, tokens
 from torch import Tensor
 
 import sa_hf
@@ -146,12 +146,7 @@ def sharing_model() -> Any:
         pad_token_id=0, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = tf.Gemma3nForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.3)
-    return model
+    return roughened(tf.Gemma3nForCausalLM(config))
 
 
 def in_steps(model: Any, ids: Tensor, cache: Any) -> Tensor:

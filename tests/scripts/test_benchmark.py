@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from mmap import mmap
@@ -11,22 +10,16 @@ from types import ModuleType
 
 import pytest
 import torch
+from script_modules import script_module
 from typer.testing import CliRunner
 
 from sa_hf.tools.bench import cpu
 from sa_hf.tools.bench.product import of_product
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
-
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module("benchmark")
 
 
 def test_a_dry_run_writes_every_section(benchmark: ModuleType, tmp_path: Path) -> None:

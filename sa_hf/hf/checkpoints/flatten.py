@@ -177,7 +177,7 @@ def _read(name: str) -> _Module:
 def _imports(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
     """The imports of a module, but for those for types."""
     hidden = {inner for node in ast.walk(tree) if _for_types_only(node) for inner in ast.walk(node)}
-    return [node for node in ast.walk(tree) if _is_import(node) and node not in hidden]
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) and node not in hidden]
 
 
 def _modules_of(node: ast.Import | ast.ImportFrom, name: str) -> list[str]:
@@ -317,10 +317,6 @@ def _rewritten(name: str, files: dict[str, str]) -> str:
             new = ["pass"]
         lines[node.lineno - 1 : node.end_lineno] = [f"{' ' * node.col_offset}{line}\n" for line in new]
     return "".join(lines)
-
-
-def _is_import(node: ast.AST) -> TypeGuard[ast.Import | ast.ImportFrom]:
-    return isinstance(node, ast.Import | ast.ImportFrom)
 
 
 def _for_types_only(node: ast.AST) -> TypeGuard[ast.If]:

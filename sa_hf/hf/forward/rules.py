@@ -38,7 +38,8 @@ class MaskRules:
         if function is bidirectional_mask_function:
             return cls()
         kind = function.__qualname__
-        held = _closure(function)
+        cells = getattr(function, "__closure__", None) or ()
+        held = dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
         if kind == "and_masks.<locals>.and_mask":
             return cls._joined([cls.read(part) for part in held["mask_functions"]])
         if kind == "or_masks.<locals>.or_mask":
@@ -118,8 +119,3 @@ def _unknown(kind: str) -> UnsupportedModelError:
         f"the model's mask uses {kind!r} in a way that a sparse pattern cannot be combined with exactly (a union of "
         "masks, or a function of the model's own); keep such layers dense"
     )
-
-
-def _closure(function: Callable[..., Any]) -> dict[str, Any]:
-    cells = getattr(function, "__closure__", None) or ()
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))

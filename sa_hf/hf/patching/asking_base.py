@@ -183,12 +183,6 @@ def heads(x: Tensor, count: int) -> Tensor:
     return split.transpose(1, 2)
 
 
-def projected(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``[batch, heads, n, head_dim]`` of a layer that has a projection for each."""
-    query, key, value = (heads(p(hidden), module.num_heads) for p in (module.q_proj, module.k_proj, module.v_proj))
-    return query, key, value
-
-
 @lru_cache(maxsize=256)
 def asking_class(mixin: type[Asking], own: type) -> Any:
     """A class of the same name that asks."""

@@ -119,7 +119,7 @@ def rotation_stays(replay: Replay, angles: tuple[Tensor, Tensor] | None) -> str 
     for name, back, wanted in zip(
         ("queries", "keys"), before_rotary(replay.module, angles, query, key), plain, strict=False
     ):
-        off = _off(back, wanted)
+        off = float((back - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
         if off > _TOLERANCE:
             return (
                 f"does more to its {name} than turn them (a norm after the rotary embedding, or in another order): "
@@ -168,7 +168,3 @@ class _Taps(ConvHook):
             return steps if name == self.name else torch.zeros_like(steps)
 
         return added
-
-
-def _off(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))

@@ -71,12 +71,13 @@ class PartlyKnown(TorchDispatchMode):
         tensors: list[Tensor] = []
         _mapped(tensors.append, (args, kwargs))
         unknown = any(x.is_meta for x in tensors)
-        written = bool(schema.arguments) and _is_written(schema.arguments[0])
+        first = schema.arguments[0].alias_info if schema.arguments else None
+        written = first is not None and first.is_write
         aliased = any(x.alias_info is not None for x in schema.returns)
         if not tensors:
             return self._made_of_nothing(func, args, kwargs, draws or "empty" in name)
         if unknown and (_reads_values(name, args) or (written and not tensors[0].is_meta)):
-            args, kwargs = self._with_values((args, kwargs))
+            args, kwargs = _mapped(lambda x: self._filled(x) if x.is_meta else x, (args, kwargs))
             return func(*args, **kwargs)
         if unknown or draws:
             out = _shapes(func, args, kwargs)
@@ -103,9 +104,6 @@ class PartlyKnown(TorchDispatchMode):
         sizes: list[int] = []
         _mapped(lambda x: sizes.append(x.numel()), out)
         return out if any(size > LARGEST for size in sizes) else func(*args, **kwargs)
-
-    def _with_values(self, tree: Any) -> Any:
-        return _mapped(lambda x: self._filled(x) if x.is_meta else x, tree)
 
     def _valued(self, x: Tensor) -> Tensor:
         return self._filled(x) if x.is_meta and x.numel() <= LARGEST else x
@@ -245,10 +243,6 @@ def _broadcast(tensors: list[Tensor]) -> int:
     """The elements of what tensors broadcast to."""
     shapes = [tuple(reversed(x.shape)) for x in tensors]
     return math.prod(max(sizes) for sizes in zip_longest(*shapes, fillvalue=1))
-
-
-def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def _reads_values(name: str, args: Any) -> bool:

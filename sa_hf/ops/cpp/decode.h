@@ -1,4 +1,7 @@
 // A step of decoding: a few queries, each over keys of its own, which are read where they lie.
+//
+// Shapes: a lane's step has ``group`` query heads and meets its keys in chunks of CHUNK: query [group, head_dim],
+// scores [group, CHUNK], acc [group, value_dim], both widths in whole vectors of W; peak and total [group].
 #pragma once
 
 #include "operands.h"

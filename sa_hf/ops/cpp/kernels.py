@@ -89,10 +89,6 @@ def units() -> str:
     return chosen
 
 
-def _run_backward(calls: Sequence[_PartCall]) -> None:
-    library().sa_hf_backward((Call * len(calls))(*(call.call for call in calls)), len(calls))
-
-
 def forward(part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> tuple[Tensor, Tensor]:
     """As ``Engine.forward``: rows in the part's slots."""
     rows = Rows.of(query, key, value, options, part.query_index, part.key_index)
@@ -157,7 +153,7 @@ def _backward(
         call.backward_from(out, lse, grad_out, sums)
     # Threads that share a lane go through it part by part: parts add to the same queries.
     for some in [calls] if sums.pieces == 1 else [[call] for call in calls]:
-        _run_backward(some)
+        library().sa_hf_backward((Call * len(some))(*(call.call for call in some)), len(some))
     return sums.gradients(rows)
 
 

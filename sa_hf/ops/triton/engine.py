@@ -83,12 +83,8 @@ class TritonEngine(Engine):
         return KernelTotal(self, query, key, value, options)
 
 
-def _lists(part: BlockPart | SegmentPart, device: torch.device) -> TileLists:
-    return segment_lists(part, device) if isinstance(part, SegmentPart) else layout_lists(part.layout)
-
-
 def _held_lists(part: BlockPart | SegmentPart, query: Tensor) -> TileLists:
-    lists = _lists(part, query.device)
+    lists = segment_lists(part, query.device) if isinstance(part, SegmentPart) else layout_lists(part.layout)
     hold(query, part, lists)
     return lists
 
