@@ -19,7 +19,6 @@ import inspect
 import json
 import os
 import shutil
-import socket
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,7 +30,7 @@ from transformers import PreTrainedModel
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.checkpoints.auto import auto_class_name
 from sa_hf.hf.checkpoints.base import SAVED, SavedBase, base_state, inner_name, remember_base, saved_base
-from sa_hf.hf.checkpoints.files import STAGE
+from sa_hf.hf.checkpoints.files import stage_in
 
 BASE_FOLDER = "base"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -111,23 +110,18 @@ def save_adapter(
     target = Path(directory)
     if target.is_file():
         raise SparseAttentionError(f"{str(target)!r} is a file; name a folder")
-    target.mkdir(parents=True, exist_ok=True)
     base = _base_for(root, target)
     for config in configs.values():
         config.base_model_name_or_path, config.revision = base.name, base.revision
     if options.get("push_to_hub") or keywords.get("push_to_hub"):
         keywords = {"repo_id": target.name, **keywords}
-    stage = target / f"{STAGE}{socket.gethostname()}-{os.getpid()}"
-    try:
-        stage.mkdir()
+    with stage_in(target) as stage:
         if (target / "README.md").is_file():
             shutil.copy(target / "README.md", stage)  # PEFT completes the one that it finds
         result = save(stage, *arguments, **keywords)
         for path in stage.rglob(ADAPTER_CONFIG):
             _mark(path.parent, root, prefix)
         _move(stage, target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
     return result
 
 

@@ -21,7 +21,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from sa_hf.hf.checkpoints.card import CARD_FILE, card_text, is_ours, known_of
-from sa_hf.hf.checkpoints.files import CONFIG_FILE, HEADER, REMOTE_FILE, SENTENCES_FILE, SPARSE_NAME, STAGE
+from sa_hf.hf.checkpoints.files import CONFIG_FILE, HEADER, REMOTE_FILE, SENTENCES_FILE, SPARSE_NAME, STAGE, stage_in
 
 
 def save_whole(
@@ -79,11 +79,8 @@ def _writes(model: PreTrainedModel, is_main_process: bool) -> bool:
 def _staged(
     save: Callable[..., Any], code: Callable[[], Mapping[str, str]], target: Path, options: dict[str, Any], origin: str
 ) -> list[str]:
-    target.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
-    stage = target / f"{STAGE}{socket.gethostname()}-{os.getpid()}"
-    try:
-        stage.mkdir()
+    with stage_in(target) as stage:
         files = code()
         _write_code(stage, files)  # before the weights: under FSDP2 the copying by Transformers itself breaks
         save(stage, **options)
@@ -93,8 +90,6 @@ def _staged(
             # Transformers looks for the code of a ``subfolder=`` in the folder above.
             _write_code(target.parent, files)
         return publish(stage, target, options.get("variant"))
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _name_architecture(file: Path) -> None:
@@ -137,10 +132,9 @@ def _replaced(target: Path, variant: str | None) -> list[Path]:
     """Files of an earlier checkpoint that would be read beside the new one: its weights, code, and our card."""
     part = rf"\.{re.escape(variant)}" if variant else ""
     weights = re.compile(rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json")
-    files = [path for path in target.iterdir() if path.is_file()]
     return [
         path
-        for path in files
+        for path in filter(Path.is_file, target.iterdir())
         if weights.fullmatch(path.name) or _is_carried_code(path) or (path.name == CARD_FILE and is_ours(path))
     ]
 
@@ -182,15 +176,13 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
-    if process == os.getpid():
-        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:
-        return True
-    return True
+    except OSError:  # somebody else's
+        pass
+    return process != os.getpid()
 
 
 def _hub_options(options: dict[str, Any]) -> dict[str, Any]:

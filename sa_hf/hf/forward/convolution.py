@@ -116,10 +116,7 @@ class ConvHook:
         names = dict(self.attention.named_children())
         for query, key in SEPARATE:
             if query in names and key in names:
-                return [
-                    names[query].register_forward_hook(self.query),
-                    names[key].register_forward_hook(self.key),
-                ]
+                return [names[query].register_forward_hook(self.query), names[key].register_forward_hook(self.key)]
         # GPTBigCode names its projection as GPT-2 does; without multi_query it splits each head's.
         by_head = getattr(self.attention, "multi_query", None) is False
         thirds = self.thirds_of_heads if by_head else self.thirds

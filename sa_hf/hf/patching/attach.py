@@ -22,14 +22,7 @@ from sa_hf.hf.patching.probe import Needs
 from sa_hf.hf.patching.probe import probe as run_probe
 from sa_hf.hf.patching.skeleton import configs_apart
 from sa_hf.hf.state.activity import IMPLEMENTATION, PATCH, PLACE, Activity, DenseMarker, Place
-from sa_hf.hf.state.assignment import (
-    HEADS,
-    Assignment,
-    LayerEntry,
-    assignment_to_dict,
-    check_assignment,
-    parse_indices,
-)
+from sa_hf.hf.state.assignment import HEADS, Assignment, LayerEntry, assignment_to_dict, check_assignment, parse_indices
 from sa_hf.hf.state.extension import own_configs
 from sa_hf.hf.state.layers import active_child, learned_leaves, tie_layers
 from sa_hf.hf.state.nested import check_not_nested
@@ -45,12 +38,7 @@ from sa_hf.patterns.mixture import MixedSparseAttention, part_spec
 
 
 def attach(
-    model: nn.Module,
-    assignment: Assignment,
-    *,
-    engine: str = "auto",
-    probe: bool = True,
-    max_length: int | None = None,
+    model: nn.Module, assignment: Assignment, *, engine: str = "auto", probe: bool = True, max_length: int | None = None
 ) -> Patch:
     """Put an assignment (in normal form) into a model, replacing the one that it has; how it saves is not changed.
 

@@ -45,12 +45,7 @@ _CHECKED = "sa_hf_state_checked"
 
 
 def apply_assignment(
-    model: nn.Module,
-    assignment: Assignment,
-    *,
-    engine: str = "auto",
-    probe: bool = True,
-    max_length: int | None = None,
+    model: nn.Module, assignment: Assignment, *, engine: str = "auto", probe: bool = True, max_length: int | None = None
 ) -> None:
     """Put an assignment (in normal form) into a model, replacing the one that it has, so that it is saved with it.
 

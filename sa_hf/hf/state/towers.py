@@ -19,10 +19,7 @@ _TEXT = "text"
 _KINDS = {"image": "vision", "video": "vision", "audio": "audio"}
 # What a tower may ask for: one image of one size, or patches with the grid of each image.
 _TAKEN = {"pixel_values", "hidden_states", "grid_thw"}
-_NAMES = {
-    "vision": re.compile(r"vision|visual|image|video|pixel"),
-    "audio": re.compile(r"audio|speech|acoustic|codec"),
-}
+_NAMES = {"vision": re.compile(r"vision|visual|image|video|pixel"), "audio": re.compile(r"audio|speech|acoustic|codec")}
 
 
 def tower_of(root: nn.Module, name: str) -> str | None:
