@@ -90,9 +90,7 @@ class Batch:
         self.plan_for = plan_for
         self.device = device
         if options.spans is not None and sequences.key_gather is not None:
-            options = options.with_tensors(
-                spans=self._gathered(options.spans.unsqueeze(-1), sequences.key_gather).squeeze(-1)
-            )
+            options = options.with_tensors(spans=self.compact_keys(options.spans.unsqueeze(-1)).squeeze(-1))
         self.options = options
 
     @property
@@ -117,17 +115,19 @@ class Batch:
         return [(self.plan_for(*shape), BatchGroup(self, shape, indices)) for shape, indices in self.sequences.groups]
 
     def compact(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.sequences.key_gather is None:
-            return query, key, value
-        gather = self.sequences.key_gather
-        return self.compact_queries(query), self._gathered(key, gather), self._gathered(value, gather)
+        return self.compact_queries(query), self.compact_keys(key), self.compact_keys(value)
 
     def compact_queries(self, x: Tensor) -> Tensor:
-        gather = self.sequences.query_gather
-        return x if gather is None else self._gathered(x, gather)
+        """``x [B, C, N, E]`` with the real tokens of each row first, where a mask has holes."""
+        return self._gathered(x, self.sequences.query_gather)
+
+    def compact_keys(self, x: Tensor) -> Tensor:
+        return self._gathered(x, self.sequences.key_gather)
 
     @staticmethod
-    def _gathered(x: Tensor, gather: Tensor) -> Tensor:
+    def _gathered(x: Tensor, gather: Tensor | None) -> Tensor:
+        if gather is None:
+            return x
         return torch.gather(x, 2, gather[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
     def expand_queries(self, x: Tensor, fill: float = 0.0) -> Tensor:

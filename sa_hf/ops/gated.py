@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sa_hf.ops.grouped import Group
 from sa_hf.ops.parts import ScoreOptions
-from sa_hf.ops.random import counter_words, dropout_keep, dropout_words
+from sa_hf.ops.random import dropout_factor
 from sa_hf.ops.sinks import with_sinks
 
 # Scores held at once, over all heads: 2**23 fp32 are 32 MB per temporary.
@@ -78,7 +78,7 @@ def _chunk(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, options: Sco
     total = weight.sum(-1, keepdim=True)
     probability = weight / total
     if options.dropout > 0:
-        probability = probability * _dropout_factor(options, query, i, j)
+        probability = probability * dropout_factor(options, len(query), heads, i, j)
     grouped = probability.to(value.dtype).unflatten(1, (kv_heads, heads // kv_heads))
     out: Tensor = (grouped @ value.unsqueeze(2)).flatten(1, 2)
     return with_sinks(out, (torch.log(total) + peak).squeeze(-1), options.sinks)[0]
@@ -90,13 +90,3 @@ def rows_by_distance(table: Tensor, begin: int, end: int, key_length: int) -> Te
     # Row i is the window of the table that starts at key_length - 1 - i: a run of windows, last row first.
     run = table[:, key_length - end : 2 * key_length - 1 - begin]
     return run.unfold(1, key_length, 1).flip(1)
-
-
-def _dropout_factor(options: ScoreOptions, query: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    if options.seed is None or options.sequence_ids is None:
-        raise RuntimeError("dropout needs the seed and the sequence numbers of the call")
-    heads = counter_words(options.heads or tuple(range(query.shape[1])), query.device)[:, None, None]
-    sequence = options.sequence_ids[:, None, None, None]
-    rows = dropout_words(options.seed, sequence, heads, i, stream=0)
-    columns = dropout_words(options.seed, sequence, heads, j, stream=1)
-    return dropout_keep(rows, columns, options.dropout) / (1 - options.dropout)

@@ -64,7 +64,7 @@ def map_groups(
             rows.keys(compact_value),
             rows.options,
             lambda x, rows=rows: rows.queries(batch.compact_queries(x)),  # type: ignore[misc]
-            lambda x, rows=rows: rows.keys(compact_keys(x, sequences)),  # type: ignore[misc]
+            lambda x, rows=rows: rows.keys(batch.compact_keys(x)),  # type: ignore[misc]
         )
         rows.write_queries(out, attend(group))
     return batch.expand_queries(out)
@@ -77,11 +77,6 @@ def whole_group(query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
-
-
-def compact_keys(x: Tensor, sequences: Sequences) -> Tensor:
-    """``x [B, C, Nk, E]`` with the real tokens of each row first, where a mask has holes."""
-    return x if sequences.key_gather is None else Batch._gathered(x, sequences.key_gather)
 
 
 def real_queries(sequences: Sequences, device: torch.device) -> Tensor:

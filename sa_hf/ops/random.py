@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.graphs import hold
+from sa_hf.ops.parts import ScoreOptions
 
 _MASK64 = (1 << 64) - 1
 
@@ -74,6 +75,18 @@ def dropout_words(seed: Tensor, sequence: Tensor, head: Tensor, position: Tensor
     for value in (high, _low32(sequence), _low32(head), _low32(position)):
         word = hash32(word ^ value)
     return word
+
+
+def dropout_factor(options: ScoreOptions, batch: int, heads: int, i: Tensor, j: Tensor) -> Tensor:
+    """What dropout makes of the probabilities at the positions ``i [q, 1]`` and ``j [1, k]`` of a call's sequences and
+    query heads: 0 or ``1 / (1 - dropout)``, fp32 ``[batch, heads, q, k]``."""
+    assert options.seed is not None
+    ids = torch.arange(batch, device=i.device) if options.sequence_ids is None else options.sequence_ids
+    sequence = ids[:, None, None, None]
+    head = counter_words(tuple(options.heads or range(heads)), i.device)[:, None, None]
+    rows = dropout_words(options.seed, sequence, head, i, stream=0)
+    columns = dropout_words(options.seed, sequence, head, j, stream=1)
+    return dropout_keep(rows, columns, options.dropout) / (1 - options.dropout)
 
 
 def dropout_keep(row_word: Tensor, column_word: Tensor, dropout: float) -> Tensor:

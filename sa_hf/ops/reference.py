@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.parts import BAND, FULL, BlockPart, Index, OffsetsPart, Part, ScoreOptions, SegmentPart
-from sa_hf.ops.random import dropout_keep, dropout_words
+from sa_hf.ops.random import dropout_factor
 
 
 def dense_attention(
@@ -53,19 +53,9 @@ def dense_attention(
         total = torch.where(total > 0, total + torch.exp(sinks - peak), total)
     probability = numerator / torch.where(total > 0, total, 1.0)
     if options.dropout > 0:
-        probability = probability * _dropout_at(options, batch, heads, i, j)
+        probability = probability * dropout_factor(options, batch, heads, i, j)
     lse = torch.where(total > 0, torch.log(torch.where(total > 0, total, 1.0)) + peak, -torch.inf).squeeze(-1)
     return (probability @ v).to(query.dtype), lse
-
-
-def _dropout_at(options: ScoreOptions, batch: int, heads: int, i: Tensor, j: Tensor) -> Tensor:
-    assert options.seed is not None
-    ids = torch.arange(batch, device=i.device) if options.sequence_ids is None else options.sequence_ids
-    of_heads = torch.tensor(options.heads or range(heads), device=i.device)
-    sequence, head = ids[:, None, None, None], of_heads[:, None, None]
-    rows = dropout_words(options.seed, sequence, head, i, stream=0)
-    columns = dropout_words(options.seed, sequence, head, j, stream=1)
-    return dropout_keep(rows, columns, options.dropout) / (1 - options.dropout)
 
 
 def part_multiplicity(part: Part, query_length: int, key_length: int) -> Tensor:

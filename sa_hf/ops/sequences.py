@@ -166,10 +166,6 @@ class Sequences:
             moved(self.query_gather), moved(self.key_gather), extra,
         )  # fmt: skip
 
-    @property
-    def max_key_length(self) -> int:
-        return max((s.key_length for s in self.spans), default=0)
-
 
 @dataclass(frozen=True, eq=False)
 class PendingSequences:
