@@ -2,8 +2,8 @@
 
 The way down: ``attend`` (static plans) or ``planned`` (plans made from data) take the sequences of a batch;
 ``choice`` picks the engine; ``run`` takes it through the parts of a plan; ``engine`` says what an engine is, and merges
-what the parts give. ``reference`` is the dense fp64 oracle, ``decode`` serves a few new queries: over listed positions,
-or over ``reads`` where the C++ kernel takes the step (``cpp/steps``).
+what the parts give. ``reference`` is the dense fp64 oracle, ``decode`` serves a few new queries over listed positions;
+the C++ kernel takes them over ``reads``, too (``cpp/steps``).
 
 Engines, by folder and by the name that users give and errors say:
 
@@ -13,7 +13,7 @@ folder      ``engine=``         runs
 ``triton``  ``"triton"``        on a GPU (and, interpreted, on a CPU)
 ``cpp``     ``"native"``        on a CPU, compiled at first use; ``"native"`` falls to the tiles where it does not serve
 ``tiles``   ``"torch"``         torch's operators on any device, in fp64 too
-(none)      ``"auto"``          the first of these that serves, by each one's ``unsupported``
+(none)      ``"auto"``          the first of these that serves, by its ``unsupported`` (decoding: ``cannot_decode``)
 ==========  ==================  ========================================================================================
 
 Words:

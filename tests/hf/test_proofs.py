@@ -72,41 +72,31 @@ FADING = torch.linspace(1, 2, 8)
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("pattern", "change", "reason"),
     [
-        (lambda q, k, v: (q * FADING, k, v), "does more to its queries than turn them"),
-        (lambda q, k, v: (q, k * FADING, v), "does more to its keys than turn them"),
-        (lambda q, k, v: (q, k, v), None),
-        (lambda q, k, v: (2 * q, k, v), None),
+        (ROUTING, lambda q, k, v: (q * FADING, k, v), "does more to its queries than turn them"),
+        (ROUTING, lambda q, k, v: (q, k * FADING, v), "does more to its keys than turn them"),
+        (ROUTING, lambda q, k, v: (q, k, v), None),
+        (ROUTING, lambda q, k, v: (2 * q, k, v), None),
+        (CONVOLVED, lambda q, k, v: (q, k, v + q[:, :2]), "makes more than its query of the channels"),
+        (CONVOLVED, lambda q, k, v: (q, k, v + k), "makes more than its key of the channels"),
+        (CONVOLVED, lambda q, k, v: (q.new_ones(q.shape), k, v), "does not make its query of the projection"),
+        (CONVOLVED, lambda q, k, v: (q, k, v), None),
     ],
-    ids=["queries", "keys", "as it is", "scaled"],
-)
-def test_what_is_turned_back_must_be_what_went_in(monkeypatch: pytest.MonkeyPatch, change: Any, reason: Any) -> None:
+    ids=[
+        "turned queries", "turned keys", "turned as it is", "turned and scaled", "values of queries", "values of keys",
+        "other queries", "taps as it is",
+    ],
+)  # fmt: skip
+def test_what_is_turned_back_must_be_what_went_in_and_taps_must_reach_queries_and_keys_alone(
+    monkeypatch: pytest.MonkeyPatch, pattern: Any, change: Any, reason: Any
+) -> None:
     model = llama_with(monkeypatch, change)
     if reason is None:
-        sa_hf.patch_model(model, ROUTING)
+        sa_hf.patch_model(model, pattern)
         return
     with pytest.raises(UnsupportedModelError, match=reason):
-        sa_hf.patch_model(model, ROUTING)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda q, k, v: (q, k, v + q[:, :2]), "makes more than its query of the channels"),
-        (lambda q, k, v: (q, k, v + k), "makes more than its key of the channels"),
-        (lambda q, k, v: (q.new_ones(q.shape), k, v), "does not make its query of the projection"),
-        (lambda q, k, v: (q, k, v), None),
-    ],
-    ids=["values of queries", "values of keys", "other queries", "as it is"],
-)
-def test_taps_must_reach_queries_and_keys_alone(monkeypatch: pytest.MonkeyPatch, change: Any, reason: Any) -> None:
-    model = llama_with(monkeypatch, change)
-    if reason is None:
-        sa_hf.patch_model(model, CONVOLVED)
-        return
-    with pytest.raises(UnsupportedModelError, match=reason):
-        sa_hf.patch_model(model, CONVOLVED)
+        sa_hf.patch_model(model, pattern)
     sa_hf.patch_model(model, WINDOW)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,6 +39,16 @@ def tensors(count: int = 3) -> list[Tensor]:
     return [torch.randn(2, 2, 80, 16, generator=generator, requires_grad=True) for _ in range(count)]
 
 
+def check_the_operator_is_the_same(run: Callable[[], tuple[Tensor, ...]], name: str) -> None:
+    """A mode sees the operator and its backward, and changes no bit."""
+    plain = run()
+    with Seen() as seen:
+        through = run()
+    assert seen.names == [name, f"{name}_backward"]
+    for ours, theirs in zip(plain, through, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_with_and_without_the_operator(masked: bool) -> None:
     *qkv, grad = tensors(4)
@@ -49,12 +60,7 @@ def test_with_and_without_the_operator(masked: bool) -> None:
         out = sparse_attention(*qkv, CONFIG, **call)
         return out, *torch.autograd.grad(out, qkv, grad.detach())
 
-    plain = run()
-    with Seen() as seen:
-        through = run()
-    assert seen.names == ["sa_hf::static_attention", "sa_hf::static_attention_backward"]
-    for ours, theirs in zip(plain, through, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    check_the_operator_is_the_same(run, "sa_hf::static_attention")
 
 
 def test_no_operator_is_called_in_eager_mode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,12 +80,7 @@ def test_a_plan_by_rule_with_and_without_the_operator() -> None:
         out = planned_attention(*qkv, EXPIRING, options, "native", numbers=[13])
         return out, *torch.autograd.grad(out, leaves, grad.detach())
 
-    plain = run()
-    with Seen() as seen:
-        through = run()
-    assert seen.names == ["sa_hf::planned_attention", "sa_hf::planned_attention_backward"]
-    for ours, theirs in zip(plain, through, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    check_the_operator_is_the_same(run, "sa_hf::planned_attention")
 
 
 def test_tensors_without_data_get_a_result_without_data() -> None:
