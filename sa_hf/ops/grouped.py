@@ -59,13 +59,10 @@ def map_groups(
     out = compact_query.new_zeros(*query.shape[:3], value.shape[3])
     for _, rows in batch.groups():
         group = Group(
-            rows.queries(compact_query),
-            rows.keys(compact_key),
-            rows.keys(compact_value),
-            rows.options,
+            rows.queries(compact_query), rows.keys(compact_key), rows.keys(compact_value), rows.options,
             lambda x, rows=rows: rows.queries(batch.compact_queries(x)),  # type: ignore[misc]
             lambda x, rows=rows: rows.keys(batch.compact_keys(x)),  # type: ignore[misc]
-        )
+        )  # fmt: skip
         rows.write_queries(out, attend(group))
     return batch.expand_queries(out)
 

@@ -58,13 +58,9 @@ class Sequences:
 
     @classmethod
     def from_mask(
-        cls,
-        batch_size: int,
-        query_length: int,
-        key_length: int,
-        attention_mask: Tensor | None = None,
+        cls, batch_size: int, query_length: int, key_length: int, attention_mask: Tensor | None = None,
         sequence_ids: Tensor | None = None,
-    ) -> Sequences:
+    ) -> Sequences:  # fmt: skip
         """Read ``attention_mask [B, key_length]`` (1 real, 0 padding) and ``sequence_ids [B, key_length]``.
 
         Padding may stand on either side or inside: padded tokens are as if cut out. Equal neighbouring ids (after

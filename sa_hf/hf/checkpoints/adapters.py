@@ -80,14 +80,9 @@ def _base_for(root: PreTrainedModel, folder: Path) -> SavedBase:
 
 
 def save_adapter(
-    root: PreTrainedModel,
-    configs: Mapping[str, Any],
-    prefix: str,
-    save: Callable[..., Any],
-    directory: Any,
-    arguments: tuple[Any, ...],
-    keywords: Mapping[str, Any],
-) -> Any:
+    root: PreTrainedModel, configs: Mapping[str, Any], prefix: str, save: Callable[..., Any], directory: Any,
+    arguments: tuple[Any, ...], keywords: Mapping[str, Any],
+) -> Any:  # fmt: skip
     """Run ``save``, which writes adapters of the patched model ``root``, so that what it writes needs the patched base.
 
     Args:

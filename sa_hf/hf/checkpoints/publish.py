@@ -25,13 +25,9 @@ from sa_hf.hf.checkpoints.files import CONFIG_FILE, HEADER, REMOTE_FILE, SENTENC
 
 
 def save_whole(
-    model: PreTrainedModel,
-    save: Callable[..., Any],
-    code: Callable[[], Mapping[str, str]],
-    directory: Any,
-    arguments: tuple[Any, ...],
-    keywords: Mapping[str, Any],
-) -> bool:
+    model: PreTrainedModel, save: Callable[..., Any], code: Callable[[], Mapping[str, str]], directory: Any,
+    arguments: tuple[Any, ...], keywords: Mapping[str, Any],
+) -> bool:  # fmt: skip
     """Run ``save`` (the model's own ``save_pretrained``) so that its files appear in ``directory`` all at once.
 
     Args:

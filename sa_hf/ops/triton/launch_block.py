@@ -54,15 +54,9 @@ def block_forward(lists: TileLists, query: Tensor, key: Tensor, value: Tensor, s
 
 
 def block_backward(
-    lists: TileLists,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
+    lists: TileLists, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
     scores: Scores,
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     """Exact flash backward of a part; ``out`` and ``lse`` are the merged ones of the plan."""
     operands = backward_operands(query, key, value, out, lse, grad_out, scores)
     dq = query_gradient(lists, operands, scores)

@@ -52,15 +52,9 @@ def offsets_forward(
 
 
 def offsets_backward(
-    part: OffsetsPart,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
+    part: OffsetsPart, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
     scores: Scores,
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     """As ``launch_block.block_backward``."""
     operands = backward_operands(query, key, value, out, lse, grad_out, scores)
     query, key = operands.query, operands.key
