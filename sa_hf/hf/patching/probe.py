@@ -166,8 +166,8 @@ def _run(model: PreTrainedModel, sites: Sites, targets: Mapping[str, Needs], ext
             for stack, count in extra.items():
                 if count:
                     _join(skeleton, sites.stacks[stack], count, lambda: recorder.run(body, (), given))
-    disproved = {name: reason for name, reason in disproved.items() if reason is not None}
-    return _Runs(body, sizes, disproved, plain, cached, STAND_IN in given)
+    wrong = {name: reason for name, reason in disproved.items() if reason is not None}
+    return _Runs(body, sizes, wrong, plain, cached, STAND_IN in given)
 
 
 @dataclass(eq=False)
