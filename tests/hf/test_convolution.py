@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -165,6 +166,49 @@ def test_a_lora_adapter_on_the_projections_keeps_the_taps() -> None:
     config = sa_hf.prepare_peft(peft.LoraConfig(target_modules="all-linear", r=2), c.model)
     c.model = peft.get_peft_model(c.model, config).eval()
     assert error(c.output(), expected) < 1e-6
+
+
+@pytest.mark.parametrize("hooks_along", [False, True])
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt_neox"])
+def test_the_taps_join_what_stands_in_a_projections_place(family: str, hooks_along: bool) -> None:
+    """Quantisers put other modules there after the patterns of a checkpoint were attached: without the hooks of the old
+    ones (bitsandbytes, quanto), or with them (torch.ao)."""
+    c = convolved(family, 3)
+    expected, copied = c.output(), copy.deepcopy(c)
+    for attention in [m for m in c.model.modules() if hasattr(m, "sparse")]:
+        for name in {"query", "key", "q_proj", "k_proj", "query_key_value"} & set(attention._modules):
+            old = getattr(attention, name)
+            new = torch.nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+            new.load_state_dict(old.state_dict())
+            for hook in old._forward_hooks.values() if hooks_along else ():
+                new.register_forward_hook(hook)
+            setattr(attention, name, new)
+    assert torch.equal(c.output(), expected)
+    assert torch.equal(copied.output(), expected)  # what a copy hooks is its own
+    sa_hf.unpatch_model(c.model)
+    sa_hf.unpatch_model(copied.model)
+    assert torch.equal(c.output(), copied.output())
+    assert not any(m._forward_hooks for m in c.model.modules())
+
+
+@pytest.mark.parametrize("kind", ["dora", "boft"])
+def test_an_adapter_that_scales_or_leaves_out_the_projection_is_merged_as_it_ran(kind: str) -> None:
+    """DoRA scales what the projection gives, BOFT multiplies with its weight without calling it: not with the taps."""
+    peft = pytest.importorskip("peft")
+    c = convolved("llama", 3)
+    expected, targets = c.output(), ["q_proj", "k_proj"]
+    dora = peft.LoraConfig(target_modules=targets, r=2, use_dora=True)
+    config = dora if kind == "dora" else peft.BOFTConfig(target_modules=targets, boft_block_size=4)
+    c.model = peft.get_peft_model(c.model, config).eval()
+    assert error(c.output(), expected) < 1e-5
+    with torch.no_grad():
+        for name, parameter in c.model.named_parameters():
+            if ".lora_" in name or "boft" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    adapted = c.output()
+    assert error(adapted, expected) > 0.05
+    c.model = c.model.merge_and_unload()
+    assert error(c.output(), adapted) < 1e-5
 
 
 def test_a_layer_without_known_projections_is_refused() -> None:

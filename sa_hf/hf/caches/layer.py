@@ -164,6 +164,14 @@ def _not_remembered(name: str, seen: int) -> SparseAttentionError:
     )
 
 
+def _left_out(name: str, known: int, seen: int) -> SparseAttentionError:
+    return SparseAttentionError(
+        f"the cache holds {seen} tokens, but {name!r}, which this layer's pattern needs for each, of {known} alone: "
+        "the others joined it inside dense(model), in the other mode (training or evaluation), or by another model. "
+        "Start again from the prompt, and give what runs in between a cache of its own (copy.deepcopy(cache))"
+    )
+
+
 @dataclass(eq=False)
 class LayerMemory:
     """The cache of one attention layer in one call."""
@@ -211,10 +219,13 @@ class LayerMemory:
             memory[name] = Remembered(tensor, dim, 0, need)
             return tensor
         old.cut(seen)
+        slots = getattr(self.layer, "slots", None)
+        before = seen if slots is None or need is not None else len(slots) - tensor.shape[dim]
+        if old.end < before:
+            raise _left_out(name, old.end, before)
         joined, _ = old.append(tensor)
         if need is not None or not whole:
             return joined
-        slots = getattr(self.layer, "slots", None)
         return joined if slots is None else placed(joined, slots, total, dim)
 
     def beside(self, name: str, tensor: Tensor | None = None) -> Tensor | None:
@@ -246,6 +257,8 @@ class LayerMemory:
                 raise _not_remembered(name, seen)
             old = memory[name] = Remembered(tensor[:, :0], 1, 0, need)
         old.cut(seen)
+        if old.end < seen:
+            raise _left_out(name, old.end, seen)
         return old.append(tensor)
 
     def announce(self, child: SparseAttention) -> None:

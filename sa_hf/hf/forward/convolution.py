@@ -99,32 +99,61 @@ def earlier_slots(sequences: Sequences, taps: int) -> list[Tensor]:
 
 
 class ConvHook:
-    """Adds the taps of one attention layer to the output of its projections."""
+    """Adds the taps of one attention layer to the output of its projections.
+
+    They join what the layer calls now: quantisers and PEFT put other modules in the projections' places after patching,
+    and those need not call the ones that stood there, or scale what they give.
+    """
 
     def __init__(self, attention: nn.Module, spec: LayerSpec) -> None:
         self.attention = attention
         self.query_width = spec.num_heads * spec.head_dim
         self.key_width = spec.num_key_value_heads * spec.head_dim
         self.num_heads = spec.num_heads
+        self.hooked: dict[str, tuple[nn.Module, Any]] = {}  # by a projection's name: what was hooked, and its handle
 
     def register(self) -> list[Any]:
-        """Hook the layer's projections.
+        """Hook the layer's projections; returns what undoes it.
 
         Raises:
-            SparseAttentionError: the layer has none that are known.
+            AssertionError: the layer has none that are known; ``check_projections`` comes first.
         """
-        names = dict(self.attention.named_children())
+        self._hook()
+        return [self]
+
+    def follow(self) -> None:
+        """Hook what stands in the projections' places, where it is not what was hooked."""
+        if any(self.attention._modules.get(name) is not module for name, (module, _) in self.hooked.items()):
+            self._hook_anew()
+
+    def remove(self) -> None:
+        for _, handle in self.hooked.values():
+            handle.remove()
+        self.hooked = {}
+
+    def _hook(self) -> None:
+        self.remove()
+        modules = dict(self.attention.named_children())
+        for name, hook in self._projections(modules).items():
+            for part in modules[name].modules():
+                _take_out(part, self)  # torch's own quantiser takes the hooks of what it replaces along
+            self.hooked[name] = modules[name], modules[name].register_forward_hook(hook)
+
+    _hook_anew = torch.compiler.disable(_hook, reason="a module took the place of a projection that was hooked")
+
+    def _projections(self, modules: dict[str, nn.Module]) -> dict[str, Any]:
+        """The names of those that the layer has, each with its hook."""
         for query, key in SEPARATE:
-            if query in names and key in names:
-                return [names[query].register_forward_hook(self.query), names[key].register_forward_hook(self.key)]
+            if query in modules and key in modules:
+                return {query: self.query, key: self.key}
         # GPTBigCode names its projection as GPT-2 does; without multi_query it splits each head's.
         by_head = getattr(self.attention, "multi_query", None) is False
         thirds = self.thirds_of_heads if by_head else self.thirds
         for hook, known in ((thirds, THIRDS), (self.thirds_of_heads, THIRDS_OF_HEADS)):
             for name in known:
-                if name in names:
-                    return [names[name].register_forward_hook(hook)]
-        raise AssertionError  # check_projections comes first
+                if name in modules:
+                    return {name: hook}
+        raise AssertionError
 
     def _taps(self) -> ConvTaps | None:
         """The layer's taps, where this call has prepared them (not inside ``dense(model)``)."""
@@ -154,6 +183,24 @@ class ConvHook:
         length, shape = output.shape[1], (*output.shape[:2], self.num_heads, -1)
         query, key = (conv(name, length).view(shape) for name in ("query", "key"))
         return output + torch.cat([query, key, torch.zeros_like(key)], dim=-1).view(output.shape)
+
+
+def refuse_convolved_keys(cache: Any) -> None:
+    """Raise ``SparseAttentionError`` where dense attention would read keys that a convolution has made."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    for layer in getattr(cache, "layers", ()):
+        inputs = getattr(layer, "sa_hf_memory", {}).get(MEMORY)
+        if inputs is not None and inputs.end > 0:
+            raise SparseAttentionError(
+                f"the cache holds {inputs.end} keys of a convolution (conv_kernel_size > 1), and inside dense(model) "
+                "keys are not convolved: give dense(model) a cache of its own"
+            )
+
+
+def _take_out(module: nn.Module, owner: ConvHook) -> None:
+    for key, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__self__", None) is owner:
+            del module._forward_hooks[key]
 
 
 def check_projections(attention: nn.Module) -> None:

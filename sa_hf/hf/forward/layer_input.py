@@ -75,6 +75,7 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     kwargs = {**kwargs, "sparse_call": LayerCall(hidden, given.rotary, memory)}
     conv = child._modules.get("conv")
     if isinstance(conv, ConvTaps):
+        place.conv.follow()
         prepare = _prepare_uncompiled if memory is not None and torch.compiler.is_compiling() else _prepare
         prepare(conv, hidden, module, request, memory)
     if has_bias_table(module) and kwargs.get("position_bias") is None:

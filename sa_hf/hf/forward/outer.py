@@ -18,8 +18,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.caches.layer import cache_in
 from sa_hf.hf.forward.centroids import follow_optimizers
 from sa_hf.hf.forward.checkpointing import CarryHandle, carry_inputs, checkpointed
+from sa_hf.hf.forward.convolution import refuse_convolved_keys
 from sa_hf.hf.forward.extra_tokens import trimmed
 from sa_hf.hf.forward.keywords import refuse_attentions
 from sa_hf.hf.forward.losses import add_to_loss, carrying, check_live, loss_of, total_losses
@@ -174,6 +176,8 @@ class ModelForward:
     ) -> Any:
         """A call inside ``dense(model)``: where it names its sequences, its masks are made within them."""
         ids = named.get("sequence_ids")
+        if not torch.compiler.is_compiling():
+            refuse_convolved_keys(cache_in(args, kwargs))
         if ids is None:
             return None
         _check_not_crossed(model, named)

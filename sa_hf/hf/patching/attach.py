@@ -172,7 +172,8 @@ def _attach(root: PreTrainedModel, patch: Patch, children: dict[str, SparseAtten
         if site.name in children or has_bias_table(module):
             patch.handles.append(module.register_forward_pre_hook(attention_pre_hook, with_kwargs=True))
         if getattr(children.get(site.name), "conv", None) is not None:
-            patch.handles += ConvHook(module, site.spec).register()
+            place.conv = ConvHook(module, site.spec)
+            patch.handles += place.conv.register()
     for name in _switched_bystanders(root, patch):
         module = root.get_submodule(name)
         _put(module, DenseMarker(), Place(None, patch.engine, original(module), patch.activity))

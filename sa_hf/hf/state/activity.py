@@ -46,7 +46,7 @@ class Activity:
 @dataclass(eq=False)
 class Place:
     """How one attention module runs. ``spec`` is None for cross-attention; ``index`` is the model's own number of its
-    layer (``own_index``)."""
+    layer (``own_index``); ``conv`` is the ``ConvHook`` of a layer whose queries and keys are convolved."""
 
     spec: LayerSpec | None
     engine: str
@@ -54,6 +54,7 @@ class Place:
     activity: Activity
     extra_tokens: int = 0
     index: int | None = None
+    conv: Any = None
 
 
 class DenseMarker(nn.Module):

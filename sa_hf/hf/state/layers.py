@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from sa_hf.config import SparseAttention
+from sa_hf.errors import SparseAttentionError
 from sa_hf.patterns.learned import LearnedAttention
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
@@ -40,8 +41,14 @@ def _atoms(name: str) -> tuple[str, ...]:
 def _submodule(root: nn.Module, name: str) -> nn.Module:
     """``root.get_submodule(name)`` of a name that is not empty, in a tenth of its time."""
     found: Any = root
-    for atom in _atoms(name):
-        found = found._modules[atom]
+    try:
+        for atom in _atoms(name):
+            found = found._modules[atom]
+    except KeyError:
+        raise SparseAttentionError(
+            f"the patched layer {name!r} of {type(root).__name__} is gone: layers were taken out after patching, and "
+            "patterns are kept by a layer's place. Take them out first, and patch what is left"
+        ) from None
     return cast(nn.Module, found)
 
 
