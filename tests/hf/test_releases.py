@@ -90,7 +90,7 @@ def test_a_sparse_cache_works_under_any_name(monkeypatch: pytest.MonkeyPatch) ->
     sa_hf.patch_model(model, "sliding_window", window=4)
     cache = sa_hf.sparse_cache(model)
     check(model, past_key_values=cache)
-    assert all(row["kept"] < row["seen"] / 2 for row in cache.report().values())
+    assert all(row["kept"] < row["seen"] for row in cache.report().values())
 
 
 @pytest.mark.parametrize(

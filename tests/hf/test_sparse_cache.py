@@ -14,6 +14,13 @@ from torch import Tensor
 
 import sa_hf
 from sa_hf import SparseAttentionError
+from sa_hf.hf.caches import sparse
+
+
+@pytest.fixture(autouse=True)
+def dropped_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches here are so small that they would look for what they can drop at no step."""
+    monkeypatch.setattr(sparse, "LEAST_EVICTED", 1)
 
 
 @pytest.mark.parametrize("pattern", LOSSLESS)
@@ -70,6 +77,20 @@ def test_a_step_reads_the_kept_keys_alone(monkeypatch: pytest.MonkeyPatch) -> No
     out = generate(model, ids, mask, past_key_values=sa_hf.sparse_cache(model))
     assert max(lengths) < 10
     assert torch.equal(out.sequences, generate(model, ids, mask).sequences)
+
+
+def test_keys_are_dropped_sixteen_steps_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "LEAST_EVICTED", 16)
+    model = tiny_model("llama")
+    sa_hf.patch_model(model, "star")
+    cache, held = sa_hf.sparse_cache(model), []
+    for begin, end in [(0, 20), *((at, at + 1) for at in range(20, 60))]:
+        with torch.no_grad():
+            model(tokens(1, 60)[:, begin:end], past_key_values=cache)
+        held.append(cache.report()[0]["kept"])
+    assert held[0] == 2  # the first and the last
+    assert held[1:16] == list(range(3, 18))
+    assert held[16] == held[32] == 2
 
 
 def test_sparse_cache_keeps_dense_layers_whole_and_refuses_to_be_cropped() -> None:

@@ -22,8 +22,8 @@ from sa_hf.layer import AttentionInputs, Geometry
 from sa_hf.patterns.base import StaticPatternConfig
 
 # Dropping copies what stays, and asks the device what may go. Decode steps do neither until they have added a sixteenth
-# of what is held, nor copy until a sixteenth may go: at most 16 keys are copied per token then.
-EVICTED_PART = 16
+# of what is held, and 16 keys at least, nor copy until a sixteenth may go: at most 16 keys are copied per token then.
+EVICTED_PART = LEAST_EVICTED = 16
 
 
 def sparse_cache(model: nn.Module) -> Cache:
@@ -213,7 +213,7 @@ class KeptLayer(DynamicLayer):
 
     def evicts(self, new: int) -> bool:
         """Whether :meth:`evict` looks for keys to drop after a call of ``new`` queries."""
-        return new > 1 or (self.seen - self.asked_at) * EVICTED_PART >= _held(self)
+        return new > 1 or self.seen - self.asked_at >= max(LEAST_EVICTED, _held(self) / EVICTED_PART)
 
     def evict(self, child: SparseAttention, inputs: AttentionInputs) -> None:
         """Drop the keys that no row's next queries can read."""
