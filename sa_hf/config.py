@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sa_hf.errors import ConfigVersionError, NotStaticError, SparseAttentionError
 from sa_hf.layer import AttentionInputs, Geometry, LayerSpec
+from sa_hf.ops.cpp.steps import PreparedStep
 from sa_hf.ops.transforms import JIT_SCRIPT
 
 CONFIG_VERSION = 1
@@ -217,6 +218,11 @@ class SparseAttention(nn.Module):
     def figures(self) -> dict[str, float]:
         """Figures of the last forward to report: spans, cluster sizes, mask density."""
         return {}
+
+    def repeated(self, earlier: SparseAttention, step: PreparedStep, inputs: AttentionInputs) -> PreparedStep | None:
+        """This layer's step of decoding by that of an earlier one, whose call was the same but for its tensors; None:
+        the call ``inputs`` has to run for itself."""
+        return None
 
     def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
         """Whether this call can take the keys that a cache kept, by their slots, without those that it dropped."""

@@ -31,9 +31,9 @@ from sa_hf.config import (
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.cpp.choices import highest_blocks
-from sa_hf.ops.cpp.steps import Listed, decode_step
+from sa_hf.ops.cpp.steps import Listed, PreparedStep, prepared
 from sa_hf.ops.grouped import Group, map_groups, whole_group
-from sa_hf.ops.parts import Band
+from sa_hf.ops.parts import Band, ScoreOptions
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.reads import Reads, RunLists
 from sa_hf.ops.reference import dense_attention
@@ -157,8 +157,11 @@ class BlockTopKAttention(SparseAttention):
         self._seen = []
         whole = inputs.sequences.is_full and not inputs.sequences.extra_tokens
         if whole and not self.training and is_step_in_place(inputs):
-            group = whole_group(inputs.query, inputs.key, inputs.value, options)
-            return self._step(group, sets, inputs, recent, index)
+            tensors = inputs.query, inputs.key, inputs.value
+            listed = self._listed(whole_group(*tensors, options), sets, inputs, recent, index)
+            reads = block_reads(sets, inputs.sequences, inputs.band.left, config.drop_diagonal)
+            step = inputs.step = prepared(*tensors, reads, options, listed=listed)
+            return step.run(*tensors, inputs.key_slots).transpose(1, 2)
 
         def attend_group(group: Group) -> Tensor:
             chosen = self._choose(group, sets, inputs, recent, index)
@@ -178,10 +181,19 @@ class BlockTopKAttention(SparseAttention):
         """What learned projections give of the tokens beside their queries and keys; None without them."""
         return None
 
-    def _step(
+    def repeated(self, earlier: SparseAttention, step: PreparedStep, inputs: AttentionInputs) -> PreparedStep | None:
+        plain = type(self) is type(earlier) is BlockTopKAttention  # with projections, more is noted
+        if not plain or earlier.config != self.config or self.training:
+            return None
+        self._seen = []
+        group = whole_group(inputs.query, inputs.key, inputs.value, ScoreOptions(inputs.scale))
+        recent = self._recent_queries(inputs, None)
+        return step.again(listed=self._listed(group, self.config.sets(True), inputs, recent, None))
+
+    def _listed(
         self, group: Group, sets: BlockSets, inputs: AttentionInputs, recent: Recent, index: Index | None
-    ) -> Tensor:
-        """A step of decoding: the choice of a block's first query serves all of its queries."""
+    ) -> Listed:
+        """What a step of decoding chooses: the choice of a block's first query serves all of its queries."""
         offset, n_k = group.query_offset, group.key.shape[2]
         own, lasting = offset // sets.block, self.config.selection == "query_block" and n_k - offset == 1
         beside = inputs.beside if lasting else None
@@ -197,8 +209,7 @@ class BlockTopKAttention(SparseAttention):
                 beside("chosen", torch.nn.functional.pad(chosen, (0, 1), value=own))
         if self.config.selection == "query_block" and not lasting:
             chosen = chosen[:, :, torch.arange(offset, n_k) // sets.block - own]
-        reads = block_reads(sets, inputs.sequences, inputs.band.left, self.config.drop_diagonal)
-        return decode_step(group.query, group.key, group.value, reads, group.options, listed=Listed(chosen, sets.block))
+        return Listed(chosen, sets.block)
 
     @torch.no_grad()
     def _choose(

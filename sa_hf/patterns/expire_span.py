@@ -9,16 +9,24 @@ by tile and can leave the cache without any change to the outputs.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sa_hf.config import SparseAttentionConfig, check_bool, check_integer, check_number, register_pattern
+from sa_hf.config import (
+    SparseAttention,
+    SparseAttentionConfig,
+    check_bool,
+    check_integer,
+    check_number,
+    register_pattern,
+)
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
-from sa_hf.ops.cpp.steps import decode_step
+from sa_hf.ops.cpp.steps import PreparedStep, prepared
 from sa_hf.ops.data_layout import EXPIRING
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
 from sa_hf.ops.planned import planned_attention
@@ -89,14 +97,17 @@ class ExpireSpanAttentionConfig(SparseAttentionConfig):
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """The last forward, detached: spans of all keys ``[B, S, Nk]`` and of the new tokens ``[B, S, Nq]``, which of
-    these are real ``[B, Nq]``."""
+    """The last forward, detached: spans of all keys ``[B, S, Nk]`` and of the new tokens ``[B, S, Nq]``."""
 
     spans: Tensor
     fresh: Tensor
-    real: Tensor
     sequences: Sequences
     key_slots: Tensor | None  # of the spans' keys, where a cache has dropped others
+
+    @property
+    def real(self) -> Tensor:
+        """Which of the new tokens are real, bool ``[B, Nq]``."""
+        return real_queries(self.sequences, self.fresh.device)
 
 
 class ExpireSpanAttention(LearnedAttention):
@@ -119,6 +130,7 @@ class ExpireSpanAttention(LearnedAttention):
         self.weight = nn.Parameter(torch.zeros(rows, spec.hidden_size, dtype=torch.float32, device=spec.device))
         self.bias = nn.Parameter(torch.full((rows,), bias, dtype=torch.float32, device=spec.device))
         self._seen: _Seen | None = None
+        self._owes_loss = False  # the last forward was a step of decoding: who asks for its loss has it made
 
     @property
     def draws_by_forward(self) -> bool:
@@ -126,7 +138,8 @@ class ExpireSpanAttention(LearnedAttention):
 
     def spans(self, hidden_states: Tensor) -> Tensor:
         """``e_j`` of the tokens, fp32 ``[B, S, N]``, from the layer's input ``[B, N, hidden]``."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        kind = hidden_states.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             logits = hidden_states.float() @ self.weight.float().t() + self.bias.float()
         return self.config.max_span * torch.sigmoid(logits).transpose(1, 2)
 
@@ -158,21 +171,21 @@ class ExpireSpanAttention(LearnedAttention):
     def forward(self, inputs: AttentionInputs) -> Tensor:
         if not inputs.causal:
             raise SparseAttentionError("expire_span is causal only; this call is bidirectional")
-        fresh, spans = self._spans_of_keys(inputs)
-        real = real_queries(inputs.sequences, fresh.device)
-        count = (real.sum() * fresh.shape[1]).clamp(min=1)
-        mean = fresh.masked_fill(~real[:, None], 0).sum() / count
-        self._keep_loss("expire_span", mean, self.config.span_loss_coef)
-        if not torch.compiler.is_exporting():  # tensors of a trace mean nothing after it
-            self._seen = _Seen(spans.detach(), fresh.detach(), real, inputs.sequences, inputs.key_slots)
+        in_place = self._in_place(inputs)
+        fresh, spans = self._noted_spans(inputs)
+        self._owes_loss = in_place
+        if not in_place:
+            mean = _mean_span(fresh, real_queries(inputs.sequences, fresh.device))
+            self._keep_loss("expire_span", mean, self.config.span_loss_coef)
         if self.training and self.config.random_shortening:
             limit = self.uniform(1, layer=SHORTENING_LAYER, steps_back=self.steps_back).float() * self.config.max_span
             spans = torch.minimum(spans, limit)
         options = replace(score_options(inputs, self.heads), spans=spans, ramp=float(self.config.ramp))
         left = nearest_reach(self.config.max_span + self.config.ramp - 1, inputs.band.left)
-        if self._in_place(inputs):
-            reads = shared_reads(inputs.sequences, left)
-            return decode_step(inputs.query, inputs.key, inputs.value, reads, options, kept=inputs.key_slots)
+        if in_place:
+            reads, tensors = shared_reads(inputs.sequences, left), (inputs.query, inputs.key, inputs.value)
+            step = inputs.step = prepared(*tensors, reads, options)
+            return step.run(*tensors, inputs.key_slots).transpose(1, 2)
 
         def attend_group(group: Group) -> Tensor:
             return planned_attention(
@@ -181,8 +194,42 @@ class ExpireSpanAttention(LearnedAttention):
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
 
+    def repeated(self, earlier: SparseAttention, step: PreparedStep, inputs: AttentionInputs) -> PreparedStep | None:
+        alike = isinstance(earlier, ExpireSpanAttention) and earlier.config == self.config and not self.training
+        if not alike or (torch.is_grad_enabled() and self.weight.requires_grad):
+            return None
+        _, spans = self._noted_spans(inputs)
+        self._owes_loss = True
+        return step.again(spans=spans)
+
+    def _noted_spans(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """:meth:`_spans_of_keys`, kept for what is asked after the forward."""
+        fresh, spans = self._spans_of_keys(inputs)
+        if not torch.compiler.is_exporting():  # tensors of a trace mean nothing after it
+            self._seen = _Seen(spans.detach(), fresh.detach(), inputs.sequences, inputs.key_slots)
+        return fresh, spans
+
     def _in_place(self, inputs: AttentionInputs) -> bool:
         return not self.training and is_step_in_place(inputs, self.weight, self.bias)
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        self._make_loss()
+        return super().aux_losses()
+
+    def unscaled_losses(self) -> dict[str, Tensor]:
+        self._make_loss()
+        return super().unscaled_losses()
+
+    @torch.no_grad()
+    def _make_loss(self) -> None:
+        if self._owes_loss and self._seen is not None:
+            mean = _mean_span(self._seen.fresh, self._seen.real)
+            self._live["expire_span"], self._unscaled["expire_span"] = self.config.span_loss_coef * mean, mean
+        self._owes_loss = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._make_loss()
+        return super().__getstate__()
 
     def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
         return self._in_place(inputs)
@@ -223,3 +270,9 @@ class ExpireSpanAttention(LearnedAttention):
             "max_span": float(spans.max()),
             "tokens_kept": float((~expired).sum()) / len(self._seen.sequences.spans),
         }
+
+
+def _mean_span(spans: Tensor, real: Tensor) -> Tensor:
+    """The mean of the real tokens' spans ``[B, S, N]``."""
+    count = (real.sum() * spans.shape[1]).clamp(min=1)
+    return spans.masked_fill(~real[:, None], 0).sum() / count

@@ -8,11 +8,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sa_hf.layer import DEFAULT_BLOCK, AttentionInputs
 from sa_hf.ops.counts import row_counts
-from sa_hf.ops.cpp.steps import Listed, decode_step
+from sa_hf.ops.cpp.steps import Listed, decode_step, prepared
 from sa_hf.ops.layout import build_layout
 from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.planned import PlanData, plan_rule
-from sa_hf.ops.reads import NOTHING, RunLists, runs_of
+from sa_hf.ops.reads import NOTHING, Reads, RunLists, runs_of
+from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import own_key_parts
 from sa_hf.patterns.steps import shared_reads
 
@@ -51,18 +52,25 @@ def _version(kept: Tensor) -> int | None:
 def mask_step(inputs: AttentionInputs, kept: Tensor, band: Band, options: ScoreOptions, drop_diagonal: bool) -> Tensor:
     """A step of decoding (``steps.is_step_in_place``) by a fixed mask ``kept`` as in :func:`frozen_plan`; one by pair
     takes whole rows alone."""
-    n_q, n_k = inputs.query.shape[2], inputs.sequences.key_length
-    lists, listed = NOTHING, None
+    query, key, value = inputs.query, inputs.key, inputs.value
     if kept.dim() == 2:
-        lists = _distances(kept, drop_diagonal)
-    else:
-        position = torch.arange(n_k)
-        rows = kept[:, n_k - n_q : n_k, :n_k]
-        if drop_diagonal:
-            rows = rows & (position[n_k - n_q :, None] != position)
-        listed = Listed(torch.where(rows, position, -1)[None])
-    reads = shared_reads(inputs.sequences, band.left, lists, relative=kept.dim() == 2, own_if_empty=True)
-    return decode_step(inputs.query, inputs.key, inputs.value, reads, options, kept=inputs.key_slots, listed=listed)
+        reads = distance_reads(inputs.sequences, kept, band, drop_diagonal)
+        step = inputs.step = prepared(query, key, value, reads, options)
+        return step.run(query, key, value, inputs.key_slots).transpose(1, 2)
+    n_q, n_k = query.shape[2], inputs.sequences.key_length
+    position = torch.arange(n_k)
+    rows = kept[:, n_k - n_q : n_k, :n_k]
+    if drop_diagonal:
+        rows = rows & (position[n_k - n_q :, None] != position)
+    listed = Listed(torch.where(rows, position, -1)[None])
+    reads = shared_reads(inputs.sequences, band.left, NOTHING, own_if_empty=True)
+    return decode_step(query, key, value, reads, options, kept=inputs.key_slots, listed=listed)
+
+
+def distance_reads(sequences: Sequences, kept: Tensor, band: Band, drop_diagonal: bool) -> Reads:
+    """What the new queries read by a mask of distances."""
+    lists = _distances(kept, drop_diagonal)
+    return shared_reads(sequences, band.left, lists, relative=True, own_if_empty=True)
 
 
 def _distances(kept: Tensor, drop_diagonal: bool) -> RunLists:

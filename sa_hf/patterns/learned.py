@@ -120,3 +120,15 @@ def seeded_uniform(seed: int, words: Sequence[int], count: int, device: torch.de
     for word in words:
         state = splitmix64(state ^ word)
     return unit_interval(splitmix64_tensor(torch.arange(count, device=device) ^ signed64(state)))
+
+
+def gathered(parameter: Any) -> Tensor:
+    """A parameter, gathered where FSDP2 has sharded it: a shared one is read, and its loss made, while the layer that
+    holds it does not run. All ranks come here together."""
+    if hasattr(parameter, "full_tensor"):
+        from torch.distributed.tensor import Partial
+
+        # FSDP averages the gradients of the ranks; so does this one.
+        parameter = parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+    whole: Tensor = parameter
+    return whole

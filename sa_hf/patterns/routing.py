@@ -31,7 +31,7 @@ from sa_hf.config import (
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.cpp.choices import nearest_clusters
-from sa_hf.ops.cpp.steps import Labelled, decode_step
+from sa_hf.ops.cpp.steps import Labelled, PreparedStep, prepared
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.planned import planned_attention
@@ -196,7 +196,7 @@ class RoutingAttention(CentroidState):
             if not torch.compiler.is_exporting():  # tensors of a trace mean nothing after it
                 self._seen = of_keys, inputs.sequences, inputs.key_slots
             if self._in_place(inputs):
-                return self._read(inputs, options, of_queries, of_keys)
+                return self._read(inputs, options, self._by_label(of_queries, of_keys, inputs.sequences))
 
             def attend_group(group: Group) -> Tensor:
                 return self._causal(group, of_queries, of_keys, inputs)
@@ -209,9 +209,19 @@ class RoutingAttention(CentroidState):
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
 
-    @torch.no_grad()
     def _step(self, inputs: AttentionInputs) -> Tensor:
         """A step of decoding: clusters are found, and keys are read, where they lie."""
+        options = score_options(inputs, self.heads[self.config.num_local_heads :])
+        return self._read(inputs, options, self._labelled(inputs))
+
+    def repeated(self, earlier: SparseAttention, step: PreparedStep, inputs: AttentionInputs) -> PreparedStep | None:
+        if not isinstance(earlier, RoutingAttention) or earlier.config != self.config or self.training:
+            return None
+        return step.again(labelled=self._labelled(inputs))
+
+    @torch.no_grad()
+    def _labelled(self, inputs: AttentionInputs) -> Labelled:
+        """Clusters of a step's rows and of all keys; what is asked after the forward is kept."""
         query, key, turned = inputs.query, inputs.key[:, :, -inputs.query.shape[2] :], None
         if inputs.before_rotary is not None:
             turned = None if inputs.turned_halves is None else inputs.turned_halves()
@@ -222,17 +232,17 @@ class RoutingAttention(CentroidState):
         self._sizes, self._counted = None, ((of_queries, fresh), inputs.sequences)
         of_keys = inputs.remembered("clusters", fresh, dim=2)
         self._seen = of_keys, inputs.sequences, inputs.key_slots
-        options = score_options(inputs, self.heads[self.config.num_local_heads :])
-        return self._read(inputs, options, of_queries, of_keys)
+        return self._by_label(of_queries, of_keys, inputs.sequences)
 
-    def _read(self, inputs: AttentionInputs, options: ScoreOptions, of_queries: Tensor, of_keys: Tensor) -> Tensor:
+    def _by_label(self, of_queries: Tensor, of_keys: Tensor, sequences: Sequences) -> Labelled:
+        return Labelled(of_keys, of_queries, self.config.cluster_window(sequences.key_length, causal=True) - 1)
+
+    def _read(self, inputs: AttentionInputs, options: ScoreOptions, labelled: Labelled) -> Tensor:
         """What a step's rows read, by the kernel in C++."""
-        most = self.config.cluster_window(inputs.sequences.key_length, causal=True) - 1
+        tensors = inputs.query, inputs.key, inputs.value
         reads = shared_reads(inputs.sequences, inputs.band.left, NOTHING)
-        labelled = Labelled(of_keys, of_queries, most)
-        return decode_step(
-            inputs.query, inputs.key, inputs.value, reads, options, kept=inputs.key_slots, labelled=labelled
-        )
+        step = inputs.step = prepared(*tensors, reads, options, labelled=labelled)
+        return step.run(*tensors, inputs.key_slots).transpose(1, 2)
 
     def _in_place(self, inputs: AttentionInputs) -> bool:
         no_holes = inputs.sequences.key_gather is None

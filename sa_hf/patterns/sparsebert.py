@@ -27,14 +27,15 @@ from sa_hf.config import (
 )
 from sa_hf.errors import NotStaticError, SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
+from sa_hf.ops.cpp.steps import PreparedStep
 from sa_hf.ops.gated import gated_attention, rows_by_distance
 from sa_hf.ops.graphs import eager
 from sa_hf.ops.grouped import Group, key_places, map_groups
 from sa_hf.ops.parts import Band
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences, refuse_open_length
-from sa_hf.patterns.frozen_mask import FROZEN_MASK, mask_step
-from sa_hf.patterns.learned import LearnedAttention
+from sa_hf.patterns.frozen_mask import FROZEN_MASK, distance_reads, mask_step
+from sa_hf.patterns.learned import LearnedAttention, gathered
 from sa_hf.patterns.static import score_options
 from sa_hf.patterns.steps import is_step_in_place
 
@@ -238,8 +239,7 @@ class SparseBertAttention(LearnedAttention):
         if kept is None and not self._evaluates_sparsely(inputs):
             refuse_open_length(inputs.sequences)
         if not torch.compiler.is_exporting():  # sizes of a trace mean nothing after it
-            self._sequences = inputs.sequences
-            self._seen, self._band = [*inputs.sequences.shapes], band
+            self._note(inputs.sequences, band)
         options = score_options(inputs, self.heads)
         if kept is None and self._evaluates_sparsely(inputs):
             kept = self._evaluated()
@@ -261,6 +261,19 @@ class SparseBertAttention(LearnedAttention):
             return gated_attention(group, rows, (gate,))
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
+
+    def _note(self, sequences: Sequences, band: Band) -> None:
+        self._sequences = sequences
+        self._seen, self._band = [*sequences.shapes], band
+
+    def repeated(self, earlier: SparseAttention, step: PreparedStep, inputs: AttentionInputs) -> PreparedStep | None:
+        if self.training or not self.config.structured:
+            return None
+        band = inputs.band.causal_if(inputs.causal)
+        _, kept = self._held()
+        kept = (self._evaluated() if kept is None else kept).to(inputs.query.device)
+        self._note(inputs.sequences, band)
+        return step.relisted(distance_reads(inputs.sequences, kept, band, self.config.drop_diagonal))
 
     def _evaluates_sparsely(self, inputs: AttentionInputs) -> bool:
         """Whether the mask, though not frozen, runs as if it were: in evaluation no gradient reaches it. Not where the
@@ -382,14 +395,6 @@ def _any_of(bands: Sequence[Band]) -> Band:
 
 
 def _whole(logits: Any) -> Tensor:
-    """The logits, gathered where FSDP2 has sharded them: a shared mask is read, and the density loss made, while the
-    layer that holds them does not run. All ranks come here together."""
     if logits is None:
         raise RuntimeError("the shared mask has lost its owner: tie the layers of the stack again")
-    if hasattr(logits, "full_tensor"):
-        from torch.distributed.tensor import Partial
-
-        # FSDP averages the gradients of the ranks; so does this one.
-        logits = logits.full_tensor(grad_placements=[Partial("avg")] * logits.device_mesh.ndim)
-    whole: Tensor = logits
-    return whole
+    return gathered(logits)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sa_hf.config import SparseAttention
 from sa_hf.layer import AttentionInputs, Geometry
-from sa_hf.ops.cpp.steps import missing_key, prepared
+from sa_hf.ops.cpp.steps import PreparedStep, missing_key, prepared
 from sa_hf.ops.decode import decode_attention, runs_in_place
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.reads import Reads, RunLists, runs_of
@@ -79,6 +79,9 @@ class StaticSparseAttention(SparseAttention):
             inputs.engine, inputs.chunk,
         )  # fmt: skip
         return static_attention(inputs.query, inputs.key, inputs.value, inputs.sequences, key, options)
+
+    def repeated(self, earlier: SparseAttention, step: PreparedStep, inputs: AttentionInputs) -> PreparedStep | None:
+        return step.relisted(static_reads(self.config, self._at(inputs), inputs.sequences))
 
     def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
         return is_step(inputs)

@@ -18,9 +18,10 @@ from sa_hf.hf.forward import adapter
 from sa_hf.ops.cpp.kernels import why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no C++ kernels: {why_not()}")
-STATIC = [
-    name for name in PATTERNS if name in ("window", "longnet", "logsparse", "fixed", "strided", "bigbird", "star")
-]
+# BigBird's layers have random blocks of their own, SparseBERT's here a mask each.
+LISTED = [name for name in PATTERNS if name in ("window", "longnet", "logsparse", "fixed", "bigbird", "star")]
+LISTED += ["sparsebert", "sparsebert frozen"]
+LEARNED = ["expire_span", "routing", "block_topk", "chosen_by_query"]
 CACHES: dict[str, Callable[[Any], Any]] = {
     "dynamic": lambda model: tf.DynamicCache(config=model.config),
     "static": lambda model: tf.StaticCache(config=model.config, max_cache_len=64),
@@ -50,23 +51,32 @@ def by_the_long_way(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> 
 
 
 @pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("pattern", STATIC)
+@pytest.mark.parametrize("pattern", [*LISTED, *LEARNED])
 def test_same_bits_by_both_ways(
     pattern: str, kind: str, repeated: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(sparse, "EVICTED_PART", 1)  # else so small a cache looks for what it can drop at every step
+    monkeypatch.setattr(sparse, "LEAST_EVICTED", 4)
     model = tiny_model("llama", num_hidden_layers=4)
-    sa_hf.patch_model(model, PATTERNS[pattern])
+    if pattern.startswith("sparsebert"):
+        sa_hf.patch_model(model, "sparsebert", mask_length=64, share_layers=False)
+        generator = torch.Generator().manual_seed(0)
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.self_attn.sparse.logits, generator=generator)
+    else:
+        sa_hf.patch_model(model, PATTERNS[pattern])
+        for layer in model.model.layers if pattern == "expire_span" else ():
+            torch.nn.init.normal_(layer.self_attn.sparse.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    if pattern == "sparsebert frozen":
+        sa_hf.freeze_masks(model)
     ids, mask = prompt()
+    if pattern in ("block_topk", "chosen_by_query"):  # rows of one length alone are read in place
+        mask = torch.ones_like(mask)
 
     def run() -> Any:
         return generate(model, ids, mask, past_key_values=CACHES[kind](model))
 
     short = run()
-    if pattern == "bigbird":  # each layer has random blocks of its own
-        assert not any(repeated)
-    else:
-        assert sum(repeated) >= len(short.logits)
+    assert sum(repeated) >= len(short.logits)
     long = by_the_long_way(monkeypatch, run)
     assert torch.equal(torch.stack(short.logits), torch.stack(long.logits))
 
@@ -80,6 +90,18 @@ def test_layers_that_differ_are_kept_apart(
     ids, mask = prompt()
     short = generate(model, ids, mask)
     long = by_the_long_way(monkeypatch, lambda: generate(model, ids, mask))
+    assert torch.equal(torch.stack(short.logits), torch.stack(long.logits))
+
+
+def test_patterns_of_all_kinds_in_one_model(repeated: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", num_hidden_layers=8)
+    names = ["routing", "window", "expire_span", "routing", "sparsebert", "window", "expire_span", "chosen_by_query"]
+    sa_hf.patch_model(model, {str(layer): PATTERNS[name] for layer, name in enumerate(names)})
+    ids, mask = prompt()
+    short = generate(model, ids, torch.ones_like(mask))
+    shortened = [any(repeated[layer :: len(names)]) for layer in range(len(names))]
+    assert shortened == [name in names[:layer] or name == "sparsebert" for layer, name in enumerate(names)]
+    long = by_the_long_way(monkeypatch, lambda: generate(model, ids, torch.ones_like(mask)))
     assert torch.equal(torch.stack(short.logits), torch.stack(long.logits))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,6 +180,24 @@ def test_decoding_reproduces_the_forward_and_eviction_is_lossless() -> None:
         last.sequences, last.remember = Sequences.full(2, 1, 64), Memory()
         last.remember.kept = {"spans": memory.kept["spans"][:, :, :63]}
         assert (rms_ratio(module(last), whole[:, :, 63:]) < 1e-5) is unchanged
+
+
+def test_a_step_of_decoding_has_the_loss_of_its_token() -> None:
+    module = ExpireSpanAttentionConfig(max_span=8, ramp=4, span_loss_coef=0.5).build(layer_spec(2, causal=True)).eval()
+    torch.nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(0))
+    inputs, memory = attention_inputs(2, 2, length=9, causal=True), Memory()
+    spans = module.spans(inputs.hidden_states)
+    with torch.no_grad():
+        for begin, end in ((0, 8), (8, 9)):
+            part = {n: getattr(inputs, n)[:, :, :end] for n in ("key", "value")}
+            step = replace(
+                inputs, query=inputs.query[:, :, begin:end], **part, hidden_states=inputs.hidden_states[:, begin:end],
+                sequences=Sequences.full(2, end - begin, end), remember=memory,
+            )  # fmt: skip
+            module(step)
+            torch.testing.assert_close(copy.deepcopy(module).aux_losses(), module.aux_losses())
+            torch.testing.assert_close(module.unscaled_losses()["expire_span"], spans[:, :, begin:end].mean())
+            torch.testing.assert_close(module.aux_losses()["expire_span"], spans[:, :, begin:end].mean() / 2)
 
 
 def test_segments_recompute_spans_from_remembered_inputs() -> None:

@@ -77,7 +77,7 @@ def sparse_attention_forward(
     request: MaskRequest | None = attention_mask
     said = _said(scaling, dropout, kwargs)
     if said is not None:
-        out = repeated_step(child, place, call.memory, (query, key, value), request, said)
+        out = repeated_step(module, child, place, call, (query, key, value), request, said)
         if out is not None:
             return out, None
     attend = _attend

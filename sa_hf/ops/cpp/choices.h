@@ -64,10 +64,11 @@ static void turn_back(const ClusterCall& c, int64_t batch, int64_t row, const fl
     std::copy(from, from + c.depth, to);
     if (c.cosine == nullptr) return;
     const int64_t at = ((c.angle_batch > 1 ? batch : 0) * c.rows + row) * c.turned, half = c.turned / 2;
-    for (int64_t d = 0; d < c.turned; ++d) {
-        const float x = c.cosine[at + d], y = c.sine[at + d], size = x * x + y * y;
-        const float other = d < half ? -from[d + half] : from[d - half];
-        to[d] = from[d] * (x / size) - other * (y / size);
+    const float *x = c.cosine + at, *y = c.sine + at;
+    for (int64_t d = 0, e = half; d < half; ++d, ++e) {
+        const float low = from[d], high = from[e];
+        to[d] = (low * x[d] + high * y[d]) / (x[d] * x[d] + y[d] * y[d]);
+        to[e] = (high * x[e] - low * y[e]) / (x[e] * x[e] + y[e] * y[e]);
     }
 }
 
@@ -83,11 +84,17 @@ static float product_of(const float* a, const float* b, int64_t depth) {
 // A centroid of length 1, less its mean: its product with a vector is, but for a factor, that with the vector's
 // LayerNorm.
 static void centred(const float* from, int64_t depth, float* to) {
-    const float length = std::max(std::sqrt(product_of(from, from, depth)), 1e-12f);
-    float mean = 0;
-    for (int64_t d = 0; d < depth; ++d) mean += to[d] = from[d] / length;
-    mean /= (float)depth;
-    for (int64_t d = 0; d < depth; ++d) to[d] -= mean;
+    vf squares = {}, sums = {};
+    int64_t d = 0;
+    for (; d + W <= depth; d += W) {
+        const vf x = load(from + d);
+        squares += x * x;
+        sums += x;
+    }
+    float square = lanes_sum(squares), sum = lanes_sum(sums);
+    for (; d < depth; ++d) square += from[d] * from[d], sum += from[d];
+    const float factor = 1.0f / std::max(std::sqrt(square), 1e-12f), mean = sum / (float)depth;
+    for (d = 0; d < depth; ++d) to[d] = (from[d] - mean) * factor;
 }
 
 // The first of the centroids that are the nearest to the LayerNorm of each query and key.

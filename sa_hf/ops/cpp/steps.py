@@ -75,6 +75,23 @@ class PreparedStep:
     def serves(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         return self.layout == layout_of(query, key, value)
 
+    def relisted(self, reads: Reads) -> PreparedStep | None:
+        """The same step by other lists; None where it reads anything beside them."""
+        if self.call.index or self.call.labels or self.call.spans:
+            return None
+        if reads is self.reads:
+            return self
+        call = DecodeCall.from_buffer_copy(self.call)
+        held = _list(call, reads, apart=False, listed_heads=1)
+        return PreparedStep(call, (*self.held, *held), reads, self.layout)
+
+    def again(
+        self, *, spans: Tensor | None = None, listed: Listed | None = None, labelled: Labelled | None = None
+    ) -> PreparedStep:
+        """The same step with other tensors, of the same shape, of what it reads beside its lists."""
+        call = DecodeCall.from_buffer_copy(self.call)
+        return PreparedStep(call, (*self.held, *_beside(call, spans, listed, labelled)), self.reads, self.layout)
+
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None = None, keys: int | None = None
     ) -> Tensor:  # fmt: skip
@@ -88,7 +105,7 @@ class PreparedStep:
         made = rows.new_empty if self.reads.complete else rows.new_zeros
         out = made(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         call.query.data, call.out.data = rows.data_ptr(), out.data_ptr()
-        call.key.data, call.value.data = key.data_ptr(), value.data_ptr()
+        call.key, call.value = CallRows.of(key), CallRows.of(value)
         call.held = key.shape[2] if keys is None else keys
         slots = None if kept is None else kept.to(torch.int64).contiguous()
         call.kept = None if slots is None else slots.data_ptr()
@@ -98,9 +115,9 @@ class PreparedStep:
 
 
 def layout_of(*tensors: Tensor) -> tuple[object, ...]:
-    """What a prepared step takes for granted: all but the number of keys and where they lie."""
+    """What a prepared step takes for granted: all but the number of keys and how they lie."""
     query = tensors[0]
-    return query.dtype, query.shape, *((x.dtype, x.shape[1], x.shape[3], x.stride()) for x in tensors)
+    return query.shape, query.stride(), *((x.dtype, x.shape[1], x.shape[3]) for x in tensors)
 
 
 def prepared(
@@ -110,46 +127,59 @@ def prepared(
     """A step of queries, keys and values like these; the arguments of :func:`decode_step`."""
     layout = layout_of(query, key, value)
     _, heads, n_q, head_dim = query.shape
-    kv_heads, held = key.shape[1:3]
-    group, value_dim = heads // kv_heads, value.shape[3]
-    own_lists = [reads.list_heads, 1 if listed is None else listed.index.shape[1]]
+    kv_heads, value_dim = key.shape[1], value.shape[3]
     apart = labelled is not None or (options.spans is not None and options.spans.shape[1] > 1)
-    lanes = heads if group > 1 and (apart or heads in own_lists) else kv_heads
     rows = query if query.dtype == torch.float32 and query.stride(3) == 1 else plain(query, torch.float32)
-    key, value = last_together(key), last_together(value)
     out = CallRows(0, n_q * heads * value_dim, value_dim, heads * value_dim)  # [B, Nq, H, Dv]
     call = DecodeCall(
-        query=CallRows.of(rows), key=CallRows.of(key), value=CallRows.of(value), out=out,
-        rows=reads.rows.buffer_info()[0], run_start=reads.lists.starts.buffer_info()[0],
-        runs=reads.lists.runs.buffer_info()[0], num_rows=reads.count, heads=heads, kv_heads=kv_heads, lanes=lanes,
-        list_heads=reads.list_heads, queries=n_q, head_dim=head_dim, value_dim=value_dim, held=held,
-        relative=reads.relative, skip_own=reads.skip_own, own_if_empty=reads.own_if_empty, element=ELEMENTS[key.dtype],
-        threads=torch.get_num_threads(), scale=options.scale, softcap=options.softcap or 0.0, ramp=options.ramp,
+        query=CallRows.of(rows), out=out, heads=heads, kv_heads=kv_heads, queries=n_q, head_dim=head_dim,
+        value_dim=value_dim, element=ELEMENTS[key.dtype], threads=torch.get_num_threads(), scale=options.scale,
+        softcap=options.softcap or 0.0, ramp=options.ramp,
     )  # fmt: skip
-    held_tensors: list[Tensor] = []
-    if reads.order is not None:
-        held_tensors.append(_set(call, "order", reads.order, torch.int64))
-        call.order_width = reads.order.shape[1]
+    held_tensors = _list(call, reads, apart, 1 if listed is None else listed.index.shape[1])
     if options.distance_bias is not None:
         held_tensors.append(_set(call, "bias", options.distance_bias, torch.float32))
         call.bias_columns = options.distance_bias.shape[1]
     if options.sinks is not None:
         held_tensors.append(_set(call, "sinks", options.sinks, torch.float32))
-    if options.spans is not None:
-        spans = options.spans.detach().float()
+    held_tensors += _beside(call, options.spans, listed, labelled)
+    return PreparedStep(call, tuple(held_tensors), reads, layout)
+
+
+def _beside(call: DecodeCall, spans: Tensor | None, listed: Listed | None, labelled: Labelled | None) -> list[Tensor]:
+    """Tell a call what its rows read or weigh beside their lists; returns what the caller holds."""
+    held: list[Tensor] = []
+    if spans is not None:
+        spans = spans.detach().float()
         spans = spans if spans.stride(2) == 1 else spans.contiguous()
         call.spans, call.span_batch_step, call.span_head_step = spans.data_ptr(), *_steps(spans)
-        held_tensors.append(spans)
+        held.append(spans)
     if listed is not None:
-        held_tensors.append(_set(call, "index", listed.index, torch.int64))
+        held.append(_set(call, "index", listed.index, torch.int64))
         call.index_batch, call.index_heads, _, call.index_width = listed.index.shape
         call.unit = listed.unit
     if labelled is not None:
         labels = labelled.keys if labelled.keys.stride(2) == 1 else labelled.keys.contiguous()
         call.labels, call.label_batch_step, call.label_head_step = labels.data_ptr(), *labels.stride()[:2]
-        held_tensors += [labels, _set(call, "row_label", labelled.rows, torch.int64)]
+        held += [labels, _set(call, "row_label", labelled.rows, torch.int64)]
         call.most = labelled.most
-    return PreparedStep(call, tuple(held_tensors), reads, layout)
+    return held
+
+
+def _list(call: DecodeCall, reads: Reads, apart: bool, listed_heads: int) -> list[Tensor]:
+    """Tell a call what its rows read; returns what the caller holds. ``apart``: the query heads of a group read
+    differently, whatever the lists say."""
+    own_lists = call.heads in (reads.list_heads, listed_heads)
+    call.lanes = call.heads if call.heads > call.kv_heads and (apart or own_lists) else call.kv_heads
+    call.rows, call.num_rows = reads.rows.buffer_info()[0], reads.count
+    call.run_start, call.runs = reads.lists.starts.buffer_info()[0], reads.lists.runs.buffer_info()[0]
+    call.list_heads, call.relative = reads.list_heads, reads.relative
+    call.skip_own, call.own_if_empty = reads.skip_own, reads.own_if_empty
+    if reads.order is None:
+        call.order = None
+        return []
+    call.order_width = reads.order.shape[1]
+    return [_set(call, "order", reads.order, torch.int64)]
 
 
 def missing_key() -> SparseAttentionError:
