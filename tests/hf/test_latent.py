@@ -14,6 +14,7 @@ from hf_cases import tokens
 
 import sa_hf
 from sa_hf import SparseAttentionError, UnsupportedModelError
+from sa_hf.hf.caches import sparse
 from sa_hf.hf.patching import probe
 
 LATENT: dict[str, Any] = {
@@ -65,7 +66,8 @@ def test_it_is_the_eager_attention_under_the_patterns_pairs(case: str, pattern: 
 @pytest.mark.parametrize(
     ("case", "pattern"), [*(("v3", name) for name in PATTERNS), *((name, "window") for name in CASES if name != "v3")]
 )
-def test_generation(case: str, pattern: str, cache: str) -> None:
+def test_generation(case: str, pattern: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "LEAST_EVICTED", 1)
     model = patched(case, pattern)
     options: dict[str, Any] = {"cache_implementation": "static"} if cache == "static" else {}
     if cache == "sparse":
