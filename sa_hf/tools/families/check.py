@@ -67,7 +67,7 @@ def build(entry: Entry) -> tuple[Any, dict[str, Any]]:
     """
     torch.manual_seed(0)
     try:
-        config = tiny_config(entry.config_class, entry.model_type)
+        config = tiny_config(entry.config_class, entry.model_type, entry.name)
         model = entry.cls(config).eval()
     except Exception as error:
         raise NotBuilt(said(error) + _where(error)) from error

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sa_hf.tools.families.shrink import FRAMES, HIDDEN, IMAGE, PATCH
+from sa_hf.tools.families.sizes import FRAMES, HIDDEN, IMAGE, PATCH
 
 BATCH, LENGTH, DECODER_LENGTH, CHOICES = 2, 19, 13, 2
 SHORT = 13  # real tokens of the padded row
@@ -27,6 +27,7 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
     taken = parameters(model)
     text = _text(model, taken)
     pixels = {"pixel_values": _pixels(model)} if "pixel_values" in taken else {}
+    videos = {"pixel_values_videos": _videos(model)} if "pixel_values_videos" in taken else {}
     pictured = [_pictured(text, model, count) for count in _image_counts(model)] if text and pixels else []
     sounds = [{name: sound} for name in SOUNDS if name in taken for sound in _sounds(name, model)]
     decoder = {"decoder_input_ids": tokens(DECODER_LENGTH, 3, end_token(model))} if "decoder_input_ids" in taken else {}
@@ -35,13 +36,20 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
     if "image_embeds_position_mask" in taken:  # Kosmos-2, whose places of an image are named beside the tokens
         places = (torch.arange(LENGTH) < model.config.latent_query_num).long().expand(BATCH, -1)
         together.append(({**text, "image_embeds_position_mask": places}, pixels))
-    together += [(_flat(text, model, taken),), (text, _flat(text, model, taken))]
+    together += [(_flat(text, model, taken),), (text, _flat(text, model, taken)), (videos,)]
+    together += [(codes,) for codes in _codes(model, text)]
+    if "visual_feats" in taken:  # LXMERT, which has an image as boxes
+        generator = torch.Generator().manual_seed(2)
+        features = torch.randn(BATCH, 6, model.config.visual_feat_dim, generator=generator)
+        together.append((text, {"visual_feats": features, "visual_pos": torch.rand(BATCH, 6, 4, generator=generator)}))
     for parts in [*together, *((text, sound) for sound in sounds), (_patches(model, taken),)]:
         if all(parts):
             given = {name: value for part in parts for name, value in part.items()}
             if decoder:
                 yield {**given, **decoder}
             yield given
+    for rows in list(_codes(model, text))[2:] if decoder else ():  # MusicGen's, read from a text
+        yield {**text, "decoder_input_ids": rows["input_ids"]}
 
 
 def tokens(length: int, seed: int, end: int) -> Tensor:
@@ -66,6 +74,8 @@ def _text(model: Any, taken: dict[str, Any]) -> dict[str, Any]:
         given["labels"] = tokens(LENGTH, 5, end_token(model))
     if "qformer_input_ids" in taken:
         given["qformer_input_ids"] = tokens(LENGTH, 6, end_token(model))
+    if type(model).__name__ in ("LongformerForQuestionAnswering", "LongformerForMultipleChoice"):
+        ids[:, [6, 7, -1]] = model.config.sep_token_id  # behind the question, which is global
     if "MultipleChoice" in type(model).__name__:
         given = {name: value[:, None].repeat_interleave(CHOICES, 1) for name, value in given.items()}
     return given
@@ -80,6 +90,19 @@ def _pictured(text: dict[str, Any], model: Any, count: int) -> dict[str, Any]:
     if "attention_mask" in text:
         given["attention_mask"] = torch.ones_like(given["input_ids"])
     return given
+
+
+def _codes(model: Any, text: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Codes of sound, one of each codebook at a place: beside each other, or as rows of a batch."""
+    count = getattr(model.config, "num_codebooks", None) or getattr(
+        getattr(model.config, "decoder", None), "num_codebooks", None
+    )
+    if not text or not isinstance(count, int):
+        return
+    ids = tokens(LENGTH, 7, FIRST_TOKEN)
+    for codes in (count, count + 1):
+        yield {**text, "input_ids": (ids[..., None] + torch.arange(codes)) % TOKENS}
+    yield {**text, "input_ids": (ids.repeat_interleave(count, 0) + torch.arange(count).repeat(BATCH)[:, None]) % TOKENS}
 
 
 def _image_tokens(model: Any) -> list[Any]:
@@ -119,6 +142,14 @@ def _pixels(model: Any) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
 
+def _videos(model: Any) -> Tensor:
+    """``[batch, frames, channels, height, width]``."""
+    vision = getattr(model.config, "vision_config", model.config)
+    size = next((x for n in ("image_size", "crop_size") if isinstance(x := getattr(vision, n, None), int)), IMAGE)
+    frames = next((x for n in ("num_frames", "frames_per_clip") if isinstance(x := getattr(vision, n, None), int)), 2)
+    return torch.randn(BATCH, frames, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
 def _sounds(name: str, model: Any) -> Iterator[Tensor]:
     """Samples, with and without a channel, or features, in either order."""
     config = model.config
@@ -133,6 +164,7 @@ def _sounds(name: str, model: Any) -> Iterator[Tensor]:
         (BATCH, getattr(audio, "max_length", 1), bins),
         (BATCH, FRAMES, HIDDEN),
         (BATCH, 1, FRAMES, bins),
+        (BATCH, FRAMES, 128),
     ]:
         yield torch.randn(shape, generator=torch.Generator().manual_seed(2))
 

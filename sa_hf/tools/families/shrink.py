@@ -2,7 +2,7 @@
 
 Fields are shrunk by what they are called, the same everywhere: all hidden sizes are equal, and so are all numbers of
 heads, so what fits together in the defaults still does. Lists with one value for each layer keep one layer of each
-kind. ``OWN`` holds what a few architectures need beside that.
+kind. ``own.py`` holds what some architectures need beside that.
 """
 
 from __future__ import annotations
@@ -10,9 +10,22 @@ from __future__ import annotations
 import re
 from typing import Any
 
-HIDDEN, HEADS, KEY_HEADS, HEAD_DIM, WIDE, LAYERS, VOCABULARY, POSITIONS = 64, 4, 2, 16, 128, 2, 128, 128
-IMAGE, PATCH, WINDOW, FRAMES = 32, 8, 6, 48
-MOST_LAYERS = 4
+from sa_hf.tools.families.own import OWN
+from sa_hf.tools.families.sizes import (
+    FRAMES,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    IMAGE,
+    KEY_HEADS,
+    LAYERS,
+    MOST_LAYERS,
+    PATCH,
+    POSITIONS,
+    VOCABULARY,
+    WIDE,
+    WINDOW,
+)
 
 # The first pattern that a field's name matches as a whole says its value.
 _SIZES: tuple[tuple[str, Any], ...] = (
@@ -83,52 +96,25 @@ UNSAID = {
     "head_dim": HEAD_DIM, "num_key_value_heads": HEADS,
 }  # fmt: skip
 
-# Windows of 16 patches, more than a pattern keeps of each, the second of each stage shifted.
-_SWIN = {"depths": [2, 2], "num_heads": [2, 4], "num_layers": 2, "window_size": 4, "image_size": 2 * IMAGE}
-
-OWN: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1]},
-    "big_bird": {"attention_type": "original_full"},
-    "bigbird_pegasus": {"attention_type": "original_full"},
-    "blip-2": {"image_token_index": 120},
-    "chameleon": {"vocabulary_map": {"<image>": 120}},
-    "clap": {"audio_config.num_mel_bins": 64},
-    "donut-swin": _SWIN,
-    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
-    "emu3": {"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121}},
-    "instructblip": {"image_token_index": 120},
-    "instructblipvideo": {"video_token_index": 120},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "num_hidden_layers": 2},
-    "maskformer-swin": _SWIN,
-    "mistral4": {"head_dim": HEAD_DIM},
-    "nemotron_h": {"n_groups": 1, "layers_block_type": ["linear_attention", "full_attention", "mlp"]},
-    "qwen2_5_omni_thinker": {"vision_start_token_id": 120},
-    "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_key_value_heads": 1},
-    "step3p7": {"text_config.sliding_window": WINDOW},
-    "swin": _SWIN,
-    "swin2sr": {**_SWIN, "image_size": IMAGE // 2},
-    "swinv2": _SWIN,
-    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},  # which the whole model's config sets in it
-    "xmod": {"default_language": "en_XX"},
-}
 # Whose code has a default of its own for the sections of rotary channels, made for wide heads.
 _SECTIONS = ("colqwen2", "glm", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "paddleocr_vl")
 
 
-def tiny_config(config_class: Any, model_type: str) -> Any:
-    """A config of the class, shrunk; ``attn_implementation`` is eager."""
+def tiny_config(config_class: Any, model_type: str, name: str = "") -> Any:
+    """A config of the class, shrunk; ``attn_implementation`` is eager.
+
+    Args: name: of the model's class, where that needs more of its own.
+    """
     fields = shrunk(config_class().to_dict())
     if fields.get("is_encoder_decoder"):
         fields.setdefault("decoder_start_token_id", 1)
-    for path, value in OWN.get(model_type, {}).items():
-        *outer, name = path.split(".")
+    own = [OWN.get(key, {}) for key in dict.fromkeys((model_type, config_class.model_type, name))]
+    for path, value in [item for one in own for item in one.items()]:
+        *outer, field = path.split(".")
         where = fields
         for key in outer:
-            where = where.setdefault(key, {})
-        where[name] = value
+            where = where.get(int(key) if key.isdigit() else key, {})  # none in the config of a part alone
+        where[field] = value
     if model_type.startswith(_SECTIONS):
         _say_sections(fields)
     config = config_class.from_dict(fields)
