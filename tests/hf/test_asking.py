@@ -15,6 +15,7 @@ import transformers as tf
 from older_releases import OLDER, REFUSED_THERE, older_releases_may
 
 import sa_hf
+from sa_hf.config import SparseAttention
 from sa_hf.hf.patching.asking import CLASSES
 from sa_hf.hf.patching.asking_base import Asking
 from sa_hf.hf.patching.asking_decoders import bloom_slopes
@@ -28,16 +29,25 @@ NAMES = [
     "MPNetModel", "RoFormerModel", "MegatronBertModel", "RemBertModel", "TapasModel", "UMT5ForConditionalGeneration",
     "SiglipVisionModel", "Aimv2VisionModel", "GPTNeoForCausalLM", "XGLMForCausalLM", "BloomForCausalLM",
     "MptForCausalLM", "FalconForCausalLM", "BlipForConditionalGeneration", "BlipForQuestionAnswering", "ViltModel",
-    "LukeModel", "SqueezeBertModel", "LongformerModel", "LEDForConditionalGeneration", "GitModel",
+    "LukeModel", "LiltModel", "SqueezeBertModel", "LongformerModel", "LEDForConditionalGeneration", "GitModel",
     "ConvBertModel", "XLMModel", "FlaubertModel", "BigBirdPegasusModel", "Idefics3VisionTransformer",
     "SmolVLMVisionTransformer", "Siglip2Model",
     "MvpForConditionalGeneration", "TrOCRForCausalLM", "GPTNeoXJapaneseForCausalLM", "OpenAIGPTLMHeadModel",
-    "ParakeetEncoder",
+    "ParakeetEncoder", "Wav2Vec2ConformerModel", "GraniteDoclingVisionModel",
+    "VideoMAEModel", "DiffLlamaForCausalLM",
     "SwinModel", "DonutSwinModel", "MaskFormerSwinModel", "Swinv2Model", "Swin2SRModel", "DogeForCausalLM",
 ]  # fmt: skip
 
 
-DENSE = ["MPNetModel", "GPTNeoForCausalLM", "BloomForCausalLM", "SiglipVisionModel", "Swinv2Model", "DogeForCausalLM"]
+DENSE = [
+    "MPNetModel",
+    "LiltModel",
+    "GPTNeoForCausalLM",
+    "BloomForCausalLM",
+    "SiglipVisionModel",
+    "Swinv2Model",
+    "DogeForCausalLM",
+]
 
 
 def patch(model: Any, pattern: Any, **options: Any) -> None:
@@ -85,7 +95,7 @@ def _equal(got: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 def test_a_layer_left_dense_beside_a_sparse_one() -> None:
     """Its bias of distances is expanded: with a covering pattern in the other layer all is dense."""
-    for name in ("MPNetModel", "BloomForCausalLM", "GPTNeoForCausalLM", "SwinModel", "DogeForCausalLM"):
+    for name in ("MPNetModel", "LiltModel", "BloomForCausalLM", "GPTNeoForCausalLM", "SwinModel", "DogeForCausalLM"):
         model, inputs = build(ENTRIES[name])
         before = outputs(model, inputs)
         patch(model, "sliding_window", window=1000, layers="1")
@@ -256,3 +266,18 @@ def test_a_stack_inside_another_model_is_not_the_language_model() -> None:
         "encoder": "text_encoder", "decoder": "text_decoder",
     }  # fmt: skip
     assert any(path.startswith("t2u_model") for path in sites.left)
+
+
+def test_differential_attention_asks_once_a_layer() -> None:
+    """It asked for the values of each half of its heads: a sparse cache let keys go that the second call read."""
+    model, inputs = build(ENTRIES["DiffLlamaForCausalLM"])
+    dense = outputs(model, inputs)
+    patch(model, "sliding_window", window=1000)
+    calls: list[int] = []
+    for module in model.modules():
+        if isinstance(module, SparseAttention):
+            module.register_forward_hook(lambda child, args, out: calls.append(id(child)))
+    for key, value in outputs(model, inputs).items():
+        assert torch.allclose(value, dense[key], atol=1e-4, rtol=1e-4), key
+    assert len(calls) == len(set(calls)) == model.config.num_hidden_layers
+    patch(model, "routing", num_clusters=2)  # which compares queries and keys from before the rotary embedding

@@ -72,6 +72,11 @@ def sparse_attention_forward(
             f"a mask of shape {tuple(attention_mask.shape)} reached {type(module).__name__}; sparse attention takes a "
             "2-D mask [batch, length] (1 real, 0 padding), given to the model"
         )
+    if isinstance(attention_mask, MaskRequest) and attention_mask.joined is not None:
+        raise SparseAttentionError(
+            f"the model joins numbers to the mask of {type(module).__name__}, which sparse attention does not know and "
+            "would have to drop"
+        )
     if not isinstance(child, SparseAttention):
         return _dense_forward(module, place, query, key, value, attention_mask, scaling, dropout, kwargs)
     request: MaskRequest | None = attention_mask

@@ -7,6 +7,7 @@ from it; layers left dense have the original mask built from it, once.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class MaskRequest:
         query_offset: tokens in the cache before this call; ``key_offset``: tokens that the cache no longer holds.
         whole: the request that this one is the last queries of, or None.
         cuts: the model tells sequences apart by itself, so that a call may not.
+        joined: numbers that the model joined to its mask (Falcon's ALiBi), for layers that know them; ``unjoined``: the
+            request without them.
     """
 
     ndim = 4
@@ -52,6 +55,8 @@ class MaskRequest:
         self.given = handed_over()
         self.whole: MaskRequest | None = None
         self.cuts = False
+        self.joined: Tensor | None = None
+        self.unjoined = self
         self._dense: dict[tuple[str, int], Any] = {}
         self._sequences: dict[int, Sequences] = {}
         self._rules: MaskRules | None = None
@@ -231,6 +236,27 @@ class MaskRequest:
         return {**self.arguments, **kept, "mask_function": function}
 
 
+class JoinableRequest(MaskRequest):
+    """One that a model joins numbers to, as Falcon its ALiBi: ``torch.masked_fill(numbers, mask < -1, least)``. What
+    else computes with a mask fails, as with any, and the probe says where."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.arguments.get("dtype", torch.float32)
+        return dtype
+
+    def __lt__(self, bound: Any) -> MaskRequest:
+        return self
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if function is not torch.masked_fill or kwargs or not isinstance(args[1], JoinableRequest):
+            return NotImplemented
+        request = copy(args[1])
+        request.joined = args[0]
+        return request
+
+
 def check_no_past(keys: int, total: int) -> None:
     """That a layer which is not causal reads the keys of its own tokens: positions of other keys would be unknown.
 
@@ -288,7 +314,8 @@ def sparse_mask(*, attention_mask: Any = None, **arguments: Any) -> MaskRequest:
             f"attention_mask has shape {tuple(attention_mask.shape)}; sparse attention takes a 2-D mask "
             "[batch, length] (1 real, 0 padding)"
         )
-    return MaskRequest({**arguments, "attention_mask": attention_mask})
+    kind = JoinableRequest if getattr(arguments.get("config"), "alibi", False) is True else MaskRequest
+    return kind({**arguments, "attention_mask": attention_mask})
 
 
 def packed_mask(*, config: Any = None, attention_mask: Any = None, **arguments: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -10,8 +11,18 @@ from torch import Tensor
 from transformers.masking_utils import and_masks, sliding_window_overlay
 
 from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.caches.layer import cache_in
 from sa_hf.hf.forward.masks import MaskRequest
-from sa_hf.hf.patching.asking_base import Asking, asked_attention_forward, asked_mask, attend, dense_masks, heads
+from sa_hf.hf.patching.asking_base import (
+    Asking,
+    AskingSparse,
+    asked_attention_forward,
+    asked_mask,
+    attend,
+    dense_masks,
+    heads,
+)
+from sa_hf.hf.patching.asking_windows import biased_by_key, whole_width
 
 eager_attention_forward = asked_attention_forward  # found by this name, as in Transformers' modules
 
@@ -162,20 +173,76 @@ def _additive(mask: Any, like: Tensor) -> Any:
 
 
 class AskingFalcon(Asking):
-    """Falcon's attention with rotary positions (the models with ALiBi join it to their mask, and stay refused)."""
+    """Falcon's attention, with rotary positions or with ALiBi (``config.alibi``): of its places in bfloat16, so that it
+    is a bias of each key and no table of distances. The model joins it to its mask, from which it is taken off here."""
 
     causal = None
 
     def prepare(self: Any) -> None:
         self.num_key_value_heads = self.num_heads if self.new_decoder_architecture else self.num_kv_heads
+        self.widened = bool(self.config.alibi)
+        if self.widened:
+            self.qk_head_dim = whole_width(self.head_dim + 1)
 
     def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         split = self._split_heads(self.query_key_value(hidden_states))
         query, key, value = (x.transpose(1, 2) for x in split)
-        cos, sin = kwargs["position_embeddings"]
-        query, key = (x * cos[:, None] + _half_turned(x) * sin[:, None] for x in (query, key))
-        out = attend(self, query, key, value, args, kwargs)
+        alibi = kwargs.get("alibi")
+        if alibi is None:
+            cos, sin = kwargs["position_embeddings"]
+            query, key = (x * cos[:, None] + _half_turned(x) * sin[:, None] for x in (query, key))
+            return self.dense(attend(self, query, key, value, args, kwargs)), None
+        if key.shape[1] < self.num_heads:
+            raise SparseAttentionError(
+                f"{self.num_heads} heads share the keys of {key.shape[1]}, and ALiBi gives each of them another bias "
+                "of a key; a pattern goes into models with multi_query=False or alibi=False"
+            )
+        out = attend(
+            self, query, key, value, args, kwargs, dropout=self.attention_dropout.p, scaling=self.inv_norm_factor,
+            widen=lambda query, key, value: self._with_places(query, key, alibi, kwargs.get("sparse_call")),
+            narrow=lambda mask: mask.unjoined if isinstance(mask, MaskRequest) else mask,
+        )  # fmt: skip
         return self.dense(out), None
+
+    def _with_places(self: Any, query: Tensor, key: Tensor, alibi: Tensor, call: Any) -> tuple[Tensor, Tensor]:
+        """Args: alibi: ``[batch, heads, 1, tokens]``; a sparse cache hands out the keys of some tokens alone."""
+        places, count = alibi[:, :, 0], key.shape[2]
+        memory = getattr(call, "memory", None)
+        slots = None if memory is None else memory.kept_slots(places.shape[-1])
+        places = places if slots is None else places[..., slots.to(places.device)]
+        # A static cache has places behind its tokens, which no query reads.
+        places = torch.nn.functional.pad(places, (0, count - places.shape[-1])) if count > places.shape[-1] else places
+        if places.shape[-1] != count:
+            raise SparseAttentionError(
+                f"{count} keys for {places.shape[-1]} places of ALiBi: tokens that a pattern adds have none here; "
+                "leave them out (num_extra_tokens, relay='virtual')"
+            )
+        return biased_by_key(query, key, places * self.inv_norm_factor, self.inv_norm_factor)
+
+
+class AskingDiffLlama(AskingSparse):
+    """Differential attention (Ye et al. 2024), which asks twice with the same queries and keys, for the values of one
+    half of the heads and of the other: here once, for both side by side, so that a pattern chooses, counts and lets a
+    cache drop once for a layer."""
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        query, key, value = (
+            part(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = kwargs["position_embeddings"]
+        query, key = sys.modules[self.own.__module__].apply_rotary_pos_emb(query, key, cos, sin)
+        cache = cache_in(args, kwargs)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        value = torch.cat([half.repeat(1, 2, 1, 1) for half in value.chunk(2, dim=1)], -1)
+        told = {name: x for name, x in kwargs.items() if x is not cache}
+        out = attend(self, query, key, value, (), told, scaling=self.scaling)
+        first, second = out.unflatten(-1, (query.shape[1], -1)).chunk(2, dim=2)
+        signs = (self.lambda_q1, self.lambda_k1), (self.lambda_q2, self.lambda_k2)
+        plus, minus = (torch.exp((x * y).sum(-1, dtype=torch.float32)).to(query.dtype) for x, y in signs)
+        out = first - (plus - minus + self.lambda_init) * second
+        return self.o_proj(((1 - self.lambda_init) * self.groupnorm(out)).flatten(2)), None
 
 
 def _half_turned(x: Tensor) -> Tensor:
@@ -210,5 +277,6 @@ DECODERS: dict[str, Any] = {
     "XGLMAttention": AskingXGLM,
     "BloomAttention": AskingBloom,
     "MptAttention": AskingMpt,
+    "DiffLlamaAttention": AskingDiffLlama,
     "FalconAttention": AskingFalcon,
 }

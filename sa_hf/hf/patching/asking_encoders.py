@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from sa_hf.hf.patching.asking_base import (
     dense_masks,
     heads,
 )
+from sa_hf.hf.patching.asking_windows import whole_width
 
 eager_attention_forward = asked_attention_forward  # found by this name, as in Transformers' modules
 
@@ -83,6 +85,18 @@ class AskingTower(Asking):
         )
         out = attend(self, query, key, value, args, kwargs, dropout=self.dropout, scaling=self.scale)
         return self.out_proj(out), None
+
+
+class AskingVideoMAE(Asking):
+    """VideoMAE's attention, which asks already but takes no keywords."""
+
+    causal = None
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        query, key, value = (
+            heads(part(hidden_states), self.num_attention_heads) for part in (self.query, self.key, self.value)
+        )
+        return attend(self, query, key, value, args, kwargs, dropout=self.dropout_prob, scaling=self.scaling), None
 
 
 class AskingUMT5(Asking):
@@ -187,6 +201,35 @@ class AskingConvBert(Asking):
         return found.flatten(2)
 
 
+class AskingLilt(Asking):
+    """LiLT's attention: the scores of the text and those of its boxes added, one softmax over the values of both. Its
+    queries, keys and values are here side by side, so their product is that sum."""
+
+    def prepare(self: Any) -> None:
+        self.qk_head_dim = whole_width(sum(self._widths()))
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        boxes = kwargs["layout_inputs"] if "layout_inputs" in kwargs else args[0]
+        parts = (self.query, self.layout_query), (self.key, self.layout_key), (self.value, self.layout_value)
+        query, key, value = (
+            [heads(part(x), self.num_attention_heads) for part, x in zip(both, (hidden_states, boxes), strict=True)]
+            for both in parts
+        )
+        query = [x / math.sqrt(width) for x, width in zip(query, self._widths(), strict=True)]
+        filled = (0, self.qk_head_dim - sum(self._widths()))
+        query, key = (torch.nn.functional.pad(torch.cat(x, -1), filled) for x in (query, key))
+        if args[2:]:
+            kwargs = {**kwargs, "output_attentions": args[2]}
+        out = attend(
+            self, query, key, torch.cat(value, -1), args[1:], kwargs, dropout=self.dropout.p, scaling=1.0
+        ).unflatten(-1, (self.num_attention_heads, -1))
+        text, layout = (x.flatten(2) for x in out.split(self._widths(), -1))
+        return text, layout
+
+    def _widths(self: Any) -> tuple[int, int]:
+        return self.attention_head_size, self.attention_head_size // self.channel_shrink_ratio
+
+
 class AskingLongformer(Asking):
     """Longformer's and LED's attention without global tokens: a pattern inside the layer's own window."""
 
@@ -215,12 +258,14 @@ ENCODERS: dict[str, Any] = {
     "GitSelfAttention": AskingBert,
     "ViltSelfAttention": AskingBert,
     "LukeSelfAttention": AskingLuke,
+    "LiltSelfAttention": AskingLilt,
     "SqueezeBertSelfAttention": AskingSqueezeBert,
     "BlipAttention": AskingBlip,
     "BigBirdPegasusSelfAttention": AskingBert,
     "ConvBertSelfAttention": AskingConvBert,
     "modeling_flaubert.MultiHeadAttention": AskingXLM,
     "modeling_xlm.MultiHeadAttention": AskingXLM,
+    "GraniteDoclingVisionAttention": AskingTower,
     "Idefics3VisionAttention": AskingTower,
     "Siglip2Attention": AskingTower,
     "SmolVLMVisionAttention": AskingTower,
@@ -235,4 +280,5 @@ ENCODERS: dict[str, Any] = {
     "SiglipAttention": AskingTower,
     "Aimv2Attention": AskingTower,
     "UMT5Attention": AskingUMT5,
+    "VideoMAESelfAttention": AskingVideoMAE,
 }
