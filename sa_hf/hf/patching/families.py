@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sa_hf.errors import UnsupportedModelError
 from sa_hf.hf.patching.asking import let_ask, let_ask_no_more
+from sa_hf.hf.patching.unreached import computes_itself, two_stacks
 from sa_hf.hf.state.positions import position_limit
 from sa_hf.hf.state.sites import Left, Site, Sites, computes_in, window_band
 from sa_hf.hf.state.towers import TOWERS, tower_of
@@ -88,12 +89,7 @@ def _sites(model: PreTrainedModel, max_length: int | None) -> Sites:
     if not language and merged:
         raise UnsupportedModelError(f"{type(model).__name__} gets no pattern: {_MERGES}")
     if not language:
-        raise UnsupportedModelError(
-            f"{_language_part(model, found)} (model_type {model.config.model_type!r}) computes its attention itself "
-            "instead of asking transformers' AttentionInterface for it, so no layer can be replaced; models that ask: "
-            "Llama, Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, BERT, RoBERTa, DistilBERT, ModernBERT, ALBERT, "
-            "ELECTRA, BART, T5, ViT"
-        )
+        raise UnsupportedModelError(computes_itself(model, _language_part(model, found)))
     limit = position_limit(model) if max_length is None else max_length
     recorded = _recorded_layers(model)
 
@@ -129,7 +125,7 @@ def _language_part(model: PreTrainedModel, found: dict[str, _Layers]) -> str:
 
 def _language_stacks(model: PreTrainedModel, found: dict[str, _Layers]) -> tuple[dict[str, _Layers], dict[str, Left]]:
     """The stacks "encoder" and "decoder" of those that are no tower, in the model where the token embedding is; others
-    (a resampler between tower and language) are left.
+    (a resampler between tower and language, an adapter or predictor behind a longer encoder) are left.
 
     Raises:
         UnsupportedModelError: there are two of one kind.
@@ -142,22 +138,25 @@ def _language_stacks(model: PreTrainedModel, found: dict[str, _Layers]) -> tuple
     several = any(len(paths) > 1 for paths in by_kind.values())
     # An encoder-decoder may keep its embedding in one half.
     around = _around_embedding(model) if several or not model.config.is_encoder_decoder else ""
+    within = {kind: [path for path in paths if f"{path}.".startswith(around)] for kind, paths in by_kind.items()}
     for kind, paths in by_kind.items():
-        inside = [path for path in paths if f"{path}.".startswith(around)]
+        inside = within[kind]
         if not inside and model.config.is_encoder_decoder:  # the embedding is the other half's
             inside = list(paths)
         inside = _outermost(model, inside)
-        if len(inside) > 1 or (not inside and len(paths) > 1):
-            one, other = list(paths)[:2]
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has two {kind} stacks, {one!r} and {other!r}; patch one of its parts, e.g. "
-                f"patch_model(model.get_submodule({other.rpartition('.')[0]!r}), ...)"
-            )
+        # Attention beside the layers, of no list of them (Inkling 2 reads the outputs of its layers by one).
+        inside = [path for path in inside if found[path][0][0] != path] or inside
+        longest = max((len(paths[path]) for path in inside), default=0)
+        inside = [path for path in inside if len(paths[path]) == longest]
+        if len(inside) > 1 or (len(paths) > 1 and not any(within.values())):
+            raise UnsupportedModelError(two_stacks(model, kind, *list(paths)[:2]))
         for path, layers in paths.items():
             if path in inside:
                 chosen[kind] = layers
             else:
                 reason = "it is no part of the language model, where the token embedding is"
+                if inside and path in within[kind]:
+                    reason = f"it is beside the larger {kind} stack {inside[0]!r}"
                 left[path] = Left(path, tuple(name for name, _ in layers), reason)
     return chosen, left
 

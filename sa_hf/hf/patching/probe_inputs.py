@@ -95,6 +95,8 @@ def first_inputs(body: PreTrainedModel, sizes: ProbeSizes) -> Iterator[dict[str,
             given["bbox"] = torch.zeros(1, sizes.length, 4, dtype=torch.long)
     elif main == "pixel_values":
         given.update(_packed_images(config) if "image_sizes" in parameters else _image(config))
+    elif main == "pixel_values_videos":
+        given.update(_video(config))
     if "decoder_input_ids" in parameters:
         given["decoder_input_ids"] = _tokens(sizes, sizes.decoder_length)
     if main == "input_ids" and _is_asked(parameters.get("pixel_values")):
@@ -109,6 +111,8 @@ def first_inputs(body: PreTrainedModel, sizes: ProbeSizes) -> Iterator[dict[str,
         if main == "pixel_values" and "input_ids" in parameters:  # text that an image begins (BLIP)
             yield {**given, "input_ids": _tokens(sizes, sizes.length)}
         yield given
+        name = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+        yield from ({**given, name: ids} for ids in _codes(config, given.get(name)))
         if main == "input_ids" and "pixel_values" in parameters and _images(config) is not None:
             yield {**given, **_image(config)}  # text beside an image in one call (CLIP)
         return
@@ -123,6 +127,19 @@ def first_inputs(body: PreTrainedModel, sizes: ProbeSizes) -> Iterator[dict[str,
         raise UnsupportedModelError(
             f"its input is {main!r}; sparse attention serves models of tokens, of images and of sound"
         )
+
+
+def _codes(config: Any, ids: Tensor | None) -> Iterator[Tensor]:
+    """Ids ``[1, n]`` as codes of sound, one of each codebook at a place: as rows of a batch (MusicGen), or beside each
+    other, with the text's in front or without (Kyutai's speech to text, Dia)."""
+    named = [(config, "num_codebooks"), (getattr(config, "decoder", None), "num_codebooks")]
+    named.append((getattr(config, "decoder_config", None), "num_channels"))
+    count = next((x for part, name in named if isinstance(x := getattr(part, name, None), int)), None)
+    if ids is None or count is None:
+        return
+    yield ids.repeat(count, 1)
+    for beside in (count + 1, count):
+        yield ids[..., None].repeat(1, 1, beside)
 
 
 def _images(config: Any) -> Any:
@@ -147,6 +164,23 @@ def _image(config: Any) -> dict[str, Tensor]:
     height, width = (size, size) if isinstance(size, int) else size
     before = (1, frames) if isinstance(frames, int) else (1,)
     return {"pixel_values": torch.zeros(*before, getattr(images, "num_channels", None) or 3, height, width)}
+
+
+def _video(config: Any) -> dict[str, Tensor]:
+    """One video (V-JEPA 2, VideoPrism).
+
+    Raises:
+        UnsupportedModelError: its frames or their size are not in the config.
+    """
+    names = ("frames_per_clip", "num_frames"), ("crop_size", "image_size")
+    found = [next((x for name in some if (x := getattr(config, name, None)) is not None), None) for some in names]
+    frames, size = found
+    if not isinstance(frames, int) or not isinstance(size, int):
+        raise UnsupportedModelError(
+            f"the frames of the videos that it takes, or their size, are not in {type(config).__name__} "
+            "(num_frames, image_size)"
+        )
+    return {"pixel_values_videos": torch.zeros(1, frames, getattr(config, "num_channels", None) or 3, size, size)}
 
 
 def _packed_images(config: Any) -> dict[str, Tensor]:
@@ -183,7 +217,9 @@ def next_inputs(body: PreTrainedModel, cache: Any, sizes: ProbeSizes, first: dic
             f"{type(body).__name__} returns a cache, but takes none as 'cache' or 'past_key_values' "
             f"({installed_release()})"
         )
-    given["decoder_input_ids" if "decoder_input_ids" in given else "input_ids"] = _tokens(sizes, sizes.new)
+    main = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+    ids = given[main]  # [1, n], or codes: [codebooks, n] or [1, n, codebooks]
+    given[main] = ids.new_full((ids.shape[0], sizes.new, *ids.shape[2:]), sizes.token)
     if "attention_mask" in given and "decoder_input_ids" not in given:
         given["attention_mask"] = torch.ones(1, sizes.length + sizes.new, dtype=torch.long)
     if hasattr(body, "rope_deltas"):  # positions of several axes; `generate` hands them on, and some models rely on it

@@ -17,10 +17,11 @@ _WIDTHS = (
 
 
 def sound_forms(main: str, config: Any) -> Iterator[dict[str, Any]]:
-    """Inputs to try, one after another: ``input_values [1, samples]``, or ``input_features [1, width, frames]`` and
-    ``[1, frames, width]``, spectrograms ``[1, frames, width]`` of one length."""
+    """Inputs to try, one after another: ``input_values [1, samples]`` and ``[1, 1, samples]``, or ``input_features
+    [1, width, frames]`` and ``[1, frames, width]``, spectrograms ``[1, frames, width]`` of one length."""
     if main == "input_values":
         yield {main: torch.zeros(1, SAMPLES)}
+        yield {main: torch.zeros(1, 1, SAMPLES)}
     audio = next((x for x in (getattr(config, n, None) for n in ("audio_config", "encoder_config")) if x), config)
     width = next((w for w in (getattr(audio, name, None) for name in _WIDTHS) if isinstance(w, int)), None)
     if width is None:
