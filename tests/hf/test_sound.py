@@ -50,7 +50,8 @@ def test_forms_of_sound() -> None:
         (1, 8, 100), (1, 100, 8), (1, 8, 96), (1, 96, 8),
     ]  # fmt: skip
     assert [tuple(form["input_values"].shape) for form in sound_forms("input_values", tf.HubertConfig())] == [
-        (1, SAMPLES)
+        (1, SAMPLES),
+        (1, 1, SAMPLES),
     ]
 
 
