@@ -15,7 +15,8 @@ from torch import Tensor
 import sa_hf
 from sa_hf import SparseAttentionError
 from sa_hf.config import SparseAttention
-from sa_hf.hf.forward.ready_masks import relation_of
+from sa_hf.hf.forward.adapter import sparse_attention_forward
+from sa_hf.hf.forward.ready_masks import packed_request, read_mask, relation_of
 from sa_hf.tools.families.check import build, check
 from sa_hf.tools.families.compare import RIGHT
 from sa_hf.tools.families.registry import entries
@@ -102,6 +103,31 @@ def test_numbers_that_are_added_raise() -> None:
         relation_of(mask[None], causal=False)
 
 
+def test_a_mask_of_keys_says_what_is_padding() -> None:
+    """Hidden by -10000, as some models hide."""
+    mask = torch.tensor([[0.0] * 5, [0.0, 0.0, 0.0, -1e4, -1e4]])[:, None, None]
+    x = torch.zeros(2, 1, 5, 8)
+    request = read_mask(mask, x, x, causal=False)
+    assert request.padding.tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+    assert not request.causal
+
+
+def test_a_mask_is_read_anew_where_it_is_written_to_or_means_another_thing() -> None:
+    mask, x = torch.zeros(1, 1, 1, 5), torch.zeros(1, 1, 1, 8)
+    keys = torch.zeros(1, 1, 5, 8)
+    first = read_mask(mask, x, keys, causal=True)
+    assert read_mask(mask, x, keys, causal=True) is first
+    other = read_mask(mask, torch.zeros(1, 1, 5, 8), keys, causal=False)
+    assert (first.causal, other.causal) == (True, False)
+    mask[..., 0] = HIDDEN
+    assert read_mask(mask, x, keys, causal=True).padding.tolist() == [[0, 1, 1, 1, 1]]
+
+
+def test_lengths_that_do_not_make_up_a_row_raise() -> None:
+    with pytest.raises(SparseAttentionError, match="a row of 8 tokens end at 7"):
+        packed_request(torch.tensor([0, 3, 7]), torch.zeros(8, 4))
+
+
 # -- a mask that the caller gives ----------------------------------------------------------------------------------
 
 
@@ -120,6 +146,19 @@ def test_a_callers_mask_of_packed_rows_is_sequence_ids() -> None:
         assert torch.equal(model(ids, position_ids=positions, attention_mask=mask).logits, expected)
         with pytest.raises(SparseAttentionError, match="already tells them apart"):
             model(ids, attention_mask=mask, sequence_ids=torch.tensor([numbers]))
+        # Positions that restart elsewhere do not cut what the mask says.
+        others = torch.tensor([[*range(3), *range(9)]])
+        expected = model(ids, position_ids=others, sequence_ids=torch.tensor([numbers])).logits
+        assert torch.equal(model(ids, position_ids=others, attention_mask=mask).logits, expected)
+
+
+def test_a_layer_called_by_itself_is_told_of_its_sequences_once() -> None:
+    layer = sa_hf.patch_model(llama(), WINDOW).model.layers[0].self_attn
+    mask, x = additive(blocks([0] * 2 + [1] * 3, causal=True))[None, None], torch.randn(1, 4, 5, 8)
+    request, ids = read_mask(mask, x, x, causal=True), torch.tensor([[0, 0, 1, 1, 1]])
+    assert [(span.key_start, span.key_length) for span in request.sequences(0).spans] == [(0, 2), (2, 3)]
+    with pytest.raises(SparseAttentionError, match="already tells them apart"):
+        sparse_attention_forward(layer, x, x, x, request, sequence_ids=ids)
 
 
 def test_a_mask_that_is_given_again_is_read_again() -> None:
@@ -259,9 +298,13 @@ def test_learned_patterns_train_over_several_images() -> None:
     """They are called once a forward: their steps and losses count once."""
     model, given = qwen_tower()
     sa_hf.patch_model(model, "sparsebert", mask_length=32).train()
+    seen: list[Any] = []
+    child = next(module for module in model.modules() if isinstance(module, SparseAttention))
+    child.register_forward_pre_hook(lambda module, args: seen.append(args[0].hidden_states))
     model(**given).last_hidden_state.square().sum().backward()
-    children = [module for module in model.modules() if isinstance(module, SparseAttention)]
+    children: list[Any] = [module for module in model.modules() if isinstance(module, SparseAttention)]
     assert {child.forwards for child in children} == {1}
+    assert [x.dim() for x in seen] == [3]  # what a pattern reads of its layer has a batch, as everywhere
     learned = [p for name, p in model.named_parameters() if ".sparse." in name]
     assert learned
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in learned)

@@ -211,17 +211,17 @@ class AskingLilt(Asking):
     def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         boxes = kwargs["layout_inputs"] if "layout_inputs" in kwargs else args[0]
         parts = (self.query, self.layout_query), (self.key, self.layout_key), (self.value, self.layout_value)
-        query, key, value = (
+        queries, keys, values = (
             [heads(part(x), self.num_attention_heads) for part, x in zip(both, (hidden_states, boxes), strict=True)]
             for both in parts
         )
-        query = [x / math.sqrt(width) for x, width in zip(query, self._widths(), strict=True)]
+        queries = [x / math.sqrt(width) for x, width in zip(queries, self._widths(), strict=True)]
         filled = (0, self.qk_head_dim - sum(self._widths()))
-        query, key = (torch.nn.functional.pad(torch.cat(x, -1), filled) for x in (query, key))
+        query, key = (torch.nn.functional.pad(torch.cat(x, -1), filled) for x in (queries, keys))
         if args[2:]:
             kwargs = {**kwargs, "output_attentions": args[2]}
         out = attend(
-            self, query, key, torch.cat(value, -1), args[1:], kwargs, dropout=self.dropout.p, scaling=1.0
+            self, query, key, torch.cat(values, -1), args[1:], kwargs, dropout=self.dropout.p, scaling=1.0
         ).unflatten(-1, (self.num_attention_heads, -1))
         text, layout = (x.flatten(2) for x in out.split(self._widths(), -1))
         return text, layout

@@ -111,7 +111,7 @@ def tiny_config(config_class: Any, model_type: str, name: str = "") -> Any:
     own = [OWN.get(key, {}) for key in dict.fromkeys((model_type, config_class.model_type, name))]
     for path, value in [item for one in own for item in one.items()]:
         *outer, field = path.split(".")
-        where = fields
+        where: dict[Any, Any] = fields
         for key in outer:
             where = where.get(int(key) if key.isdigit() else key, {})  # none in the config of a part alone
         where[field] = value
