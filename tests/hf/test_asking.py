@@ -281,3 +281,16 @@ def test_differential_attention_asks_once_a_layer() -> None:
         assert torch.allclose(value, dense[key], atol=1e-4, rtol=1e-4), key
     assert len(calls) == len(set(calls)) == model.config.num_hidden_layers
     patch(model, "routing", num_clusters=2)  # which compares queries and keys from before the rotary embedding
+
+
+def test_a_shifted_window_of_swin_v2_hides_by_twice_its_mask() -> None:
+    """Its scores reach 100 either way: its mask of -100, added once, would not hide all."""
+    model, inputs = build(ENTRIES["Swinv2Model"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("logit_scale"):
+                parameter.fill_(5.0)  # above its limit, the logarithm of 100
+    before = outputs(model, inputs)
+    patch(model, "sliding_window", window=16)
+    for key, value in outputs(model, inputs).items():
+        assert torch.allclose(value, before[key], atol=1e-3, rtol=1e-3), key

@@ -83,6 +83,8 @@ def test_a_window_over_both_sides(window: int) -> None:
     before = outputs(model, inputs)["encoder_last_hidden_state"]
     sa_hf.patch_model(model, "sliding_window", window=window // 2 + 1)
     assert torch.allclose(outputs(model, inputs)["encoder_last_hidden_state"], before, atol=1e-4)
+    sa_hf.patch_model(model, "sliding_window", window=1000)  # of which the model's own window is left
+    assert torch.allclose(outputs(model, inputs)["encoder_last_hidden_state"], before, atol=1e-4)
     sa_hf.patch_model(model, "sliding_window", window=window // 2)
     assert not torch.allclose(outputs(model, inputs)["encoder_last_hidden_state"], before, atol=1e-4)
 

@@ -117,10 +117,10 @@ def test_a_mask_is_read_anew_where_it_is_written_to_or_means_another_thing() -> 
     keys = torch.zeros(1, 1, 5, 8)
     first = read_mask(mask, x, keys, causal=True)
     assert read_mask(mask, x, keys, causal=True) is first
-    other = read_mask(mask, torch.zeros(1, 1, 5, 8), keys, causal=False)
-    assert (first.causal, other.causal) == (True, False)
     mask[..., 0] = HIDDEN
     assert read_mask(mask, x, keys, causal=True).padding.tolist() == [[0, 1, 1, 1, 1]]
+    other = read_mask(mask, torch.zeros(1, 1, 5, 8), keys, causal=False)
+    assert (first.causal, other.causal) == (True, False)
 
 
 def test_lengths_that_do_not_make_up_a_row_raise() -> None:
@@ -148,8 +148,11 @@ def test_a_callers_mask_of_packed_rows_is_sequence_ids() -> None:
             model(ids, attention_mask=mask, sequence_ids=torch.tensor([numbers]))
         # Positions that restart elsewhere do not cut what the mask says.
         others = torch.tensor([[*range(3), *range(9)]])
-        expected = model(ids, position_ids=others, sequence_ids=torch.tensor([numbers])).logits
-        assert torch.equal(model(ids, position_ids=others, attention_mask=mask).logits, expected)
+        for layers in (None, "0"):  # the other, left dense, has the mask that it was given
+            sa_hf.patch_model(model, WINDOW, layers=layers)
+            expected = model(ids, position_ids=others, sequence_ids=torch.tensor([numbers])).logits
+            found = model(ids, position_ids=others, attention_mask=mask).logits
+            assert torch.allclose(found, expected, atol=1e-6)
 
 
 def test_a_layer_called_by_itself_is_told_of_its_sequences_once() -> None:
