@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from eager_cases import HIDDEN, SIZES, TOKENS, scattered
-from older_releases import older_releases_may
+from older_releases import listed, older_releases_may
 from torch import Tensor
 
 import sa_hf
@@ -19,11 +19,9 @@ from sa_hf.hf.forward.adapter import sparse_attention_forward
 from sa_hf.hf.forward.ready_masks import packed_request, read_mask, relation_of
 from sa_hf.tools.families.check import build, check
 from sa_hf.tools.families.compare import RIGHT
-from sa_hf.tools.families.registry import entries
 
 WINDOW = sa_hf.SlidingWindowAttentionConfig(window=3, num_sink_tokens=1)
 IMAGE = 98
-ENTRIES = {entry.name: entry for entry in entries()}
 PACKED = ["Qwen2_5_VisionTransformerPretrainedModel", "Qwen3VLVisionModel", "Glm4vVisionModel", "Exaone4_5_VisionModel"]
 
 
@@ -249,7 +247,7 @@ def test_kosmos_2_writes_with_every_cache() -> None:
 
 def test_a_layer_left_dense_keeps_a_mask_that_is_not_read() -> None:
     """Canary's encoder adds its positions to the mask; its decoder gets a pattern all the same."""
-    model, inputs = build(ENTRIES["CanaryForConditionalGeneration"])
+    model, inputs = build(listed("CanaryForConditionalGeneration"))
     sa_hf.patch_model(model, {"decoder": WINDOW})
     with torch.no_grad():
         ours = model(**inputs).logits
@@ -264,14 +262,14 @@ def test_a_layer_left_dense_keeps_a_mask_that_is_not_read() -> None:
 
 @pytest.mark.parametrize("name", PACKED)
 def test_a_tower_of_packed_patches_is_its_own_attention_under_the_pattern(name: str) -> None:
-    found = check(ENTRIES[name])
+    found = check(listed(name))
     assert found.status == RIGHT, found.reason
     assert {"bigbird", "longnet gradients", "reload"} <= found.figures.keys()
 
 
 def qwen_tower() -> tuple[Any, dict[str, Tensor]]:
     """And two images, of 24 and of 8 patches."""
-    model, given = build(ENTRIES["Qwen3VLVisionModel"])
+    model, given = build(listed("Qwen3VLVisionModel"))
     width = given["hidden_states"].shape[1]
     patches = torch.randn(32, width, generator=torch.Generator().manual_seed(3))
     return model, {"hidden_states": patches, "grid_thw": torch.tensor([[1, 4, 6], [1, 2, 4]])}
@@ -317,6 +315,6 @@ def test_convolutions_in_a_tower_of_packed_patches_are_refused() -> None:
     joined, _ = qwen_tower()
     with pytest.raises(SparseAttentionError, match="no projection of queries and keys"):
         sa_hf.patch_model(joined, "logsparse", conv_kernel_size=3)
-    apart, _ = build(ENTRIES["HunYuanVLVisionTransformer"])
+    apart, _ = build(listed("HunYuanVLVisionTransformer"))
     with pytest.raises(sa_hf.UnsupportedModelError, match="over whose ends a convolution would reach"):
         sa_hf.patch_model(apart, "logsparse", conv_kernel_size=3)

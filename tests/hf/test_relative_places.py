@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from older_releases import older_releases_may
+from older_releases import OLDER, older_releases_may
 from torch import Tensor
 
 import sa_hf
@@ -58,6 +58,8 @@ def test_padded_rows_and_every_gradient() -> None:
         return [real, *kept.values()]
 
     dense = run()
+    if OLDER and dense[0].isnan().any():
+        pytest.skip(f"transformers {tf.__version__}: a padded batch of ParakeetEncoder is NaN without a pattern")
     sa_hf.patch_model(model, ALL)
     for got, expected in zip(run(), dense, strict=True):
         assert (got - expected).abs().max() <= 1e-4 * expected.abs().max().clamp(min=0.1)
@@ -73,6 +75,7 @@ def test_far_places_are_as_exact_as_near_ones() -> None:
     """Angles of single places are larger than those of their distances, and would round more."""
     model, _ = encoder()
     attention = model.layers[0].self_attn
+    model.encode_positions.max_position_embeddings = 3000  # an older release refuses more
     places = model.encode_positions(torch.zeros(1, 3000, model.config.hidden_size))
     hidden = torch.randn(1, 3000, model.config.hidden_size, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from generation_cases import PATTERNS, TOLERANCE, check
 from hf_cases import tiny_model, tokens
 from torch import Tensor
@@ -172,6 +173,15 @@ def test_a_release_newer_than_those_tested_warns_once_by_name(monkeypatch: pytes
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sa_hf.patch_model(tiny_model("bert"), "star")
+
+
+def test_the_refusal_of_an_older_release_names_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    canine = tf.CanineModel(tf.CanineConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2))
+    for release, later in (("5.5.0", True), (versions.NEWEST_TESTED, False)):
+        monkeypatch.setattr(versions.transformers, "__version__", release)
+        with pytest.raises(UnsupportedModelError, match=r"T5 from transformers 5\.15 on") as caught:
+            sa_hf.patch_model(canine, "star")
+        assert ("5.5.0 is installed; later ones" in str(caught.value)) == later
 
 
 def test_a_saved_model_is_proven_again_where_the_release_is_newer_than_those_tested(

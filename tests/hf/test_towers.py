@@ -223,14 +223,15 @@ def test_a_tower_that_asks_for_more_is_refused() -> None:
     [
         (MODELS["llava"], {"model.vision_tower": "vision", "model.language_model": None, "lm_head": None}),
         (MODELS["qwen3_vl"], {"model.visual.blocks.0.attn": "vision", "model.language_model.layers": None}),
-        (lambda: tf.ViTModel(tf.ViTConfig(**VISION)), {"layers.0": None}),
-        (lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**VISION)), {"encoder.layers.0": None}),
+        (lambda: tf.ViTModel(tf.ViTConfig(**VISION)), None),
+        (lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**VISION)), None),
     ],
     ids=["llava", "qwen3_vl", "vit", "clip_vision"],
 )
-def test_towers_are_told_from_language(make: Any, found: dict[str, str | None]) -> None:
+def test_towers_are_told_from_language(make: Any, found: dict[str, str | None] | None) -> None:
+    """None: of a model that takes images alone no part is a tower."""
     model = make()
     names = {name for name, _ in model.named_modules()}
-    for name, kind in found.items():
+    for name, kind in (dict.fromkeys(names) if found is None else found).items():
         assert name in names, sorted(names)[:40]
         assert tower_of(model, name) == kind

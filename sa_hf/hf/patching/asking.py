@@ -42,6 +42,8 @@ def _mixin(module: nn.Module) -> Any:
     if not code.startswith("transformers."):
         return None
     named = CLASSES.get(kind) or CLASSES.get(f"{code.rpartition('.')[2]}.{kind}")
+    if named is not None and not all(hasattr(module, name) for name in named.needs):
+        return None
     return named or (AskingPacked if cuts_its_row(type(module)) else None)
 
 

@@ -72,7 +72,8 @@ class Asking:
 
     Attributes: own: the class below; own_eager: the eager attention that it calls is that of its module; causal: what
     the module is, None where it says so itself; widened: whether its queries and keys have channels beside their own,
-    which hold a bias; sa_hf_around: the names of the classes of the modules around it.
+    which hold a bias; needs: what a module must have, where a release gives the same name to another one; sa_hf_around:
+    the names of the classes of the modules around it.
     """
 
     asks_interface: ClassVar[bool] = True
@@ -80,6 +81,7 @@ class Asking:
     own: ClassVar[Any]
     causal: ClassVar[bool | None] = False
     widened: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not asks(self):

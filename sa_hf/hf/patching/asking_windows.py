@@ -64,8 +64,8 @@ def _joined(x: Tensor, channels: Tensor) -> Tensor:
 
 
 class AskingWindow(Asking):
-    """Attention inside each window of a DonutSwin, MaskFormer's Swin and CLAP, ``[batch * windows, n, channels]``; a
-    shifted window's mask adds -100 between its parts."""
+    """Attention inside each window of a DonutSwin, MaskFormer's Swin and an older release's Swin,
+    ``[batch * windows, n, channels]``; a shifted window's mask adds -100 between its parts."""
 
     widened = True
     mask_times: ClassVar[int] = 1
@@ -106,7 +106,10 @@ class AskingWindow(Asking):
 
 
 class AskingSwin(AskingWindow):
-    """Swin's, which asks already, with its bias and mask as one mask of numbers."""
+    """Swin's, which asks already, with its bias and mask as one mask of numbers. (In older releases the module around
+    ``SwinSelfAttention`` has its name.)"""
+
+    needs = ("q_proj", "relative_position_bias")
 
     def prepare(self: Any) -> None:
         self.qk_head_dim = whole_width(self.head_dim + self.relative_position_bias.window_area)
@@ -186,6 +189,7 @@ class AskingDoge(Asking):
 
 WINDOWS: dict[str, Any] = {
     "SwinAttention": AskingSwin,
+    "SwinSelfAttention": AskingWindow,
     "Swinv2SelfAttention": AskingSwin2,
     "Swin2SRSelfAttention": AskingSwin2,
     "DonutSwinSelfAttention": AskingWindow,

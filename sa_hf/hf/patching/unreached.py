@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from sa_hf.hf.state.versions import more_may_ask
+
 _MODELS_THAT_ASK = (
     "; models that ask: Llama, Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, BERT, RoBERTa, DistilBERT, ModernBERT, "
-    "ALBERT, ELECTRA, BART, T5, ViT"
+    "ALBERT, ELECTRA, BART, ViT, and T5 from transformers 5.15 on"
 )
 _OF_EACH_QUERY = "which neither a table of distances nor channels beside the keys' own can hold"
 # Of attention whose maths is another than a pattern's, by the name of its class: what it computes.
@@ -41,7 +43,7 @@ def computes_itself(model: PreTrainedModel, part: str) -> str:
     why = next((f" ({_OTHER_MATHS[kind]})" for kind in sorted(kinds) if kind in _OTHER_MATHS), "")
     return (
         f"{named} computes its attention itself instead of asking transformers' AttentionInterface for it, so no layer "
-        f"can be replaced{why}{_MODELS_THAT_ASK}"
+        f"can be replaced{why}{_MODELS_THAT_ASK}{more_may_ask()}"
     )
 
 

@@ -39,6 +39,14 @@ def tested_range() -> str:
     return f"tested: {FLOOR} to {NEWEST_TESTED}"
 
 
+def more_may_ask() -> str:
+    """What the refusal of a model that computes its attention itself adds on an older release; else nothing."""
+    version = Version(transformers.__version__)
+    if version >= Version(NEWEST_TESTED):
+        return ""
+    return f" (transformers {version} is installed; later ones, tested up to {NEWEST_TESTED}, let more models ask)"
+
+
 @cache
 def _warn_of_untested(version: str) -> None:
     warnings.warn(
