@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.checkpoints.adapters import ADAPTER_WEIGHTS
+from sa_hf.hf.checkpoints.adapters import ADAPTER_WEIGHTS, mark_of
 
 
 def is_mark(tensor: Any) -> bool:
     """Whether an entry of an adapter's file is the empty tensor that keeps it from dense bases."""
-    return isinstance(tensor, Tensor) and tuple(tensor.shape) == (0,)
+    return isinstance(tensor, Tensor) and tensor.shape[:1] == (0,)
+
+
+def check_mark(root: PreTrainedModel, tensors: Mapping[str, Any]) -> None:
+    """Warn where an adapter was trained under other patterns than those of the model that it is loaded onto."""
+    marks = [tensor for tensor in tensors.values() if is_mark(tensor)]
+    if any(tensor.dim() > 1 and tensor.shape != mark_of(root).shape for tensor in marks):
+        warnings.warn(
+            f"this adapter was saved on a {type(root).__name__} with other patterns than those of this one, and is "
+            "used under these; for its own, load it onto the base that its adapter_config.json names "
+            "(AutoPeftModelFor...from_pretrained(folder, trust_remote_code=True) does)",
+            stacklevel=3,
+        )
 
 
 def drop_mark(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook before ``load_state_dict`` of a patched model: its adapters are at home here."""
+    root = cast(PreTrainedModel, module)
+    check_mark(root, {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)})
     for key in [key for key, tensor in state_dict.items() if key.startswith(prefix) and is_mark(tensor)]:
         del state_dict[key]
 
 
 def read_adapter(name: Any, options: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """What the file of an adapter holds but for the empty tensor; None where it is not found or is no safetensors.
+    """What the file of an adapter holds; None where it is not found or is no safetensors.
 
     Args: name: a folder or a hub name; options: what ``load_adapter`` was given.
     """
@@ -42,7 +57,7 @@ def read_adapter(name: Any, options: Mapping[str, Any]) -> dict[str, Tensor] | N
     except OSError:
         return None
     tensors: dict[str, Tensor] = load_file(path)
-    return {key: tensor for key, tensor in tensors.items() if not is_mark(tensor)}
+    return tensors
 
 
 def load_by_peft(root: PreTrainedModel, adapter: str, tensors: Mapping[str, Tensor]) -> None:

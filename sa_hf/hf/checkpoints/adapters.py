@@ -8,13 +8,15 @@ an adapter of a patched model
   beside the adapter, in ``base/``;
 - names the Auto class in ``auto_mapping`` where there is no ``task_type``, so that ``AutoPeftModel`` loads it;
 - adds one empty tensor under the name of a weight of the base. Loading the adapter onto a dense base fails on its size,
-  in any loader and without our code in the process; a patched base drops it.
+  in any loader and without our code in the process; a patched base drops it. Its width is a number of the patterns, so
+  that a base with other ones warns.
 
 PEFT is not imported here. Its save is wrapped when both PEFT is imported and a model has been patched.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
@@ -134,7 +136,13 @@ def _mark(folder: Path, root: PreTrainedModel, prefix: str) -> None:
     with safe_open(weights, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(weights)
-    save_file({**tensors, f"{prefix}{_plain_weight(root)}": torch.zeros(0)}, weights, metadata)
+    save_file({**tensors, f"{prefix}{_plain_weight(root)}": mark_of(root)}, weights, metadata)
+
+
+def mark_of(root: PreTrainedModel) -> torch.Tensor:
+    """The empty tensor ``[0, number of the patterns]`` of a patched model's adapters."""
+    digest = hashlib.sha256(json.dumps(root.config.sa_hf, sort_keys=True).encode()).digest()
+    return torch.zeros(0, int.from_bytes(digest[:4]) >> 1)
 
 
 def _plain_weight(root: PreTrainedModel) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from sa_hf.hf.checkpoints.adapter_state import is_mark, load_sparse_state
+from sa_hf.hf.checkpoints.adapter_state import check_mark, is_mark, load_sparse_state
 from sa_hf.hf.checkpoints.adapters import save_adapter
 from sa_hf.hf.state.activity import PATCH
 
@@ -81,6 +81,7 @@ def _guard_swaps() -> None:
         place = _patched_root(model)
         if place is None:
             return swap(model, state_dict, adapter_name, *args, **kwargs)
+        check_mark(place[1], state_dict)
         sparse = {key: tensor for key, tensor in state_dict.items() if ".sparse." in key}
         rest = {key: t for key, t in state_dict.items() if key not in sparse and not is_mark(t)}
         result = swap(model, rest, adapter_name, *args, **kwargs)

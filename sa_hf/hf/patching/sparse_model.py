@@ -17,7 +17,14 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
-from sa_hf.hf.checkpoints.adapter_state import drop_mark, is_mark, load_by_peft, load_sparse_state, read_adapter
+from sa_hf.hf.checkpoints.adapter_state import (
+    check_mark,
+    drop_mark,
+    is_mark,
+    load_by_peft,
+    load_sparse_state,
+    read_adapter,
+)
 from sa_hf.hf.checkpoints.adapters import save_adapter
 from sa_hf.hf.checkpoints.auto import CONFIG_FIELDS, CONFIG_KEY, auto_map, known_names, remedy
 from sa_hf.hf.checkpoints.base import remember_base
@@ -174,6 +181,7 @@ class SparseModelMixin:
         if tensors is None and peft_model_id is not None and len(args) < 2:
             tensors = read_adapter(peft_model_id, kwargs)
         if tensors is not None and len(args) < 2:
+            check_mark(model, tensors)
             kwargs["adapter_state_dict"] = {key: tensor for key, tensor in tensors.items() if not is_mark(tensor)}
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]  # as above
         name, tensors = adapter_name or "default", tensors or {}
