@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from older_releases import OLDER, REFUSED_THERE, older_releases_may
+from older_releases import REFUSED_THERE, older_releases_may, skip_refused
 from torch import Tensor
 
 import sa_hf
 from sa_hf.tools.families.check import FIRST, build, check
-from sa_hf.tools.families.compare import REFUSED, RIGHT, outputs
+from sa_hf.tools.families.compare import RIGHT, outputs
 from sa_hf.tools.families.registry import entries
 
 ENTRIES = {entry.name: entry for entry in entries()}
@@ -34,8 +34,7 @@ def built(name: str) -> tuple[Any, dict[str, Any]]:
 def test_outputs_gradients_padding_generation_and_reloads(name: str) -> None:
     built(name)
     found = check(ENTRIES[name])
-    if found.status == REFUSED and OLDER:
-        pytest.skip(f"transformers {tf.__version__}: {found.reason}")
+    skip_refused(found)
     assert found.status == RIGHT, found.reason
     assert found.patched == HALVES[name][0]
     assert {"reload", f"{FIRST.name} gradients", "padded left", "generation, dynamic"} <= found.figures.keys()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
-from older_releases import OLDER
+from older_releases import skip_refused
 
 import sa_hf
 from sa_hf.tools.families import reference
@@ -16,7 +16,6 @@ from sa_hf.tools.families.check import FIRST, build, check
 from sa_hf.tools.families.compare import (
     LIMIT,
     NOT_BUILT,
-    REFUSED,
     RIGHT,
     WRONG,
     Result,
@@ -54,8 +53,7 @@ def test_outputs_and_gradients_equal_its_own_eager_attention(name: str) -> None:
     if name not in ENTRIES:
         pytest.skip(f"transformers {tf.__version__} has no {name}")
     found = check(ENTRIES[name], quick=True)
-    if found.status == REFUSED and OLDER:
-        pytest.skip(f"transformers {tf.__version__}: {found.reason}")
+    skip_refused(found)
     assert found.status == RIGHT, found.reason
     assert {FIRST.name, f"{FIRST.name} gradients"} <= found.figures.keys()
 

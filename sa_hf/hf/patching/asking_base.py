@@ -7,6 +7,7 @@ config asks for our attention it hands queries, keys and values to the interface
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -33,6 +34,8 @@ from sa_hf.hf.state.layers import active_child
 _HANDED_ON = {"sparse_call", "output_attentions", "sequence_ids", "cu_seq_lens_q"}
 # On a mask: what it was made to, by what was asked for, for the other layers of the forward.
 _HELD = "sa_hf_asked"
+# What a cache is called where masks are asked for: this since 5.24.
+_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 def asked_attention_forward(
@@ -171,7 +174,7 @@ def asked_mask(module: Any, hidden: Tensor, mask: Tensor | None, *, causal: bool
     padding = None if mask is None else padding_of(mask)
     made = create(
         config=module.config, inputs_embeds=hidden, attention_mask=padding,
-        **({"cache": None, "position_ids": None} if causal else {}),
+        **({_CACHE: None, "position_ids": None} if causal else {}),
         **({} if window is None else {"and_mask_function": sliding_window_bidirectional_overlay(window)}),
     )  # fmt: skip
     if mask is not None:
