@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sa_hf import patch_model, unpatch_model
 from sa_hf.errors import SparseAttentionError
+from sa_hf.patterns import SlidingWindowAttentionConfig
 from sa_hf.tasks.synthetic import IGNORED
 from sa_hf.tools.recovery.needles import LINE, Needles, Retrieval
 from sa_hf.tools.recovery.texts import corpus_digest, sources_of, trained_tokenizer
@@ -26,7 +28,8 @@ LN2 = math.log(2)
 class Stage:
     """``steps`` steps of the base's training on ``rows`` rows of ``length`` tokens with ``lines`` lines each.
 
-    Without text (``lines`` fill the row) the loss is that of what can be copied alone.
+    Without text (``lines`` fill the row) the loss is that of what can be copied alone, and half the heads of the first
+    two layers read two tokens, their own and the one before: found so, copying stays when they read all.
     """
 
     length: int
@@ -53,11 +56,12 @@ class Sizes:
     length: int = 1024
     # Short rows of nothing but lines first: copying from earlier in the row forms there within minutes, and lengthens.
     stages: tuple[Stage, ...] = (
-        Stage(32, 32, 4, 400, 2e-3),
-        Stage(128, 16, 8, 300, 2e-3),
-        Stage(256, 8, 12, 300, 2e-3),
-        Stage(512, 4, 16, 200, 2e-3),
-        Stage(1024, 4, 16, 300, 1e-3),
+        Stage(16, 128, 2, 200, 2e-3),
+        Stage(32, 64, 4, 200, 2e-3),
+        Stage(64, 32, 8, 200, 2e-3),
+        Stage(256, 16, 8, 150, 2e-3),
+        Stage(512, 8, 12, 150, 2e-3),
+        Stage(1024, 4, 16, 600, 1e-3),
     )
     batch: int = 4
     lines: int = 12  # of a row of the training that follows
@@ -118,6 +122,7 @@ class Decoder:
             vocab_size=self.needles.vocab_size, hidden_size=sizes.hidden, intermediate_size=sizes.inner,
             num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.key_heads,
             max_position_embeddings=sizes.length, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+            initializer_range=sizes.hidden**-0.5,
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -151,8 +156,15 @@ class Decoder:
         model, started = self.fresh().train(), time.perf_counter()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.95))
         log: list[dict[str, float]] = []
+        half = self.sizes.heads // 2
+        heads = {f"0-{half - 1}": SlidingWindowAttentionConfig(window=2), f"{half}-": "dense"}
+        patch_model(model, {"0-1": {"heads": heads}, **({"2-": "dense"} if self.sizes.layers > 2 else {})})
+        local = True
         for number, stage in enumerate(self.sizes.stages):
             last = number == len(self.sizes.stages) - 1
+            if local and not stage.copies_alone:
+                unpatch_model(model)
+                local = False
             log += self._train_stage(model, optimizer, stage, number, last)
         model.eval().save_pretrained(self.folder / "base")
         known = {
@@ -172,8 +184,7 @@ class Decoder:
             down = 1 - step / stage.steps if last else 1.0
             for group in optimizer.param_groups:
                 group["lr"] = stage.rate * warm * down
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss, copied = loss_of(model, ids, self.needles, copies_alone=stage.copies_alone)
+            loss, copied = loss_of(model, ids, self.needles, copies_alone=stage.copies_alone)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

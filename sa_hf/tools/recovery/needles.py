@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-NAMES, NUMBERS, KEY = 64, 128, 2  # each place of a key has numbers of its own
+NAMES, NUMBERS, KEY = 32, 32, 2  # each place of a key has numbers of its own
 LINE = 2 + KEY  # tokens of a line
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
