@@ -172,10 +172,20 @@ def test_each_method_trains_a_decoder(toy: Decoder, method: str, tmp_path: Path)
     assert not pooled(one.rows, "decoder")  # rows of the tuning split are reported nowhere
 
 
-def test_the_base_is_not_taken_for_another(toy: Decoder, small_corpus: Any) -> None:
+def test_the_base_is_not_taken_for_another(toy: Decoder, small_corpus: Any, tmp_path: Path) -> None:
     other = Decoder(toy.folder, decoder.Sizes())
     with pytest.raises(sa_hf.SparseAttentionError, match="other sizes"):
         other.model()
+    rows = Rows(tmp_path / "rows.jsonl")
+    rows.add(Cell("decoder", "star", "none", 0, 0), {"base": "0123456789ab"})
+    with pytest.raises(sa_hf.SparseAttentionError, match=f"base 0123456789ab, not of {toy.digest()}.*--cards"):
+        Run("decoder", toy, rows, tmp_path)
+
+
+def test_the_base_ends_dense_and_is_measured_as_it_was_saved(toy: Decoder) -> None:
+    model = toy.model()
+    assert not any("sparse" in name for name, _ in model.named_modules())
+    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
 
 
 # -- the card --------------------------------------------------------------------------------------------------------

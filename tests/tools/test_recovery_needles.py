@@ -24,7 +24,7 @@ TEXT = list(range(50)) * 20
 
 
 class Copier(nn.Module):
-    """Continues each token with what followed its last occurrence; ``off`` shifts that answer by one."""
+    """Continues each two tokens with what followed their last occurrence; ``off`` shifts that answer by one."""
 
     def __init__(self, vocab_size: int, off: int = 0) -> None:
         super().__init__()
@@ -34,8 +34,9 @@ class Copier(nn.Module):
     def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **kwargs: Any) -> Any:
         logits = torch.zeros(*input_ids.shape, self.vocab_size)
         for row, ids in enumerate(input_ids.tolist()):
-            for at, token in enumerate(ids):
-                before = [i for i in range(at) if ids[i] == token]
+            for at in range(1, len(ids)):
+                # Two lines may share a number, so that one token does not say which is meant.
+                before = [i for i in range(1, at) if ids[i - 1 : i + 1] == ids[at - 1 : at + 1]]
                 guess = ids[before[-1] + 1] + self.off if before else 0
                 logits[row, at, guess % self.vocab_size] = 1.0
         return SimpleNamespace(logits=logits[:, -logits_to_keep:])

@@ -16,13 +16,14 @@ WARMUP = 0.1
 
 
 def small_decoder(vocab_size: int, length: int, pattern: Any, seed: int, layers: int = 2, hidden: int = 64) -> Any:
-    """A freshly made Llama with a pattern, the same weights for the same seed."""
+    """A freshly made Llama with a pattern, the same weights for the same seed (at the scale of its width: at
+    Transformers' 0.02 so narrow a model takes thousands of steps to tell tokens apart)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(
             vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
             num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=length, bos_token_id=None,
-            eos_token_id=None, pad_token_id=0,
+            eos_token_id=None, pad_token_id=0, initializer_range=hidden**-0.5,
         )  # fmt: skip
         return sa_hf.patch_model(transformers.LlamaForCausalLM(config), pattern)
 
@@ -44,17 +45,20 @@ def train(model: Any, batch: Callable[[int], tuple[Tensor, Tensor]], steps: int,
     return fit(model, named, steps, rate)
 
 
-def fit(model: Any, batch: Callable[[int], dict[str, Tensor]], steps: int, rate: float) -> Any:
+def fit(
+    model: Any, batch: Callable[[int], dict[str, Tensor]], steps: int, rate: float, sparse_rate: float = 1e-2
+) -> Any:
     """Train by AdamW, the rate rising over a tenth of the steps and falling linearly to 0.
 
     Args:
         batch: step -> what the model is called with, labels among it.
+        sparse_rate: of masks and spans.
 
     Returns:
         The model, in evaluation mode.
     """
     model.train()
-    optimizer = torch.optim.AdamW(sa_hf.parameter_groups(model, weight_decay=0.0), lr=rate)
+    optimizer = torch.optim.AdamW(sa_hf.parameter_groups(model, 0.0, sparse_rate), lr=rate)
     warm = max(1, int(WARMUP * steps))
     factor = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))

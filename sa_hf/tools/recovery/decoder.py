@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -144,7 +145,11 @@ class Decoder:
             raise SparseAttentionError(
                 f"the base in {self.folder} was made of another corpus or in other sizes; give another --out"
             )
-        return transformers.LlamaForCausalLM.from_pretrained(self.folder / "base")
+        return transformers.LlamaForCausalLM.from_pretrained(self.folder / "base", dtype=torch.float32)
+
+    def digest(self) -> str:
+        """Twelve hexadecimal digits of the base's weights: figures of another base are no neighbours."""
+        return hashlib.sha256((self.folder / "base" / "model.safetensors").read_bytes()).hexdigest()[:12]
 
     def train_base(self) -> dict[str, Any]:
         """Train the dense base and keep it, where it is not there yet; what is known of its training."""
@@ -166,7 +171,8 @@ class Decoder:
                 unpatch_model(model)
                 local = False
             log += self._train_stage(model, optimizer, stage, number, last)
-        model.eval().save_pretrained(self.folder / "base")
+        # Half the bytes, so that the weights may be committed; what is measured is what was saved.
+        model.eval().to(torch.bfloat16).save_pretrained(self.folder / "base")
         known = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "seconds": round(time.perf_counter() - started), "threads": torch.get_num_threads(),

@@ -16,6 +16,7 @@ from sa_hf.tools.recovery.run import Run
 
 CARDS = ROOT / "model_cards"
 CACHE = ROOT / "runs" / "recovery"
+COMMITTED = CARDS / "recovery_base"  # the decoder that the committed rows are of
 
 
 def main(
@@ -30,7 +31,11 @@ def main(
         str, typer.Option(help="'report', or 'tuning' to choose settings on; its rows are in no table")
     ] = "report",
     out: Annotated[
-        Path, typer.Option(help="folder of the decoder's base and other files that are not committed")
+        Path,
+        typer.Option(
+            help="folder of the decoder's base and of what runs keep; the base that is committed serves where none is "
+            "given"
+        ),
     ] = CACHE,
     cards: Annotated[
         Path | None,
@@ -40,7 +45,7 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help="where models run after the base, e.g. cuda")] = "cpu",
     threads: Annotated[int, typer.Option(help="torch threads; 0 leaves torch's choice")] = 0,
-    base: Annotated[bool, typer.Option("--base", help="train the decoder's base alone, and stop")] = False,
+    base: Annotated[bool, typer.Option("--base", help="train a base of the decoder in --out, and stop")] = False,
     report: Annotated[bool, typer.Option("--report", help="run nothing; write the card anew from the rows")] = False,
     quick: Annotated[bool, typer.Option(help="toy sizes: shows that it runs, not what a pattern reaches")] = False,
 ) -> None:
@@ -57,7 +62,9 @@ def main(
         if of_part == "encoder":
             task = encoder.Encoder(encoder.QUICK if quick else encoder.Sizes())
         else:
-            task = decoder.Decoder(out, decoder.QUICK if quick else decoder.Sizes())
+            committed = out == CACHE and not (quick or base) and (COMMITTED / "base.json").exists()
+            home = COMMITTED if committed else out
+            task = decoder.Decoder(home, decoder.QUICK if quick else decoder.Sizes())
             task.train_base()
             if base:
                 return

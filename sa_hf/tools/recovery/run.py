@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sa_hf.errors import SparseAttentionError
 from sa_hf.tools.bench.report import machine
 from sa_hf.tools.recovery import grid
 from sa_hf.tools.recovery.decoder import Decoder
@@ -47,10 +48,18 @@ class Run:
     def __post_init__(self) -> None:
         self.dense_items: dict[str, list[float]] = {}
         self.dense_embeddings: Tensor | None = None
+        self.base = {"base": self.task.digest()} if isinstance(self.task, Decoder) else {}
+        for row in self.rows:
+            if row["part"] == self.part and row.get("base") != self.base.get("base"):
+                raise SparseAttentionError(
+                    f"{self.rows.path} holds rows of the base {row.get('base')}, not of {self.base['base']}, which was "
+                    "trained anew; give these figures a folder of their own by --cards"
+                )
 
     def reference(self) -> None:
         """What the untrained dense model gives: measured once for a folder, and a row of its own."""
-        path = self.cache / f"dense_{self.part}_{self.split}.pt"
+        kind = "_".join(["dense", self.part, self.split, *self.base.values()])
+        path = self.cache / f"{kind}.pt"
         cell = Cell(self.part, DENSE, UNTRAINED, 0, 0, self.split)
         if path.exists() and cell in self.rows:
             kept = torch.load(path, weights_only=True)
@@ -132,6 +141,7 @@ class Run:
             "kept": {name: _rounded(kept_of(name, values, self.dense_items[name])) for name, values in items.items()},
             "items": {name: _items_of(name, values) for name, values in items.items() if name != "agreement"},
             **({"lengths": list(self.task.sizes.retrieval_lengths)} if isinstance(self.task, Decoder) else {}),
+            **self.base,
             "settings": settings,
             "seconds": round(time.perf_counter() - started, 1),
             "machine": machine(torch.device(self.device)),
