@@ -45,9 +45,9 @@ class Sizes:
 
     short: int = 512
     long: int = 4096
-    texts: int = 320
-    documents: int = 20
-    evaluation: int = 80
+    texts: int = 256
+    documents: int = 16
+    evaluation: int = 60
     text_evaluation: int = 8  # its figure is in no table
     text_batch: int = 8
     document_batch: int = 2

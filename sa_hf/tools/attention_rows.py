@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sa_hf.config import SparseAttentionConfig
-from sa_hf.layer import AttentionInputs, Geometry
+from sa_hf.layer import AttentionInputs, Geometry, LayerSpec
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.block_topk import BlockTopKAttentionConfig, read_pairs
+from sa_hf.patterns.routing import RoutingAttentionConfig
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
+from sa_hf.tools.seen import attended
 
 ROWS = 128  # measured of each layer; all of a shorter text
 ROWS_AT_ONCE = 32
@@ -75,8 +77,12 @@ class LayerRows:
 
 def measure_rows(config: SparseAttentionConfig, rows: LayerRows) -> Measured:
     """A pattern's share of the pairs and of the probability in rows of one layer."""
+    return measured(_kept(config, rows), rows)
+
+
+def measured(kept: Tensor, rows: LayerRows) -> Measured:
+    """The share of the pairs and of the probability that some pairs, bool ``[H, r, n]``, have in rows of one layer."""
     length = rows.geometry.key_length
-    kept = _kept(config, rows)
     dense = rows.geometry.reached(rows.positions[:, None], torch.arange(length)[None]).sum(-1).double()
     sizes = kept.sum(-1).double()
     mass = (rows.probabilities * kept).sum(-1) / rows.probabilities.sum(-1).clamp(min=1e-30)
@@ -100,6 +106,19 @@ def _kept(config: SparseAttentionConfig, rows: LayerRows) -> Tensor:
     for branch in config.branches(geometry):
         kept |= branch(head, i, j) & reached
     return kept
+
+
+def kept_by_clusters(
+    config: RoutingAttentionConfig, inputs: AttentionInputs, spec: LayerSpec, positions: Tensor
+) -> Tensor:
+    """The pairs, bool ``[H, r, n]``, that routing reads in some rows of one call of a layer on one text, with the
+    centroids that training would start from on it (k-means)."""
+    child = config.build(spec)
+    plain = replace(inputs, remember=None, beside=None, dropout=0.0)
+    child.train()
+    child(plain)
+    child.update_centroids()
+    return attended(child.eval(), plain, positions.to(inputs.query.device)).cpu() > 0
 
 
 def rows_of(inputs: AttentionInputs, layer_idx: int, positions: Tensor) -> LayerRows:
@@ -145,8 +164,8 @@ def layers_kept(
     Args:
         model: unpatched; it is given back so. Of an encoder-decoder model both stacks read the text.
         input_ids: int64 ``[1, n]``, on any device.
-        configs: static patterns and ``block_topk`` without an indexer; those that do not serve a stack's causality are
-            left out of it.
+        configs: static patterns, ``block_topk`` without an indexer, and routing, whose clusters are found on the text
+            itself; those that do not serve a layer are left out of it.
     """
     from sa_hf import patch_model, unpatch_model
     from sa_hf.hf.state.patch import required_patch
@@ -167,7 +186,11 @@ def layers_kept(
                 def note(_: nn.Module, given: tuple[Any, ...], site: Any = site, into: Any = layers[-1]) -> None:
                     if not into:  # a layer that runs twice (ALBERT) is measured once
                         rows = rows_of(given[0], site.spec.layer_idx, positions)
-                        into.update({c: measure_rows(c, rows) for c in configs if _serves(c, site.spec)})
+                        for config in configs:
+                            if isinstance(config, RoutingAttentionConfig) and _serves(config, site.spec):
+                                into[config] = measured(kept_by_clusters(config, given[0], site.spec, positions), rows)
+                            elif _serves(config, site.spec):
+                                into[config] = measure_rows(config, rows)
 
                 stack.callback(child.register_forward_pre_hook(note).remove)
             ids = input_ids.to(next(root.parameters()).device)
@@ -179,7 +202,9 @@ def layers_kept(
     return found
 
 
-def _serves(config: SparseAttentionConfig, spec: Any) -> bool:
+def _serves(config: SparseAttentionConfig, spec: LayerSpec) -> bool:
     if isinstance(config, BlockTopKAttentionConfig):
         return spec.causal or config.num_window_blocks % 2 == 1
+    if isinstance(config, RoutingAttentionConfig):
+        return spec.chunk is None and (spec.causal or not spec.sinks)
     return True

@@ -14,7 +14,7 @@ from sa_hf.tasks.load import check_place, load_model, resolve, text_ids
 from sa_hf.tools.mixture import best_mixture, ladder, write_mixture
 from sa_hf.tools.options import make_config, parse_options
 from sa_hf.tools.recovered import recovered
-from sa_hf.tools.suggest import left_out, stacks_of, tokens_to_measure
+from sa_hf.tools.suggest import candidates, left_out, stacks_of, tokens_to_measure
 from sa_hf.tools.suggest import suggest as rank_patterns
 from sa_hf.tools.tables import (
     Cell,
@@ -275,7 +275,10 @@ def suggest(
     input_ids, limit = None, position_limit(loaded)
     if text is not None:
         input_ids = text_ids(model, text, tokens_to_measure(limit, tokens))
-    wanted = None if mixture is None else [c for causal in (True, False) for c in ladder(causal)]
+    wanted = None
+    if mixture is not None:
+        both = [(ladder(causal), candidates(causal)) for causal in (True, False)]
+        wanted = list(dict.fromkeys(config for found in both for configs in found for config in configs))
     stacks = stacks_of(loaded, input_ids, wanted)
     for stack in stacks:
         found = rank_patterns(num_heads=stack.num_heads, causal=stack.causal, length=length, measured=stack.measured())

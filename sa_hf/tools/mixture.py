@@ -16,6 +16,7 @@ from sa_hf.patterns.block_topk import BlockTopKAttentionConfig
 from sa_hf.patterns.dense import DenseAttentionConfig
 from sa_hf.patterns.logsparse import LogSparseAttentionConfig
 from sa_hf.patterns.longnet import LongNetAttentionConfig
+from sa_hf.patterns.routing import RoutingAttentionConfig
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
 from sa_hf.patterns.sparse_transformer import SparseTransformerAttentionConfig
 from sa_hf.tools.attention_rows import TRIVIAL_DENSITY, Measured
@@ -36,7 +37,8 @@ class Mixture:
 
 
 def ladder(causal: bool) -> list[Candidate]:
-    """What a layer can get: the candidates in their published shapes, and cheaper and dearer ones of each."""
+    """What a layer can get: the candidates in their published shapes, and cheaper and dearer ones of each. Routing is
+    none: without training its centroids are not those that were measured."""
     window = 2 if causal else 3
     more: list[Candidate] = [
         *(SlidingWindowAttentionConfig(window=w, num_sink_tokens=4) for w in (32, 64, 128, 256, 512, 1024)),
@@ -51,17 +53,18 @@ def ladder(causal: bool) -> list[Candidate]:
             for k in (2, 4, 8)
         ),
     ]
-    return list(dict.fromkeys([*candidates(causal), *more]))
+    return list(dict.fromkeys([*(c for c in candidates(causal) if not isinstance(c, RoutingAttentionConfig)), *more]))
 
 
 def best_mixture(stack: Stack, length: int, budget: float) -> Mixture:
     """The layers' patterns with the most attention mass whose mean density at ``length`` is at most ``budget``: exact,
     by dynamic programming over densities rounded up to 0.05 %.
 
-    Patterns that keep nearly all pairs of the measured text are left out, as their mass says nothing, but for dense.
+    Patterns that keep nearly all pairs of the measured text are left out, as their mass says nothing, but for dense;
+    routing, too (:func:`ladder`).
 
     Args:
-        stack: measured, with the configs of :func:`ladder`.
+        stack: measured, with the configs of :func:`ladder` at least.
         budget: mean over layers of the share of the dense pairs, in (0, 1].
 
     Raises:
@@ -95,7 +98,7 @@ def _options(
     """(cost in steps, mass, config) of one layer, cheapest first, none that another beats in both."""
     every: list[Option] = [(STEPS, 1.0, DENSE)]
     for config, kept in layer.items():
-        if kept.chance <= TRIVIAL_DENSITY:
+        if kept.chance <= TRIVIAL_DENSITY and not isinstance(config, RoutingAttentionConfig):
             every.append((math.ceil(costs[config] * STEPS - 1e-9), kept.mass, config))
     found: list[Option] = []
     for option in sorted(every, key=lambda o: (o[0], -o[1])):

@@ -36,12 +36,12 @@ def inputs_seen(root: Any, modules: Iterable[SparseAttention], input_ids: Tensor
 
 
 @torch.no_grad()
-def attended(child: SparseAttention, inputs: AttentionInputs) -> Tensor:
+def attended(child: SparseAttention, inputs: AttentionInputs, rows: Tensor | None = None) -> Tensor:
     """Which pairs a layer reads on some inputs, and how open the gate of each is: fp32 ``[H, n, n]`` in [0, 1].
 
-    Of the first sequence; the weight of a pair over the largest of its row, all scores 0 (which pairs are read does not
-    hang on the scale). The module runs again with the values of one key after the other, so that its output is the
-    weight of each pair.
+    Of the first sequence, and of ``rows``, int64 ``[r]``, alone where given (``[H, r, n]``, and nothing of n x n); the
+    weight of a pair over the largest of its row, all scores 0 (which pairs are read does not hang on the scale). The
+    module runs again with the values of one key after the other, so that its output is the weight of each pair.
     """
     keys, width = inputs.key.shape[2], inputs.value.shape[3]
     plain = replace(inputs, scale=0.0, softcap=None, distance_bias=None, dropout=0.0, remember=None, beside=None)
@@ -50,6 +50,7 @@ def attended(child: SparseAttention, inputs: AttentionInputs) -> Tensor:
         at = torch.arange(begin, min(begin + width, keys), device=inputs.value.device)
         value = torch.zeros_like(inputs.value)
         value[:, :, at, at - begin] = 1
-        pieces.append(child(replace(plain, value=value))[0, ..., : len(at)].float())
+        weight = child(replace(plain, value=value))[0, ..., : len(at)].float()
+        pieces.append(weight if rows is None else weight[:, rows])
     weights = torch.cat(pieces, -1)
     return weights / weights.amax(-1, keepdim=True).clamp(min=1e-30)

@@ -21,8 +21,9 @@ from sa_hf.patterns.routing import RoutingAttentionConfig
 from sa_hf.patterns.sparsebert import SparseBertAttentionConfig
 from sa_hf.tools.attention_rows import Measured, layers_kept, mean_of
 
-# Patterns whose pairs can be counted and measured on a model that was not trained with them.
-Candidate: TypeAlias = StaticPatternConfig | BlockTopKAttentionConfig
+# Patterns whose pairs can be counted, or the most that they can be, and measured on a model that was not trained with
+# them (routing by the clusters that its training would start from on the text).
+Candidate: TypeAlias = StaticPatternConfig | BlockTopKAttentionConfig | RoutingAttentionConfig
 # What each pattern is for, from its paper's own tasks.
 PURPOSE = {
     "sliding_window": "local text, streaming with sinks",
@@ -32,6 +33,7 @@ PURPOSE = {
     "sparse_transformer": "images, audio, code: fixed strides",
     "star": "short texts with a global summary",
     "block_topk": "retrieval: blocks chosen by content",
+    "routing": "themes that come back: clusters by content",
 }
 MAX_DENSITY = 0.5  # a pattern that keeps more of the dense pairs saves too little to be worth its loss
 
@@ -71,8 +73,8 @@ class Stack:
 
 
 def candidates(causal: bool) -> Iterator[Candidate]:
-    """Patterns in their published shapes whose pairs are known before training, those that a user registered included:
-    static ones, and blocks chosen by content."""
+    """Patterns in their published shapes whose pairs, or the most that they can be, are known before training, those
+    that a user registered included: static ones, blocks chosen by content, and clusters."""
     for name, cls in available_patterns().items():
         variants: dict[str, list[dict[str, Any]]] = {
             "sparse_transformer": [{"kind": "fixed"}, {"kind": "strided"}],
@@ -114,10 +116,16 @@ def suggest(
 
 
 def density_of(config: Candidate, num_heads: int, causal: bool, length: int) -> float:
-    """Pairs that a layer computes, over those of dense attention; of blocks chosen by content the most that it can."""
+    """Pairs that a layer computes, over those of dense attention; of blocks and clusters the most that it can."""
     if isinstance(config, BlockTopKAttentionConfig):
         width = min(length, (config.top_k + config.num_window_blocks + config.num_sink_blocks) * config.block_size)
         return (_window_pairs(length, width) if causal else length * width) / dense_pairs(length, causal)
+    if isinstance(config, RoutingAttentionConfig):
+        window = min(length, config.cluster_window(length, causal))
+        pairs = _window_pairs(length, window) if causal else config.num_clusters * window * window
+        if not causal and config.fallback_local:  # the clusters may all have the same members
+            pairs += (length - window) * min(length, config.local_window)
+        return min(pairs / dense_pairs(length, causal), 1.0)
     geometry = Geometry(length, length, tuple(range(num_heads)), num_heads, 0, causal)
     kept = kept_pairs(finished_plan(config, geometry, torch.device("cpu")), length, num_heads)
     return kept / (num_heads * dense_pairs(length, causal))
@@ -150,11 +158,6 @@ def _why_not_ranked(config: SparseAttentionConfig, causal: bool, length: int) ->
             return "causal only"
         share = _window_pairs(length, config.max_span + config.ramp) / dense
         return f"learns its spans: at most {share:.3f} of the dense pairs, fewer once trained; max_span sets the bound"
-    if isinstance(config, RoutingAttentionConfig):
-        window = min(length, config.cluster_window(length, causal))
-        pairs = _window_pairs(length, window) if causal else config.num_clusters * window * window
-        share = min(pairs / dense, 1.0)
-        return f"clusters by content: at most {share:.3f} of the dense pairs; num_clusters and window set the bound"
     if isinstance(config, SparseBertAttentionConfig):
         return "searches for its mask densely; frozen (freeze_masks), it costs what it has learned to keep"
     return f"what it keeps depends on training or data; `sa-hf bench {config.name}` times it"

@@ -14,6 +14,7 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    BertModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -25,14 +26,17 @@ from transformers import (
 )
 
 from sa_hf.config import SparseAttentionConfig
-from sa_hf.layer import Geometry
+from sa_hf.layer import AttentionInputs, Geometry, LayerSpec
+from sa_hf.ops.sequences import Sequences
+from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.block_topk import BlockTopKAttentionConfig, read_pairs
+from sa_hf.patterns.routing import RoutingAttentionConfig
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
 from sa_hf.tasks.load import auto_class
 from sa_hf.tools import attention_rows
-from sa_hf.tools.attention_rows import LayerRows, Measured, measure_rows
+from sa_hf.tools.attention_rows import LayerRows, Measured, kept_by_clusters, measure_rows
 from sa_hf.tools.mixture import ladder
-from sa_hf.tools.suggest import candidates, stacks_of, suggest
+from sa_hf.tools.suggest import candidates, density_of, stacks_of, suggest
 
 
 def rows_with(probabilities: torch.Tensor, causal: bool) -> LayerRows:
@@ -49,7 +53,7 @@ def even(length: int, causal: bool) -> LayerRows:
 
 
 def measured_on(rows: LayerRows, causal: bool) -> dict[SparseAttentionConfig, Measured]:
-    static = [c for c in candidates(causal) if c.name != "block_topk"]
+    static = [c for c in candidates(causal) if isinstance(c, StaticPatternConfig)]
     return {config: measure_rows(config, rows) for config in static}
 
 
@@ -165,6 +169,36 @@ def test_drawn_rows_lie_evenly_and_are_all_of_a_short_text() -> None:
     found = attention_rows.drawn_rows(1000, 100)
     assert [int(p) // 10 for p in found] == list(range(100))
     assert attention_rows.drawn_rows(50, 100).tolist() == list(range(50))
+
+
+def test_routing_is_measured_by_the_clusters_of_the_text() -> None:
+    # Four themes in turn, far apart: clusters are i mod 4, so that a row reads itself, i - 4 and i - 8.
+    length, width = 64, 8
+    vectors = torch.eye(width)[torch.arange(length) % 4].expand(1, 2, -1, -1).clone()
+    inputs = AttentionInputs(vectors, vectors, vectors, Sequences.full(1, length, length), True, 1.0)
+    spec = LayerSpec(0, 1, 2, 2, width, 2 * width, causal=True)
+    rows = torch.tensor([0, 9, 63])
+    kept = kept_by_clusters(RoutingAttentionConfig(num_clusters=4, window=3), inputs, spec, rows)
+    assert kept.shape == (2, 3, length)
+    assert [sorted(row.nonzero()[:, 0].tolist()) for row in kept[1]] == [[0], [1, 5, 9], [55, 59, 63]]
+    assert torch.equal(kept[0], kept[1])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_routing_is_ranked_at_no_more_pairs_than_it_reads(causal: bool) -> None:
+    ids = torch.randint(3, 90, (1, 96), generator=torch.Generator().manual_seed(0))
+    shape: Any = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "initializer_range": 0.3}
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape)) if causal else BertModel(BertConfig(**shape))
+    config = RoutingAttentionConfig(num_clusters=4, window=24, local_window=8)
+    (stack,) = stacks_of(model.eval(), ids, [config])
+    measured = (stack.measured() or {})[config]
+    assert 0 < measured.density <= density_of(config, stack.num_heads, causal, 96)
+    assert measured.gain is not None
+    assert measured.gain > 0.02  # what is near in content is attended more than by chance
+    published = [c for c in candidates(causal) if isinstance(c, RoutingAttentionConfig)]
+    assert published[0] in [s.config for s in suggest(num_heads=2, causal=causal, length=8192)]
+    assert not any(isinstance(c, RoutingAttentionConfig) for c in ladder(causal))
 
 
 def test_blocks_chosen_by_content_are_measured_as_they_read() -> None:

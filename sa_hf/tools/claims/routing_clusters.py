@@ -16,9 +16,9 @@ from sa_hf.tools.claims.claim import Claim, Figures
 from sa_hf.tools.claims.small import right, small_decoder, train
 
 LENGTH, TOLD_BEFORE, ASKED_FROM = 256, 128, 224
-NAMES, VALUES, FILLERS, KEYS = 16, 4, 8, 24
-# Token ids: 0 padding, then fillers, questions, answers, and what tells a name's value.
-QUESTION, ANSWER = 1 + FILLERS, 1 + FILLERS + NAMES
+NAMES, VALUES, KEYS = 16, 4, 24
+# Token ids: 0 padding, 1 what fills the row, then questions, answers, and what tells a name's value.
+QUESTION, ANSWER = 2, 2 + NAMES
 TOLD = ANSWER + VALUES
 VOCABULARY = TOLD + NAMES * VALUES
 BATCH, ROWS = 16, 400
@@ -30,7 +30,7 @@ def clustered(count: int, seed: int) -> tuple[Tensor, Tensor]:
     rng = random.Random(f"clustered {seed}")
     rows, labels = [], []
     for _ in range(count):
-        ids = [1 + rng.randrange(FILLERS) for _ in range(LENGTH)]
+        ids = [1] * LENGTH
         wanted = [IGNORED] * LENGTH
         values = [rng.randrange(VALUES) for _ in range(NAMES)]
         for name, at in enumerate(rng.sample(range(TOLD_BEFORE), NAMES)):
@@ -59,7 +59,7 @@ ROUTING_CLUSTERS = Claim(
     f"of {LENGTH} tokens and asked for in the last {LENGTH - ASKED_FROM}, decoder of 2 layers and width 64, at most "
     f"{KEYS} keys a row and head, {ROWS} rows evaluated",
     variants={
-        "routing": RoutingAttentionConfig(num_clusters=8, window=KEYS, num_local_heads=2, local_window=KEYS),
+        "routing": RoutingAttentionConfig(num_clusters=4, window=KEYS, num_local_heads=1, local_window=KEYS),
         "window": SlidingWindowAttentionConfig(window=KEYS),
     },
     measure=found_by,
