@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -230,7 +231,10 @@ def test_seeds_are_pooled_and_98_percent_is_said_outright(tmp_path: Path) -> Non
 def test_the_committed_card_is_that_of_the_committed_rows() -> None:
     rows = Rows(main.CARDS / "results" / "recovery.jsonl")
     assert report.markdown(rows) == (main.CARDS / "recovery.md").read_text("utf-8"), "run scripts/recovery.py --report"
+    weights = (main.COMMITTED / "base" / "model.safetensors").read_bytes()
+    base = {"decoder": hashlib.sha256(weights).hexdigest()[:12], "encoder": None}
     for row in rows:
+        assert row.get("base") == base[row["part"]]
         assert row["density"] <= grid.MAX_DENSITY or row["pattern"] == grid.DENSE or row["step"] > 0
         assert all(count >= 64 for count in row["n"].values())
         assert json.dumps(row["settings"])
