@@ -23,8 +23,8 @@ stopped; [recovery.jsonl](results/recovery.jsonl) has a line for every cell, wit
 
 - *Decoder*: a small Llama that the script itself trains dense on the standard library's source (`--base`; the weights
   that the figures are of lie in [recovery_base](recovery_base)), with lines `marker name key` in it of which each comes
-  twice. Figures: bits per byte of held-out files; *passkey* (one line in the text,
-  its key is asked for at the end) and *multi-needle* (eight lines, one is asked for), by length and depth.
+  twice. Figures: bits per byte of held-out files; *passkey* (one line in the text, its key is asked for at the end) and
+  *multi-needle* (eight lines, one is asked for), by length and depth.
 - *Encoder*: the pretrained MiniLM, lengthened from 512 to 768 tokens. Documents are sections of held-out files of
   768 tokens from which a passage of 64 was cut out at a random depth; *recall@10*: how often the passage finds its
   document among the 500. *Agreement*: cosine similarity of a document's embedding to the dense lengthened model's.
