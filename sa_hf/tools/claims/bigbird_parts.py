@@ -43,7 +43,7 @@ def embeddings(model: Any, ids: Tensor) -> Tensor:
     return torch.cat([model(input_ids=some).last_hidden_state.mean(1) for some in ids.split(8)])
 
 
-def agreement(options: Mapping[str, int], seed: int, steps: int) -> Figures:
+def agreement(options: Mapping[str, Any], seed: int, steps: int) -> Figures:
     """Nothing is trained: ``seed`` draws the random blocks, and ``steps`` are none."""
     del steps
     config = BigBirdAttentionConfig(**options, seed=seed)
