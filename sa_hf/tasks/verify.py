@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.checkpoints.loaded import sorted_names
 from sa_hf.tasks.load import adapter_fields, read_config
 from sa_hf.tasks.models import auto_class_of, check_head
 
@@ -94,12 +95,25 @@ def required_peft(what: str) -> Any:
 
 
 def load_saved(folder: str | Path, task: str) -> Any:
-    """A saved model through the task's Auto class; a folder with an adapter is loaded with its patched base."""
-    saved_config(folder, task)
-    base = _base_of(folder)
-    peft = None if base is None else required_peft(f"{folder}, an adapter of LoRA,")
-    model = auto_class_of(task).from_pretrained(base or str(folder), trust_remote_code=True)
-    return model if peft is None else peft.PeftModel.from_pretrained(model, str(folder))
+    """A saved model through the task's Auto class; a folder with an adapter is loaded with its patched base.
+
+    Raises:
+        SparseAttentionError: it was saved with another head, so that the task's would be a random one.
+    """
+    config = saved_config(folder, task)
+    base, auto = _base_of(folder), auto_class_of(task)
+    if base is not None:  # an adapter may bring the head
+        peft = required_peft(f"{folder}, an adapter of LoRA,")
+        return peft.PeftModel.from_pretrained(auto.from_pretrained(base, trust_remote_code=True), str(folder))
+    model, found = auto.from_pretrained(str(folder), trust_remote_code=True, output_loading_info=True)
+    missing = sorted_names(found["missing_keys"])
+    if missing:
+        raise SparseAttentionError(
+            f"{folder} holds no {missing[0]!r} ({len(missing)} missing), which --task {task} ({auto.__name__}) needs: "
+            f"it would be measured with random weights. It was saved as {config.architectures}; name the task that it "
+            "was trained on, or train it for this one"
+        )
+    return model
 
 
 def _base_of(folder: str | Path) -> str | None:

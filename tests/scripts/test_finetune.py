@@ -14,7 +14,7 @@ from finetune_cases import CASES, DECODER, FEW_STEPS, SCRIPTS
 from older_releases import OLDER
 from safetensors.torch import load_file, save_file
 
-from sa_hf import SparseAttentionError, available_patterns
+from sa_hf import SparseAttentionError, available_patterns, patch_model
 from sa_hf.tasks.flags import source_of
 from sa_hf.tasks.made import MADE_NAMES
 from sa_hf.tools import evaluate, finetune
@@ -248,3 +248,18 @@ def test_a_lora_classifier_loads_through_peft(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir("/")
     loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run", trust_remote_code=True)
     assert loaded.get_base_model().sa_hf_patch
+
+
+def test_a_head_that_was_not_saved_is_not_measured(tmp_path: Path) -> None:
+    from sa_hf.tasks.verify import load_saved
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=32, **sizes))
+    for folder in ("dense", "sparse"):
+        model.save_pretrained(tmp_path / folder)
+        with pytest.raises(
+            SparseAttentionError, match=r"holds no 'cls.*--task masked-lm.*BertForSequenceClassification"
+        ):
+            load_saved(tmp_path / folder, "masked-lm")
+        assert load_saved(tmp_path / folder, "sequence-classification").num_labels == 2
+        model = patch_model(model, "star")
