@@ -40,11 +40,14 @@ def attended(child: SparseAttention, inputs: AttentionInputs, rows: Tensor | Non
     """Which pairs a layer reads on some inputs, and how open the gate of each is: fp32 ``[H, n, n]`` in [0, 1].
 
     Of the first sequence, and of ``rows``, int64 ``[r]``, alone where given (``[H, r, n]``, and nothing of n x n); the
-    weight of a pair over the largest of its row, all scores 0 (which pairs are read does not hang on the scale). The
-    module runs again with the values of one key after the other, so that its output is the weight of each pair.
+    weight of a pair over the largest of its row, all scores next to 0 by a scale that is a power of two smaller (what
+    is chosen by content does not hang on that; an indexer divides by it). The module runs again with the values of one
+    key after the other, so that its output is the weight of each pair.
     """
     keys, width = inputs.key.shape[2], inputs.value.shape[3]
-    plain = replace(inputs, scale=0.0, softcap=None, distance_bias=None, dropout=0.0, remember=None, beside=None)
+    plain = replace(
+        inputs, scale=inputs.scale * 2.0**-40, softcap=None, distance_bias=None, dropout=0.0, remember=None, beside=None
+    )
     pieces = []
     for begin in range(0, keys, width):
         at = torch.arange(begin, min(begin + width, keys), device=inputs.value.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,6 +149,8 @@ def test_densities_of_what_is_chosen_by_content() -> None:
     blocks = torch.minimum(rows // 8, torch.tensor(3))  # others that it reads: sink and two chosen
     expected = float((blocks * 8 + rows % 8 + 1).sum()) / (64 * 65 / 2)
     assert densities(model, ids) == pytest.approx([expected] * 3)
+    with_indexer = sa_hf.patch_model(llama(64), replace(chosen, indexer=True))
+    assert densities(with_indexer, ids) == pytest.approx([expected] * 3)
     spans = sa_hf.ExpireSpanAttentionConfig(max_span=64, ramp=1, initial_span=10.5)
     model = sa_hf.patch_model(llama(64), spans)
     assert densities(model, ids) == pytest.approx([sum(min(i + 1, 12) for i in range(64)) / (64 * 65 / 2)] * 3)

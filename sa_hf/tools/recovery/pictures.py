@@ -25,8 +25,10 @@ def draw_curves(entries: Sequence[Entry], path: Path) -> None:
     from matplotlib.figure import Figure
 
     untrained = {entry.pattern: entry for entry in entries if entry.method == UNTRAINED}
-    methods = list(dict.fromkeys(e.method for e in entries if e.method != UNTRAINED)) or [UNTRAINED]
+    methods = list(dict.fromkeys(e.method for e in entries if e.method != UNTRAINED))
     names = JUDGED[entries[0].part]
+    if not methods:
+        return _draw_bars([e for e in entries if e.pattern != DENSE], names, path)
     patterns = [pattern for pattern in dict.fromkeys(e.pattern for e in entries) if pattern != DENSE]
     size = (5 * len(methods) + 3, 3.2 * len(names))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
@@ -43,12 +45,31 @@ def draw_curves(entries: Sequence[Entry], path: Path) -> None:
                 dash = used[system] = used.get(system, -1) + 1
                 steps, values = [e.step for e in line], [e.kept[name].value for e in line]
                 axis.plot(steps, values, DASHES[dash], marker="o", markersize=3, color=colour_of(system), label=pattern)
-            axis.set_title(f"{name}, {method}" if method != UNTRAINED else f"{name}, untrained")
+            axis.set_title(f"{name}, {method}")
             axis.set_ylabel("kept of dense" if column == 0 else "")
             axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("steps")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def _draw_bars(entries: Sequence[Entry], names: Sequence[str], path: Path) -> None:
+    """What is kept before any training: a panel for each judged figure, a bar with its interval for each pattern."""
+    from matplotlib.figure import Figure
+
+    size = (3.2 * len(names) + 2.5, 0.28 * len(entries) + 1)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
+    patterns = [entry.pattern for entry in entries][::-1]
+    for axis, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
+        kept = [entry.kept[name] for entry in entries][::-1]
+        spread = [[k.value - k.low for k in kept], [k.high - k.value for k in kept]]
+        colours = [colour_of(system_of(pattern)) for pattern in patterns]
+        axis.barh(patterns, [k.value for k in kept], xerr=spread, color=colours, error_kw={"linewidth": 0.8})
+        axis.axvline(ENOUGH, color=colour_of(DENSE), linewidth=0.8)
+        axis.set_title(f"{name}: kept of dense, untrained", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 

@@ -128,7 +128,7 @@ def _details(entries: Sequence[Entry]) -> str:
     judged = [name for name in names if name in entries[0].kept]
     head = ["pattern", "method", "step", "seeds", "density", *names, *(f"kept: {name}" for name in judged), "98 %"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-    order = {name: at for at, name in enumerate((*grid.DECODER, *grid.ENCODER))}
+    order = {name: at for at, name in enumerate(PATTERNS["encoder" if entries[0].part == "encoder" else "decoder"])}
     for entry in sorted(entries, key=lambda e: (order.get(e.pattern, len(order)), e.method, e.step)):
         kept = []
         for name in judged:
