@@ -225,7 +225,9 @@ def test_seeds_are_pooled_and_98_percent_is_said_outright(tmp_path: Path) -> Non
     assert "| star | 20.0% | not measured | step 30 (yes) |" in card
     assert "| expire_span | | not served: causal only | |" in card
     assert "5 of the" in card
-    assert (tmp_path / "results" / "recovery_encoder.png").exists()
+    drawn = sorted(path.name for path in (tmp_path / "results").glob("*.png"))
+    assert drawn == ["recovery_encoder.png", "recovery_encoder_untrained.png"]
+    assert all(f"(results/{name})" in card for name in drawn)
 
 
 def test_the_committed_card_is_that_of_the_committed_rows() -> None:

@@ -27,8 +27,6 @@ def draw_curves(entries: Sequence[Entry], path: Path) -> None:
     untrained = {entry.pattern: entry for entry in entries if entry.method == UNTRAINED}
     methods = list(dict.fromkeys(e.method for e in entries if e.method != UNTRAINED))
     names = JUDGED[entries[0].part]
-    if not methods:
-        return _draw_bars([e for e in entries if e.pattern != DENSE], names, path)
     patterns = [pattern for pattern in dict.fromkeys(e.pattern for e in entries) if pattern != DENSE]
     size = (5 * len(methods) + 3, 3.2 * len(names))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
@@ -54,10 +52,12 @@ def draw_curves(entries: Sequence[Entry], path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_bars(entries: Sequence[Entry], names: Sequence[str], path: Path) -> None:
+def draw_untrained(entries: Sequence[Entry], path: Path) -> None:
     """What is kept before any training: a panel for each judged figure, a bar with its interval for each pattern."""
     from matplotlib.figure import Figure
 
+    names = JUDGED[entries[0].part]
+    entries = [entry for entry in entries if entry.method == UNTRAINED and entry.pattern != DENSE]
     size = (3.2 * len(names) + 2.5, 0.28 * len(entries) + 1)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
     patterns = [entry.pattern for entry in entries][::-1]

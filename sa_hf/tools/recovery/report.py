@@ -9,7 +9,7 @@ from pathlib import Path
 from sa_hf.tools.recovery import grid
 from sa_hf.tools.recovery.grid import DENSE, MAX_DENSITY, NOT_SERVED, PARTS, PATTERNS, SEEDS, STEPS, UNTRAINED, Part
 from sa_hf.tools.recovery.intervals import COVERAGE, RESAMPLES, Interval
-from sa_hf.tools.recovery.pictures import draw_curves, draw_heat_maps
+from sa_hf.tools.recovery.pictures import draw_curves, draw_heat_maps, draw_untrained
 from sa_hf.tools.recovery.pooled import JUDGED, NO, Entry, pooled
 from sa_hf.tools.recovery.rows import Rows
 
@@ -45,15 +45,18 @@ def write(rows: Rows, cards: Path) -> None:
     (cards / f"{NAME}.md").write_text(markdown(rows), "utf-8")
     for part in PARTS:
         entries = pooled(rows, part)
-        if _is_drawn(entries):
-            draw_curves(entries, rows.path.parent / f"{NAME}_{part}.png")
-        if _is_drawn(entries) and part == "decoder":
-            draw_heat_maps(entries, rows.path.parent / f"{NAME}_needles.png")
+        folder, kinds = rows.path.parent, _drawn(entries)
+        if "untrained" in kinds:
+            draw_untrained(entries, folder / f"{NAME}_{part}_untrained.png")
+        if "trained" in kinds:
+            draw_curves(entries, folder / f"{NAME}_{part}.png")
+        if kinds and part == "decoder":
+            draw_heat_maps(entries, folder / f"{NAME}_needles.png")
 
 
-def _is_drawn(entries: Sequence[Entry]) -> bool:
-    """Whether there is more than the dense model's own row."""
-    return any(entry.pattern != DENSE for entry in entries)
+def _drawn(entries: Sequence[Entry]) -> set[str]:
+    """Of which rows there are besides the dense model's own."""
+    return {"untrained" if entry.method == UNTRAINED else "trained" for entry in entries if entry.pattern != DENSE}
 
 
 def markdown(rows: Rows) -> str:
@@ -83,13 +86,19 @@ def _measured(rows: Rows, entries: Sequence[Entry], part: Part) -> str:
     seeds = sorted({seed for entry in entries if entry.step for seed in entry.seeds})
     trained = f"seeds of training: {seeds}" if seeds else "none after training yet"
     counts = ", ".join(f"{n} {name}" for name, n in of_part[0]["n"].items())
-    picture = f"results/{NAME}_{part}.png"
-    shown = f"![Kept against steps]({picture})\n" if _is_drawn(entries) else ""
-    if shown and part == "decoder":
-        shown += f"\n![Retrieval by length and depth](results/{NAME}_needles.png)\n"
-    return (
-        f"{len(of_part)} of the {whole} cells of the grid are measured ({trained}); items per cell: "
-        f"{counts}. {'; '.join(f'{n} on {name}' for name, n in machines.items())}.\n\n{shown}"
+    kinds, pictures = _drawn(entries), []
+    if "untrained" in kinds:
+        pictures.append(f"![Kept before training](results/{NAME}_{part}_untrained.png)\n")
+    if "trained" in kinds:
+        pictures.append(f"![Kept against steps](results/{NAME}_{part}.png)\n")
+    if kinds and part == "decoder":
+        pictures.append(f"![Retrieval by length and depth](results/{NAME}_needles.png)\n")
+    return "\n".join(
+        [
+            f"{len(of_part)} of the {whole} cells of the grid are measured ({trained}); items per cell: "
+            f"{counts}. {'; '.join(f'{n} on {name}' for name, n in machines.items())}.\n",
+            *pictures,
+        ]
     )
 
 
