@@ -60,12 +60,12 @@ ROUTING_CLUSTERS = Claim(
     f"{KEYS} keys a row and head, {ROWS} rows evaluated",
     variants={
         "routing": RoutingAttentionConfig(num_clusters=4, window=KEYS, num_local_heads=1, local_window=KEYS),
-        "window": SlidingWindowAttentionConfig(window=KEYS),
+        "sliding_window": SlidingWindowAttentionConfig(window=KEYS),
     },
     measure=found_by,
     steps=600,
     holds=lambda figures: (
-        figures["routing"]["accuracy"] >= 2 / VALUES and figures["window"]["accuracy"] <= 1 / VALUES + 0.1
+        figures["routing"]["accuracy"] >= 2 / VALUES and figures["sliding_window"]["accuracy"] <= 1 / VALUES + 0.1
     ),
     rule="routing is right twice as often as chance, and a window stays within 10 points of chance",
 )

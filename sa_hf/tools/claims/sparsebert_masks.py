@@ -35,8 +35,8 @@ def as_good_without(figures: Mapping[str, Figures]) -> bool:
     """Nothing is lost without the diagonal, and it alone does not do."""
     bits = {label: found["bits per masked byte"] for label, found in figures.items()}
     return (
-        bits["window without the diagonal"] <= (1 + WITHIN) * bits["window"]
-        and bits["the diagonal alone"] >= (1 + WORSE) * bits["window"]
+        bits["sliding_window without the diagonal"] <= (1 + WITHIN) * bits["sliding_window"]
+        and bits["the diagonal alone"] >= (1 + WORSE) * bits["sliding_window"]
     )
 
 
@@ -56,8 +56,8 @@ SPARSEBERT_DIAGONAL = Claim(
     statement="Attention to the own position can go (section 4.2).",
     setting=SETTING,
     variants={
-        "window": SlidingWindowAttentionConfig(window=8),
-        "window without the diagonal": SlidingWindowAttentionConfig(window=8, drop_diagonal=True),
+        "sliding_window": SlidingWindowAttentionConfig(window=8),
+        "sliding_window without the diagonal": SlidingWindowAttentionConfig(window=8, drop_diagonal=True),
         "the diagonal alone": SlidingWindowAttentionConfig(window=1),
     },
     measure=bits_and_density,
@@ -73,7 +73,7 @@ SPARSEBERT_LEARNED = Claim(
     setting=SETTING,
     variants={
         LEARNED: SparseBertAttentionConfig(mask_length=LENGTH, density_coef=0.1),
-        "window": SlidingWindowAttentionConfig(window=4),
+        "sliding_window": SlidingWindowAttentionConfig(window=4),
         "logsparse": LogSparseAttentionConfig(local_window=1),
         "bigbird": BigBirdAttentionConfig(
             block_size=2, num_window_blocks=3, num_random_blocks=1, num_global_blocks=2

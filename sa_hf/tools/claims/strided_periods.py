@@ -17,12 +17,12 @@ from sa_hf.tools.claims.small import loss, small_decoder, train
 PERIOD, REACH, TOKENS, EACH, HELD_OUT = 32, 256, 16, 16, 128
 REPEATS = 0.9  # chance of a token to be the one a period before
 KINDS = {
-    "strided": SparseTransformerAttentionConfig(kind="strided", stride=PERIOD),
-    "fixed": SparseTransformerAttentionConfig(kind="fixed", stride=PERIOD, summary=8),
+    "sparse_transformer, strided": SparseTransformerAttentionConfig(kind="strided", stride=PERIOD),
+    "sparse_transformer, fixed": SparseTransformerAttentionConfig(kind="fixed", stride=PERIOD, summary=8),
 }
 BYTES = 384  # of ByT5's tokenizer
-SHOWN = f"strided keeps {KINDS['strided'].density(REACH, causal=True):.0%} of the pairs, fixed "
-SHOWN += f"{KINDS['fixed'].density(REACH, causal=True):.0%}"
+SHOWN = f"strided keeps {KINDS['sparse_transformer, strided'].density(REACH, causal=True):.0%} of the pairs, fixed "
+SHOWN += f"{KINDS['sparse_transformer, fixed'].density(REACH, causal=True):.0%}"
 
 
 def periodic(count: int, seed: int) -> Tensor:
@@ -73,7 +73,9 @@ STRIDED_PERIODS = Claim(
     variants=KINDS,
     measure=measure_periods,
     steps=250,
-    holds=lambda figures: figures["strided"]["loss, nats"] < figures["fixed"]["loss, nats"] - 0.1,
+    holds=lambda figures: (
+        figures["sparse_transformer, strided"]["loss, nats"] < figures["sparse_transformer, fixed"]["loss, nats"] - 0.1
+    ),
     rule="strided's loss is lower by more than 0.1 nats",
 )
 FIXED_TEXT = Claim(
@@ -85,6 +87,8 @@ FIXED_TEXT = Claim(
     variants=KINDS,
     measure=measure_text,
     steps=250,
-    holds=lambda figures: figures["fixed"]["bits per byte"] < figures["strided"]["bits per byte"],
+    holds=lambda figures: (
+        figures["sparse_transformer, fixed"]["bits per byte"] < figures["sparse_transformer, strided"]["bits per byte"]
+    ),
     rule="fixed's bits per byte are lower",
 )
