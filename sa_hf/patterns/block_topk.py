@@ -31,7 +31,7 @@ from sa_hf.config import (
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.cpp.choices import highest_blocks
-from sa_hf.ops.cpp.steps import Listed, PreparedStep, prepared
+from sa_hf.ops.cpp.steps import Listed, PreparedStep
 from sa_hf.ops.grouped import Group, map_groups, whole_group
 from sa_hf.ops.parts import Band, ScoreOptions
 from sa_hf.ops.planned import planned_attention
@@ -43,7 +43,7 @@ from sa_hf.patterns.block_index import Index, divergence, keys_of, rows_mass, sa
 from sa_hf.patterns.block_sets import BLOCK_TOPK, BlockSets, kept_pairs, pooled_keys
 from sa_hf.patterns.learned import LearnedAttention, seeded_uniform
 from sa_hf.patterns.static import score_options
-from sa_hf.patterns.steps import is_step_in_place, step_reads
+from sa_hf.patterns.steps import is_step_in_place, run_step, step_reads
 
 DENSE_ROWS = 1024  # queries of a forward whose dense attention an indexer learns from
 INDEX_WIDTH = 16  # r
@@ -157,11 +157,10 @@ class BlockTopKAttention(SparseAttention):
         self._seen = []
         whole = inputs.sequences.is_full and not inputs.sequences.extra_tokens
         if whole and not self.training and is_step_in_place(inputs):
-            tensors = inputs.query, inputs.key, inputs.value
-            listed = self._listed(whole_group(*tensors, options), sets, inputs, recent, index)
+            group = whole_group(inputs.query, inputs.key, inputs.value, options)
+            listed = self._listed(group, sets, inputs, recent, index)
             reads = block_reads(sets, inputs.sequences, inputs.band.left, config.drop_diagonal)
-            step = inputs.step = prepared(*tensors, reads, options, listed=listed)
-            return step.run(*tensors, inputs.key_slots).transpose(1, 2)
+            return run_step(inputs, reads, options, listed=listed)
 
         def attend_group(group: Group) -> Tensor:
             chosen = self._choose(group, sets, inputs, recent, index)

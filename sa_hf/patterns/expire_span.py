@@ -26,14 +26,14 @@ from sa_hf.config import (
 )
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
-from sa_hf.ops.cpp.steps import PreparedStep, prepared
+from sa_hf.ops.cpp.steps import PreparedStep
 from sa_hf.ops.data_layout import EXPIRING
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
 from sa_hf.ops.planned import planned_attention
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.learned import LearnedAttention, refuse_drop_diagonal
 from sa_hf.patterns.static import score_options
-from sa_hf.patterns.steps import is_step_in_place, nearest_reach, shared_reads
+from sa_hf.patterns.steps import is_step_in_place, nearest_reach, run_step, shared_reads
 
 DEFAULT_BIAS = 4.0  # spans start at sigmoid(4) = 0.98 of max_span; at max_span itself they would have no gradient
 SHORTENING_LAYER = 0  # one draw shortens the spans of all layers of a batch
@@ -183,9 +183,7 @@ class ExpireSpanAttention(LearnedAttention):
         options = replace(score_options(inputs, self.heads), spans=spans, ramp=float(self.config.ramp))
         left = nearest_reach(self.config.max_span + self.config.ramp - 1, inputs.band.left)
         if in_place:
-            reads, tensors = shared_reads(inputs.sequences, left), (inputs.query, inputs.key, inputs.value)
-            step = inputs.step = prepared(*tensors, reads, options)
-            return step.run(*tensors, inputs.key_slots).transpose(1, 2)
+            return run_step(inputs, shared_reads(inputs.sequences, left), options)
 
         def attend_group(group: Group) -> Tensor:
             return planned_attention(

@@ -8,14 +8,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sa_hf.layer import DEFAULT_BLOCK, AttentionInputs
 from sa_hf.ops.counts import row_counts
-from sa_hf.ops.cpp.steps import Listed, decode_step, prepared
+from sa_hf.ops.cpp.steps import Listed, decode_step
 from sa_hf.ops.layout import build_layout
 from sa_hf.ops.parts import Band, BlockPart, OffsetsPart, Part, ScoreOptions, SegmentPart
 from sa_hf.ops.planned import PlanData, plan_rule
 from sa_hf.ops.reads import NOTHING, Reads, RunLists, runs_of
 from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import own_key_parts
-from sa_hf.patterns.steps import shared_reads
+from sa_hf.patterns.steps import run_step, shared_reads
 
 # One offset costs about as much as 10 keys of a tile: LogSparse's 15 offsets beside a causal window of 512, 16,384
 # tokens on the CPU (model_cards/results/benchmark_cpu.md).
@@ -52,11 +52,9 @@ def _version(kept: Tensor) -> int | None:
 def mask_step(inputs: AttentionInputs, kept: Tensor, band: Band, options: ScoreOptions, drop_diagonal: bool) -> Tensor:
     """A step of decoding (``steps.is_step_in_place``) by a fixed mask ``kept`` as in :func:`frozen_plan`; one by pair
     takes whole rows alone."""
-    query, key, value = inputs.query, inputs.key, inputs.value
     if kept.dim() == 2:
-        reads = distance_reads(inputs.sequences, kept, band, drop_diagonal)
-        step = inputs.step = prepared(query, key, value, reads, options)
-        return step.run(query, key, value, inputs.key_slots).transpose(1, 2)
+        return run_step(inputs, distance_reads(inputs.sequences, kept, band, drop_diagonal), options)
+    query, key, value = inputs.query, inputs.key, inputs.value
     n_q, n_k = query.shape[2], inputs.sequences.key_length
     position = torch.arange(n_k)
     rows = kept[:, n_k - n_q : n_k, :n_k]

@@ -31,7 +31,7 @@ from sa_hf.config import (
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
 from sa_hf.ops.cpp.choices import nearest_clusters
-from sa_hf.ops.cpp.steps import Labelled, PreparedStep, prepared
+from sa_hf.ops.cpp.steps import Labelled, PreparedStep
 from sa_hf.ops.grouped import Group, key_places, map_groups, real_queries
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.planned import planned_attention
@@ -43,7 +43,7 @@ from sa_hf.patterns.learned import refuse_drop_diagonal
 from sa_hf.patterns.selection import find_nearest_centroid, nearest_vectors
 from sa_hf.patterns.sliding_window import SlidingWindowAttentionConfig
 from sa_hf.patterns.static import score_options
-from sa_hf.patterns.steps import is_step_in_place, shared_reads
+from sa_hf.patterns.steps import is_step_in_place, run_step, shared_reads
 
 DEFAULT_CAUSAL_WINDOW = 512
 
@@ -239,10 +239,7 @@ class RoutingAttention(CentroidState):
 
     def _read(self, inputs: AttentionInputs, options: ScoreOptions, labelled: Labelled) -> Tensor:
         """What a step's rows read, by the kernel in C++."""
-        tensors = inputs.query, inputs.key, inputs.value
-        reads = shared_reads(inputs.sequences, inputs.band.left, NOTHING)
-        step = inputs.step = prepared(*tensors, reads, options, labelled=labelled)
-        return step.run(*tensors, inputs.key_slots).transpose(1, 2)
+        return run_step(inputs, shared_reads(inputs.sequences, inputs.band.left, NOTHING), options, labelled=labelled)
 
     def _in_place(self, inputs: AttentionInputs) -> bool:
         no_holes = inputs.sequences.key_gather is None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sa_hf.config import SparseAttention
 from sa_hf.layer import AttentionInputs, Geometry
-from sa_hf.ops.cpp.steps import PreparedStep, missing_key, prepared
+from sa_hf.ops.cpp.steps import PreparedStep, missing_key
 from sa_hf.ops.decode import decode_attention, runs_in_place
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.reads import Reads, RunLists, runs_of
@@ -18,7 +18,7 @@ from sa_hf.ops.sequences import Sequences
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.custom_op import cached_plan, layer_key, static_attention
 from sa_hf.patterns.image_blocks import with_blocks
-from sa_hf.patterns.steps import is_step, step_reads
+from sa_hf.patterns.steps import is_step, run_step, step_reads
 
 DECODE_CACHED = 4096
 
@@ -68,8 +68,7 @@ class StaticSparseAttention(SparseAttention):
             at = self._at(inputs)
             if runs_in_place(inputs.query, inputs.key, inputs.value, options, inputs.engine):
                 reads = static_reads(self.config, at, inputs.sequences)
-                step = inputs.step = prepared(inputs.query, inputs.key, inputs.value, reads, options)
-                return step.run(inputs.query, inputs.key, inputs.value, inputs.key_slots).transpose(1, 2)
+                return run_step(inputs, reads, options)
             index = _index_on(self.config, at, inputs.sequences, inputs.query.device)
             if inputs.key_slots is not None:
                 index = _places(index, inputs.key_slots)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.layer import AttentionInputs
+from sa_hf.ops.cpp.steps import Labelled, Listed, prepared
 from sa_hf.ops.decode import runs_in_place
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.reads import Reads, Row, RunLists
@@ -37,6 +38,17 @@ def is_step_in_place(inputs: AttentionInputs, *state: Tensor | None) -> bool:
         return False
     options = ScoreOptions(inputs.scale, distance_bias=inputs.distance_bias, sinks=inputs.sinks)
     return runs_in_place(inputs.query, inputs.key, inputs.value, options, inputs.engine)
+
+
+def run_step(
+    inputs: AttentionInputs, reads: Reads, options: ScoreOptions, *, listed: Listed | None = None,
+    labelled: Labelled | None = None,
+) -> Tensor:  # fmt: skip
+    """A step that :func:`is_step_in_place`, ``[B, H, Nq, Dv]``; what it has settled stays on the call, for later layers
+    (``SparseAttention.repeated``). The arguments of ``decode_step``."""
+    tensors = inputs.query, inputs.key, inputs.value
+    step = inputs.step = prepared(*tensors, reads, options, listed=listed, labelled=labelled)
+    return step.run(*tensors, inputs.key_slots).transpose(1, 2)
 
 
 def step_rows(sequences: Sequences, left: int | None, chunk: int | None = None) -> list[Row]:
