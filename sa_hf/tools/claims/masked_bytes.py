@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,13 +11,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import sa_hf
-from sa_hf.tasks.language import stdlib_texts, token_chunks
 from sa_hf.tasks.masking import MASKED_SHARE
 from sa_hf.tasks.source import EVALUATION_SEEDS
 from sa_hf.tasks.synthetic import IGNORED
-from sa_hf.tools.claims.small import fit
+from sa_hf.tools.claims.small import BYTES, fit, shuffled, source_rows
 
-BYTES, MASK = 384, 383  # of ByT5's tokenizer; its last token stands for what is masked
+MASK = BYTES - 1  # stands for what is masked
 ROWS_AT_ONCE, ROWS_HELD_OUT = 16, 256
 
 
@@ -34,14 +32,6 @@ def small_encoder(length: int, pattern: Any, seed: int, layers: int = 2, hidden:
         return sa_hf.patch_model(transformers.BertForMaskedLM(config), pattern)
 
 
-@lru_cache(maxsize=4)
-def rows_of(split: str, length: int, limit: int) -> Tensor:
-    """Rows of source, int64 ``[limit, length]``, from all over the files of the split."""
-    texts = stdlib_texts(split)[:400] if split == "train" else stdlib_texts(split)[::40]
-    chunks = token_chunks(texts, transformers.ByT5Tokenizer(), length, limit)
-    return torch.stack([chunk["input_ids"] for chunk in chunks])
-
-
 def masked(rows: Tensor, seed: int) -> dict[str, Tensor]:
     """The rows with a share of their bytes masked, and these as labels."""
     hidden = torch.rand(rows.shape, generator=torch.Generator().manual_seed(seed)) < MASKED_SHARE
@@ -50,20 +40,14 @@ def masked(rows: Tensor, seed: int) -> dict[str, Tensor]:
 
 def train_encoder(model: Any, length: int, seed: int, steps: int, rate: float, sparse_rate: float = 1e-2) -> Any:
     """Train on masked bytes; in evaluation mode after."""
-    rows = rows_of("train", length, ROWS_AT_ONCE * 400)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-
-    def batch(step: int) -> dict[str, Tensor]:
-        at = torch.arange(step * ROWS_AT_ONCE, (step + 1) * ROWS_AT_ONCE) % len(rows)
-        return masked(rows[order[at]], seed * 10**6 + step)
-
-    return fit(model, batch, steps, rate, sparse_rate)
+    rows = shuffled(source_rows("train", length, ROWS_AT_ONCE * 400), ROWS_AT_ONCE, seed)
+    return fit(model, lambda step: masked(rows(step), seed * 10**6 + step), steps, rate, sparse_rate)
 
 
 @torch.no_grad()
 def bits_per_masked_byte(model: Any, length: int) -> float:
     """Mean bits of the masked bytes of held-out rows; the same rows and masks for every model."""
-    batch = masked(rows_of("evaluation", length, ROWS_HELD_OUT), EVALUATION_SEEDS)
+    batch = masked(source_rows("evaluation", length, ROWS_HELD_OUT), EVALUATION_SEEDS)
     total = count = 0.0
     for ids, labels in zip(batch["input_ids"].split(32), batch["labels"].split(32), strict=True):
         logits = model(input_ids=ids).logits

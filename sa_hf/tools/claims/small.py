@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ import transformers
 from torch import Tensor
 
 import sa_hf
+from sa_hf.tasks.language import stdlib_texts, token_chunks
 from sa_hf.tasks.synthetic import IGNORED
 
 WARMUP = 0.1
+BYTES = 384  # tokens of ByT5's tokenizer
 
 
 def small_decoder(vocab_size: int, length: int, pattern: Any, seed: int, layers: int = 2, hidden: int = 64) -> Any:
@@ -70,6 +73,20 @@ def fit(
         factor.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+@lru_cache(maxsize=4)
+def source_rows(split: str, length: int, limit: int) -> Tensor:
+    """Bytes of the standard library's source from all over the files of a split, int64 ``[limit, length]``."""
+    texts = stdlib_texts(split)[:400] if split == "train" else stdlib_texts(split)[::40]
+    chunks = token_chunks(texts, transformers.ByT5Tokenizer(), length, limit)
+    return torch.stack([chunk["input_ids"] for chunk in chunks])
+
+
+def shuffled(rows: Tensor, at_once: int, seed: int) -> Callable[[int], Tensor]:
+    """step -> the rows of its batch, in an order that the seed draws, again and again."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return lambda step: rows[order[torch.arange(step * at_once, (step + 1) * at_once) % len(rows)]]
 
 
 @torch.no_grad()

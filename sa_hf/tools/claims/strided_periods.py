@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from sa_hf.patterns.sparse_transformer import SparseTransformerAttentionConfig
-from sa_hf.tasks.language import stdlib_texts, token_chunks
 from sa_hf.tasks.source import EVALUATION_SEEDS
 from sa_hf.tools.claims.claim import Claim, Figures
-from sa_hf.tools.claims.small import loss, small_decoder, train
+from sa_hf.tools.claims.small import BYTES, loss, shuffled, small_decoder, source_rows, train
 
 PERIOD, REACH, TOKENS, EACH, HELD_OUT = 32, 256, 16, 16, 128
 REPEATS = 0.9  # chance of a token to be the one a period before
@@ -20,7 +19,6 @@ KINDS = {
     "sparse_transformer, strided": SparseTransformerAttentionConfig(kind="strided", stride=PERIOD),
     "sparse_transformer, fixed": SparseTransformerAttentionConfig(kind="fixed", stride=PERIOD, summary=8),
 }
-BYTES = 384  # of ByT5's tokenizer
 SHOWN = f"strided keeps {KINDS['sparse_transformer, strided'].density(REACH, causal=True):.0%} of the pairs, fixed "
 SHOWN += f"{KINDS['sparse_transformer, fixed'].density(REACH, causal=True):.0%}"
 
@@ -47,21 +45,10 @@ def measure_periods(config: Any, seed: int, steps: int) -> Figures:
 
 
 def measure_text(config: Any, seed: int, steps: int) -> Figures:
-    tokenizer = transformers.ByT5Tokenizer()
-    chunks = token_chunks(stdlib_texts("train")[:400], tokenizer, REACH, EACH * steps)
-    rows = torch.stack([chunk["input_ids"] for chunk in chunks])
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    held_out = token_chunks(stdlib_texts("evaluation")[:: max(1, 40)], tokenizer, REACH, HELD_OUT)
     model = small_decoder(BYTES, REACH, config, seed)
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        at = torch.arange(step * EACH, (step + 1) * EACH) % len(rows)
-        return rows[order[at]], rows[order[at]]
-
-    train(model, batch, steps, 3e-3)
-    return {
-        "bits per byte": loss(model, torch.stack([c["input_ids"] for c in held_out])) / float(torch.tensor(2.0).log())
-    }
+    rows = shuffled(source_rows("train", REACH, EACH * steps), EACH, seed)
+    train(model, lambda step: (rows(step), rows(step)), steps, 3e-3)
+    return {"bits per byte": loss(model, source_rows("evaluation", REACH, HELD_OUT)) / math.log(2)}
 
 
 STRIDED_PERIODS = Claim(
