@@ -66,6 +66,7 @@ class LayerRows:
         probabilities: fp32 ``[H, r, n]``; a row's are 1 together, less what an attention sink takes.
         query, key: ``[1, H, n, D]`` and ``[1, Hkv, n, D]``, what a choice by content goes by; None: no such pattern is
             measured.
+        call: the layer's own, and what the layer is, for clusters; None: no such pattern is measured.
     """
 
     geometry: Geometry
@@ -73,16 +74,13 @@ class LayerRows:
     probabilities: Tensor
     query: Tensor | None = None
     key: Tensor | None = None
+    call: tuple[AttentionInputs, LayerSpec] | None = None
 
 
 def measure_rows(config: SparseAttentionConfig, rows: LayerRows) -> Measured:
     """A pattern's share of the pairs and of the probability in rows of one layer."""
-    return measured(_kept(config, rows), rows)
-
-
-def measured(kept: Tensor, rows: LayerRows) -> Measured:
-    """The share of the pairs and of the probability that some pairs, bool ``[H, r, n]``, have in rows of one layer."""
     length = rows.geometry.key_length
+    kept = _kept(config, rows)
     dense = rows.geometry.reached(rows.positions[:, None], torch.arange(length)[None]).sum(-1).double()
     sizes = kept.sum(-1).double()
     mass = (rows.probabilities * kept).sum(-1) / rows.probabilities.sum(-1).clamp(min=1e-30)
@@ -100,6 +98,9 @@ def _kept(config: SparseAttentionConfig, rows: LayerRows) -> Tensor:
         assert rows.query is not None
         assert rows.key is not None
         return read_pairs(config, rows.query, rows.key, geometry.causal, rows.positions)[0] & reached
+    if isinstance(config, RoutingAttentionConfig):
+        assert rows.call is not None
+        return kept_by_clusters(config, *rows.call, rows.positions)
     assert isinstance(config, StaticPatternConfig)
     head = torch.tensor(geometry.heads)[:, None, None]
     kept = torch.zeros(len(geometry.heads), len(rows.positions), geometry.key_length, dtype=torch.bool)
@@ -185,12 +186,8 @@ def layers_kept(
 
                 def note(_: nn.Module, given: tuple[Any, ...], site: Any = site, into: Any = layers[-1]) -> None:
                     if not into:  # a layer that runs twice (ALBERT) is measured once
-                        rows = rows_of(given[0], site.spec.layer_idx, positions)
-                        for config in configs:
-                            if isinstance(config, RoutingAttentionConfig) and _serves(config, site.spec):
-                                into[config] = measured(kept_by_clusters(config, given[0], site.spec, positions), rows)
-                            elif _serves(config, site.spec):
-                                into[config] = measure_rows(config, rows)
+                        rows = replace(rows_of(given[0], site.spec.layer_idx, positions), call=(given[0], site.spec))
+                        into.update({c: measure_rows(c, rows) for c in configs if _serves(c, site.spec)})
 
                 stack.callback(child.register_forward_pre_hook(note).remove)
             ids = input_ids.to(next(root.parameters()).device)

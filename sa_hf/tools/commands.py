@@ -277,8 +277,7 @@ def suggest(
         input_ids = text_ids(model, text, tokens_to_measure(limit, tokens))
     wanted = None
     if mixture is not None:
-        both = [(ladder(causal), candidates(causal)) for causal in (True, False)]
-        wanted = list(dict.fromkeys(config for found in both for configs in found for config in configs))
+        wanted = [config for causal in (True, False) for config in (*ladder(causal), *candidates(causal))]
     stacks = stacks_of(loaded, input_ids, wanted)
     for stack in stacks:
         found = rank_patterns(num_heads=stack.num_heads, causal=stack.causal, length=length, measured=stack.measured())

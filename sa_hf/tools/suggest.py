@@ -190,7 +190,7 @@ def stacks_of(
         stacks.append(Stack(name, spec.num_heads, spec.causal))
     if input_ids is None:
         return stacks
-    wanted = configs or list(dict.fromkeys(c for s in stacks for c in candidates(s.causal)))
+    wanted = list(dict.fromkeys(configs or (c for s in stacks for c in candidates(s.causal))))
     measured = layers_kept(model, input_ids, wanted)
     return [replace(stack, layers=measured.get(stack.name)) for stack in stacks]
 
