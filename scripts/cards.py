@@ -236,6 +236,25 @@ def headline() -> str:
     )
 
 
+def torch_engine() -> str:
+    """What torch's own operators reach where the C++ does not serve, the worst row beside one that is common."""
+    data = benchmark("_torch")
+    if data is None:
+        return "Not measured yet."
+    labels = ("window causal", *(label for system in BENCHMARK_LABELS.values() for label in system))
+    causal = [row for row in speed_rows(labels, "_torch") if row["tokens"] == f"{HEADLINE_LENGTH:,}"]
+    said, common = [], row_title("bigbird causal")
+    for name in ("forward", "forward+backward"):
+        speeds = {row["pattern"]: float(row["speed-up"].removesuffix("x")) for row in causal if row["pass"] == name}
+        worst = min(speeds, key=lambda pattern: speeds[pattern])
+        said.append(f"{name} {speeds[common]}x of dense SDPA for {common}, {speeds[worst]}x for {worst}")
+    machine = data["machine"]
+    return (
+        f"Their table is [benchmark_cpu_torch.md](model_cards/results/benchmark_cpu_torch.md): at {HEADLINE_LENGTH:,} "
+        f"tokens {'; '.join(said)} ({machine['device']}, {machine['date']}, {machine['commit']})."
+    )
+
+
 def files_of(kinds: Iterable[str]) -> list[str]:
     return [f"benchmark_cpu{kind}.md" for kind in kinds if benchmark(kind)]
 
@@ -276,6 +295,7 @@ def pages() -> dict[Path, str]:
     readme = ROOT / "README.md"
     text = filled(readme.read_text(), "gallery", gallery())
     text = filled(text, "headline", headline())
+    text = filled(text, "torch engine", torch_engine())
     text = filled(text, "families", families.sentence(FAMILIES))
     if FAMILIES.exists():
         result[CARDS / "families.md"] = families.markdown(FAMILIES)
