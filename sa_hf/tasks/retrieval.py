@@ -15,13 +15,16 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
 from sa_hf.config import did_you_mean
 from sa_hf.errors import SparseAttentionError
-from sa_hf.tasks.language import start_token
+from sa_hf.tasks.files import KINDS as FILE_KINDS
+from sa_hf.tasks.files import TEXT, find_files
+from sa_hf.tasks.language import start_token, stdlib_texts
 from sa_hf.tasks.synthetic import IGNORED
 
 Kind = Literal["single", "multi_key", "multi_value", "variables"]
@@ -139,6 +142,64 @@ class Haystack:
             found = self.tokenizer(self._texts[text], add_special_tokens=False, verbose=False)["input_ids"]
             self._lines[text] = [ids for ids in found if ids]
         return self._lines[text]
+
+
+def haystack_texts(name: str, split: str | None = None) -> list[str] | None:
+    """What a :class:`Haystack` takes, by its name.
+
+    Args:
+        name: "noise" (None, the paper's), "stdlib" (docstrings of the standard library), or a path of the user's: a
+            file or a folder of .txt, .md and .py files in UTF-8.
+        split: of texts to train on and to evaluate on, "train" or "evaluation"; of each of the user's texts the last
+            tenth of its lines is held out. None: for evaluation alone, all of it.
+
+    Raises:
+        SparseAttentionError: no such name or path, no text in it, or a file in another encoding.
+    """
+    if name == "noise":
+        return None
+    if name == "stdlib":
+        return stdlib_texts(split or "evaluation", "docstrings")
+    texts = [_held_out(_decoded(path), split) for path in haystack_files(name)]
+    if not any(text.strip() for text in texts):
+        suffixes = sorted(suffix for suffix, kind in FILE_KINDS.items() if kind == TEXT)
+        raise SparseAttentionError(
+            f"haystack={name!r} holds no text for {split or 'evaluation'}; give {suffixes} files"
+        )
+    return texts
+
+
+def haystack_files(name: str) -> list[Path]:
+    """The user's files that a haystack is made of; none of "stdlib" and "noise".
+
+    Raises:
+        SparseAttentionError: no such name or path.
+    """
+    if name in ("stdlib", "noise"):
+        return []
+    root = Path(name).expanduser()
+    if not root.exists():
+        raise SparseAttentionError(
+            f"haystack={name!r} must be 'stdlib', 'noise', or a file or folder of texts, and there is none; nearest: "
+            "'stdlib'"
+        )
+    return [path for path in find_files(root) if FILE_KINDS.get(path.suffix) == TEXT]
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise SparseAttentionError(
+            f"haystack: {path} is not in UTF-8 ({error.reason} at byte {error.start})"
+        ) from error
+
+
+def _held_out(text: str, split: str | None) -> str:
+    """A text's lines of a split: nine tenths of them, or the rest."""
+    lines = text.splitlines(keepends=True)
+    cut = -(-9 * len(lines) // 10)
+    return text if split is None else "".join(lines[cut:] if split == "evaluation" else lines[:cut])
 
 
 @dataclass(frozen=True, kw_only=True)

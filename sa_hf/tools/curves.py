@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,17 @@ from sa_hf.hf.state.patch import patch_of
 from sa_hf.hf.state.positions import lengthening
 from sa_hf.tasks.context import sliding_loss
 from sa_hf.tasks.flags import whole
-from sa_hf.tasks.language import stdlib_texts
 from sa_hf.tasks.metrics import bootstrap, perplexity, share_interval
 from sa_hf.tasks.ranks import say
-from sa_hf.tasks.retrieval import KINDS, Haystack, RetrievalTask, Sample, found_answers
+from sa_hf.tasks.retrieval import (
+    KINDS,
+    Haystack,
+    RetrievalTask,
+    Sample,
+    found_answers,
+    haystack_files,
+    haystack_texts,
+)
 from sa_hf.tools.bench.report import machine
 from sa_hf.tools.curves_report import write_report
 from sa_hf.tools.options import described_pattern
@@ -77,7 +84,7 @@ def add_curve_flags(parser: argparse.ArgumentParser) -> None:
     curves.add_argument("--retrieval", type=kinds, default=["single"], help=f"none, or some of {','.join(KINDS)}")
     curves.add_argument("--needles", type=whole(1), default=4, help="of kinds with several")
     curves.add_argument("--wording", default="ruler", choices=("ruler", "short"), help="short: for small models")
-    curves.add_argument("--haystack", default="stdlib", choices=("stdlib", "noise"))
+    curves.add_argument("--haystack", default="stdlib", help="stdlib, noise, or a file or folder of texts of your own")
     curves.add_argument("--depths", type=whole(1), default=5, help="places of a needle, evenly apart")
     curves.add_argument("--samples", type=whole(1), default=20, help="rows for each depth and length")
     curves.add_argument("--out", default="runs/curves", help="folder of results, tables and pictures")
@@ -184,9 +191,12 @@ def measure_curves(
         patterns: of :func:`patterns_of`.
         args: the flags of ``sa-hf evaluate``.
     """
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"weights": _weights(args.model)}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings |= {"weights": _stamps(Path(args.model).glob("*.safetensors"))}
+    if haystack_files(args.haystack):
+        settings["haystack files"] = _stamps(haystack_files(args.haystack))
     results = Results(Path(args.out), settings, patterns, next(model.parameters()).device)
-    haystack = Haystack(tokenizer, stdlib_texts("evaluation", "docstrings") if args.haystack == "stdlib" else None)
+    haystack = Haystack(tokenizer, haystack_texts(args.haystack))
     model.eval()
     wanted = [(label, key, work) for label in patterns for key, work in _cells(model, haystack, chunks, args)]
     left = [(label, f"{label}/{key}", work) for label, key, work in wanted if f"{label}/{key}" not in results.cells]
@@ -204,9 +214,9 @@ def measure_curves(
     return results
 
 
-def _weights(model: str) -> list[Any]:
-    """What tells the weights of a local model from others of the same name: sizes and times of its files."""
-    found = [path.stat() for path in sorted(Path(model).glob("*.safetensors"))]
+def _stamps(paths: Iterable[Path]) -> list[Any]:
+    """What tells the files of one run from others of the same names: sizes and times."""
+    found = [path.stat() for path in sorted(paths)]
     return [[stat.st_size, stat.st_mtime_ns] for stat in found]
 
 

@@ -32,6 +32,7 @@ from sa_hf.tasks.forecast import forecast_figures
 from sa_hf.tasks.load import tokenizer_of
 from sa_hf.tasks.metrics import perplexity
 from sa_hf.tasks.models import check_length
+from sa_hf.tasks.retrieval import haystack_texts
 from sa_hf.tasks.source import CAUSAL, CLASSIFICATION, QUESTIONS, SUMMARIES, Rows
 from sa_hf.tasks.summaries import summary_figures
 from sa_hf.tasks.verify import load_saved, saved_config
@@ -103,6 +104,7 @@ def curves(args: argparse.Namespace) -> dict[str, Any]:
     saved_config(args.model, args.task)
     words = args.patterns.split(",")
     patterns_of(words, patched=True)
+    haystack_texts(args.haystack)
     args.max_length = args.lengths[-1]
     tokenizer = tokenizer_of(args.model)
     source = source_of(args, fields=parse_options(args.dataset_set), evaluate_only=True)

@@ -67,7 +67,12 @@ def test_only_the_encoder_need_be_sparse(tmp_path: Path) -> None:
     ("task", "dataset", "fields", "message"),
     [
         ("causal-lm", "retrieval-single", {"neddles": 3}, "did you mean 'needles'.*haystack"),
-        ("causal-lm", "retrieval-single", {"haystack": "essays"}, "must be 'stdlib' or 'noise'"),
+        (
+            "causal-lm",
+            "retrieval-single",
+            {"haystack": "essays"},
+            "'essays' must be 'stdlib', 'noise', or a file",
+        ),
         ("causal-lm", "stdlib", {"size": 3}, "it has none at all"),
         ("causal-lm", "own.txt", {"size": 3}, "none of the data sets that are made"),
         ("masked-lm", "listops", {}, "use --task sequence-classification"),

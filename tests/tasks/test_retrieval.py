@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from sa_hf import SparseAttentionError
-from sa_hf.tasks.retrieval import Haystack, RetrievalTask, found_answers
+from sa_hf.tasks.retrieval import Haystack, RetrievalTask, found_answers, haystack_texts
 
 TOKENIZER = ByT5Tokenizer()
 TEXT = "".join(f"line {i} of the text\n" for i in range(400))
@@ -68,6 +69,33 @@ def test_the_rest_is_the_haystack() -> None:
         # One piece of the text, or its end and another piece.
         assert sum(step != 1 for step in steps) <= 2
         assert len(rest) - sum(len(f"line {n} of the text\n") for n in numbers) < 25
+
+
+def test_texts_of_ones_own_are_the_haystack_and_their_last_tenth_is_held_out(tmp_path: Path) -> None:
+    for name, letter in (("one.txt", "a"), ("two.md", "b")):
+        (tmp_path / name).write_text("".join(f"{letter} {i}\n" for i in range(20)))
+    (tmp_path / "rows.csv").write_text("no,text\n")
+    train, held_out = (haystack_texts(str(tmp_path), split) for split in ("train", "evaluation"))
+    assert held_out == ["a 18\na 19\n", "b 18\nb 19\n"]
+    assert train is not None
+    assert [text + rest for text, rest in zip(train, held_out, strict=True)] == haystack_texts(str(tmp_path))
+    assert haystack_texts(str(tmp_path / "one.txt")) == [train[0] + held_out[0]]
+    hay = Haystack(TOKENIZER, haystack_texts(str(tmp_path)))
+    (sample,) = RetrievalTask(wording="short").samples(hay, 200, 1)
+    rest = re.sub(r"The code of \w+ is \d+\.\n", "", TOKENIZER.decode(sample.input_ids, skip_special_tokens=True))
+    assert set(re.findall("[ab] 1[0-9]", rest))
+
+
+def test_a_haystack_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "line.txt").write_text("one line\n")
+    for path, split, message in (
+        ("gone", None, "gone' must be 'stdlib', 'noise'"), ("latin.txt", None, "latin.txt is not in UTF-8"),
+        ("short", "evaluation", "no text for evaluation"),
+    ):  # fmt: skip
+        with pytest.raises(SparseAttentionError, match=message):
+            haystack_texts(str(tmp_path / path), split)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])

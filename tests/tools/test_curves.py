@@ -108,6 +108,19 @@ def test_a_stopped_run_goes_on_and_other_settings_are_refused(
         evaluate.main(flags(saved, out))
 
 
+def test_needles_in_ones_own_text(saved: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("some line of mine\n" * 40)
+    words = [*flags(saved, tmp_path / "out"), "--lengths", "128", "--haystack", str(own)]
+    cells = evaluate.main(words)
+    assert cells["dense/retrieval/single/128"]["answers"] == 6
+    own.write_text("another line\n" * 40)
+    with pytest.raises(SparseAttentionError, match="results of haystack files="):
+        evaluate.main(words)
+    with pytest.raises(SparseAttentionError, match="must be 'stdlib', 'noise', or a file"):
+        evaluate.main([*words, "--haystack", str(tmp_path / "none.txt")])
+
+
 def test_answers_are_counted_at_the_depth_of_their_needles(monkeypatch: pytest.MonkeyPatch) -> None:
     args = evaluate.build_parser().parse_args(["--lengths", "200", "--depths", "2", "--samples", "4"])
     haystack = curves.Haystack(ByT5Tokenizer())
