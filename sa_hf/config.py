@@ -228,8 +228,11 @@ class SparseAttention(nn.Module):
         """Whether this call can take the keys that a cache kept, by their slots, without those that it dropped."""
         return False
 
-    def expired_keys(self) -> Tensor | None:
-        """Key slots of the last forward that no later query can read, bool ``[B, Nk]`` (padding too), or None."""
+    def expired_keys(self, noted: Any = None) -> Tensor | None:
+        """Key slots that no later query can read, bool ``[B, Nk]`` (padding too), or None.
+
+        Args: noted: what the module has noted of the call that is meant (``AttentionInputs.note``); None: the last.
+        """
         return None
 
     def tie(self, layers: Sequence[SparseAttention]) -> None:

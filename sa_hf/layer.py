@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,7 +132,8 @@ class AttentionInputs:
             ``reads_listed_keys``; None: key ``j`` stands at slot ``j``.
         band, chunk: the model's own window and chunks, as in ``Geometry``.
         blocks: over all key slots of this call; None where there are none.
-        step: set by a static pattern whose call was a step of decoding in C++: layers alike may run it, too.
+        step: set by a pattern whose call was a step of decoding in C++: layers alike may run it, too.
+        noted: with a cache, what patterns keep of this call to say which keys it may drop (:meth:`note`).
     """
 
     query: Tensor
@@ -155,6 +157,13 @@ class AttentionInputs:
     chunk: int | None = None
     blocks: Blocks | None = None
     step: PreparedStep | None = None
+    noted: dict[int, Any] | None = None
+
+    def note(self, module: object, what: Any) -> None:
+        """Keep what :meth:`SparseAttention.expired_keys` of a module is to know of this call: the module itself may be
+        run by several threads."""
+        if self.noted is not None:
+            self.noted[id(module)] = what
 
     def remembered(self, name: str, tensor: Tensor, dim: int) -> Tensor:
         """A per-token tensor of the keys that there are, the new ones' joined to the cached ones'."""

@@ -155,17 +155,16 @@ class ExpireSpanAttention(LearnedAttention):
         # In fp64, as the layout that drops tiles: fp32 rounds the sum, and would drop a key with a little weight left.
         return (spans.double() + self.config.ramp <= (position - key_positions)[:, None]).all(1)
 
-    def expired_keys(self) -> Tensor | None:
-        if self._seen is None:
+    def expired_keys(self, noted: _Seen | None = None) -> Tensor | None:
+        seen = self._seen if noted is None else noted
+        if seen is None:
             return None
-        position, length = key_places(self._seen.sequences, self._seen.spans.device)
-        slots = self._seen.key_slots
+        position, length = key_places(seen.sequences, seen.spans.device)
+        slots = seen.key_slots
         if slots is None:
-            return self.evictable(length, self._seen.spans, position) | (position < 0)
+            return self.evictable(length, seen.spans, position) | (position < 0)
         gone = torch.ones_like(position, dtype=torch.bool)
-        gone[:, slots] = self.evictable(length[:, slots], self._seen.spans, position[:, slots]) | (
-            position[:, slots] < 0
-        )
+        gone[:, slots] = self.evictable(length[:, slots], seen.spans, position[:, slots]) | (position[:, slots] < 0)
         return gone
 
     def forward(self, inputs: AttentionInputs) -> Tensor:
@@ -205,6 +204,7 @@ class ExpireSpanAttention(LearnedAttention):
         fresh, spans = self._spans_of_keys(inputs)
         if not torch.compiler.is_exporting():  # tensors of a trace mean nothing after it
             self._seen = _Seen(spans.detach(), fresh.detach(), inputs.sequences, inputs.key_slots)
+            inputs.note(self, self._seen)
         return fresh, spans
 
     def _in_place(self, inputs: AttentionInputs) -> bool:

@@ -37,12 +37,14 @@ def _frozen_parts(data: PlanData) -> tuple[Part, ...]:
     plans: dict[object, tuple[Part, ...]] = _PLANS.setdefault(kept, {})
     version = _version(kept)
     key = data.query_length, data.key_length, left, right, drop_diagonal, version
-    if key not in plans:
+    known = plans.get(key)
+    if known is None:
         while len(plans) >= PLANS_KEPT:
-            del plans[next(iter(plans))]
-        parts = frozen_plan(kept, data.query_length, data.key_length, Band(left, right), bool(drop_diagonal))
-        plans[key] = tuple(parts)
-    return plans[key]
+            plans.pop(next(iter(plans)), None)
+        known = plans[key] = tuple(
+            frozen_plan(kept, data.query_length, data.key_length, Band(left, right), bool(drop_diagonal))
+        )
+    return known
 
 
 def _version(kept: Tensor) -> int | None:
@@ -75,13 +77,14 @@ def _distances(kept: Tensor, drop_diagonal: bool) -> RunLists:
     """The kept distances of each head as runs, one list where the heads are alike."""
     lists: dict[object, RunLists] = _LISTS.setdefault(kept, {})
     key = _version(kept), drop_diagonal
-    if key not in lists:
+    known = lists.get(key)
+    if known is None:
         rows = [torch.nonzero(head).flatten() for head in kept]
         rows = [row[row > 0] if drop_diagonal else row for row in rows]
         alike = all(torch.equal(row, rows[0]) for row in rows)
         lists.clear()
-        lists[key] = RunLists.of([runs_of(row) for row in (rows[:1] if alike else rows)])
-    return lists[key]
+        known = lists[key] = RunLists.of([runs_of(row) for row in (rows[:1] if alike else rows)])
+    return known
 
 
 def frozen_plan(kept: Tensor, query_length: int, key_length: int, band: Band, drop_diagonal: bool) -> list[Part]:

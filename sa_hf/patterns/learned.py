@@ -78,11 +78,6 @@ class LearnedAttention(SparseAttention):
     def unscaled_losses(self) -> dict[str, Tensor]:
         return dict(self._unscaled)
 
-    def expired_keys(self) -> Tensor | None:
-        """Which keys of the last forward (causal) no later query can read, bool ``[B, Nk]``, padding included; what a
-        cache may drop. None where the pattern cannot say."""
-        return None
-
     def _keep_loss(self, name: str, loss: Tensor, coefficient: float) -> None:
         """Keep a loss, to join the model's own times its coefficient."""
         if self._may_keep_graph or not self.training:

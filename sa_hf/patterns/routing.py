@@ -194,7 +194,7 @@ class RoutingAttention(CentroidState):
             of_queries = clusters[0]
             of_keys = inputs.remembered("clusters", clusters[1], dim=2)
             if not torch.compiler.is_exporting():  # tensors of a trace mean nothing after it
-                self._seen = of_keys, inputs.sequences, inputs.key_slots
+                self._note_keys(of_keys, inputs)
             if self._in_place(inputs):
                 return self._read(inputs, options, self._by_label(of_queries, of_keys, inputs.sequences))
 
@@ -215,7 +215,8 @@ class RoutingAttention(CentroidState):
         return self._read(inputs, options, self._labelled(inputs))
 
     def repeated(self, earlier: SparseAttention, step: PreparedStep, inputs: AttentionInputs) -> PreparedStep | None:
-        if not isinstance(earlier, RoutingAttention) or earlier.config != self.config or self.training:
+        alike = isinstance(earlier, RoutingAttention) and earlier.config == self.config and not self.training
+        if not alike or self.config.commitment_coef > 0:  # whose loss is of each forward
             return None
         return step.again(labelled=self._labelled(inputs))
 
@@ -231,8 +232,12 @@ class RoutingAttention(CentroidState):
         self._unscaled.pop("routing_commitment", None)  # of an earlier forward
         self._sizes, self._counted = None, ((of_queries, fresh), inputs.sequences)
         of_keys = inputs.remembered("clusters", fresh, dim=2)
-        self._seen = of_keys, inputs.sequences, inputs.key_slots
+        self._note_keys(of_keys, inputs)
         return self._by_label(of_queries, of_keys, inputs.sequences)
+
+    def _note_keys(self, of_keys: Tensor, inputs: AttentionInputs) -> None:
+        self._seen = of_keys, inputs.sequences, inputs.key_slots
+        inputs.note(self, self._seen)
 
     def _by_label(self, of_queries: Tensor, of_keys: Tensor, sequences: Sequences) -> Labelled:
         return Labelled(of_keys, of_queries, self.config.cluster_window(sequences.key_length, causal=True) - 1)
@@ -326,10 +331,11 @@ class RoutingAttention(CentroidState):
         mean: Tensor = total / count.clamp(min=1)
         return mean.to(query.dtype)
 
-    def expired_keys(self) -> Tensor | None:
-        if self._seen is None:
+    def expired_keys(self, noted: Any = None) -> Tensor | None:
+        seen = self._seen if noted is None else noted
+        if seen is None:
             return None
-        clusters, sequences, slots = self._seen
+        clusters, sequences, slots = seen
         if slots is not None:  # what is gone is in no cluster
             whole = clusters.new_full((*clusters.shape[:2], sequences.key_length), self.num_clusters)
             clusters = whole.index_copy(2, slots.to(clusters.device), clusters)

@@ -239,7 +239,7 @@ class SparseBertAttention(LearnedAttention):
         if kept is None and not self._evaluates_sparsely(inputs):
             refuse_open_length(inputs.sequences)
         if not torch.compiler.is_exporting():  # sizes of a trace mean nothing after it
-            self._note(inputs.sequences, band)
+            self._note(inputs, band)
         options = score_options(inputs, self.heads)
         if kept is None and self._evaluates_sparsely(inputs):
             kept = self._evaluated()
@@ -262,9 +262,9 @@ class SparseBertAttention(LearnedAttention):
 
         return map_groups(inputs.query, inputs.key, inputs.value, inputs.sequences, options, attend_group)
 
-    def _note(self, sequences: Sequences, band: Band) -> None:
-        self._sequences = sequences
-        self._seen, self._band = [*sequences.shapes], band
+    def _note(self, inputs: AttentionInputs, band: Band) -> None:
+        self._sequences, self._seen, self._band = inputs.sequences, [*inputs.sequences.shapes], band
+        inputs.note(self, inputs.sequences)
 
     def repeated(self, earlier: SparseAttention, step: PreparedStep, inputs: AttentionInputs) -> PreparedStep | None:
         if self.training or not self.config.structured:
@@ -272,7 +272,7 @@ class SparseBertAttention(LearnedAttention):
         band = inputs.band.causal_if(inputs.causal)
         _, kept = self._held()
         kept = (self._evaluated() if kept is None else kept).to(inputs.query.device)
-        self._note(inputs.sequences, band)
+        self._note(inputs, band)
         return step.relisted(distance_reads(inputs.sequences, kept, band, self.config.drop_diagonal))
 
     def _evaluates_sparsely(self, inputs: AttentionInputs) -> bool:
@@ -298,11 +298,12 @@ class SparseBertAttention(LearnedAttention):
     def reads_listed_keys(self, inputs: AttentionInputs) -> bool:
         return self._in_place(inputs)
 
-    def expired_keys(self) -> Tensor | None:
-        if self.training or self._sequences is None:
+    def expired_keys(self, noted: Sequences | None = None) -> Tensor | None:
+        sequences = self._sequences if noted is None else noted
+        if self.training or sequences is None:
             return None
         table = self.keep_table().any(0)
-        position, length = key_places(self._sequences, table.device)
+        position, length = key_places(sequences, table.device)
         size = self.config.mask_length
         if self.config.structured:
             kept = torch.nonzero(table).flatten()
@@ -363,9 +364,7 @@ class SparseBertAttention(LearnedAttention):
             return {"mask_density": float(self._density(self.keep_table().float(), self._last_band()))}
 
     def _last_band(self) -> Band:
-        if self._seen:
-            return self._band
-        return self.spec.band.causal_if(self.spec.causal)
+        return self._band if self._seen else self.spec.band.causal_if(self.spec.causal)
 
     def _last_lengths(self) -> list[tuple[int, int, int]]:
         """(sequences, query length, key length) of the last forward; before any, one of ``mask_length`` tokens."""

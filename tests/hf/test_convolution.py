@@ -146,6 +146,22 @@ def test_packed_sequences_do_not_leak() -> None:
     assert error(packed, alone) < 1e-5
 
 
+def test_a_call_that_failed_leaves_nothing_to_dense() -> None:
+    c = convolved("llama", 3)
+    with sa_hf.dense(c.model):
+        expected = c.output()
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    handle = c.model.model.layers[1].self_attn.v_proj.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        c.output()
+    handle.remove()
+    with sa_hf.dense(c.model):
+        assert torch.equal(c.output(), expected)
+
+
 def test_earlier_slots_by_plain_loops() -> None:
     mask = torch.tensor([[1, 1, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]])
     ids = torch.tensor([[0, 0, 0, 0, 0, 1, 1], [0, 0, 2, 2, 2, 2, 0]])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from generation_cases import PATTERNS, generate, prompt
-from hf_cases import tiny_model
+from hf_cases import tiny_model, tokens
 from torch import Tensor
 
 import sa_hf
@@ -79,6 +79,27 @@ def test_same_bits_by_both_ways(
     assert sum(repeated) >= len(short.logits)
     long = by_the_long_way(monkeypatch, run)
     assert torch.equal(torch.stack(short.logits), torch.stack(long.logits))
+
+
+COMMITTED = sa_hf.RoutingAttentionConfig(num_clusters=3, window=4, commitment_coef=0.1)
+
+
+@pytest.mark.parametrize("pattern", [*LEARNED, "sparsebert", "committed"])
+def test_losses_and_figures_by_both_ways(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's are of its last step, and not of what stood there before."""
+
+    def after_steps() -> tuple[dict[str, float], Any]:
+        model, ids = tiny_model("llama", num_hidden_layers=3), tokens(2, 14)
+        sa_hf.patch_model(model, COMMITTED if pattern == "committed" else PATTERNS[pattern])
+        cache = tf.DynamicCache(config=model.config)
+        with torch.no_grad():
+            for start, end in ((0, 11), (11, 12), (12, 13), (13, 14)):
+                model(ids[:, start:end], past_key_values=cache)
+        return {name: float(loss) for name, loss in sa_hf.auxiliary_losses(model).items()}, sa_hf.figures(model)
+
+    short = after_steps()
+    assert any(short)
+    assert short == by_the_long_way(monkeypatch, after_steps)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral", "t5", "gpt2"])

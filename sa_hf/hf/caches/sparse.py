@@ -258,7 +258,7 @@ def readable_slots(child: SparseAttention, inputs: AttentionInputs) -> Tensor | 
 
 def _readable(leaf: SparseAttention, inputs: AttentionInputs) -> Tensor | None:
     if not isinstance(leaf.config, StaticPatternConfig):
-        expired = leaf.expired_keys()
+        expired = leaf.expired_keys(None if inputs.noted is None else inputs.noted.get(id(leaf)))
         return None if expired is None else ~expired.all(0).cpu()
     at = Geometry(1, 1, leaf.heads, leaf.spec.num_heads, leaf.spec.layer_idx, True, inputs.band, chunk=inputs.chunk)
     sequences = inputs.sequences

@@ -163,6 +163,7 @@ def _attend(
         turned_halves=partial(turned_halves, module, call.rotary),
         remember=None if call.memory is None else call.memory.remember,
         beside=None if call.memory is None else call.memory.beside,
+        noted=None if call.memory is None else {},
     )
     started = handed_over() if request is None else None if torch.compiler.is_compiling() else request.given
     for leaf in leaves(child):

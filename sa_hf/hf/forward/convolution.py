@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.caches.layer import LayerMemory
+from sa_hf.hf.state.activity import place_of
 from sa_hf.hf.state.layers import active_child
+from sa_hf.hf.state.threads import Running
 from sa_hf.layer import LayerSpec
 from sa_hf.ops.sequences import Sequences
 
@@ -33,12 +35,12 @@ class ConvTaps(nn.Module):
         for name, heads in (("query", spec.num_heads), ("key", spec.num_key_value_heads)):
             shape = kernel_size - 1, heads * spec.head_dim, spec.hidden_size
             setattr(self, name, nn.Parameter(torch.zeros(shape, dtype=spec.dtype, device=spec.device)))
-        self._earlier: list[Tensor] = []
+        self._earlier = Running()
 
     def prepare(self, hidden: Tensor, sequences: Sequences, memory: LayerMemory | None) -> None:
         """Take the layer's input ``[batch, queries, hidden]`` of this call; extra tokens in front have no past."""
         extra = sequences.extra_tokens
-        self._earlier = earlier_inputs(hidden[:, extra:], self.taps, sequences, memory)
+        self._earlier.set(earlier_inputs(hidden[:, extra:], self.taps, sequences, memory))
 
     @property
     def taps(self) -> int:
@@ -48,12 +50,17 @@ class ConvTaps(nn.Module):
     def forward(self, name: str, length: int) -> Tensor:
         """What the taps add to the projection of "query" or "key", ``[batch, length, heads * head_dim]``."""
         weight: Tensor = getattr(self, name)
-        total = sum(nn.functional.linear(x, w) for x, w in zip(self._earlier, weight, strict=True))
+        total = sum(nn.functional.linear(x, w) for x, w in zip(self._earlier.get(), weight, strict=True))
         assert isinstance(total, Tensor)  # a kernel has at least two taps
         return nn.functional.pad(total, (0, 0, length - total.shape[1], 0))
 
     def forget(self) -> None:
-        self._earlier = []
+        self._earlier.set(None)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether this call has given its input."""
+        return self._earlier.get() is not None
 
 
 def earlier_inputs(hidden: Tensor, taps: int, sequences: Sequences, memory: LayerMemory | None) -> list[Tensor]:
@@ -156,9 +163,11 @@ class ConvHook:
         raise AssertionError
 
     def _taps(self) -> ConvTaps | None:
-        """The layer's taps, where this call has prepared them (not inside ``dense(model)``)."""
+        """The layer's taps, where this call has prepared them; inside ``dense(model)`` none are, but what is left of a
+        call that failed."""
         conv = getattr(active_child(self.attention), "conv", None)
-        return conv if isinstance(conv, ConvTaps) and conv._earlier else None
+        acts = isinstance(conv, ConvTaps) and conv.prepared and place_of(self.attention).activity.on
+        return conv if acts else None
 
     def query(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         conv = self._taps()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,10 +32,24 @@ from sa_hf.hf.state.inputs import ForwardInputs, hand_over, handed_over
 from sa_hf.hf.state.layers import learned_leaves, noted, sparse_children, tie_layers
 from sa_hf.hf.state.recomputation import in_backward
 from sa_hf.hf.state.step import Delivery
+from sa_hf.hf.state.threads import Running
 from sa_hf.ops.transforms import refuse_recorded, transformed
 
 # On each Transformers model inside a patched one.
 FORWARD = "sa_hf_forward"
+
+
+@dataclass(eq=False)
+class _Begun:
+    """A running forward of one model. Of the outermost: what a forward around it was given and what this one is, its
+    children that act, what those had noted before a transform, and the implementations that a packed call inside
+    ``dense(model)`` replaces."""
+
+    around: ForwardInputs | None = None
+    given: ForwardInputs | None = None
+    children: list[SparseAttention] | None = None
+    noted_before: list[tuple[SparseAttention, dict[str, Any]]] = field(default_factory=list)
+    before_packed: list[str] = field(default_factory=list)
 
 
 class ModelForward:
@@ -57,16 +72,7 @@ class ModelForward:
         self.parameters = list(inspect.signature(model.forward).parameters)
         self.pooled = pooled_position(model)  # None once it was warned about
         self.tied: tuple[int, ...] = ()
-        self.running = False
-        self.children: list[SparseAttention] | None = None  # those that act, in the running forward
-        self.around: ForwardInputs | None = None  # what a forward around this one was given
-        self.given: ForwardInputs | None = None
-        self.noted_before: list[tuple[SparseAttention, dict[str, Any]]] = []  # what was noted before a transform
-        self.before_packed: list[str] = []  # the implementations that a packed call inside dense(model) replaces
-
-    def __getstate__(self) -> dict[str, Any]:
-        left = {"running": False, "children": None, "around": None, "given": None}
-        return {**vars(self), **left, "before_packed": [], "noted_before": []}
+        self.begun = Running()  # a _Begun
 
     def register(self, model: PreTrainedModel) -> list[Any]:
         setattr(model, FORWARD, self)
@@ -78,7 +84,7 @@ class ModelForward:
 
     def run(self, forward: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``forward`` of the model, with what its hooks do where they were skipped."""
-        hooked = self.running
+        hooked = self.begun.get() is not None
         if not hooked:
             args, kwargs = self.before(model, args, kwargs) or (args, kwargs)
         try:
@@ -94,20 +100,21 @@ class ModelForward:
     # -- before ----------------------------------------------------------------------------------------------------
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.activity.within is not None and self.activity.within is not self:
-            self.running = True
+        within, begun = self.activity.within.get(), _Begun()
+        if within is not None and within is not self:
+            self.begun.set(begun)
             return None
-        changed = self._begin(model, args, kwargs)
-        self.running, self.activity.within = True, self
+        changed = self._begin(begun, model, args, kwargs)
+        self.begun.set(begun)
+        self.activity.within.set(self)
         return changed
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.around = handed_over()
-        self.given = None
+    def _begin(self, begun: _Begun, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        begun.around = handed_over()
         hand_over(None)
         named = self._named(args, kwargs)
         if not self.activity.on:
-            return self._before_dense(model, args, kwargs, named)
+            return self._before_dense(begun, model, args, kwargs, named)
         if getattr(model, "_is_replica", False):
             raise SparseAttentionError(
                 f"nn.DataParallel runs replicas of {type(model).__name__}, which lose what sparse attention learns "
@@ -119,18 +126,18 @@ class ModelForward:
         _check_not_crossed(model, named)
         if self.pooled is not None and not torch.compiler.is_compiling() and warn_of_padding(model, self.pooled, named):
             self.pooled = None
-        children = self.children = sparse_children(model, self.names)
+        children = begun.children = sparse_children(model, self.names)
         if children:
             refuse_recorded()
         if transformed():
-            self.noted_before = noted(children)
+            begun.noted_before = noted(children)
         self._tie(children)
         given = ForwardInputs(named.get("sequence_ids"), named.get("position_ids"), named.get("cu_seq_lens_q"))
         if _train(children):
             self._count(model, children, named, given)
             if not torch.compiler.is_compiling():  # modules and functions that are set
                 carry_inputs(model)
-        self.given = given
+        begun.given = given
         hand_over(given)
         if torch.compiler.is_compiling():
             self.activity.traced = given
@@ -172,7 +179,7 @@ class ModelForward:
         return args, {key: value for key, value in kwargs.items() if key != "sequence_ids"}
 
     def _before_dense(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]
+        self, begun: _Begun, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]
     ) -> Any:
         """A call inside ``dense(model)``: where it names its sequences, its masks are made within them."""
         ids = named.get("sequence_ids")
@@ -189,7 +196,7 @@ class ModelForward:
             )
         originals = {id(config): original for config, original in self.configs}
         hand_over(ForwardInputs(ids, originals=originals))
-        self.before_packed = [config._attn_implementation for config, _ in self.configs]
+        begun.before_packed = [config._attn_implementation for config, _ in self.configs]
         for config, _ in self.configs:
             config._attn_implementation_internal = PACKED
         return self._without_ids(args, kwargs)
@@ -205,7 +212,7 @@ class ModelForward:
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """``output`` is None where the forward has raised."""
-        outermost = self.activity.within is self
+        outermost, begun = self.activity.within.get() is self, self.begun.get() or _Begun()
         try:
             if output is None:
                 return None
@@ -214,37 +221,35 @@ class ModelForward:
                 if outermost:
                     self._guard_recomputation(model, output)
                 return output
-            return self._with_losses(model, args, kwargs, output, outermost)
+            return self._with_losses(begun, model, args, kwargs, output, outermost)
         finally:
-            self.running = False
+            self.begun.set(None)
             if outermost:
-                self._leave(model)
+                self._leave(begun, model)
 
-    def _leave(self, model: nn.Module) -> None:
-        self.activity.within = None
-        for (config, _), before in zip(self.configs, self.before_packed, strict=False):
+    def _leave(self, begun: _Begun, model: nn.Module) -> None:
+        self.activity.within.set(None)
+        for (config, _), before in zip(self.configs, begun.before_packed, strict=False):
             config._attn_implementation_internal = before
-        self.before_packed = []
-        hand_over(self.around)
-        self.around = self.given = None
-        children, self.children = self.children, None
-        for child in sparse_children(model, self.names) if children is None else children:
+        hand_over(begun.around)
+        for child in sparse_children(model, self.names) if begun.children is None else begun.children:
             child.drop_graph()
-        for leaf, attributes in self.noted_before:  # a transform's tensors are none outside of it
+        for leaf, attributes in begun.noted_before:  # a transform's tensors are none outside of it
             vars(leaf).update(attributes)
-        self.noted_before = []
 
     def _with_losses(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, outermost: bool
-    ) -> Any:
+        self, begun: _Begun, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any,
+        outermost: bool,
+    ) -> Any:  # fmt: skip
         compiling, collected = torch.compiler.is_compiling(), self.activity.collected
         if collected is None and not compiling and self.own and torch.is_grad_enabled():
-            outer = self.activity.within
-            delivery = None if outer is None or outer.given is None else outer.given.delivery
+            outer = self.activity.within.get()
+            around = None if outer is None else outer.begun.get()
+            delivery = None if around is None or around.given is None else around.given.delivery
             own = [child for child in sparse_children(model, self.own) if _train([child])]
             if own and delivery is not None:
                 output = carrying(own, delivery, output)
-        children = self.children if outermost else None
+        children = begun.children if outermost else None
         if children is None or not _train(children):
             return output
         if collected is not None:
@@ -254,7 +259,7 @@ class ModelForward:
         named = self._named(args, kwargs)
         if compiling and loss_of(output, named) is None:
             _refuse_lost_losses(model, children)
-        delivery = None if self.given is None else self.given.delivery
+        delivery = None if begun.given is None else begun.given.delivery
         return add_to_loss(model, children, named, output, delivery)
 
     def _guard_recomputation(self, model: nn.Module, output: Any) -> None:

@@ -54,7 +54,7 @@ class SettledStep:
         inputs = object.__new__(AttentionInputs)
         vars(inputs).update(vars(self.inputs))
         inputs.query, inputs.key, inputs.value = tensors
-        inputs.hidden_states, inputs.step = call.hidden_states, None
+        inputs.hidden_states, inputs.step, inputs.noted = call.hidden_states, None, None
         inputs.before_rotary = partial(before_rotary, module, call.rotary)
         inputs.turned_halves = partial(turned_halves, module, call.rotary)
         if call.memory is not None:

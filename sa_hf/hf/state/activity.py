@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.state.inputs import ForwardInputs
 from sa_hf.hf.state.recomputation import Forwards
+from sa_hf.hf.state.threads import Running
 from sa_hf.layer import LayerSpec
 
 IMPLEMENTATION = "sparse_sa_hf"
@@ -32,14 +33,14 @@ class Activity:
     owner: str = "model"
     on: bool = True
     forwards: Forwards = field(default_factory=Forwards)
-    within: Any = None
+    within: Running = field(default_factory=Running)
     warned: bool = False
     traced: ForwardInputs | None = None
     collected: list[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside dense(model) is no part of that block, and nothing would ever switch it on again.
-        left = {"traced": None, "collected": None, "within": None, "forwards": Forwards()}
+        left = {"traced": None, "collected": None, "within": Running(), "forwards": Forwards()}
         return {**vars(self), "on": True, **left}
 
 
