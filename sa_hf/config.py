@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -354,12 +355,27 @@ def _check_range(
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, kind) or value != value:
-        raise SparseAttentionError(f"{name}={shown(value)} must be {what} >= {minimum}{' or None' * optional}")
+        raise SparseAttentionError(
+            f"{name}={shown(value)} must be {what} >= {minimum}{' or None' * optional}; nearest: "
+            f"{_nearest(value, kind, minimum, maximum, getattr(type(config), field, minimum))}"
+        )
     if not minimum <= value <= maximum:
         raise SparseAttentionError(
             f"{name}={shown(value)} must lie in [{minimum}, {maximum}]{' or be None' * optional}; nearest: "
             f"{minimum if value < minimum else maximum}"
         )
+
+
+def _nearest(value: Any, kind: Any, minimum: float, maximum: float, default: Any) -> Any:
+    """The valid number next to one of another type, or to a text that says one; else the default."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of tensors
+        return default
+    if isinstance(value, bool) or not math.isfinite(number):
+        return default
+    number = min(max(number, minimum), maximum)
+    return round(number) if kind is int else number
 
 
 def check_bool(config: SparseAttentionConfig, field: str) -> None:

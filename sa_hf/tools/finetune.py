@@ -47,6 +47,13 @@ NEEDS_OPTIONS = frozenset({"plateau", "decay", "min"})
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = FlagParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file of flags")
+    _add_model_flags(parser)
+    add_data_flags(parser)
+    _add_training_flags(parser)
+    return parser
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("model and pattern")
     what.add_argument(
         "--model",
@@ -75,7 +82,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         default=0,
         help="train LoRA adapters of this rank on all linear layers (0: off)",
     )
-    add_data_flags(parser)
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("training")
     run.add_argument("--output_dir", default="runs/finetune")
     run.add_argument("--epochs", "--num_train_epochs", type=real(0, above=True), default=1.0)
@@ -116,7 +125,6 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     run.add_argument(
         "--verify", default="fresh", choices=("fresh", "same", "none"), help="reload in a fresh or in this process"
     )
-    return parser
 
 
 def schedulers() -> list[str]:

@@ -19,7 +19,10 @@ from sa_hf.config import SparseAttention
 from sa_hf.hf.patching.asking import CLASSES
 from sa_hf.hf.patching.asking_base import Asking
 from sa_hf.hf.patching.asking_decoders import bloom_slopes
+from sa_hf.hf.patching.asking_windows import whole_width
 from sa_hf.hf.patching.families import find_sites
+from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.triton.engine import SMALLEST_HEAD_DIM, _input_reason
 from sa_hf.tools.families.check import FIRST, build, check
 from sa_hf.tools.families.compare import RIGHT, outputs
 from sa_hf.tools.families.registry import entries
@@ -282,6 +285,15 @@ def test_differential_attention_asks_once_a_layer() -> None:
         assert torch.allclose(value, dense[key], atol=1e-4, rtol=1e-4), key
     assert len(calls) == len(set(calls)) == model.config.num_hidden_layers
     patch(model, "routing", num_clusters=2)  # which compares queries and keys from before the rotary embedding
+
+
+def test_widened_rows_are_what_the_kernels_take_and_no_wider() -> None:
+    for width in range(SMALLEST_HEAD_DIM - 7, 200):
+        whole = whole_width(width)
+        taken = [
+            w for w in range(width, whole + 1) if _input_reason(torch.empty(1, 1, 1, w), ScoreOptions(1.0)) is None
+        ]
+        assert taken == [whole]
 
 
 def test_swin_v2_adds_its_mask_of_shifted_windows_twice() -> None:

@@ -11,6 +11,7 @@ from older_releases import REFUSED_THERE, older_releases_may, skip_refused
 from torch import Tensor
 
 import sa_hf
+from sa_hf.hf.patching.skeleton import partly_known, skeleton_of
 from sa_hf.tools.families.check import FIRST, build, check
 from sa_hf.tools.families.compare import RIGHT, outputs
 from sa_hf.tools.families.registry import entries
@@ -88,6 +89,19 @@ def test_a_window_over_both_sides(window: int) -> None:
     assert torch.allclose(outputs(model, inputs)["encoder_last_hidden_state"], before, atol=1e-4)
     sa_hf.patch_model(model, "sliding_window", window=window // 2)
     assert not torch.allclose(outputs(model, inputs)["encoder_last_hidden_state"], before, atol=1e-4)
+
+
+def test_the_probe_runs_the_half_that_is_left_by_an_attention_of_transformers() -> None:
+    model, _ = built("T5Gemma2ForConditionalGeneration")
+    with older_releases_may(REFUSED_THERE):
+        sa_hf.patch_model(model, FIRST)
+    (half,) = model.sa_hf_patch.sites.halves
+    with partly_known() as mode:
+        skeleton = skeleton_of(model, mode, "sdpa", "eager", [half])
+    inside = {name: f"{name}.".startswith(f"{half}.") for name, module in skeleton.named_modules()}
+    for left, asked in ((True, "eager"), (False, "sdpa")):
+        modules = [skeleton.get_submodule(name) for name, within in inside.items() if within is left]
+        assert {m.config._attn_implementation for m in modules if hasattr(m, "config")} == {asked}
 
 
 def test_a_decoder_by_itself_is_refused_for_what_it_is() -> None:

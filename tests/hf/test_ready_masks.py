@@ -153,6 +153,17 @@ def test_a_callers_mask_of_packed_rows_is_sequence_ids() -> None:
             assert torch.allclose(found, expected, atol=1e-6)
 
 
+def test_positions_that_restart_do_not_cut_a_callers_mask_of_one_sequence() -> None:
+    model, ids = llama(), torch.arange(3, 15)[None]
+    mask = additive(blocks([0] * 12, causal=True))[None, None]
+    inputs = {"position_ids": torch.tensor([[*range(5), *range(7)]]), "attention_mask": mask}
+    with torch.no_grad():
+        expected = model(ids, **inputs).logits
+        for layers in (None, "0"):
+            sa_hf.patch_model(model, "sliding_window", window=100, layers=layers)
+            assert torch.allclose(model(ids, **inputs).logits, expected, atol=1e-5)
+
+
 def test_a_layer_called_by_itself_is_told_of_its_sequences_once() -> None:
     layer = sa_hf.patch_model(llama(), WINDOW).model.layers[0].self_attn
     mask, x = additive(blocks([0] * 2 + [1] * 3, causal=True))[None, None], torch.randn(1, 4, 5, 8)

@@ -207,6 +207,18 @@ def test_the_bounds_themselves_are_valid(config: StaticPatternConfig) -> None:
     BigBirdAttentionConfig(block_size=16, num_window_blocks=0, num_random_blocks=0, num_global_blocks=0)
 
 
+@pytest.mark.parametrize(
+    ("value", "nearest"),
+    [
+        ("256", "256"), (2.6, "3"), (-3.5, "1"), (1e40, "2147483647"), (torch.tensor(7), "7"),
+        ("4k", "512"), (None, "512"), (True, "512"), (float("nan"), "512"), (torch.ones(2), "512"),
+    ],
+)  # fmt: skip
+def test_a_number_of_another_type_is_refused_with_the_valid_one_next_to_it(value: Any, nearest: str) -> None:
+    with pytest.raises(SparseAttentionError, match=rf"window=.* must be an integer >= 1; nearest: {nearest}$"):
+        SlidingWindowAttentionConfig(window=value)
+
+
 @pytest.mark.parametrize(("length", "heads", "layer"), [(0, 1, 0), (4, 0, 0), (4, 1, -1), (4.0, 1, 0), (True, 1, 0)])
 def test_masks_of_no_length_are_refused(length: Any, heads: int, layer: int) -> None:
     for ask in (SlidingWindowAttentionConfig().mask, SlidingWindowAttentionConfig().density):

@@ -34,8 +34,9 @@ from sa_hf.hf.state.layers import active_child, leaves, remembers
 from sa_hf.hf.state.recomputation import in_backward
 from sa_hf.hf.state.sites import window_band
 from sa_hf.hf.state.versions import tested_range
-from sa_hf.layer import AttentionInputs
+from sa_hf.layer import AttentionInputs, Blocks
 from sa_hf.ops.host import with_host_defaults
+from sa_hf.ops.parts import Band
 from sa_hf.ops.sequences import Sequences, whole_rows
 from sa_hf.patterns.base import StaticPatternConfig, default_scale
 from sa_hf.patterns.learned import LearnedAttention
@@ -124,23 +125,9 @@ def _attend(
         if request is not None and request.whole is not None:
             raise _last_tokens_alone(module, query.shape[2], key.shape[2])
         raise _no_memory(module, place, query.shape[2], key.shape[2])
-    if request is not None and torch.compiler.is_compiling():
-        causal = _causal_by_itself(module, place) if causal is None else causal
-        band = window_band(window, causal) if place.spec is None else place.spec.band
-        chunk = blocks = None  # the mask function is then none of those that have them
-        # What waits for the operator stands in for sequences: static patterns alone take it, the others raise.
-        sequences = cast(Sequences, traced_sequences(request, place.activity.traced, causal, place.extra_tokens))
-    else:
-        if causal is None:
-            causal = request.causal if request is not None else _causal_by_itself(module, place)
-        band = request.band if request is not None else window_band(window, causal)
-        chunk, blocks = (None, None) if request is None else (request.chunk, request.blocks)
-        sequences = _sequences(place, request, query, key, kwargs)
+    causal, band, chunk, blocks, sequences = _reach(module, place, query, key, request, window, causal, kwargs)
     if call.memory is None and not torch.compiler.is_compiling() and key.shape[2] > sequences.key_length:
-        raise SparseAttentionError(
-            f"{type(module).__name__} attends {key.shape[2]} keys for {sequences.key_length} positions without a "
-            "cache: it adds keys of its own, which no pattern names; keep the layer dense"
-        )
+        raise _keys_of_its_own(module, key.shape[2], sequences.key_length)
     if blocks is not None:
         _check_blocks(module, child, key, sequences)
     inputs = AttentionInputs(
@@ -187,6 +174,27 @@ def _attend(
     if isinstance(conv, ConvTaps):
         conv.forget()
     return out.transpose(1, 2).contiguous()
+
+
+def _reach(
+    module: nn.Module, place: Place, query: Tensor, key: Tensor, request: MaskRequest | None, window: Any,
+    causal: bool | None, kwargs: dict[str, Any],
+) -> tuple[bool, Band, int | None, Blocks | None, Sequences]:  # fmt: skip
+    """What a call may read, whatever its pattern: whether it is causal, the model's own window, chunks and blocks, and
+    the sequences. ``window`` and ``causal`` are what the call said of them, None where it said nothing."""
+    if request is not None and torch.compiler.is_compiling():
+        causal = _causal_by_itself(module, place) if causal is None else causal
+        band = window_band(window, causal) if place.spec is None else place.spec.band
+        # What waits for the operator stands in for sequences: static patterns alone take it, the others raise.
+        waiting = traced_sequences(request, place.activity.traced, causal, place.extra_tokens)
+        # The mask function is then none of those that have chunks or blocks.
+        return causal, band, None, None, cast(Sequences, waiting)
+    if causal is None:
+        causal = request.causal if request is not None else _causal_by_itself(module, place)
+    sequences = _sequences(place, request, query, key, kwargs)
+    if request is None:
+        return causal, window_band(window, causal), None, None, sequences
+    return causal, request.band, request.chunk, request.blocks, sequences
 
 
 def _causal_by_itself(module: nn.Module, place: Place) -> bool:
@@ -262,6 +270,13 @@ def _no_memory(module: nn.Module, place: Place, new: int, keys: int) -> SparseAt
         "which keeps values of its own for every token; give the model a cache of transformers (DynamicCache, "
         "StaticCache, sa_hf.sparse_cache(model)) or use_cache=False. If you did, transformers "
         f"{transformers.__version__} hands it over in a way that sa_hf does not know ({tested_range()})"
+    )
+
+
+def _keys_of_its_own(module: nn.Module, keys: int, positions: int) -> SparseAttentionError:
+    return SparseAttentionError(
+        f"{type(module).__name__} attends {keys} keys for {positions} positions without a cache: it adds keys of its "
+        "own, which no pattern names; keep the layer dense"
     )
 
 

@@ -182,13 +182,12 @@ def _request(
         }
     )  # fmt: skip
     given = request.given
-    if ids is None:
-        return request
-    request.cuts = True
+    request.cuts = ids is not None
     if given is not None:
-        if given.sequence_ids is not None or given.cu_seq_lens is not None:
+        if request.cuts and (given.sequence_ids is not None or given.cu_seq_lens is not None):
             raise sequences_twice()
-        request.given = replace(given, position_ids=None)  # which are not those of its tokens
+        # Positions that restart do not cut what a mask leaves whole, and may be those of other tokens.
+        request.given = replace(given, position_ids=None)
     return request
 
 
