@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sa_hf
 from sa_hf.config import SparseAttentionConfig
-from sa_hf.tools.recovery.grid import DENSE, PATTERNS, Part
+from sa_hf.tools.recovery.grid import DENSE, ONE_LAYER_DENSE, PATTERNS, Part, system_of
 from sa_hf.tools.recovery.pooled import NO, Entry, pooled
 from sa_hf.tools.recovery.rows import Rows
 
@@ -24,12 +24,23 @@ def recovered(causal: bool, path: Path = RESULTS) -> dict[str, str]:
     if not path.is_file():
         return {}
     part: Part = "decoder" if causal else "encoder"
-    by_name: dict[str, list[Entry]] = {}
+    alone: dict[str, list[Entry]] = {}
+    mixed: dict[str, list[Entry]] = {}
     for entry in pooled(Rows(path), part):
         config = PATTERNS[part].get(entry.pattern)
         if isinstance(config, SparseAttentionConfig) and entry.pattern != DENSE:
-            by_name.setdefault(config.name, []).append(entry)
-    return {name: _said(entries) for name, entries in by_name.items()}
+            alone.setdefault(config.name, []).append(entry)
+        elif entry.pattern.endswith(ONE_LAYER_DENSE):
+            mixed.setdefault(system_of(entry.pattern), []).append(entry)
+    return {name: _joined(alone.get(name, []), mixed.get(name, [])) for name in {**alone, **mixed}}
+
+
+def _joined(alone: list[Entry], mixed: list[Entry]) -> str:
+    """The pattern in every layer, and, where that has not been enough, beside one dense layer."""
+    said = [_said(alone)] if alone else []
+    if mixed and not any(entry.reached != NO for entry in alone):
+        said.append(f"with one layer dense {_said(mixed)}")
+    return "; ".join(said)
 
 
 def _said(entries: list[Entry]) -> str:

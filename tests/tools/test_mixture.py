@@ -131,12 +131,16 @@ def test_the_grids_steps_are_joined_where_there_are_any(tmp_path: Path) -> None:
         add(pattern, "none", 0, found[0])
         add(pattern, "plain", 30, found[1])
         add(pattern, "distill", 100, found[2])
-    add("sliding_window, one layer dense", "none", 0, 390)
+    for step, found in ((0, 300), (30, 390)):
+        add("sliding_window, one layer dense", "none" if step == 0 else "distill", step, found)
+    add("sliding_window", "none", 0, 40)
     add("logsparse", "none", 0, 40)
     assert recovered(False, rows.path) == {
         "bigbird": "after 30 steps (plain), at 20% of the pairs, by the mean alone",
         "star": "not within 100 steps",
         "longnet": "untrained, at 20% of the pairs",
+        "sliding_window": "not untrained; its training is not measured yet; with one layer dense after 30 steps "
+        "(distill), at 20% of the pairs",
         "logsparse": "not untrained; its training is not measured yet",
     }
     assert recovered(True, rows.path) == {}

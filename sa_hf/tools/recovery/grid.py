@@ -34,6 +34,7 @@ ENOUGH = 0.98  # of dense attention's figure
 # The eight published systems; the other rows are mixtures, plain windows and blocks chosen by content.
 SYSTEMS = ("longnet", "logsparse", "sparse_transformer", "sparsebert", "expire_span", "routing", "bigbird", "star")
 
+ONE_LAYER_DENSE = "one layer dense"  # how the name of such a row ends
 _DENSE = DenseAttentionConfig()
 _DENSE_LAYER = 2  # of six, chosen on the tuning split: it copies from a line that comes again
 
@@ -200,6 +201,11 @@ def chosen(given: Iterable[str] | None, known: Iterable[str], option: str) -> li
         if name not in names:
             raise SparseAttentionError(f"{option} {name!r}{did_you_mean(name, names)} is none of {names}")
     return [name for name in names if name in wanted]
+
+
+def system_of(pattern: str) -> str:
+    """The name of the registered pattern that a row is of."""
+    return pattern.partition(",")[0]
 
 
 def described(assigned: Assigned) -> Any:

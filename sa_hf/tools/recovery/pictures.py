@@ -6,18 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sa_hf.patterns.palette import colour_of
-from sa_hf.tools.recovery.grid import DENSE, ENOUGH, UNTRAINED
+from sa_hf.tools.recovery.grid import DENSE, ENOUGH, UNTRAINED, system_of
 from sa_hf.tools.recovery.needles import DEPTHS
 from sa_hf.tools.recovery.pooled import JUDGED, Entry
 
 DPI = 150
 DASHES = ("-", "--", ":", "-.")
 COLUMNS = 4  # heat maps in a row
-
-
-def system_of(pattern: str) -> str:
-    """The name of a registered pattern that a row of the grid is of."""
-    return pattern.partition(",")[0]
 
 
 def draw_curves(entries: Sequence[Entry], path: Path) -> None:
