@@ -74,13 +74,19 @@ static inline void store_part(E* p, vf x, int64_t count) {
     for (int64_t d = 0; d < count; ++d) p[d] = part[d];
 }
 
+// Whose lanes add up to a product of rows.
 template <class X, class Y>
-static inline float dot(const X* x, const Y* y, int64_t depth) {
+static inline vf dot_lanes(const X* x, const Y* y, int64_t depth) {
     vf sum = {};
     int64_t d = 0;
     for (; d + W <= depth; d += W) sum += load(x + d) * load(y + d);
     if (d < depth) sum += load_part(x + d, depth - d) * load_part(y + d, depth - d);
-    return lanes_sum(sum);
+    return sum;
+}
+
+template <class X, class Y>
+static inline float dot(const X* x, const Y* y, int64_t depth) {
+    return lanes_sum(dot_lanes(x, y, depth));
 }
 
 // y += a x
@@ -89,6 +95,19 @@ static inline void add_scaled(float a, const X* x, Y* y, int64_t depth) {
     int64_t d = 0;
     for (; d + W <= depth; d += W) store(y + d, load(y + d) + load(x + d) * a);
     if (d < depth) store_part(y + d, load_part(y + d, depth - d) + load_part(x + d, depth - d) * a, depth - d);
+}
+
+// y += the sum of a[n] x[n], in this order, for N rows
+template <int N, class X>
+static inline void add_several(const float* a, const X* const* x, float* y, int64_t depth) {
+    int64_t d = 0;
+    for (; d + W <= depth; d += W) {
+        vf sum = load(y + d);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sum += load(x[n] + d) * a[n];
+        store(y + d, sum);
+    }
+    for (int n = 0; n < N && d < depth; ++n) add_scaled(a[n], x[n] + d, y + d, depth - d);
 }
 
 template <class X, class Y>

@@ -1,110 +1,133 @@
-// Both passes over fixed offsets: a query's few keys along the vectors.
+// Both passes over fixed offsets: a query's few keys, by elementwise products.
 //
-// Shapes: pairs [rows, room], room the offsets in whole vectors of W; sums [head_dim]; rows as in tiles.h.
+// Shapes: pairs [offsets, TILE], queries along the vectors; sums [rows, head_dim]; rows as in tiles.h.
 #pragma once
 
 #include "passes.h"
 
-// A tile's pairs [rows, room], offsets along the vectors: the keys' slots (-1: no pair) and what options have there.
-// The keys of one offset follow each other: they are read offset by offset, 15 far streams at once (LogSparse, 16,384
-// tokens) would be too many.
+// A tile's pairs: the keys' rows (-1: no pair) and what options have there. The keys of one offset follow each other:
+// they are read offset by offset, or by GROUP of them: 15 far streams at once (LogSparse, 16,384 tokens) would be too
+// many.
 struct Pairs {
-    int64_t count, room;
+    static constexpr int GROUP = 4;
+
+    int64_t count;
     const int64_t* offsets;
-    int64_t* slot;
-    int32_t *position, *word;
+    int32_t *row, *position, *word;
     float *span, *score, *upstream, *bend, *sums;
 
-    static int64_t elements(const Call& c) { return TILE * (8 * (c.most_offsets + W) + c.head_dim); }
+    static int64_t elements(const Call& c) { return TILE * (7 * c.most_offsets + c.head_dim); }
 
     template <class E>
-    Pairs(const Call& c, const Tile& t, float* at, E element) : room(ceil_div(c.most_offsets, W) * W) {
-        const int64_t head = c.offset_heads > 1 ? t.head : 0;
+    Pairs(const Call& c, const Tile& t, float* at, E element) {
+        const int64_t head = c.offset_heads > 1 ? t.head : 0, room = TILE * c.most_offsets;
         offsets = c.offsets + c.offset_start[head];
         count = c.offset_start[head + 1] - c.offset_start[head];
-        slot = (int64_t*)at, at += 2 * TILE * room;
-        position = (int32_t*)at, at += TILE * room;
-        word = (int32_t*)at, at += TILE * room;
-        for (float** x : {&span, &score, &upstream, &bend}) *x = at, at += TILE * room;
+        for (int32_t** x : {&row, &position, &word}) *x = (int32_t*)at, at += room;
+        for (float** x : {&span, &score, &upstream, &bend}) *x = at, at += room;
         sums = at;
-        for (int i = 0; i < t.rows; ++i)
-            for (int64_t n = 0; n < room; ++n) find(c, t, i, n);
+        for (int64_t n = 0; n < count; ++n) find(c, t, n);
         products(c, t, c.query, c.key, score, element);
-        for (int i = 0; i < t.rows; ++i)
-            for (int64_t first = i * room; first < (i + 1) * room; first += W) shape_scores(c, t, i, first);
-    }
-
-    void find(const Call& c, const Tile& t, int i, int64_t n) {
-        const int64_t from = t.query + i, at = i * room + n;
-        const bool asks = n < count && t.row[i] >= 0 && from >= c.begin && from < c.end;
-        const int64_t to = asks ? from - offsets[n] : -1;
-        slot[at] = asks && to >= c.begin && to < c.end && t.key_filled(to) ? to : -1;
-        position[at] = slot[at] < 0 ? 0 : (int32_t)t.key_position(c, to);
-        const int64_t entry = t.lane * c.key_rows + (slot[at] < 0 ? 0 : t.key_row(c, to));
-        if (c.column_word != nullptr) word[at] = c.column_word[entry];
-        if (c.spans != nullptr) span[at] = c.spans[entry];
-    }
-
-    // visit(query, place among the pairs, row of the key) for each pair, offset by offset.
-    template <class Visit>
-    void each(const Call& c, const Tile& t, Visit visit) const {
         for (int64_t n = 0; n < count; ++n)
-            for (int i = 0; i < t.rows; ++i)
-                if (slot[i * room + n] >= 0) visit(i, i * room + n, t.key_row(c, slot[i * room + n]));
+            for (int v = 0; v < t.vectors; ++v) shape_scores(c, t, n * TILE + v * W, v);
+    }
+
+    void find(const Call& c, const Tile& t, int64_t n) {
+        const int64_t offset = offsets[n], near = t.query - offset;
+        const int64_t first = std::max(c.begin, c.begin + offset) - t.query;
+        const int64_t stop = std::min<int64_t>(std::min(c.end, c.end + offset) - t.query, t.rows);
+        int32_t *of = row + n * TILE, *at = position + n * TILE;
+        for (int i = 0; i < t.width; ++i) of[i] = i >= first && i < stop && t.row[i] >= 0 ? (int32_t)(near + i) : -1;
+        for (int i = 0; i < t.width; ++i) {
+            at[i] = of[i] < 0 ? -1 : (int32_t)t.key_position(c, of[i]);
+            of[i] = at[i] < 0 ? -1 : (int32_t)t.key_row(c, of[i]);
+        }
+        const int64_t table = t.lane * c.key_rows;
+        for (int i = 0; c.column_word != nullptr && i < t.width; ++i)
+            word[n * TILE + i] = of[i] < 0 ? 0 : c.column_word[table + of[i]];
+        for (int i = 0; c.spans != nullptr && i < t.width; ++i)
+            span[n * TILE + i] = of[i] < 0 ? 0 : c.spans[table + of[i]];
     }
 
     template <class E>
     void products(const Call& c, const Tile& t, const Rows& of_queries, const Rows& of_keys, float* to, E) {
         const E *x = of_queries.of<E>(t.batch, t.head), *y = of_keys.of<E>(t.batch, t.key_head(c));
-        std::fill(to, to + t.rows * room, 0.0f);
-        each(c, t, [&](int i, int64_t at, int64_t row) {
-            to[at] = dot(x + t.row[i] * of_queries.step, y + row * of_keys.step, c.head_dim);
-        });
+        for (int64_t n = 0; n < count; ++n)
+            for (int i = 0; i < t.width; i += W) {
+                vf lanes[W];
+                for (int r = 0; r < W; ++r) {
+                    const int32_t key = row[n * TILE + i + r];
+                    lanes[r] = key < 0
+                                   ? vf{}
+                                   : dot_lanes(x + t.row[i + r] * of_queries.step, y + key * of_keys.step, c.head_dim);
+                }
+                store(to + n * TILE + i, lanes_sums(lanes));
+            }
     }
 
-    void shape_scores(const Call& c, const Tile& t, int i, int64_t first) {
-        vi none;
-        for (int lane = 0; lane < W; ++lane) none[lane] = slot[first + lane] < 0 ? -1 : 0;
-        vf s = load(score + first) * (float)(c.softcap != 0 ? c.scale / c.softcap : c.scale * LOG2E);
+    void shape_scores(const Call& c, const Tile& t, int64_t at, int v) {
+        vi none = load_int(row + at) < 0;
+        vf s = load(score + at) * (float)(c.softcap != 0 ? c.scale / c.softcap : c.scale * LOG2E);
         if (c.softcap != 0) {
             s = tanh(s);
-            store(bend + first, s);
+            store(bend + at, s);
             s *= (float)c.softcap * LOG2E;
         }
-        if (c.bias != nullptr) s = add_bias(c, t, columns(c, t, i, first), s);
-        if (c.spans != nullptr) none |= gate(c, t, i, first, nullptr) <= 0.0f;
-        store(score + first, select(none, splat(-INF), s));
+        if (c.bias != nullptr) s = add_bias(c, t, columns(c, t, at, v), s);
+        if (c.spans != nullptr) none |= gate(c, t, at, v, nullptr) <= 0.0f;
+        store(score + at, select(none, splat(-INF), s));
     }
 
-    vf gate(const Call& c, const Tile& t, int i, int64_t first, vf* slope) const {
-        return soft_gate(c, t.position[i] - load_int(position + first), load(span + first), slope);
+    vf gate(const Call& c, const Tile& t, int64_t at, int v, vf* slope) const {
+        return soft_gate(c, load_int(t.position + v * W) - load_int(position + at), load(span + at), slope);
     }
 
-    vi columns(const Call& c, const Tile& t, int i, int64_t first) const {
-        return bias_columns(c, splat_int(t.position[i]), load_int(position + first));
+    vi columns(const Call& c, const Tile& t, int64_t at, int v) const {
+        return bias_columns(c, load_int(t.position + v * W), load_int(position + at));
     }
 
-    vi drop(const Call& c, const Tile& t, int i, int64_t first) const {
-        return dropped(c, vu{} + (uint32_t)t.word[i], (vu)load_int(word + first));
+    vi drop(const Call& c, const Tile& t, int64_t at, int v) const {
+        return dropped(c, (vu)load_int(t.word + v * W), (vu)load_int(word + at));
+    }
+
+    // Add to the sums the keys' rows of ``of``, each times its pair's weight and its query's factor; not of a query
+    // whose factor is 0.
+    template <class E>
+    void add_rows(const Call& c, const Tile& t, const float* weight, const float* factor, const Rows& of, E) const {
+        const E* first = of.of<E>(t.batch, t.key_head(c));
+        for (int64_t n = 0; n < count; n += GROUP)
+            for (int i = 0; i < t.rows; ++i) {
+                const E* from[GROUP];
+                float by[GROUP];
+                int found = 0;
+                for (int64_t at = n * TILE + i; factor[i] != 0 && at < std::min(n + GROUP, count) * TILE; at += TILE)
+                    if (row[at] >= 0) from[found] = first + row[at] * of.step, by[found++] = weight[at] * factor[i];
+                float* to = sums + i * c.head_dim;
+                if (found == GROUP)
+                    add_several<GROUP>(by, from, to, c.head_dim);
+                else
+                    for (int m = 0; m < found; ++m) add_scaled(by[m], from[m], to, c.head_dim);
+            }
     }
 };
 
-// A query's weights in place of its scores, not normalised; its log-sum-exp, and the factor that normalises.
-static float weigh_row(const Call& c, const Tile& t, Pairs& p, int i, float* factor) {
-    float peak = -INF;
-    for (int64_t at = i * p.room; at < (i + 1) * p.room; ++at) peak = std::max(peak, p.score[at]);
-    const float base = peak == -INF ? 0 : peak;
-    vf total = {};
-    for (int64_t first = i * p.room; first < (i + 1) * p.room; first += W) {
-        vf weight = exp2(load(p.score + first) - base);
-        if (c.spans != nullptr) weight *= p.gate(c, t, i, first, nullptr);
-        total += weight;
-        if (c.row_word != nullptr) weight = (vf)((vi)weight & ~p.drop(c, t, i, first));
-        store(p.score + first, weight);
+// The queries' weights in place of their scores, not normalised; their log-sum-exp, and the factors that normalise.
+static void weigh_pairs(const Call& c, const Tile& t, Pairs& p, float* lse, float* factor) {
+    for (int v = 0; v < t.vectors; ++v) {
+        vf peak = splat(-INF), total = {};
+        for (int64_t n = 0; n < p.count; ++n) peak = larger(peak, load(p.score + n * TILE + v * W));
+        const vf base = select(peak == -INF, vf{}, peak);
+        for (int64_t n = 0; n < p.count; ++n) {
+            const int64_t at = n * TILE + v * W;
+            vf weight = exp2(load(p.score + at) - base);
+            if (c.spans != nullptr) weight *= p.gate(c, t, at, v, nullptr);
+            total += weight;
+            if (c.row_word != nullptr) weight = (vf)((vi)weight & ~p.drop(c, t, at, v));
+            store(p.score + at, weight);
+        }
+        store(lse + v * W, select(total == 0.0f, splat(-INF), (base + log2(total)) * LN2));
+        store(factor + v * W, 1.0f / (total * (float)c.keep));
     }
-    const float sum = lanes_sum(total);
-    *factor = 1 / (sum * (float)c.keep);
-    return sum == 0 ? -INF : base * LN2 + std::log(sum);
 }
 
 // Add the sums [rows, head_dim] to rows times ``before``, and write them there.
@@ -121,17 +144,13 @@ static void write_sums(const Call& c, const Tile& t, const Pairs& p, const float
 
 template <class E>
 static void forward_offsets(const Call& c, Tile& t, float* work) {
-    const int64_t D = c.head_dim;
     t.load_queries(c);
     Pairs p(c, t, work, E{});
-    float lse[TILE] = {}, factor[TILE] = {}, before[TILE];
-    for (int i = 0; i < t.rows; ++i) lse[i] = weigh_row(c, t, p, i, factor + i);
+    float lse[TILE], factor[TILE], before[TILE];
+    weigh_pairs(c, t, p, lse, factor);
     join(c, t, lse, factor, before);
-    std::fill(p.sums, p.sums + t.rows * D, 0.0f);
-    const E* values = c.value.of<E>(t.batch, t.key_head(c));
-    p.each(c, t, [&](int i, int64_t at, int64_t row) {
-        if (factor[i] != 0) add_scaled(p.score[at] * factor[i], values + row * c.value.step, p.sums + i * D, D);
-    });
+    std::fill(p.sums, p.sums + t.rows * c.head_dim, 0.0f);
+    p.add_rows(c, t, p.score, factor, c.value, E{});
     if (c.narrow)
         write_sums(c, t, p, factor, before, c.out.of<E>(t.batch, t.head), c.out.step);
     else
@@ -139,54 +158,51 @@ static void forward_offsets(const Call& c, Tile& t, float* work) {
 }
 
 // From scores and ``upstream`` (grad_out @ value) the probabilities as the values saw them and the scores' gradient.
-static void offsets_gradient(const Call& c, const Tile& t, Pairs& p, int i, float lse, float delta, const Sums& s) {
+static void offsets_gradient(const Call& c, const Tile& t, Pairs& p, int64_t at, int v, vf lse, vf delta,
+                             const Sums& s) {
     const float kept_factor = (float)(1 / c.keep);
-    for (int64_t first = i * p.room; first < (i + 1) * p.room; first += W) {
-        vf weight = exp2(load(p.score + first) - lse), up = load(p.upstream + first), ungated = weight, slope = {};
-        if (c.spans != nullptr) weight *= p.gate(c, t, i, first, &slope);
-        vf seen = weight;
-        if (c.row_word != nullptr) {
-            vi keep = ~p.drop(c, t, i, first);
-            seen = (vf)((vi)(weight * kept_factor) & keep);
-            up = (vf)((vi)(up * kept_factor) & keep);
-        }
-        up -= delta;
-        vf grad = weight * up, by_span = ungated * up * slope;
-        for (int lane = 0; s.spans != nullptr && lane < W; ++lane)
-            if (p.slot[first + lane] >= 0) s.spans[t.key_row(c, p.slot[first + lane])] += by_span[lane];
-        if (s.bias != nullptr) add_to_bias(p.columns(c, t, i, first), grad, s.bias);
-        if (c.softcap != 0) {
-            vf bend = load(p.bend + first);
-            grad *= 1.0f - bend * bend;
-        }
-        store(p.score + first, seen);
-        store(p.upstream + first, grad * (float)c.scale);
+    vf weight = exp2(load(p.score + at) - lse), up = load(p.upstream + at), ungated = weight, slope = {};
+    if (c.spans != nullptr) weight *= p.gate(c, t, at, v, &slope);
+    vf seen = weight;
+    if (c.row_word != nullptr) {
+        vi keep = ~p.drop(c, t, at, v);
+        seen = (vf)((vi)(weight * kept_factor) & keep);
+        up = (vf)((vi)(up * kept_factor) & keep);
     }
+    up -= delta;
+    vf grad = weight * up, by_span = ungated * up * slope;
+    for (int lane = 0; s.spans != nullptr && lane < W; ++lane)
+        if (p.row[at + lane] >= 0) s.spans[p.row[at + lane]] += by_span[lane];
+    if (s.bias != nullptr) add_to_bias(p.columns(c, t, at, v), grad, s.bias);
+    if (c.softcap != 0) {
+        vf bend = load(p.bend + at);
+        grad *= 1.0f - bend * bend;
+    }
+    store(p.score + at, seen);
+    store(p.upstream + at, grad * (float)c.scale);
 }
 
 template <class E>
 static void backward_offsets(const Call& c, Tile& t, const Sums& s, float* work) {
-    const int64_t D = c.head_dim, P = c.padded_dim, lane = t.lane * c.query_rows;
+    const int64_t D = c.head_dim, P = c.padded_dim;
     t.load_queries(c);
-    for (int i = 0; i < t.rows; ++i)
-        if (t.row[i] >= 0 && c.lse[lane + t.row[i]] == -INF) t.row[i] = -1;
+    const Results r = Results::load(c, t, E{});
     Pairs p(c, t, work, E{});
-    const E *query = c.query.of<E>(t.batch, t.head), *out = c.out.of<E>(t.batch, t.head);
-    const E *grad_out = c.grad_out.of<E>(t.batch, t.head), *keys = c.key.of<E>(t.batch, t.key_head(c));
     p.products(c, t, c.grad_out, c.value, p.upstream, E{});
-    for (int i = 0; i < t.rows; ++i) {
-        if (t.row[i] < 0) continue;
-        const float delta = dot(grad_out + t.row[i] * c.grad_out.step, out + t.row[i] * c.out.step, D);
-        offsets_gradient(c, t, p, i, c.lse[lane + t.row[i]] * LOG2E, delta, s);
-    }
-    std::fill(p.sums, p.sums + t.rows * D, 0.0f);
-    p.each(c, t, [&](int i, int64_t at, int64_t row) {
-        add_scaled(p.upstream[at], keys + row * c.key.step, p.sums + i * D, D);
-        add_scaled(p.upstream[at], query + t.row[i] * c.query.step, s.key + row * P, D);
-        add_scaled(p.score[at], grad_out + t.row[i] * c.grad_out.step, s.value + row * P, D);
-    });
+    for (int64_t n = 0; n < p.count; ++n)
+        for (int v = 0; v < t.vectors; ++v) offsets_gradient(c, t, p, n * TILE + v * W, v, r.lse[v], r.delta[v], s);
     float one[TILE], none[TILE] = {};
     std::fill(one, one + TILE, 1.0f);
+    std::fill(p.sums, p.sums + t.rows * D, 0.0f);
+    p.add_rows(c, t, p.upstream, one, c.key, E{});
+    const E *query = c.query.of<E>(t.batch, t.head), *grad_out = c.grad_out.of<E>(t.batch, t.head);
+    for (int64_t n = 0; n < p.count; ++n)
+        for (int i = 0; i < t.rows; ++i) {
+            const int64_t at = n * TILE + i, row = p.row[at];
+            if (row < 0) continue;
+            add_scaled(p.upstream[at], query + t.row[i] * c.query.step, s.key + row * P, D);
+            add_scaled(p.score[at], grad_out + t.row[i] * c.grad_out.step, s.value + row * P, D);
+        }
     if (s.query != nullptr)
         write_sums(c, t, p, one, one, s.query, D);
     else if (c.narrow)

@@ -108,6 +108,25 @@ static inline float lanes_sum(vf x) {
 #endif
 }
 
+// The sum of the lanes of x[n] as lane n, by additions in the order of lanes_sum; x is used up.
+static inline vf lanes_sums(vf* x) {
+#if defined(__clang__)
+    vf sums;
+    for (int n = 0; n < W; ++n) sums[n] = lanes_sum(x[n]);
+    return sums;
+#else
+#pragma GCC unroll 4
+    for (int step = W / 2; step > 0; step /= 2) {
+        const vi lane = lane_numbers(), upper = (lane & step) != 0;
+        const vi own = upper ? lane + W : lane, other = upper ? (lane ^ step) + W : lane ^ step;
+#pragma GCC unroll 8
+        for (int n = 0; n < step; ++n)
+            x[n] = __builtin_shuffle(x[n], x[n + step], own) + __builtin_shuffle(x[n], x[n + step], other);
+    }
+    return x[0];
+#endif
+}
+
 // One tile of C = [C +] A B in registers: R rows of A, element by element, times V vectors of each row of B.
 template <int R, int V, bool ADD>
 static inline void product_tile(const float* A, int64_t a_row, int64_t a_column, const float* B, int64_t b_row,
