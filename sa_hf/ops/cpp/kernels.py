@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,7 @@ from sa_hf.ops.cpp.call import DTYPES, FAR, Call, CallIndex, CallRows, ChoiceCal
 from sa_hf.ops.cpp.rows import ELEMENTS, Rows, plain
 from sa_hf.ops.cpp.sources import FILES
 from sa_hf.ops.engine import Gradients
+from sa_hf.ops.memory import large_empty, large_zeros
 from sa_hf.ops.parts import UNBOUNDED, Band, BlockLayout, BlockPart, Index, OffsetsPart, Part, ScoreOptions
 from sa_hf.ops.random import dropout_threshold
 
@@ -92,7 +93,8 @@ def units() -> str:
 def forward(part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> tuple[Tensor, Tensor]:
     """As ``Engine.forward``: rows in the part's slots."""
     rows = Rows.of(query, key, value, options, part.query_index, part.key_index)
-    out, lse = rows.query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+    out = large_empty(*query.shape, dtype=rows.query.dtype)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     _PartCall(part, rows, in_place=False).forward(out, lse, merge=False)
     return out.to(query.dtype), lse
 
@@ -125,7 +127,7 @@ def forward_all(parts: Sequence[Part], rows: Rows, start: tuple[Tensor, Tensor] 
         dtype = rows.query.dtype if len(parts) == 1 else torch.float32
         by_position = shape[0], shape[2], shape[1], shape[3]  # in memory: see ``ops.run.laid_out``
         start = (
-            (torch.empty if fresh else torch.zeros)(by_position, dtype=dtype).transpose(1, 2),
+            (large_empty if fresh else large_zeros)(*by_position, dtype=dtype).transpose(1, 2),
             torch.full(shape[:3], -torch.inf, dtype=torch.float32),
         )
     else:
@@ -183,21 +185,20 @@ class Sums:
         threads, key_lanes = torch.get_num_threads(), key.shape[0] * key.shape[1]
         pieces = _pieces(key_lanes, query.shape[1] // key.shape[1], threads)
         padded, at_work = _padded(key.shape[3]), min(threads, key_lanes)
-        zeros, empty = partial(torch.zeros, dtype=torch.float32), partial(torch.empty, dtype=torch.float32)
         by_lane = query.dtype != torch.float32 and pieces == 1
         of_keys = (pieces, *key.shape[:3], padded)
-        if parts > 1:
-            of_query = query.new_empty(query.shape) if by_lane else zeros(query.shape)
+        if by_lane and parts > 1:
+            of_query = large_empty(*query.shape, dtype=query.dtype)
         else:
-            of_query = query.new_zeros(query.shape)
+            of_query = large_zeros(*query.shape, dtype=query.dtype if parts == 1 else torch.float32)
         return cls(
             pieces, of_query,
-            key.new_empty(key.shape) if by_lane else zeros(of_keys),
-            key.new_empty(key.shape) if by_lane else zeros(of_keys),
-            empty(at_work, *query.shape[2:]) if by_lane and parts > 1 else None,
-            empty(2, at_work, key.shape[2], padded) if by_lane else None,
-            None if bias is None else zeros(pieces, rows.lanes, bias.shape[1]),
-            None if spans is None else zeros(pieces, rows.lanes, key.shape[2]),
+            large_empty(*key.shape, dtype=key.dtype) if by_lane else large_zeros(*of_keys),
+            large_empty(*key.shape, dtype=key.dtype) if by_lane else large_zeros(*of_keys),
+            large_empty(at_work, *query.shape[2:]) if by_lane and parts > 1 else None,
+            large_empty(2, at_work, key.shape[2], padded) if by_lane else None,
+            None if bias is None else large_zeros(pieces, rows.lanes, bias.shape[1]),
+            None if spans is None else large_zeros(pieces, rows.lanes, key.shape[2]),
         )  # fmt: skip
 
     def gradients(self, rows: Rows) -> Gradients:
