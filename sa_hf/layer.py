@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sa_hf.ops.cpp.steps import PreparedStep
-from sa_hf.ops.parts import Band
+from sa_hf.ops.parts import Band, DistanceTerm
 from sa_hf.ops.sequences import Sequences
 
 DEFAULT_BLOCK = 64
@@ -90,6 +90,7 @@ class LayerSpec:
         heads: the query heads that a part of a mixture serves; None is all.
         whole_groups: the part has all query heads of each of its key heads (grouped-query attention).
         sinks: each head has a logit in the softmax's denominator.
+        terms: its scores have terms of each query or key with the distance (``DistanceTerm``).
     """
 
     layer_idx: int
@@ -107,6 +108,7 @@ class LayerSpec:
     whole_groups: bool = True
     sinks: bool = False
     chunk: int | None = None
+    terms: bool = False
 
 
 @dataclass(eq=False)
@@ -117,7 +119,8 @@ class AttentionInputs:
         query: ``[B, H, Nq, D]``.
         key, value: ``[B, Hkv, Nk, D]`` (after rotary embedding, cache included); values may be of another width.
         hidden_states: ``[B, Nq, hidden]``, the layer's input.
-        distance_bias, sinks: ``[H, 2 * N - 1]`` and ``[H]``, as in ``ScoreOptions``.
+        distance_bias, sinks: ``[H, 2 * N - 1]`` and ``[H]``; query_term, key_term: of all slots of the queries, and of
+            the keys; as in ``ScoreOptions``.
         before_rotary: ``(query, key)`` gives queries and keys of the new tokens as they were before the rotary
             embedding; None where there is none. ``turned_halves()`` gives the angles ``(cos, sin)`` ``[B, N, R]`` where
             that has turned the halves of their first R dimensions against each other, else None.
@@ -158,6 +161,8 @@ class AttentionInputs:
     blocks: Blocks | None = None
     step: PreparedStep | None = None
     noted: dict[int, Any] | None = None
+    query_term: DistanceTerm | None = None
+    key_term: DistanceTerm | None = None
 
     def note(self, module: object, what: Any) -> None:
         """Keep what :meth:`SparseAttention.expired_keys` of a module is to know of this call: the module itself may be

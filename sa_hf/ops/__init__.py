@@ -32,6 +32,8 @@ piece         some heads of some rows of a part, as a CPU holds at a time where 
               the C++ kernels also one of the sums that a key lane's gradients are added up in
 means         a position that stands in several slots, each a softmax of its own, gets their mean (Routing)
 gate          a factor of a probability before it is normalised: spans in the kernels, a learned mask in ``gated``
+term          what a query, or a key, adds to a score by the distance to the other side: a row of numbers for each
+              token, by buckets of distances (DeBERTa; ``parts.DistanceTerm``)
 sink          a logit of a head in the softmax's denominator that gives no value; joins merged parts (``sinks``)
 width         of values, where it is not the keys': zeros bring both to one around an operator (``widths``)
 rule          makes a plan from data, by a name that an operator's arguments can carry (``planned``); Routing's rule

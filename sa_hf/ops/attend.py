@@ -60,6 +60,7 @@ def sequences_backward(
     bias = None if options.distance_bias is None else torch.zeros_like(options.distance_bias)
     spans = None if options.spans is None else torch.zeros_like(options.spans)
     sinks = None if options.sinks is None else torch.zeros_like(options.sinks)
+    terms = [None if term is None else torch.zeros_like(term.values) for term in options.terms]
     for plan, group in batch.groups():
         q, k, v = group.queries(query), group.keys(key), group.keys(value)
         group_lse = group.queries(lse4).squeeze(-1)
@@ -76,10 +77,19 @@ def sequences_backward(
             group.write_keys(spans.unsqueeze(-1), part.spans.unsqueeze(-1))
         if sinks is not None and part.sinks is not None:
             sinks = sinks + part.sinks
+        for total, found, write in zip(
+            terms, (part.query_term, part.key_term), (group.write_queries, group.write_keys), strict=True
+        ):
+            if total is not None and found is not None:
+                write(total, found)
     if spans is not None and sequences.key_gather is not None:
         spans = batch.expand_keys(spans.unsqueeze(-1)).squeeze(-1)
     query_grad, key_grad, value_grad = batch.expand_queries(grads[0]), *(batch.expand_keys(g) for g in grads[1:])
-    return Gradients(query_grad, key_grad, value_grad, bias, spans, sinks)
+    of_terms = (
+        None if x is None else expand(x)
+        for x, expand in zip(terms, (batch.expand_queries, batch.expand_keys), strict=True)
+    )
+    return Gradients(query_grad, key_grad, value_grad, bias, spans, sinks, *of_terms)
 
 
 class Batch:
@@ -91,7 +101,7 @@ class Batch:
         self.device = device
         if options.spans is not None and sequences.key_gather is not None:
             options = options.with_tensors(spans=self.compact_keys(options.spans.unsqueeze(-1)).squeeze(-1))
-        self.options = options
+        self.options = _with_rows(options, self.compact_queries, self.compact_keys)
 
     @property
     def whole_plan(self) -> Sequence[Part]:
@@ -151,7 +161,7 @@ class BatchGroup:
         self.spans = [batch.sequences.spans[i] for i in indices]
         self.key_length = shape[1]
         self.extra = batch.sequences.extra_tokens
-        options = batch.options
+        options = _with_rows(batch.options, self.queries, self.keys)
         self.options = replace(
             options,
             sequence_ids=counter_words(indices, batch.device),
@@ -184,6 +194,17 @@ class BatchGroup:
             target[s.row, :, start : start + length] = x[index, :, self.extra :]
 
 
+def _with_rows(
+    options: ScoreOptions, queries: Callable[[Tensor], Tensor], keys: Callable[[Tensor], Tensor]
+) -> ScoreOptions:
+    """The options with the terms of other rows ``[B, H, N, R]``."""
+    if options.query_term is not None:
+        options = replace(options, query_term=options.query_term.of_rows(queries))
+    if options.key_term is not None:
+        options = replace(options, key_term=options.key_term.of_rows(keys))
+    return options
+
+
 def centred(table: Tensor | None, key_length: int) -> Tensor | None:
     """The middle ``2 * key_length - 1`` columns of a distance table."""
     if table is None:
@@ -203,20 +224,11 @@ def uncentred(grad: Tensor | None, table: Tensor | None) -> Tensor | None:
 # -- autograd ------------------------------------------------------------------------------------------------------
 
 
-def with_gradients(
-    options: ScoreOptions, bias: Tensor | None, spans: Tensor | None, sinks: Tensor | None
-) -> ScoreOptions:
-    """The options with these of the tensors that have a gradient (autograd wants them among a function's arguments)."""
-    if options.distance_bias is bias and options.spans is spans and options.sinks is sinks:
-        return options
-    return replace(options, distance_bias=bias, spans=spans, sinks=sinks)
-
-
 @dataclass(frozen=True, eq=False)
 class _Attend:
-    """The call of :func:`attend`; its tensors are query, key, value, distance bias, spans and sinks."""
+    """The call of :func:`attend`; its tensors are query, key, value and what the options have learned."""
 
-    differentiable: ClassVar[int] = 6
+    differentiable: ClassVar[int] = 8
     outputs: ClassVar[int] = 2
 
     sequences: Sequences
@@ -225,9 +237,8 @@ class _Attend:
     engine: Engine
 
     def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        bias, spans, sinks = tensors[3:]
         query, key, value = given(tensors[:3])
-        options = with_gradients(self.options, bias, spans, sinks)
+        options = self.options.with_learned(tensors[3:])
         with own_rules(query.device):
             out, lse = sequences_forward(query, key, value, self.sequences, self.plan_for, options, self.engine)
             return laid_out(out), lse
@@ -236,14 +247,14 @@ class _Attend:
         self, grad: Tensor, outputs: Sequence[Tensor], tensors: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
         out, lse = outputs
-        bias, spans, sinks = tensors[3:]
         query, key, value = given(tensors[:3])
-        options = with_gradients(self.options, bias, spans, sinks)
+        options = self.options.with_learned(tensors[3:])
         with own_rules(query.device):
             grads = sequences_backward(
                 query, key, value, out, lse, grad, self.sequences, self.plan_for, options, self.engine
             )
-        optional = ((bias, grads.distance_bias), (spans, grads.spans), (sinks, grads.sinks))
+        found = grads.distance_bias, grads.spans, grads.sinks, grads.query_term, grads.key_term
+        optional = zip(tensors[3:], found, strict=True)
         return grads.query, grads.key, grads.value, *(g for x, g in optional if x is not None and g is not None)
 
     def widened(self, copies: int, batch: int, mapped: object) -> None:
@@ -254,8 +265,8 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, plan_for: PlanFor, options: ScoreOptions,
     engine: Engine,
 ) -> Tensor:  # fmt: skip
-    """Sparse attention over the sequences of a batch, differentiable in query, key, value, distance bias, spans and
-    sinks.
+    """Sparse attention over the sequences of a batch, differentiable in query, key, value, distance bias, spans,
+    sinks and terms.
 
     Args:
         query: ``[B, H, Nq, D]``; key, value: ``[B, Hkv, Nk, D]``, H a multiple of Hkv.
@@ -264,5 +275,7 @@ def attend(
     Returns:
         ``[B, H, Nq, D]`` in the query's dtype; rows of padding and rows without a key are 0.
     """
-    call = _Attend(sequences, plan_for, with_gradients(options, None, None, None), engine)
-    return differentiable(call, query, key, value, options.distance_bias, options.spans, options.sinks)
+    # Autograd wants what has a gradient among a function's arguments.
+    values = (None if term is None else term.values.detach() for term in options.terms)
+    rest = options.with_learned([None, None, None, *values])
+    return differentiable(_Attend(sequences, plan_for, rest, engine), query, key, value, *options.learned)

@@ -19,7 +19,8 @@ from sa_hf.ops.transforms import needs_derivative
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Gradients of one part, in the shapes of its inputs; None where the input was None."""
+    """Gradients of one part, in the shapes of its inputs; None where the input was None. Those of terms are of their
+    values."""
 
     query: Tensor
     key: Tensor
@@ -27,13 +28,15 @@ class Gradients:
     distance_bias: Tensor | None = None
     spans: Tensor | None = None
     sinks: Tensor | None = None
+    query_term: Tensor | None = None
+    key_term: Tensor | None = None
 
 
 class Engine(ABC):
     """Runs one part. Inputs are already in the part's slot order: query ``[G, H, query_slots, D]``, key and value
     ``[G, Hkv | H, key_slots, D]``; ``part.query_index`` and ``part.key_index`` are there for positions alone
-    (distance bias, spans, dropout), and for the empty slots (-1) of a tensor index: those keys, which must be finite,
-    are left out and those rows are 0 with log-sum-exp -inf.
+    (distance bias and terms, spans, dropout), and for the empty slots (-1) of a tensor index: those keys, which must be
+    finite, are left out and those rows are 0 with log-sum-exp -inf.
     """
 
     name: ClassVar[str]
@@ -45,7 +48,7 @@ class Engine(ABC):
 
     def cannot_decode(self, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> str | None:
         """Why :meth:`decode` cannot take a step, or None: :meth:`unsupported` with what a kernel for decoding lacks."""
-        lacking = needs_derivative(query, key, value, options.distance_bias, options.spans, options.sinks)
+        lacking = needs_derivative(query, key, value, *options.learned)
         return self.unsupported(query, options) if lacking is None else f"its decode kernel {lacking}"
 
     @abstractmethod
@@ -141,6 +144,7 @@ class Total:
         self.sums: list[Tensor | None] = [None, None, None]
         self.bias: Tensor | None = None
         self.spans: Tensor | None = None
+        self.terms: list[Tensor | None] = [None, None]
 
     def attend(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor
@@ -166,6 +170,10 @@ class Total:
         if grads.spans is not None and self.options.spans is not None:
             self.spans = torch.zeros_like(self.options.spans) if self.spans is None else self.spans
             piece.shared(self.spans).add_(grads.spans)
+        for at, (grad, term) in enumerate(zip((grads.query_term, grads.key_term), self.options.terms, strict=True)):
+            if grad is not None and term is not None:
+                known = self.terms[at] = torch.zeros_like(term.values) if (x := self.terms[at]) is None else x
+                piece.queries(known).add_(grad)
 
     def add_rows(self, at: int, grad: Tensor, index: Index, piece: Piece, *, repeated: bool) -> None:
         """Add to the gradient of the query (at 0), the key or the value."""
@@ -189,4 +197,8 @@ class Total:
             torch.zeros_like(source) if known is None and source is not None else known
             for known, source in ((self.bias, self.options.distance_bias), (self.spans, self.options.spans))
         )
-        return Gradients(query, key, value, bias, spans)
+        terms = (
+            torch.zeros_like(term.values) if known is None and term is not None else known
+            for known, term in zip(self.terms, self.options.terms, strict=True)
+        )
+        return Gradients(query, key, value, bias, spans, None, *terms)

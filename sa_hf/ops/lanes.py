@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sa_hf.ops.parts import Index, ScoreOptions
+from sa_hf.ops.parts import DistanceTerm, Index, ScoreOptions
 from sa_hf.ops.random import counter_words, dropout_words
 
 
@@ -103,3 +103,12 @@ class Places:
         row = lanes // self.lanes.heads * heads
         row = row + lanes % self.lanes.heads if heads > 1 else row
         return row[:, None] * length + positions.clamp(0, length - 1)
+
+    def term_at(self, term: DistanceTerm, lanes: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Where the values of a term lie for pairs of positions ``i [T | 1, a, 1]``, ``j [T | 1, 1, m]`` in lanes
+        ``[T]``, int64 ``[T, a, m]`` into its flat values; -1 for pairs without it."""
+        options, (length, width) = self.options, term.values.shape[2:]
+        own = i - options.query_offset if term is options.query_term else j
+        at = (lanes[:, None, None] * length + own.clamp(0, length - 1)) * width + term.bucket(j - i)
+        real = (i >= options.extra_tokens) & (j >= options.extra_tokens) & (own < length)
+        return torch.where(real, at, -1)

@@ -11,6 +11,7 @@ different keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
@@ -164,6 +165,42 @@ Part: TypeAlias = BlockPart | SegmentPart | OffsetsPart
 
 
 @dataclass(frozen=True, eq=False)
+class DistanceTerm:
+    """What one side of a pair adds to its score by the distance to the other: ``values[b, h, p, buckets[j - i]]``, of
+    its position p (that of the query i, or that of the key j).
+
+    Args:
+        values: ``[B, H, N, R]``, a row for each query or key and query head.
+        buckets: int64 ``[2 * L - 1]``, below R: that of distance ``j - i`` in column ``j - i + L - 1``; distances
+            beyond the ends have those of the ends.
+    """
+
+    values: Tensor
+    buckets: Tensor
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """The buckets of distances ``j - i``, int64."""
+        centre = self.buckets.shape[0] // 2
+        return self.buckets[distance.clamp(-centre, centre) + centre]
+
+    def of_pairs(self, own: Tensor, distance: Tensor) -> Tensor:
+        """The term ``[B, H, Nq, Nk]`` of all pairs: for references and for layers that stay dense.
+
+        Args: own: the row of values of each pair, ``distance`` its ``j - i``: int64, broadcastable to ``[Nq, Nk]``.
+        """
+        return self.values[:, :, own.expand(distance.shape), self.bucket(distance)]
+
+    def of_rows(self, change: Callable[[Tensor], Tensor]) -> DistanceTerm:
+        """The same of other rows (some heads, some sequences)."""
+        return replace(self, values=change(self.values))
+
+    @staticmethod
+    def of_heads(term: DistanceTerm | None, heads: list[int] | slice) -> DistanceTerm | None:
+        """A term, where there is one, for some of the query heads."""
+        return None if term is None else term.of_rows(lambda x: x[:, heads])
+
+
+@dataclass(frozen=True, eq=False)
 class ScoreOptions:
     """What happens to a score between the product and the softmax, the same for every part of a plan.
 
@@ -183,6 +220,9 @@ class ScoreOptions:
         query_offset: the position of the first query, key length minus query length.
         sinks: ``[H]``, a logit of each query head in the softmax's denominator, or None. Engines do not read it: it
             joins where all parts are merged (``ops.run``, ``ops.sinks``).
+        query_term, key_term: what each query, and what each key, adds to the scores of its pairs by their distance
+            (DeBERTa's content-to-position and position-to-content, relative keys); their rows are all queries and all
+            keys of the call. They join where the distance bias does, and pairs with an extra token have none.
     """
 
     scale: float
@@ -197,6 +237,32 @@ class ScoreOptions:
     heads: tuple[int, ...] | None = None
     query_offset: int = 0
     sinks: Tensor | None = None
+    query_term: DistanceTerm | None = None
+    key_term: DistanceTerm | None = None
+
+    @property
+    def terms(self) -> tuple[DistanceTerm | None, DistanceTerm | None]:
+        """Of the query and of the key."""
+        return self.query_term, self.key_term
+
+    @property
+    def learned(self) -> tuple[Tensor | None, ...]:
+        """The tensors that have gradients: distance bias, spans, sinks, values of the query's and of the key's term."""
+        values = (None if term is None else term.values for term in self.terms)
+        return self.distance_bias, self.spans, self.sinks, *values
+
+    def with_learned(self, tensors: Sequence[Tensor | None]) -> ScoreOptions:
+        """The options with these in the places of :attr:`learned`."""
+        if all(own is given for own, given in zip(self.learned, tensors, strict=True)):
+            return self
+        bias, spans, sinks, *values = tensors
+        query_term, key_term = (
+            None if term is None or x is None else replace(term, values=x)
+            for term, x in zip(self.terms, values, strict=True)
+        )
+        return replace(
+            self, distance_bias=bias, spans=spans, sinks=sinks, query_term=query_term, key_term=key_term
+        )  # fmt: skip
 
     def with_tensors(self, **tensors: Any) -> ScoreOptions:
         return replace(self, **tensors)

@@ -95,6 +95,8 @@ class Piece:
             heads=heads[self.heads],
             distance_bias=None if options.distance_bias is None else options.distance_bias[self.heads],
             spans=None if options.spans is None else self.shared(options.spans),
+            query_term=None if options.query_term is None else options.query_term.of_rows(self.queries),
+            key_term=None if options.key_term is None else options.key_term.of_rows(self.queries),
         )
 
 

@@ -36,6 +36,11 @@ def dense_attention(
         centre = (table.shape[1] + 1) // 2 - 1
         real = (i >= options.extra_tokens) & (j >= options.extra_tokens)
         scores = scores + torch.where(real, table[:, (j - i).clamp(-centre, centre) + centre], 0.0)
+    for term, own in zip(options.terms, (i - (n_k - n_q), j), strict=True):
+        if term is not None:
+            real = (i >= options.extra_tokens) & (j >= options.extra_tokens)
+            wide = term.of_rows(Tensor.double)
+            scores = scores + torch.where(real, wide.of_pairs(own, j - i), 0.0)
     weight = multiplicity.to(torch.float64).expand(batch, heads, n_q, n_k)
     if options.spans is not None:
         gate = torch.clamp(1 + (options.spans.double()[:, :, None, :] - (i - j)) / options.ramp, 0, 1)

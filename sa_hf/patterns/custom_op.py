@@ -22,7 +22,7 @@ from sa_hf.ops.attend import PlanFor, attend, sequences_backward, sequences_forw
 from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager, tracing
 from sa_hf.ops.host import own_rules
-from sa_hf.ops.parts import Band, Part, ScoreOptions
+from sa_hf.ops.parts import Band, DistanceTerm, Part, ScoreOptions
 from sa_hf.ops.run import empty_output, laid_out
 from sa_hf.ops.sequences import PendingSequences, Sequences, Span, WholeRows
 from sa_hf.ops.slots import examine_slots
@@ -34,8 +34,9 @@ from sa_hf.patterns.base import StaticPatternConfig, finished_plan
 PLANS_CACHED = 256
 _SPAN_FIELDS = 5
 AnySequences: TypeAlias = Sequences | WholeRows | PendingSequences
-# Leading arguments of the operator that are tensors: query, key, value, bias, sinks, seed, two gathers, mask, ids.
-TENSORS = 10
+# Leading arguments of the operator that are tensors: query, key, value; bias, sinks, values of the query's and of the
+# key's term; their buckets, seed, two gathers, mask, ids.
+TENSORS = 14
 
 
 @lru_cache(maxsize=PLANS_CACHED)
@@ -113,21 +114,28 @@ def _flat(sequences: AnySequences) -> list[int]:
 
 
 def _options(
-    key: str, scale: float, softcap: float, dropout: float, bias: Tensor | None, sinks: Tensor | None,
-    seed: Tensor | None, extra: int,
+    key: str, scale: float, softcap: float, dropout: float, learned: tuple[Tensor | None, ...],
+    buckets: tuple[Tensor | None, Tensor | None], seed: Tensor | None, extra: int,
 ) -> ScoreOptions:  # fmt: skip
-    heads = _layer(key)[1].heads
+    """Args: learned: bias, sinks, values of the query's and of the key's term."""
+    heads, (bias, sinks, *values) = _layer(key)[1].heads, learned
+    query_term, key_term = (
+        None if x is None or at is None else DistanceTerm(x, at) for x, at in zip(values, buckets, strict=True)
+    )
     return ScoreOptions(
-        scale, softcap or None, bias, dropout=dropout, seed=seed, extra_tokens=extra, heads=heads, sinks=sinks
+        scale, softcap or None, bias, dropout=dropout, seed=seed, extra_tokens=extra, heads=heads, sinks=sinks,
+        query_term=query_term, key_term=key_term,
     )  # fmt: skip
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None, of_query: Tensor | None,
+    of_key: Tensor | None, query_buckets: Tensor | None, key_buckets: Tensor | None, seed: Tensor | None,
     query_gather: Tensor | None, key_gather: Tensor | None, mask: Tensor | None, ids: Tensor | None, layer: str,
     spans: list[int], extra: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    options = _options(layer, scale, softcap, dropout, bias, sinks, seed, extra)
+    learned, buckets = (bias, sinks, of_query, of_key), (query_buckets, key_buckets)
+    options = _options(layer, scale, softcap, dropout, learned, buckets, seed, extra)
     with own_rules(query.device):
         sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
         engine = choose_engine(_layer(layer)[2], query, options)
@@ -150,21 +158,23 @@ def _(query, key, value, *rest):  # type: ignore[no-untyped-def]  # signature fi
 
 def _gradients(
     grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
-    sinks: Tensor | None, seed: Tensor | None, query_gather: Tensor | None, key_gather: Tensor | None,
+    sinks: Tensor | None, of_query: Tensor | None, of_key: Tensor | None, query_buckets: Tensor | None,
+    key_buckets: Tensor | None, seed: Tensor | None, query_gather: Tensor | None, key_gather: Tensor | None,
     mask: Tensor | None, ids: Tensor | None, layer: str, spans: list[int], extra: int, scale: float, softcap: float,
     dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options = _options(layer, scale, softcap, dropout, bias, sinks, seed, extra)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    learned, buckets = (bias, sinks, of_query, of_key), (query_buckets, key_buckets)
+    options = _options(layer, scale, softcap, dropout, learned, buckets, seed, extra)
     with own_rules(query.device):
         sequences = _sequences(query, key, spans, extra, (query_gather, key_gather, mask, ids))
         engine = choose_engine(_layer(layer)[2], query, options)
         grads = sequences_backward(
             query, key, value, out, lse, grad, sequences, _plan_for(layer, query.device, extra), options, engine
         )  # fmt: skip
-    of_bias, of_sinks = (
-        query.new_empty(0) if x is None else x.contiguous() for x in (grads.distance_bias, grads.sinks)
-    )
-    return grads.query.contiguous(), grads.key.contiguous(), grads.value.contiguous(), of_bias, of_sinks
+    found = grads.distance_bias, grads.sinks, grads.query_term, grads.key_term
+    of_bias, of_sinks, of_query, of_key = (query.new_empty(0) if x is None else x.contiguous() for x in found)
+    main = grads.query.contiguous(), grads.key.contiguous(), grads.value.contiguous()
+    return *main, of_bias, of_sinks, of_query, of_key
 
 
 _static_attention_backward = torch.library.custom_op(
@@ -173,8 +183,8 @@ _static_attention_backward = torch.library.custom_op(
 
 
 @_static_attention_backward.register_fake
-def _(grad, out, lse, query, key, value, bias, sinks, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
-    present = (query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, sinks))
+def _(grad, out, lse, query, key, value, *rest):  # type: ignore[no-untyped-def]  # signature fixed by the operator
+    present = (query.new_empty(0) if x is None else x.new_empty(x.shape) for x in rest[:4])
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), *present
 
 
@@ -185,9 +195,9 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # sign
 
 def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]  # signature fixed by register_autograd
     out, lse, *tensors = ctx.saved_tensors
-    *main, of_bias, of_sinks = _static_attention_backward(grad_out, out, lse, *tensors, *ctx.rest)
-    optional = (None if x is None else g for x, g in zip(tensors[3:5], (of_bias, of_sinks), strict=True))
-    return *main, *optional, *(None for _ in [*tensors[5:], *ctx.rest])
+    grads = _static_attention_backward(grad_out, out, lse, *tensors, *ctx.rest)
+    optional = (None if x is None else g for x, g in zip(tensors[3:7], grads[3:], strict=True))
+    return *grads[:3], *optional, *(None for _ in [*tensors[7:], *ctx.rest])
 
 
 _static_attention.register_autograd(_backward, setup_context=_setup)
@@ -198,7 +208,7 @@ _static_attention_backward.register_autograd(refuse_second_derivative)
 class _StaticCall:
     """The operator's call under function transforms, modes and subclasses."""
 
-    differentiable: ClassVar[int] = 5
+    differentiable: ClassVar[int] = 7
     outputs: ClassVar[int] = 2
 
     rest: tuple[Any, ...]
@@ -215,8 +225,8 @@ class _StaticCall:
         return tuple(g for x, g in zip(tensors[: self.differentiable], grads, strict=True) if x is not None)
 
     def widened(self, copies: int, batch: int, mapped: Sequence[bool | None]) -> _StaticCall | None:
-        # A table and the sinks are one for the batch, dropout counts its sequences.
-        if any(x is not None for x in mapped[3:6]):
+        # A table, the sinks and buckets are one for the batch, dropout counts its sequences.
+        if any(x is not None for x in mapped[3:10]):
             return None
         layer, flat, *rest = self.rest
         wide = [
@@ -229,7 +239,7 @@ def static_attention(
     query: Tensor, key: Tensor, value: Tensor, sequences: AnySequences, layer: str, options: ScoreOptions
 ) -> Tensor:
     """A static pattern over the sequences of a batch, ``[B, H, Nq, Dv]`` of values of any width Dv; differentiable in
-    query, key, value, the distance bias and the sinks.
+    query, key, value, the distance bias, the sinks and the terms.
 
     ``layer`` comes from :func:`layer_key`; else shapes as in ``ops.attend.attend``.
     """
@@ -241,18 +251,17 @@ def static_attention(
 def _at_one_width(
     query: Tensor, key: Tensor, value: Tensor, sequences: AnySequences, layer: str, options: ScoreOptions
 ) -> Tensor:  # fmt: skip
-    plain = (
-        eager(query, key, value, options.distance_bias, options.sinks)
-        and not torch._C._are_functorch_transforms_active()
-    )
+    plain = eager(query, key, value, *options.learned) and not torch._C._are_functorch_transforms_active()
     if isinstance(sequences, Sequences) and plain:
         return _direct(query, key, value, sequences, layer, options)
     mask = ids = None
     if isinstance(sequences, PendingSequences):
         mask, ids = sequences.attention_mask, sequences.sequence_ids
+    buckets = (None if term is None else term.buckets for term in options.terms)
+    bias, _, sinks, *values = options.learned
     tensors = (
-        query, key, value, options.distance_bias, options.sinks, options.seed, sequences.query_gather,
-        sequences.key_gather, mask, ids,
+        query, key, value, bias, sinks, *values, *buckets, options.seed,
+        sequences.query_gather, sequences.key_gather, mask, ids,
     )  # fmt: skip
     rest = (layer, _flat(sequences), sequences.extra_tokens, options.scale, options.softcap or 0.0, options.dropout)
     if not tracing():

@@ -30,7 +30,7 @@ def with_blocks(
     """
     if inputs.blocks is None:
         return out
-    if options.distance_bias is not None:
+    if options.distance_bias is not None or options.terms != (None, None):
         raise SparseAttentionError(
             "the pairs of an image's tokens cannot be added beside a position bias; keep such layers dense"
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sa_hf.config import SparseAttention, SparseAttentionConfig
 from sa_hf.errors import SparseAttentionError
 from sa_hf.layer import AttentionInputs, LayerSpec
+from sa_hf.ops.parts import DistanceTerm
 from sa_hf.patterns.dense import DenseAttentionConfig
 
 Parts = Sequence[tuple[tuple[int, ...], SparseAttentionConfig]]
@@ -89,6 +90,8 @@ class MixedSparseAttention(SparseAttention):
             value=inputs.value[:, keys],
             distance_bias=None if inputs.distance_bias is None else inputs.distance_bias[list(heads)],
             sinks=None if inputs.sinks is None else inputs.sinks[list(heads)],
+            query_term=DistanceTerm.of_heads(inputs.query_term, list(heads)),
+            key_term=DistanceTerm.of_heads(inputs.key_term, list(heads)),
             remember=named,
             beside=kept,
         )

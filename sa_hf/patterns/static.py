@@ -44,6 +44,8 @@ def score_options(inputs: AttentionInputs, heads: tuple[int, ...] | None = None)
         extra_tokens=inputs.sequences.extra_tokens,
         heads=heads,
         sinks=inputs.sinks,
+        query_term=inputs.query_term,
+        key_term=inputs.key_term,
     )
 
 

@@ -25,6 +25,8 @@ def is_step(inputs: AttentionInputs) -> bool:
     new, held = inputs.query.shape[2], inputs.sequences.key_length
     if not inputs.causal or new == held or new > DECODE_QUERIES or inputs.dropout > 0:
         return False
+    if inputs.query_term is not None or inputs.key_term is not None:  # which no kernel for decoding has
+        return False
     # Distances there are between slots, which zeros inside a mask and dropped keys set apart from positions.
     moved = inputs.sequences.key_gather is not None or inputs.key_slots is not None
     return not (moved and inputs.distance_bias is not None)

@@ -37,7 +37,7 @@ NAMES = [
     "SmolVLMVisionTransformer", "Siglip2Model",
     "MvpForConditionalGeneration", "TrOCRForCausalLM", "GPTNeoXJapaneseForCausalLM", "OpenAIGPTLMHeadModel",
     "ParakeetEncoder", "Wav2Vec2ConformerModel", "GraniteDoclingVisionModel",
-    "VideoMAEModel", "DiffLlamaForCausalLM",
+    "VideoMAEModel", "DiffLlamaForCausalLM", "DebertaModel", "DebertaV2Model", "SEWDModel",
     "SwinModel", "DonutSwinModel", "MaskFormerSwinModel", "Swinv2Model", "Swin2SRModel", "DogeForCausalLM",
 ]  # fmt: skip
 
@@ -50,6 +50,8 @@ DENSE = [
     "SiglipVisionModel",
     "Swinv2Model",
     "DogeForCausalLM",
+    "DebertaModel",
+    "SEWDModel",
 ]
 
 

@@ -27,7 +27,7 @@ def built(name: str) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("DebertaV2Model", "computes its attention itself .*with every distance, which neither"),
+        ("FunnelModel", "computes its attention itself .*fewer than its keys"),
         ("WavLMModel", "computes its attention itself .*by a gate of its own"),
         ("CanineModel", "computes its attention itself .*so no layer can be replaced; models that ask"),
         ("ResNetModel", "has no attention: no module of it is called so"),

@@ -177,7 +177,8 @@ def compare(
     options = replace(options, query_offset=key_length - query_length)
     counts = sum(part_multiplicity(p, query_length, key_length).expand(batch, heads, -1, -1) for p in plan)
     out, lse = dense_attention(q, k, v, counts, options)
-    learned = {"bias": options.distance_bias, "spans": options.spans, "sinks": options.sinks}
+    names = ("bias", "spans", "sinks", "query_term", "key_term")
+    learned = dict(zip(names, options.learned, strict=True))
     inputs = {"query": q, "key": k, "value": v, **{name: x for name, x in learned.items() if x is not None}}
     wanted = torch.autograd.grad(out, list(inputs.values()), upstream, allow_unused=True)
     runner = engine or choose_engine("native", q, options)

@@ -21,10 +21,10 @@ from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.forward.convolution import ConvTaps
 from sa_hf.hf.forward.keys import check_reach, give_keys
-from sa_hf.hf.forward.keywords import SINKS, refuse_attentions, unknown_keywords
+from sa_hf.hf.forward.keywords import SINKS, TERMS, refuse_attentions, unknown_keywords
 from sa_hf.hf.forward.layer_input import NO_CACHE_IN_GRAPHS, LayerCall
 from sa_hf.hf.forward.masks import MaskRequest, check_no_past, packed_mask, said_ids, sparse_mask, traced_sequences
-from sa_hf.hf.forward.position_bias import expanded_bias
+from sa_hf.hf.forward.position_bias import expanded_bias, expanded_terms
 from sa_hf.hf.forward.ready_masks import read_mask, sequences_twice
 from sa_hf.hf.forward.repeated import repeated_step, settle_step
 from sa_hf.hf.forward.rotary import before_rotary, turned_halves
@@ -103,7 +103,7 @@ def _said(scaling: float | None, dropout: float, kwargs: dict[str, Any]) -> tupl
     return scaling, *(kwargs.get(name) for name in _OF_A_STEP), *kwargs
 
 
-_MORE_SAID = ("position_bias", SINKS, "sequence_ids", "cu_seq_lens_q", "output_attentions")
+_MORE_SAID = ("position_bias", TERMS, SINKS, "sequence_ids", "cu_seq_lens_q", "output_attentions")
 
 
 @with_host_defaults
@@ -114,6 +114,7 @@ def _attend(
 ) -> Tensor:  # fmt: skip
     """One layer's pattern: output ``[batch, queries, heads, head_dim]``."""
     bias = kwargs.pop("position_bias", None)
+    query_term, key_term = kwargs.pop(TERMS, None) or (None, None)
     softcap = kwargs.pop("softcap", None)
     window = kwargs.pop("sliding_window", None)
     causal = kwargs.pop("is_causal", None)
@@ -143,6 +144,8 @@ def _attend(
         dropout=float(dropout),
         engine=place.engine,
         sinks=sinks,
+        query_term=query_term,
+        key_term=key_term,
         chunk=chunk,
         blocks=blocks,
         hidden_states=call.hidden_states,
@@ -336,6 +339,9 @@ def _dense_forward(
     # Cross-attention computes its own bias, which is no table.
     if kwargs.get("position_bias") is not None and place.spec is not None:
         kwargs["position_bias"] = expanded_bias(kwargs["position_bias"], query, key, request, place.extra_tokens)
+    if kwargs.get(TERMS) is not None:
+        terms = expanded_terms(kwargs.pop(TERMS), query.shape[2], key.shape[2], place.extra_tokens)
+        kwargs["position_bias"] = terms
     function = _original_function(module, place)
     output: Tensor = function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
     return output, None

@@ -13,11 +13,13 @@ from sa_hf.hf.caches.layer import is_cache
 
 # Keywords that the adapter reads.
 SERVED = {
-    "cu_seq_lens_q", "dropout", "is_causal", "output_attentions", "position_bias", "scaling", "sequence_ids",
-    "sliding_window", "softcap", "sparse_call",
+    "cu_seq_lens_q", "distance_terms", "dropout", "is_causal", "output_attentions", "position_bias", "scaling",
+    "sequence_ids", "sliding_window", "softcap", "sparse_call",
 }  # fmt: skip
 # What a layer with attention sinks hands down, and what no other layer may be given.
 SINKS = "s_aux"
+# What attention that adds terms of the distance hands down: those of its queries and of its keys, each or None.
+TERMS = "distance_terms"
 # Keywords that models hand down to their attention and that change nothing here. Those of ``TransformersKwargs`` are
 # named and not read from it: what a newer release adds may change attention. (``seq_idx`` is read by layers of linear
 # attention alone; packed rows come with ``cu_seq_lens_q`` or restarting positions, too.)

@@ -7,14 +7,17 @@ the table ``[1, heads, 1, 2 N - 1]`` instead: column ``j - i + N - 1`` is the bi
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from sa_hf.hf.forward.masks import MaskRequest
+from sa_hf.ops.parts import DistanceTerm
 
 BUCKET = "_relative_position_bucket"
+# Of an encoder's queries and of its keys.
+Terms: TypeAlias = tuple[DistanceTerm | None, DistanceTerm | None]
 
 
 def has_bias_table(module: nn.Module) -> bool:
@@ -36,6 +39,17 @@ def bias_table(module: Any, length: int, device: torch.device) -> Tensor:
     )
     values: Tensor = module.relative_attention_bias(bucket)
     return values.t()[None, :, None]
+
+
+def expanded_terms(terms: Terms, queries: int, keys: int, extra_tokens: int = 0) -> Tensor:
+    """The terms of an encoder's queries and keys ``[batch, heads, queries, keys]``, summed, for a layer left dense;
+    pairs with an extra token have none."""
+    given = [term for term in terms if term is not None]
+    i, j = (torch.arange(n, device=given[0].values.device) for n in (queries, keys))
+    i, j = i[:, None], j[None, :]
+    own = [i if term is terms[0] else j for term in given]
+    total = sum((term.of_pairs(at, j - i) for term, at in zip(given, own, strict=True)), torch.tensor(0.0))
+    return total if extra_tokens == 0 else torch.where((i >= extra_tokens) & (j >= extra_tokens), total, 0)
 
 
 def expanded_bias(table: Tensor, query: Tensor, key: Tensor, request: MaskRequest | None, extra_tokens: int) -> Tensor:

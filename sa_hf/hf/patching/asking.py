@@ -9,12 +9,13 @@ from transformers import PreTrainedModel
 
 from sa_hf.hf.patching.asking_base import Asking, asking_class
 from sa_hf.hf.patching.asking_decoders import DECODERS
+from sa_hf.hf.patching.asking_distances import DISTANCES
 from sa_hf.hf.patching.asking_encoders import ENCODERS
 from sa_hf.hf.patching.asking_packed import AskingPacked, cuts_its_row
 from sa_hf.hf.patching.asking_relative import RELATIVE
 from sa_hf.hf.patching.asking_windows import WINDOWS
 
-CLASSES = {**ENCODERS, **DECODERS, **RELATIVE, **WINDOWS}
+CLASSES = {**ENCODERS, **DECODERS, **RELATIVE, **DISTANCES, **WINDOWS}
 
 
 def let_ask(model: nn.Module) -> bool:

@@ -24,8 +24,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sa_hf.config import SparseAttention
 from sa_hf.hf.caches.layer import cache_in
+from sa_hf.hf.forward.keywords import TERMS
 from sa_hf.hf.forward.layer_input import LayerCall
 from sa_hf.hf.forward.masks import MaskRequest
+from sa_hf.hf.forward.position_bias import Terms, expanded_terms
 from sa_hf.hf.forward.ready_masks import padding_of
 from sa_hf.hf.state.activity import IMPLEMENTATION, DenseMarker
 from sa_hf.hf.state.layers import active_child
@@ -40,7 +42,8 @@ _CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters 
 
 def asked_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    dropout: float = 0.0, scaling: float | None = None, position_bias: Tensor | None = None, **kwargs: Any,
+    dropout: float = 0.0, scaling: float | None = None, position_bias: Tensor | None = None,
+    distance_terms: Terms | None = None, **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Dense attention of a layer that its patch leaves dense, softmax in float32 at least."""
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
@@ -49,6 +52,8 @@ def asked_attention_forward(
     scores = torch.matmul(query * scale, key.transpose(-1, -2))
     if position_bias is not None:
         scores = scores + expanded_table(position_bias, query.shape[2], key.shape[2])
+    if distance_terms is not None:
+        scores = scores + expanded_terms(distance_terms, query.shape[2], key.shape[2])
     if attention_mask is not None:
         scores = scores + attention_mask[..., : key.shape[2]]
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
@@ -75,8 +80,8 @@ class Asking:
 
     Attributes: own: the class below; own_eager: the eager attention that it calls is that of its module; causal: what
     the module is, None where it says so itself; widened: whether its queries and keys have channels beside their own,
-    which hold a bias; needs: what a module must have, where a release gives the same name to another one; sa_hf_around:
-    the names of the classes of the modules around it.
+    which hold a bias; has_distance_terms: whether it hands terms of the distance on; needs: what a module must have,
+    where a release gives the same name to another one; sa_hf_around: the names of the classes of the modules around it.
     """
 
     asks_interface: ClassVar[bool] = True
@@ -84,6 +89,7 @@ class Asking:
     own: ClassVar[Any]
     causal: ClassVar[bool | None] = False
     widened: ClassVar[bool] = False
+    has_distance_terms: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -119,11 +125,12 @@ def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *,
     narrow: Callable[[Any], Any] | None = None, bias: Callable[[int], Tensor] | None = None, dropout: float = 0.0,
     scaling: float | None = None, widen: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    terms: Terms | None = None,
 ) -> Tensor:  # fmt: skip
     """The interface's attention ``[batch, queries, heads * head_dim]``; the cache among the arguments is updated first.
 
     Args: narrow: what becomes of the mask; bias: the table of distances up to a length; widen: what becomes of queries
-    and keys beside their values, those of the cache included.
+    and keys beside their values, those of the cache included; terms: of the queries and of the keys with the distance.
     """
     cache = cache_in(args, kwargs)
     if cache is not None:
@@ -135,6 +142,8 @@ def attend(
     call = {name: x for name, x in kwargs.items() if name in _HANDED_ON}
     if bias is not None:
         call["position_bias"] = bias(max(key.shape[2], _positions(mask)))
+    if terms is not None and terms != (None, None):
+        call[TERMS] = terms
     function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, asked_attention_forward)
     out = function(
         module, query, key, value, mask if narrow is None else narrow(mask),

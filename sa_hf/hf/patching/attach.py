@@ -87,6 +87,7 @@ def _check_stacks(root: PreTrainedModel, sites: Sites, assignment: Assignment) -
         for index, entry in sorted(assignment.get(stack, {}).items()):
             for spec, config in _running(entry, layers[index]):
                 _check_chunk(config, spec)
+                _check_terms(config, spec)
                 together.setdefault((config, spec.heads), []).append(spec)
         for (config, _), specs in together.items():
             config.check_layers(specs)
@@ -117,6 +118,15 @@ def _check_chunk(config: SparseAttentionConfig, spec: LayerSpec) -> None:
         raise UnsupportedModelError(
             f"layer {spec.layer_idx} is cut into chunks of {spec.chunk} tokens, in which {config.name!r}, whose pairs "
             "are learned or chosen by the data, does not run; give it a static pattern, or keep it dense"
+        )
+
+
+def _check_terms(config: SparseAttentionConfig, spec: LayerSpec) -> None:
+    if spec.terms and not isinstance(config, StaticPatternConfig):
+        raise UnsupportedModelError(
+            f"layer {spec.layer_idx} adds to its scores what each query or key makes of the distance to the other "
+            f"(DeBERTa, relative keys), which {config.name!r}, whose pairs are learned or chosen by the data, does not "
+            "know; give it a static pattern, or keep it dense"
         )
 
 

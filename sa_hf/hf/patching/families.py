@@ -339,6 +339,7 @@ def _layer_spec(module: nn.Module, index: int, num_layers: int, limit: int | Non
         device=device,
         dtype=dtype,
         sinks=isinstance(getattr(module, "sinks", None), nn.Parameter),
+        terms=bool(getattr(module, "has_distance_terms", False)),
     )
 
 

@@ -14,8 +14,6 @@ _MODELS_THAT_ASK = (
 _OF_EACH_QUERY = "which neither a table of distances nor channels beside the keys' own can hold"
 # Of attention whose maths is another than a pattern's, by the name of its class: what it computes.
 _OTHER_MATHS = {
-    "DisentangledSelfAttention": f"its scores have a term of each query and of each key with every distance, "
-    f"{_OF_EACH_QUERY}",
     "WavLMAttention": f"each query weighs its bias of distances by a gate of its own, {_OF_EACH_QUERY}",
     "XLNetRelativeAttention": "its two streams of queries read the same keys under masks of permutations",
     "FunnelRelMultiheadAttention": "its pooled queries are fewer than its keys and have no places of their own",

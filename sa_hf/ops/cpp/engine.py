@@ -27,10 +27,12 @@ class CppEngine(Engine):
             return f"the C++ kernels run on the CPU, not on {query.device.type}"
         if query.dtype == torch.float64:
             return "the C++ kernels compute in float32, and the query is float64"
+        if options.terms != (None, None):
+            return "the C++ kernels have no terms of each query or key with the distance"
         return why_not()
 
     def cannot_decode(self, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> str | None:
-        if not eager(query, key, value, options.distance_bias, options.spans, options.sinks):
+        if not eager(query, key, value, *options.learned):
             return "its decode kernel is no registered operator, as a graph or a mode needs it"
         if query.dtype not in ELEMENTS or not query.dtype == key.dtype == value.dtype:
             given = query.dtype, key.dtype, value.dtype

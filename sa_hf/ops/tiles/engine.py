@@ -34,6 +34,7 @@ class TileEngine(Engine):
         if query.device.type == "cpu":
             keep_freed_memory()
         call = _Call(part, query, key, options)
+        options = call.options
         q, k, v = call.queries(query), call.keys(key), call.keys(value)
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:1], -torch.inf)
         for tiles, rows, columns in call.batches():
@@ -55,8 +56,10 @@ class TileEngine(Engine):
         options: ScoreOptions,
     ) -> Gradients:  # fmt: skip
         call = _Call(part, query, key, options)
+        given, options = options, call.options
         q, k, v = call.queries(query), call.keys(key), call.keys(value)
-        grad, row_lse = call.queries(grad_out), call.queries(lse.unsqueeze(-1)).squeeze(-1)
+        # Rows behind the end have probabilities of 0, whatever the terms of their keys.
+        grad, row_lse = call.queries(grad_out), call.queries(lse.unsqueeze(-1), torch.inf).squeeze(-1)
         delta = (grad * call.queries(out)).sum(-1)
         grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         gathered = OptionGradients.zeros(options, q.dtype)
@@ -70,12 +73,11 @@ class TileEngine(Engine):
         of_query, of_key, of_value = (
             call.back(g, x).to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)
         )
+        flat = gathered.distance_bias, gathered.spans, None, *gathered.terms
         of_options = (
-            None if flat is None or source is None else flat.view(source.shape).to(source.dtype)
-            for flat, source in (
-                (gathered.distance_bias, options.distance_bias), (gathered.spans, options.spans)
-            )
-        )  # fmt: skip
+            None if x is None or source is None else x.view(source.shape).to(source.dtype)
+            for x, source in zip(flat, given.learned, strict=True)
+        )
         return Gradients(of_query, of_key, of_value, *of_options)
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, options: ScoreOptions) -> Tensor:
@@ -88,22 +90,26 @@ class _Call:
     def __init__(self, part: Part, query: Tensor, key: Tensor, options: ScoreOptions) -> None:
         self.part, self.head_dim = part, query.shape[3]
         self.lanes = Lanes.of(query, key)
+        stats = torch.promote_types(query.dtype, torch.float32)
+        # Once for all tiles: values are as long as the sequence.
+        terms = (None if term is None else term.values.to(stats).contiguous() for term in options.terms)
+        self.options = options = options.with_learned([*options.learned[:3], *terms])
         self.places = Places.of(options, self.lanes, part.query_index, part.key_index)
         self.query_slots, self.key_slots = query.shape[2], key.shape[2]
         if isinstance(part, BlockPart):
             self.query_slots = part.layout.num_query_blocks * part.layout.block_q
             self.key_slots = part.layout.num_key_blocks * part.layout.block_k
 
-    def queries(self, x: Tensor) -> Tensor:
-        return self._flat(x, self.query_slots)
+    def queries(self, x: Tensor, behind: float = 0.0) -> Tensor:
+        return self._flat(x, self.query_slots, behind)
 
     def keys(self, x: Tensor) -> Tensor:
         return self._flat(x, self.key_slots)
 
     @staticmethod
-    def _flat(x: Tensor, slots: int) -> Tensor:
+    def _flat(x: Tensor, slots: int, behind: float = 0.0) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return torch.nn.functional.pad(x, (0, 0, 0, slots - x.shape[2])).flatten(0, 2)
+        return torch.nn.functional.pad(x, (0, 0, 0, slots - x.shape[2]), value=behind).flatten(0, 2)
 
     @staticmethod
     def back(flat: Tensor, like: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class Pairs:
     slope: Tensor | None = None  # of the gate by the span
     span_at: Tensor | None = None  # int64 [T, 1, m], into the flat spans
     undropped: Tensor | None = None  # bool
+    terms_at: tuple[Tensor | None, ...] = (None, None)  # int64, into the flat values of each; -1 for a pair without
 
     @classmethod
     def of(cls, places: Places, tiles: Tiles, dtype: torch.dtype) -> Pairs:
@@ -54,7 +55,8 @@ class Pairs:
         if options.dropout > 0:
             rows, columns_ = places.dropout_words(lanes, at, 0), places.dropout_words(lanes, to, 1)
             undropped = dropout_keep(rows[:, :, None], columns_[:, None], options.dropout)
-        return cls(kept, bias_at, gate, slope, span_at, undropped)
+        terms_at = tuple(None if term is None else places.term_at(term, lanes, i, j) for term in options.terms)
+        return cls(kept, bias_at, gate, slope, span_at, undropped, terms_at)
 
 
 def _scores(options: ScoreOptions, pairs: Pairs, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -66,6 +68,9 @@ def _scores(options: ScoreOptions, pairs: Pairs, q: Tensor, k: Tensor) -> tuple[
     if pairs.bias_at is not None and options.distance_bias is not None:
         table = options.distance_bias.to(scores.dtype).flatten()
         scores = scores + torch.where(pairs.bias_at >= 0, table[pairs.bias_at.clamp(min=0)], 0)
+    for term, at in zip(options.terms, pairs.terms_at, strict=True):
+        if term is not None and at is not None:
+            scores = scores + torch.where(at >= 0, term.values.flatten()[at.clamp(min=0)], 0)
     return scores if pairs.kept is None else scores.masked_fill(~pairs.kept, -torch.inf), bend
 
 
@@ -93,14 +98,14 @@ class OptionGradients:
 
     distance_bias: Tensor | None
     spans: Tensor | None
+    terms: tuple[Tensor | None, ...]
 
     @classmethod
     def zeros(cls, options: ScoreOptions, dtype: torch.dtype) -> OptionGradients:
-        flat = (
-            None if x is None else torch.zeros(x.numel(), dtype=dtype, device=x.device)
-            for x in (options.distance_bias, options.spans)
+        bias, spans, _, *terms = (
+            None if x is None else torch.zeros(x.numel(), dtype=dtype, device=x.device) for x in options.learned
         )
-        return cls(*flat)
+        return cls(bias, spans, tuple(terms))
 
 
 def tile_backward(
@@ -120,6 +125,9 @@ def tile_backward(
     if gathered.distance_bias is not None and pairs.bias_at is not None:
         real = torch.where(pairs.bias_at >= 0, by_score, 0)
         add_rows(gathered.distance_bias, pairs.bias_at.clamp(min=0).expand(real.shape).flatten(), real.flatten())
+    for total, at in zip(gathered.terms, pairs.terms_at, strict=True):
+        if total is not None and at is not None:
+            add_rows(total, at.clamp(min=0).flatten(), torch.where(at >= 0, by_score, 0).flatten())
     if bend is not None:
         by_score = by_score * (1 - bend.square())
     by_score = by_score * options.scale

@@ -117,4 +117,6 @@ def _input_reason(query: Tensor, options: ScoreOptions) -> str | None:
         return f"scale={options.scale} must be positive"
     if options.ramp <= 0:
         return f"ramp={options.ramp} must be positive"
+    if options.terms != (None, None):
+        return "its kernels have no terms of each query or key with the distance"
     return None

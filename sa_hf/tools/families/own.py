@@ -19,6 +19,8 @@ _ZAMBA = {
 }  # fmt: skip
 _MIMI = {"hidden_size": HIDDEN, "upsample_groups": HIDDEN, "num_filters": 8, "codebook_dim": HIDDEN}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# As in the released models, where the config's default is attention without distances.
+_DISENTANGLED = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 _DOTS = {"head_dim": HEAD_DIM + HEAD_DIM // 2}
 _HUNYUAN_VL = {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}}
 _HY4 = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}
@@ -62,6 +64,11 @@ OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "dab-detr": _DETR,
     "Data2VecVisionForSemanticSegmentation": {"out_indices": [0, 1, 2, 3]},
+    "deberta": {**_DISENTANGLED, "max_relative_positions": 12},
+    "deberta-v2": {
+        **_DISENTANGLED, "max_relative_positions": 128, "position_buckets": 8, "share_att_key": True,
+        "norm_rel_ebd": "layer_norm", "position_biased_input": False, "conv_kernel_size": 3, "conv_act": "gelu",
+    },
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "depth_anything": _FOUR,
     "detr": _DETR,

@@ -1,0 +1,147 @@
+"""Attention whose scores have terms of each query or key with the distance between them, asking the interface.
+
+What a query, or a key, adds at a distance is one of few numbers, which it makes for each bucket of distances: a row for
+each token (``ops.parts.DistanceTerm``), and never a number of each pair.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_bidirectional_mask
+
+from sa_hf.errors import SparseAttentionError
+from sa_hf.hf.forward.masks import MaskRequest
+from sa_hf.hf.patching.asking_base import Asking, asked_attention_forward, asks, attend, heads
+from sa_hf.ops.parts import DistanceTerm
+
+eager_attention_forward = asked_attention_forward  # found by this name, as in Transformers' modules
+
+
+class AskingDeberta(Asking):
+    """The disentangled attention of DeBERTa-v2, v3 and SEW-D (DeBERTa, He et al. 2021, section 3.1): the score of i and
+    j has ``q_i . k(i - j)``, of the query's content and the distance ("c2p"), and ``k_j . q(i - j)``, of the key's
+    ("p2c")."""
+
+    has_distance_terms = True
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = list(inspect.signature(self.own.forward).parameters)[2:]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if given.get("relative_pos") is not None:
+            raise SparseAttentionError(
+                f"{type(self).__name__} is given relative_pos of all pairs, which a pattern never builds; leave it out"
+            )
+        states = given.get("query_states")
+        query, key, value = self._projected(hidden_states, hidden_states if states is None else states)
+        scale = 1 / math.sqrt(query.shape[-1] * self._parts_of_a_score())
+        terms = self._terms(query, key, given["rel_embeddings"], scale) if self.relative_attention else None
+        dropout = self.dropout.p if hasattr(self.dropout, "p") else self.dropout.drop_prob
+        return attend(self, query, key, value, (), given, dropout=dropout, scaling=scale, terms=terms), None
+
+    def _terms(
+        self: Any, query: Tensor, key: Tensor, embeddings: Tensor, scale: float
+    ) -> tuple[DistanceTerm | None, DistanceTerm | None]:
+        """Args: embeddings: ``[buckets, hidden]``, first those of later keys."""
+        middle, span, back = self._buckets(key.shape[2], key.device)
+        embeddings = self.pos_dropout(embeddings)[middle - span : middle + span]
+        places, of_query, of_key = (span + back).clamp(0, 2 * span - 1), None, None
+        if "c2p" in self.pos_att_type:
+            values = query @ self._of_distances("c2p", embeddings).mT * scale
+            of_query = DistanceTerm(values, places)
+        if "p2c" in self.pos_att_type:
+            values = key @ self._of_distances("p2c", embeddings).mT * scale
+            of_key = DistanceTerm(values, places)
+        return of_query, of_key
+
+    def _parts_of_a_score(self: Any) -> int:
+        """By which it is scaled."""
+        return 1 + ("c2p" in self.pos_att_type) + ("p2c" in self.pos_att_type)
+
+    def _projected(self: Any, hidden: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+        """Queries of ``states``, keys and values of ``hidden``: ``[batch, heads, n, head_dim]``."""
+        made = self.query_proj(states), self.key_proj(hidden), self.value_proj(hidden)
+        return tuple(heads(x, self.num_attention_heads) for x in made)
+
+    def _buckets(self: Any, n: int, device: torch.device) -> tuple[int, int, Tensor]:
+        """Which embeddings there are: the middle one, how many on either side; and of the distances ``j - i`` from
+        ``1 - n`` to ``n - 1`` which one ``i - j`` has, counted from the middle."""
+        back = torch.arange(n - 1, -n, -1, device=device)
+        if self.position_buckets > 0 and self.max_relative_positions > 0:
+            bucket = sys.modules[self.own.__module__].make_log_bucket_position
+            back = bucket(back, self.position_buckets, self.max_relative_positions).long()
+        return self.pos_ebd_size, self.pos_ebd_size, back
+
+    def _of_distances(self: Any, kind: str, embeddings: Tensor) -> Tensor:
+        """What the embeddings are to a query ("c2p") or a key, ``[1, heads, buckets, head_dim]``."""
+        if self.share_att_key:
+            made = self.key_proj if kind == "c2p" else self.query_proj
+        else:
+            made = self.pos_key_proj if kind == "c2p" else self.pos_query_proj
+        return heads(made(embeddings[None]), self.num_attention_heads)
+
+
+class AskingFirstDeberta(AskingDeberta):
+    """DeBERTa's own, with one projection for queries, keys and values, and all distances up to a longest one."""
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.head_logits_proj is not None:
+            raise SparseAttentionError(
+                "DeBERTa with talking_head=True mixes the scores and the weights of its heads, each of which a pattern "
+                "has by itself; load a model with talking_head=False, or keep the layer dense"
+            )
+        return super().asked(hidden_states, args, kwargs)
+
+    def _parts_of_a_score(self: Any) -> int:
+        return 1 + len(self.pos_att_type)
+
+    def _projected(self: Any, hidden: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+        count = self.num_attention_heads
+        query, key, value = heads(self.in_proj(hidden), count).chunk(3, dim=-1)
+        if states is not hidden:
+            query = heads(self.in_proj(states), count).chunk(3, dim=-1)[0]
+        of_query, of_value = (heads(bias[None, None], count) for bias in (self.q_bias, self.v_bias))
+        return query + of_query, key, value + of_value
+
+    def _buckets(self: Any, n: int, device: torch.device) -> tuple[int, int, Tensor]:
+        longest = self.max_relative_positions
+        return longest, min(n, longest), torch.arange(n - 1, -n, -1, device=device)
+
+    def _of_distances(self: Any, kind: str, embeddings: Tensor) -> Tensor:
+        made = self.pos_proj if kind == "c2p" else self.pos_q_proj
+        return heads(made(embeddings[None]), self.num_attention_heads)
+
+
+class AskingDebertaEncoder(Asking):
+    """The layers' owner, which makes their mask and the distances of all pairs: it asks for the one, and leaves out the
+    others, of which every layer makes what it needs."""
+
+    asks_interface = False
+
+    def forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.own.forward(self, hidden_states, *args, **kwargs)
+
+    def get_attention_mask(self: Any, attention_mask: Any) -> Any:
+        if not asks(self) or isinstance(attention_mask, MaskRequest) or attention_mask.dim() != 2:
+            return self.own.get_attention_mask(self, attention_mask)
+        dtype = next(self.parameters()).dtype
+        tokens = torch.empty((*attention_mask.shape, 1), dtype=dtype, device=attention_mask.device)
+        return create_bidirectional_mask(config=self.config, inputs_embeds=tokens, attention_mask=attention_mask.long())
+
+    def get_rel_pos(self: Any, hidden_states: Any, query_states: Any = None, relative_pos: Any = None) -> Any:
+        return relative_pos if asks(self) else self.own.get_rel_pos(self, hidden_states, query_states, relative_pos)
+
+
+DISTANCES: dict[str, Any] = {
+    "modeling_deberta.DisentangledSelfAttention": AskingFirstDeberta,
+    "modeling_deberta_v2.DisentangledSelfAttention": AskingDeberta,
+    "modeling_sew_d.DisentangledSelfAttention": AskingDeberta,
+    "DebertaEncoder": AskingDebertaEncoder,
+    "DebertaV2Encoder": AskingDebertaEncoder,
+    "SEWDTransformerEncoder": AskingDebertaEncoder,
+}
