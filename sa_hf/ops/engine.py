@@ -172,8 +172,10 @@ class Total:
             piece.shared(self.spans).add_(grads.spans)
         for at, (grad, term) in enumerate(zip((grads.query_term, grads.key_term), self.options.terms, strict=True)):
             if grad is not None and term is not None:
-                known = self.terms[at] = torch.zeros_like(term.values) if (x := self.terms[at]) is None else x
-                piece.queries(known).add_(grad)
+                total = self.terms[at]
+                if total is None:
+                    total = self.terms[at] = torch.zeros_like(term.values)
+                piece.queries(total).add_(grad)
 
     def add_rows(self, at: int, grad: Tensor, index: Index, piece: Piece, *, repeated: bool) -> None:
         """Add to the gradient of the query (at 0), the key or the value."""
