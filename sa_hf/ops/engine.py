@@ -170,12 +170,12 @@ class Total:
         if grads.spans is not None and self.options.spans is not None:
             self.spans = torch.zeros_like(self.options.spans) if self.spans is None else self.spans
             piece.shared(self.spans).add_(grads.spans)
-        for at, (grad, term) in enumerate(zip((grads.query_term, grads.key_term), self.options.terms, strict=True)):
-            if grad is not None and term is not None:
+        for at, (found, term) in enumerate(zip((grads.query_term, grads.key_term), self.options.terms, strict=True)):
+            if found is not None and term is not None:
                 total = self.terms[at]
                 if total is None:
                     total = self.terms[at] = torch.zeros_like(term.values)
-                piece.queries(total).add_(grad)
+                piece.queries(total).add_(found)
 
     def add_rows(self, at: int, grad: Tensor, index: Index, piece: Piece, *, repeated: bool) -> None:
         """Add to the gradient of the query (at 0), the key or the value."""
