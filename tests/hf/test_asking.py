@@ -37,7 +37,8 @@ NAMES = [
     "SmolVLMVisionTransformer", "Siglip2Model",
     "MvpForConditionalGeneration", "TrOCRForCausalLM", "GPTNeoXJapaneseForCausalLM", "OpenAIGPTLMHeadModel",
     "ParakeetEncoder", "Wav2Vec2ConformerModel", "GraniteDoclingVisionModel",
-    "VideoMAEModel", "DiffLlamaForCausalLM", "DebertaModel", "DebertaV2Model", "SEWDModel",
+    "VideoMAEModel", "DiffLlamaForCausalLM", "DebertaModel", "DebertaV2Model", "SEWDModel", "WavLMModel",
+    "Wav2Vec2BertModel", "SeamlessM4Tv2ForSpeechToText", "SeamlessM4TForSpeechToText",
     "SwinModel", "DonutSwinModel", "MaskFormerSwinModel", "Swinv2Model", "Swin2SRModel", "DogeForCausalLM",
 ]  # fmt: skip
 
@@ -52,6 +53,8 @@ DENSE = [
     "DogeForCausalLM",
     "DebertaModel",
     "SEWDModel",
+    "WavLMModel",
+    "Wav2Vec2BertModel",
 ]
 
 

@@ -28,7 +28,7 @@ def built(name: str) -> tuple[Any, dict[str, Any]]:
     ("name", "reason"),
     [
         ("FunnelModel", "computes its attention itself .*fewer than its keys"),
-        ("WavLMModel", "computes its attention itself .*by a gate of its own"),
+        ("YosoModel", "computes its attention itself .*by hashes, without a softmax"),
         ("CanineModel", "computes its attention itself .*so no layer can be replaced; models that ask"),
         ("ResNetModel", "has no attention: no module of it is called so"),
         ("MambaModel", "has no attention"),

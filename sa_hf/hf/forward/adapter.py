@@ -336,8 +336,9 @@ def _dense_forward(
     request = mask if isinstance(mask, MaskRequest) else None
     if request is not None:
         mask = request.dense(place.original, place.extra_tokens, _given(place, request, kwargs))
-    # Cross-attention computes its own bias, which is no table.
-    if kwargs.get("position_bias") is not None and place.spec is not None:
+    # Cross-attention computes its own bias, which is no table, and so do conformers.
+    bias = kwargs.get("position_bias")
+    if bias is not None and place.spec is not None and bias.shape[2:] != (query.shape[2], key.shape[2]):
         kwargs["position_bias"] = expanded_bias(kwargs["position_bias"], query, key, request, place.extra_tokens)
     if kwargs.get(TERMS) is not None:
         terms = expanded_terms(kwargs.pop(TERMS), query.shape[2], key.shape[2], place.extra_tokens)

@@ -17,7 +17,16 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.forward.masks import MaskRequest
-from sa_hf.hf.patching.asking_base import Asking, asked_attention_forward, asks, attend, heads
+from sa_hf.hf.patching.asking_base import (
+    Asking,
+    AskingSparse,
+    asked_attention_forward,
+    asked_mask,
+    asks,
+    attend,
+    heads,
+)
+from sa_hf.hf.patching.asking_relative import AskingConformer
 from sa_hf.ops.parts import DistanceTerm
 
 eager_attention_forward = asked_attention_forward  # found by this name, as in Transformers' modules
@@ -31,8 +40,7 @@ class AskingDeberta(Asking):
     has_distance_terms = True
 
     def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = list(inspect.signature(self.own.forward).parameters)[2:]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = _named(self, args, kwargs)
         if given.get("relative_pos") is not None:
             raise SparseAttentionError(
                 f"{type(self).__name__} is given relative_pos of all pairs, which a pattern never builds; leave it out"
@@ -137,6 +145,110 @@ class AskingDebertaEncoder(Asking):
         return relative_pos if asks(self) else self.own.get_rel_pos(self, hidden_states, query_states, relative_pos)
 
 
+class AskingWavLM(Asking):
+    """WavLM's attention (Chen et al. 2022, section 3.2): a bias of distances, weighed by a gate of each query. The
+    first layer's biases of buckets, ``[buckets, heads]``, go from layer to layer where the bias of all pairs did."""
+
+    has_distance_terms = True
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = {"attention_mask": None, **_named(self, args, kwargs)}
+        biases = given.pop("position_bias", None)
+        if biases is None:
+            biases = self.rel_attn_embed(torch.arange(self.num_buckets, device=hidden_states.device))
+        query, key, value = (
+            heads(part(hidden_states), self.num_heads) for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        n = hidden_states.shape[1]
+        buckets = self._relative_positions_bucket(torch.arange(1 - n, n, device=hidden_states.device))
+        values = self._gates(hidden_states) * biases.t()[None, :, None]
+        out = attend(
+            self, query, key, value, (), given, dropout=self.dropout, scaling=self.scaling,
+            narrow=lambda mask: asked_mask(self, hidden_states, mask, causal=False),
+            terms=(DistanceTerm(values, buckets), None),
+        )  # fmt: skip
+        return self.out_proj(out), None, biases
+
+    def _gates(self: Any, hidden: Tensor) -> Tensor:
+        """Of each query, ``[batch, heads, n, 1]``."""
+        made = self.gru_rel_pos_linear(heads(hidden, self.num_heads)).unflatten(-1, (2, 4)).sum(-1)
+        update, reset = torch.sigmoid(made).chunk(2, dim=-1)
+        gates: Tensor = update * (reset * self.gru_rel_pos_const - 1.0) + 2.0
+        return gates
+
+
+class AskingRelativeKey(AskingSparse):
+    """SeamlessM4T v2's encoder of sound, where ``position_embeddings_type="relative_key"`` (Shaw et al. 2018): the
+    score of i and j has ``q_i . E[j - i]``, of distances up to a longest one on either side."""
+
+    def prepare(self: Any) -> None:
+        self.has_distance_terms = self._has_relative_keys()
+
+    def _has_relative_keys(self: Any) -> bool:
+        return bool(self.position_embeddings_type == "relative_key")
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._has_relative_keys():
+            return self.own.forward(self, hidden_states, *args, **kwargs)
+        return _with_relative_keys(self, hidden_states, args, kwargs)
+
+
+class AskingWav2Vec2Bert(AskingConformer):
+    """Wav2Vec2-BERT's, which may have sines and cosines of distances in their stead."""
+
+    def prepare(self: Any) -> None:
+        super().prepare()
+        self.has_distance_terms = bool(self.position_embeddings_type == "relative_key")
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.has_distance_terms:
+            return super().asked(hidden_states, args, kwargs)
+        return _with_relative_keys(self, hidden_states, args, kwargs)
+
+
+def _with_relative_keys(module: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    query, key, value = (
+        heads(part(hidden), module.num_heads) for part in (module.linear_q, module.linear_k, module.linear_v)
+    )
+    left, right = module.left_max_position_embeddings, module.right_max_position_embeddings
+    longest = max(left, right)
+    distances = torch.arange(-longest, longest + 1, device=hidden.device).clamp(-left, right) + left
+    embeddings = module.distance_embedding(torch.arange(left + right + 1, device=hidden.device))
+    values = query @ embeddings.to(query.dtype).t() / math.sqrt(module.head_size)
+    out = attend(
+        module, query, key, value, args, kwargs, dropout=module.dropout.p, scaling=module.head_size**-0.5,
+        terms=(DistanceTerm(values, distances), None),
+    )  # fmt: skip
+    return module.linear_out(out), None
+
+
+class AskingSeamlessEncoder(Asking):
+    """The layers' owner, which cuts long sound into chunks by a mask of all pairs: none where one chunk holds all."""
+
+    asks_interface = False
+
+    def forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.own.forward(self, hidden_states, *args, **kwargs)
+
+    def _apply_chunk_attention(self: Any, attention_mask: Any, hidden_states: Tensor) -> Any:
+        frames, chunk = hidden_states.shape[1], self.config.speech_encoder_chunk_size
+        if not asks(self):
+            return self.own._apply_chunk_attention(self, attention_mask, hidden_states)
+        if frames <= chunk:
+            return attention_mask
+        raise SparseAttentionError(
+            f"{frames} frames of sound are more than the {chunk} that SeamlessM4T v2 reads as one chunk "
+            "(speech_encoder_chunk_size), and its mask of chunks is one of all pairs; give it shorter sound, or load "
+            "the model with speech_encoder_chunk_size=None"
+        )
+
+
+def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call after the hidden states, by their names."""
+    names = list(inspect.signature(module.own.forward).parameters)[2:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 DISTANCES: dict[str, Any] = {
     "modeling_deberta.DisentangledSelfAttention": AskingFirstDeberta,
     "modeling_deberta_v2.DisentangledSelfAttention": AskingDeberta,
@@ -144,4 +256,8 @@ DISTANCES: dict[str, Any] = {
     "DebertaEncoder": AskingDebertaEncoder,
     "DebertaV2Encoder": AskingDebertaEncoder,
     "SEWDTransformerEncoder": AskingDebertaEncoder,
+    "WavLMAttention": AskingWavLM,
+    "Wav2Vec2BertSelfAttention": AskingWav2Vec2Bert,
+    "SeamlessM4Tv2ConformerSelfAttention": AskingRelativeKey,
+    "SeamlessM4Tv2ConformerEncoder": AskingSeamlessEncoder,
 }

@@ -100,8 +100,9 @@ class AskingParakeet(AskingRelative):
 
 
 class AskingConformer(AskingRelative):
-    """Wav2Vec2-Conformer's encoder, where its config says ``position_embeddings_type="relative"``. (Its convolutions
-    read the rows of padding beside them, to which attention gives 0 here, as everywhere.)"""
+    """Wav2Vec2-Conformer's encoder, and SeamlessM4T's of sound, where their config says
+    ``position_embeddings_type="relative"``. (Their convolutions read the rows of padding beside them, to which
+    attention gives 0 here, as everywhere.)"""
 
     def prepare(self: Any) -> None:
         self.proved = False
@@ -142,5 +143,6 @@ def _places(n: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 RELATIVE: dict[str, Any] = {
     "ParakeetEncoderAttention": AskingParakeet,
+    "SeamlessM4TConformerSelfAttention": AskingConformer,
     "Wav2Vec2ConformerSelfAttention": AskingConformer,
 }

@@ -11,10 +11,8 @@ _MODELS_THAT_ASK = (
     "; models that ask: Llama, Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, BERT, RoBERTa, DistilBERT, ModernBERT, "
     "ALBERT, ELECTRA, BART, ViT, and T5 from transformers 5.15 on"
 )
-_OF_EACH_QUERY = "which neither a table of distances nor channels beside the keys' own can hold"
 # Of attention whose maths is another than a pattern's, by the name of its class: what it computes.
 _OTHER_MATHS = {
-    "WavLMAttention": f"each query weighs its bias of distances by a gate of its own, {_OF_EACH_QUERY}",
     "XLNetRelativeAttention": "its two streams of queries read the same keys under masks of permutations",
     "FunnelRelMultiheadAttention": "its pooled queries are fewer than its keys and have no places of their own",
     "ProphetNetNgramSelfAttention": "it attends for several streams of predictions at once",
