@@ -30,6 +30,8 @@ from sa_hf.tools.bench.names import LEGEND, row_title
 from sa_hf.tools.claims.claim import claim_section
 from sa_hf.tools.describe import fields_of
 from sa_hf.tools.families import report as families
+from sa_hf.tools.recovery import report as recovery
+from sa_hf.tools.recovery.rows import Rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
@@ -296,6 +298,7 @@ def pages() -> dict[Path, str]:
     text = filled(readme.read_text(), "gallery", gallery())
     text = filled(text, "headline", headline())
     text = filled(text, "torch engine", torch_engine())
+    text = filled(text, "recovery", recovery.headline(Rows(RESULTS / "recovery.jsonl")))
     text = filled(text, "families", families.sentence(FAMILIES))
     if FAMILIES.exists():
         result[CARDS / "families.md"] = families.markdown(FAMILIES)

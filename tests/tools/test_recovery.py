@@ -230,6 +230,32 @@ def test_seeds_are_pooled_and_98_percent_is_said_outright(tmp_path: Path) -> Non
     assert all(f"(results/{name})" in card for name in drawn)
 
 
+def test_the_headline_counts_the_systems_that_are_back_at_a_quarter_of_the_pairs(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "rows.jsonl")
+    assert report.headline(rows) == "Not measured yet."
+
+    def add(pattern: str, step: int, hits: int, density: float = 0.25, method: str = "distill") -> None:
+        found = packed([n < hits for n in range(100)])
+        items = {"bits per byte": [2.0] * 4, "passkey": found, "multi-needle": found}
+        figures = {name: [1.0] * 3 for name in items}
+        cell = Cell("decoder", pattern, method if step else "none", 0, step, "report")
+        rows.add(cell, {"density": density, "figures": figures, "items": items})
+
+    add("dense", 0, 90, 1.0)
+    for pattern, last, density in (
+        ("bigbird", 90, 0.2), ("star", 80, 0.1), ("longnet", 90, 0.3), ("sliding_window", 90, 0.2)
+    ):  # fmt: skip
+        for step, hits in ((0, 45), (30, last)):
+            add(f"{pattern}, one layer dense", step, hits, density)
+    add("star, one layer dense", 30, 90, method="plain")
+    add("routing", 0, 90)
+    table = report.headline(rows)
+    assert "| bigbird, one layer dense | 20.0% | 100.0% / 50.0% / 50.0% | 100.0% / 100.0% / 100.0% |" in table
+    assert "| star, one layer dense | 10.0% | 100.0% / 50.0% / 50.0% | 100.0% / 88.9% / 88.9% |" in table
+    assert "routing" not in table
+    assert table.endswith("is kept by 1 of the eight systems (bigbird at 30 steps).")
+
+
 def test_the_committed_card_is_that_of_the_committed_rows() -> None:
     rows = Rows(main.CARDS / "results" / "recovery.jsonl")
     assert report.markdown(rows) == (main.CARDS / "recovery.md").read_text("utf-8"), "run scripts/recovery.py --report"

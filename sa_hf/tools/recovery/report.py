@@ -7,13 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sa_hf.tools.recovery import grid
-from sa_hf.tools.recovery.grid import DENSE, MAX_DENSITY, NOT_SERVED, PARTS, PATTERNS, SEEDS, STEPS, UNTRAINED, Part
+from sa_hf.tools.recovery.grid import (
+    DENSE,
+    ENOUGH,
+    MAX_DENSITY,
+    NOT_SERVED,
+    ONE_LAYER_DENSE,
+    PARTS,
+    PATTERNS,
+    SEEDS,
+    STEPS,
+    UNTRAINED,
+    Part,
+)
 from sa_hf.tools.recovery.intervals import COVERAGE, RESAMPLES, Interval
 from sa_hf.tools.recovery.pictures import draw_curves, draw_heat_maps, draw_untrained
 from sa_hf.tools.recovery.pooled import JUDGED, NO, Entry, pooled
 from sa_hf.tools.recovery.rows import Rows
 
 NAME = "recovery"
+TAUGHT = "distill"  # the method of the README's table
 _JUDGED = "; ".join(f"{part}: {', '.join(names)}" for part, names in JUDGED.items())
 INTRODUCTION = f"""# What a pattern loses, and after how many steps it is back
 
@@ -151,6 +164,37 @@ def _details(entries: Sequence[Entry]) -> str:
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "All cells, seeds in one:\n\n" + "\n".join(lines) + "\n"
+
+
+def headline(rows: Rows) -> str:
+    """The README's table: each pattern beside one dense layer in the decoder, by steps of distillation; a row for each
+    that was measured, and how many of the eight systems got there."""
+    entries = [e for e in pooled(rows, "decoder") if e.pattern.endswith(ONE_LAYER_DENSE)]
+    taught = [e for e in entries if e.method in (UNTRAINED, TAUGHT)]
+    steps = sorted({entry.step for entry in taught})
+    names = JUDGED["decoder"]
+    lines = [
+        "| " + " | ".join(["pattern", "pairs kept", *(f"{step} steps" if step else "untrained" for step in steps)])
+    ]
+    lines = [f"{lines[0]} |", "| --- " * (2 + len(steps)) + "|"]
+    back: dict[str, int] = {}
+    for pattern in dict.fromkeys(entry.pattern for entry in taught):
+        by_step = {entry.step: entry for entry in taught if entry.pattern == pattern}
+        shown = [" / ".join(_share(by_step[s].kept[name]) for name in names) if s in by_step else "" for s in steps]
+        lines.append(f"| {pattern} | {max(e.density for e in by_step.values()):.1%} | {' | '.join(shown)} |")
+        there = [step for step, entry in sorted(by_step.items()) if entry.reached != NO]
+        if there and max(e.density for e in by_step.values()) <= MAX_DENSITY:
+            back.setdefault(grid.system_of(pattern), there[0])
+    if len(lines) == 2:
+        return "Not measured yet."
+    systems = [name for name in grid.SYSTEMS if name in back]
+    seeds = sorted({seed for entry in taught if entry.step for seed in entry.seeds})
+    return (
+        f"Kept of the dense model's {', '.join(names)}, by steps of distillation (seeds {seeds or 'none yet'}):\n\n"
+        + "\n".join(lines)
+        + f"\n\n{ENOUGH:.0%} of all three, in the mean over the prompts, is kept by {len(systems)} of the eight systems"
+        + (f" ({', '.join(f'{name} at {back[name]}' for name in systems)} steps)." if systems else ".")
+    )
 
 
 def _interval(interval: Interval, form: str) -> str:
