@@ -4,6 +4,7 @@ then missing for some, and the next sparse step says so."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,6 +79,58 @@ def test_a_change_of_the_mode_is_named() -> None:
         model.train()
         with pytest.raises(SparseAttentionError, match=r"in the other mode \(training or evaluation\)"):
             model(ids[:, 12:], past_key_values=cache)
+
+
+SPANS, CLUSTERS, CONVOLVED = PATTERNS["expire_span"], PATTERNS["routing"], PATTERNS["convolution"]
+CHOSEN = PATTERNS["block_topk"]
+SWITCHED = {
+    "spans": (SPANS, replace(SPANS, max_span=9)),
+    "clusters": (CLUSTERS, replace(CLUSTERS, num_clusters=2)),
+    "convolution": (CONVOLVED, replace(CONVOLVED, conv_kernel_size=2)),
+    "convolution to window": (CONVOLVED, PATTERNS["window"]),
+    "chosen": (CHOSEN, replace(CHOSEN, block_size=4)),
+    "clusters to spans": (CLUSTERS, SPANS),
+    "part": ({"heads": {"0-1": "star", "2-3": SPANS}}, SPANS),
+}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "sparse"])
+@pytest.mark.parametrize("case", SWITCHED)
+def test_what_another_pattern_has_made_of_each_token_raises(case: str, kind: str) -> None:
+    before, after = SWITCHED[case]
+    model, ids = patched(before), tokens(2, 16)
+    cache = sa_hf.sparse_cache(model) if kind == "sparse" else tf.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :12], past_key_values=cache)
+        sa_hf.patch_model(model, after)
+        with pytest.raises(SparseAttentionError, match=r"(has made of each token|those that .* reads).*start again"):
+            model(ids[:, 12:13], past_key_values=cache)
+        sa_hf.patch_model(model, before)
+        model(ids[:, 12:], past_key_values=cache)  # which it goes on serving
+
+
+@pytest.mark.parametrize("change", [{"pooling": "mean"}, {"block_size": 3}, {"top_k": 2}])
+def test_what_another_pattern_has_pooled_is_pooled_anew(change: dict[str, Any]) -> None:
+    model, ids = patched(PATTERNS["chosen_by_query"]), tokens(2, 30)
+    cache = tf.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :21], past_key_values=cache)
+        model(ids[:, 21:22], past_key_values=cache)
+        sa_hf.patch_model(model, replace(PATTERNS["chosen_by_query"], **change))
+        steps = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(22, 30)]
+        expected = model(ids, use_cache=False).logits[:, 22:]
+    assert (torch.cat(steps, 1) - expected).abs().max() < TOLERANCE
+
+
+def test_a_cache_emptied_by_a_crop_serves_another_pattern() -> None:
+    model, ids = patched(CLUSTERS), tokens(2, 9)
+    cache = tf.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.crop(-9)
+        sa_hf.patch_model(model, SPANS)
+        out = model(ids, past_key_values=cache).logits
+    assert torch.equal(out, model(ids).logits)
 
 
 def test_a_layer_that_was_taken_out_is_named() -> None:

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.caches.room import Room
+from sa_hf.hf.state.layers import leaves, remembers
 from sa_hf.layer import AttentionInputs
 
 # Tokens that a limited memory keeps beyond its need, so that assisted generation can take back its rejected guesses
@@ -69,6 +70,10 @@ class Remembered:
                 f"; crop by at most {SLACK} tokens, or start again from the prompt"
             )
         self.tensor = self.tensor.narrow(self.dim, 0, left)
+
+
+class KeyInputs(Remembered):
+    """The last inputs of a layer whose keys are made of several: no other pattern reads these keys."""
 
 
 class Made(Remembered):
@@ -155,6 +160,15 @@ def memory_of(layer: Any) -> dict[str, Remembered]:
     return memory
 
 
+def pattern_of(child: Any) -> tuple[Any, ...]:
+    """What a layer's pattern is, to be compared; empty where it is left dense."""
+    return tuple((leaf.config, leaf.heads) for leaf in leaves(child)) if isinstance(child, SparseAttention) else ()
+
+
+def name_of(pattern: tuple[Any, ...] | None) -> str:
+    return " + ".join(repr(config) for config in dict.fromkeys(config for config, _ in pattern or ())) or "dense"
+
+
 def _not_remembered(name: str, seen: int) -> SparseAttentionError:
     return SparseAttentionError(
         f"the cache holds {seen} tokens without {name!r}, which this layer's pattern needs for each: they are keys "
@@ -179,6 +193,7 @@ class LayerMemory:
     cache: Cache
     layer_idx: int
     pending: dict[str, Remembered] = field(default_factory=dict)
+    child: Any = None  # the pattern's module of the layer whose call it is
 
     @classmethod
     def of(cls, cache: Any, layer_idx: int | None) -> LayerMemory | None:
@@ -193,6 +208,13 @@ class LayerMemory:
     def layer(self) -> Any:
         """The cache's own of this layer; None where it has none (yet)."""
         return self.cache.layers[self.layer_idx] if self.layer_idx < len(self.cache.layers) else None
+
+    def _memory(self) -> dict[str, Remembered]:
+        """What the layer remembers; of this call's pattern from the first on."""
+        memory = memory_of(self.layer)
+        if not memory:
+            self.layer.sa_hf_pattern = pattern_of(self.child)
+        return memory
 
     def _check_holds_keys(self, name: str) -> None:
         """That the keys of this call are in the cache's layer of this one, and not in another's whose keys it reads."""
@@ -209,7 +231,7 @@ class LayerMemory:
     ) -> Tensor:  # fmt: skip
         """``AttentionInputs.remember``: called after the keys joined the cache; batch is dimension 0 of the tensor."""
         self._check_holds_keys(name)
-        memory = memory_of(self.layer)
+        memory = self._memory()
         total = int(self.layer.get_seq_length())
         seen = total - tensor.shape[dim]
         old = memory.get(name)
@@ -234,7 +256,7 @@ class LayerMemory:
         length = getattr(self.layer, "get_seq_length", None)
         if length is None or not self.layer.is_initialized or int(length()) == 0:
             return None
-        memory = memory_of(self.layer)
+        memory = self._memory()
         if tensor is not None:
             memory[name] = Made(tensor, 2, 0, 0)
         return memory[name].tensor if name in memory else None
@@ -248,30 +270,49 @@ class LayerMemory:
         seen = int(self.cache.get_seq_length(self.layer_idx)) if started else 0
         if not started:
             # The layer comes to be when its keys do; until then the new inputs wait here.
-            self.pending[name] = Remembered(tensor, 1, 0, need)
+            self.pending[name] = KeyInputs(tensor, 1, 0, need)
             return tensor, 0
-        memory = memory_of(self.layer)
+        memory = self._memory()
         old = memory.get(name)
         if seen == 0 or old is None:
             if seen:
                 raise _not_remembered(name, seen)
-            old = memory[name] = Remembered(tensor[:, :0], 1, 0, need)
+            old = memory[name] = KeyInputs(tensor[:, :0], 1, 0, need)
         old.cut(seen)
         if old.end < seen:
             raise _left_out(name, old.end, seen)
         return old.append(tensor)
 
-    def announce(self, child: SparseAttention) -> None:
-        """Tell a ``sparse_cache`` which pattern reads the keys that it hands out next; it may refuse that one."""
-        announce = getattr(self.layer, "announce", None)
+    def announce(self, child: Any) -> None:
+        """Tell the cache which pattern reads the keys that it hands out next; a ``sparse_cache`` may refuse that one.
+        What another pattern has made of the keys is made anew.
+
+        Raises:
+            SparseAttentionError: another pattern has remembered what this one needs of each token, or made the keys of
+                several tokens each.
+        """
+        layer, self.child = self.layer, child
+        announce = getattr(layer, "announce", None)
         if announce is not None:
             announce(child)
+        memory: dict[str, Remembered] = getattr(layer, "sa_hf_memory", {})
+        if not memory or layer.sa_hf_pattern == pattern_of(child):
+            return
+        for name in [name for name, entry in memory.items() if isinstance(entry, Made)]:
+            del memory[name]
+        bound = any(isinstance(entry, KeyInputs) for entry in memory.values())
+        needed = bound or (memory and isinstance(child, SparseAttention) and remembers(child))
+        if needed and int(layer.get_seq_length()):
+            raise SparseAttentionError(
+                f"the cache holds what {name_of(layer.sa_hf_pattern)} has made of each token, and this layer's pattern "
+                f"is now {name_of(pattern_of(child))}: start again from the prompt, with a new cache"
+            )
 
     def settle(self) -> None:
         """Put inputs that waited for the layer onto it; called once its keys have joined."""
         if self.pending:
             self._check_holds_keys(next(iter(self.pending)))
-            memory_of(self.layer).update(self.pending)
+            self._memory().update(self.pending)
             self.pending.clear()
 
     def kept_slots(self, length: int) -> Tensor | None:

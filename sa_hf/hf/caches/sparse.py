@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
-from sa_hf.hf.caches.layer import memory_of
+from sa_hf.hf.caches.layer import memory_of, name_of, pattern_of
 from sa_hf.hf.caches.room import Room
 from sa_hf.hf.state.activity import place_of
 from sa_hf.hf.state.layers import active_child, leaves
@@ -160,19 +160,19 @@ class KeptLayer(DynamicLayer):
         self.kept_for: tuple[Any, ...] | None = None  # None as long as nothing was dropped
         self.announced = False
 
-    def announce(self, child: SparseAttention) -> None:
+    def announce(self, child: Any) -> None:
         """Called before ``update`` by the layer whose pattern reads what that returns.
 
         Raises:
             SparseAttentionError: another pattern said which keys could go.
         """
-        if self.kept_for is not None and self.kept_for != _pattern_of(child):
-            raise self._other_reader(f"this layer's pattern is now {_name_of(_pattern_of(child))}")
+        if self.kept_for is not None and self.kept_for != pattern_of(child):
+            raise self._other_reader(f"this layer's pattern is now {name_of(pattern_of(child))}")
         self.announced = True
 
     def _other_reader(self, now: str) -> SparseAttentionError:
         return SparseAttentionError(
-            f"this sparse_cache holds {_held(self)} of {self.seen} keys, those that {_name_of(self.kept_for)} "
+            f"this sparse_cache holds {_held(self)} of {self.seen} keys, those that {name_of(self.kept_for)} "
             f"reads, but {now}: start again from the prompt, with a new cache"
         )
 
@@ -229,20 +229,12 @@ class KeptLayer(DynamicLayer):
         dropped = len(slots) - len(chosen)
         if dropped == 0 or (decoding and dropped * EVICTED_PART < len(chosen)):
             return
-        self.kept_for = _pattern_of(child)
+        self.kept_for = pattern_of(child)
         self.slots = self.slot_room.chosen(slots, chosen)
         self.keys, self.values = self.key_room.chosen(self.keys, chosen), self.value_room.chosen(self.values, chosen)
         for entry in memory_of(self).values():
             if entry.need is None:
                 entry.tensor = entry.room.chosen(entry.tensor, chosen)
-
-
-def _pattern_of(child: SparseAttention) -> tuple[Any, ...]:
-    return tuple((leaf.config, leaf.heads) for leaf in leaves(child))
-
-
-def _name_of(pattern: tuple[Any, ...] | None) -> str:
-    return " + ".join(repr(config) for config in dict.fromkeys(config for config, _ in pattern or ()))
 
 
 def readable_slots(child: SparseAttention, inputs: AttentionInputs) -> Tensor | None:
