@@ -190,6 +190,8 @@ def text_ids(model: str, text: Path, tokens: int) -> Tensor:
         content = text.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise SparseAttentionError(f"{text} is no UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not content.strip():
+        raise SparseAttentionError(f"{text} holds no text; there must be at least 2 tokens to measure on")
     ids: Tensor = tokenizer_of(model)(content, return_tensors="pt", truncation=True, max_length=tokens).input_ids
     if ids.shape[1] < 2:
         raise SparseAttentionError(f"{text} holds {ids.shape[1]} tokens; there must be at least 2 to measure on")

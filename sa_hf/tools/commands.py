@@ -11,7 +11,7 @@ import typer
 from sa_hf.config import available_patterns, pattern_class
 from sa_hf.errors import SparseAttentionError
 from sa_hf.tasks.load import check_place, load_model, resolve, text_ids
-from sa_hf.tools.mixture import best_mixture, ladder, write_mixture
+from sa_hf.tools.mixture import best_mixture, check_budget, ladder, write_mixture
 from sa_hf.tools.options import make_config, parse_options
 from sa_hf.tools.recovered import recovered
 from sa_hf.tools.suggest import candidates, left_out, stacks_of, tokens_to_measure
@@ -269,6 +269,10 @@ def suggest(
         raise SparseAttentionError(f"--tokens {tokens} is how much of a text to measure on; add --text FILE")
     if mixture is not None and text is None:
         raise SparseAttentionError(f"--mixture {mixture} goes by the attention mass on a text; add --text FILE")
+    if mixture is not None:  # before the model runs
+        check_budget(budget)
+        if not mixture.parent.is_dir():
+            raise SparseAttentionError(f"--mixture {mixture}: there is no folder {mixture.parent}; make it first")
     loaded = load_model(model, trust_remote_code=trust).eval()
     if patch_of(loaded) is not None:
         unpatch_model(loaded)

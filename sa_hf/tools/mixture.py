@@ -56,6 +56,12 @@ def ladder(causal: bool) -> list[Candidate]:
     return list(dict.fromkeys([*(c for c in candidates(causal) if not isinstance(c, RoutingAttentionConfig)), *more]))
 
 
+def check_budget(budget: float) -> None:
+    """Raise ``SparseAttentionError`` for what is no share of the dense pairs."""
+    if not 0 < budget <= 1:
+        raise SparseAttentionError(f"budget={budget} must lie in (0, 1]; nearest: {min(1.0, max(0.05, budget))}")
+
+
 def best_mixture(stack: Stack, length: int, budget: float) -> Mixture:
     """The layers' patterns with the most attention mass whose mean density at ``length`` is at most ``budget``: exact,
     by dynamic programming over densities rounded up to 0.05 %.
@@ -70,8 +76,7 @@ def best_mixture(stack: Stack, length: int, budget: float) -> Mixture:
     Raises:
         SparseAttentionError: the budget is out of range, or below what the cheapest patterns cost.
     """
-    if not 0 < budget <= 1:
-        raise SparseAttentionError(f"budget={budget} must lie in (0, 1]; nearest: {min(1.0, max(0.05, budget))}")
+    check_budget(budget)
     assert stack.layers
     costs: dict[SparseAttentionConfig, float] = {DENSE: 1.0}
     for config in stack.layers[0]:

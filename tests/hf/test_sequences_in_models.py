@@ -323,3 +323,9 @@ def test_a_mask_that_is_wider_than_the_input_of_an_encoder_raises(family: str) -
     model = sa_hf.patch_model(tiny_model(family), "sliding_window", window=3)
     with torch.no_grad(), pytest.raises(SparseAttentionError, match=r"10 keys.*\[batch, 8\]"):
         model(tokens(1, 8), attention_mask=torch.ones(1, 10, dtype=torch.long))
+
+
+def test_sequence_ids_that_are_no_tensor_raise() -> None:
+    model = sa_hf.patch_model(tiny_model("llama"), "star")
+    with pytest.raises(SparseAttentionError, match=r"is a list; it must be a tensor \[batch, length\] = \[1, 4\]"):
+        model(tokens(1, 4), sequence_ids=[[0, 0, 1, 1]])

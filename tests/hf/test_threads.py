@@ -104,6 +104,22 @@ def test_packed_rows_beside_forwards_of_another_thread(inner: bool) -> None:
     assert model.sa_hf_patch.activity.within.get() is None
 
 
+def test_dense_blocks_that_overlap_end_with_the_last() -> None:
+    """As those of two threads do, neither inside the other."""
+    model, ids = sa_hf.patch_model(tiny_model("llama"), PATTERNS["window"]), tokens(2, 12)
+    blocks = sa_hf.dense(model), sa_hf.dense(model)
+    with torch.no_grad():
+        sparse = model(ids).logits
+        for block in blocks:
+            block.__enter__()
+        dense = model(ids).logits
+        blocks[0].__exit__(None, None, None)
+        assert torch.equal(model(ids).logits, dense)
+        blocks[1].__exit__(None, None, None)
+        assert torch.equal(model(ids).logits, sparse)
+    assert not torch.equal(sparse, dense)
+
+
 def test_figures_are_those_of_the_last_forward_of_any_thread() -> None:
     model = patched("llama", "expire_span")
     thread = threading.Thread(target=lambda: model(tokens(1, 9)))

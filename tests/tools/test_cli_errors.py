@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def test_bad_input_is_one_clear_error(words: list[str]) -> None:
         (["suggest", "minilm", "--text", "/nowhere.txt"], "/nowhere.txt"),
         (["suggest", "minilm", "--text", json.__file__, "--tokens", "5000"], "model's limit of 512; nearest: 512"),
         (["suggest", "minilm", "--text", json.__file__, "--tokens", "1"], "nearest: 2"),
+        (["suggest", "minilm", "--text", os.devnull], "holds no text"),
+        (["suggest", "nowhere", "--text", json.__file__, "--mixture", "m.yaml", "--budget", "2"], "budget=2.0"),
+        (["suggest", "nowhere", "--text", json.__file__, "--mixture", "/nowhere/m.yaml"], "no folder /nowhere"),
         (["summary", "/nowhere"], "/nowhere"),
         (["convert", "/nowhere", "out"], "/nowhere"),
         (["card", "/nowhere"], "/nowhere"),

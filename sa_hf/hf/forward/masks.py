@@ -345,9 +345,14 @@ def said_ids(given: ForwardInputs | None, batch: int, total: int) -> Tensor | No
     """The sequences that a call names outright, ``sequence_ids [batch, total]``; None where it does not.
 
     Raises:
-        SparseAttentionError: ids or lengths of another shape.
+        SparseAttentionError: ids that are no tensor, ids or lengths of another shape.
     """
     if given is not None and given.sequence_ids is not None:
+        if not isinstance(given.sequence_ids, Tensor):
+            raise SparseAttentionError(
+                f"sequence_ids is a {type(given.sequence_ids).__name__}; it must be a tensor [batch, length] = "
+                f"[{batch}, {total}], e.g. torch.tensor([[0, 0, 1]])"
+            )
         if tuple(given.sequence_ids.shape) != (batch, total):
             raise SparseAttentionError(
                 f"sequence_ids has shape {tuple(given.sequence_ids.shape)}; it must be [batch, length] = "

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from sa_hf.hf.patching.attach import targets
 from sa_hf.hf.patching.families import find_sites
 from sa_hf.hf.patching.peft import warn_of_adapter_without_state
 from sa_hf.hf.patching.sparse_model import apply_assignment
-from sa_hf.hf.state.activity import IMPLEMENTATION
+from sa_hf.hf.state.activity import IMPLEMENTATION, Activity
 from sa_hf.hf.state.assignment import parse_assignment
 from sa_hf.hf.state.extension import check_tokenizer, plan_extension
 from sa_hf.hf.state.patch import patch_of, required_patch
@@ -20,6 +22,7 @@ from sa_hf.hf.state.sites import root_model
 from sa_hf.hf.state.versions import check_transformers
 
 Model = TypeVar("Model", bound=nn.Module)
+_BLOCKS = threading.Lock()  # while a dense(model) begins or ends
 
 
 def patch_model(
@@ -96,19 +99,31 @@ def dense(model: Model) -> Iterator[Model]:
 
     With gradient checkpointing the layers run again in ``backward()``, which then belongs inside the block, too: it
     raises outside. (Of a checkpoint of your own around layers nothing is known here.)
+
+    The model is dense for every thread until the last of the blocks that are open is left.
     """
     root = root_model(model)
     patch = required_patch(root, "dense")
-    before = {id(config): config._attn_implementation for config, _ in patch.configs}
-    was_on, patch.activity.on = patch.activity.on, False
-    for config, original in patch.configs:
-        config._attn_implementation_internal = original
+    activity = patch.activity
+    with _BLOCKS:
+        activity.blocks += 1
+        if activity.on:
+            activity.on = False
+            activity.implementations = {id(config): config._attn_implementation for config, _ in patch.configs}
+        for config, original in patch.configs:
+            config._attn_implementation_internal = original
     try:
         yield model
     finally:
-        patch.activity.on = was_on
-        now = patch_of(root)
-        if now is not None and now.activity is patch.activity:  # else unpatched meanwhile: its configs are as they were
-            for config, original in now.configs:
-                implementation = before.get(id(config), IMPLEMENTATION if was_on else original)
-                config._attn_implementation_internal = implementation
+        with _BLOCKS:
+            activity.blocks -= 1
+            if not activity.blocks:
+                _leave_dense(root, activity)
+
+
+def _leave_dense(root: PreTrainedModel, activity: Activity) -> None:
+    activity.on = True
+    now, before = patch_of(root), activity.implementations
+    if now is not None and now.activity is activity:  # else unpatched meanwhile: its configs are as they were
+        for config, _ in now.configs:
+            config._attn_implementation_internal = before.get(id(config), IMPLEMENTATION)

@@ -28,20 +28,23 @@ class Activity:
     under torch.compile, which traces an attribute and no context variable. ``forwards`` are those in training;
     ``within`` is the outermost model's ``ModelForward`` while it runs; ``owner`` is the class of the model that is
     patched; ``collected`` takes the auxiliary losses where a caller adds them by itself (``collected_losses``);
-    ``warned`` says that losses of unknown scale were warned about."""
+    ``warned`` says that losses of unknown scale were warned about; ``blocks`` counts the ``dense(model)`` that are
+    open, and ``implementations`` are those of the configs, by id, that the last of them brings back."""
 
     owner: str = "model"
     on: bool = True
     forwards: Forwards = field(default_factory=Forwards)
     within: Running = field(default_factory=Running)
     warned: bool = False
+    blocks: int = 0
+    implementations: dict[int, str] = field(default_factory=dict)
     traced: ForwardInputs | None = None
     collected: list[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside dense(model) is no part of that block, and nothing would ever switch it on again.
         left = {"traced": None, "collected": None, "within": Running(), "forwards": Forwards()}
-        return {**vars(self), "on": True, **left}
+        return {**vars(self), "on": True, "blocks": 0, "implementations": {}, **left}
 
 
 @dataclass(eq=False)
