@@ -121,7 +121,7 @@ static void forward_tile(const Call& c, Tile& t, float* work) {
     m.load_queries(c, t);
     Softmax s;
     for (int v = 0; v < t.vectors; ++v) s.peak[v] = splat(-INF), s.total[v] = vf{};
-    walk(c, t, [&](const Chunk& x) {
+    walk_asking(c, t, [&](const Chunk& x) {
         m.load_keys(c, t, x);
         for (int n = 0; n < x.spans; ++n) {
             m.score(t, x.span[n]);
@@ -216,7 +216,7 @@ static void backward_tile(const Call& c, Tile& t, const Sums& s, float* work) {
     const Results r = Results::load(c, t, E{});
     m.load_queries(c, t);
     m.load_gradients(c, t);
-    walk(c, t, [&](const Chunk& x) {
+    walk_asking(c, t, [&](const Chunk& x) {
         m.load_keys(c, t, x);
         for (int n = 0; n < x.spans; ++n) {
             const Span& p = x.span[n];

@@ -156,6 +156,32 @@ static void walk(const Call& c, const Tile& t, Visit visit) {
     }
 }
 
+// Ask for a row's memory before its turn, in the second-level cache.
+static inline void ask(const Call& c, const Rows& rows, int64_t batch, int64_t head, int64_t row) {
+    const int64_t size = c.element == FLOAT ? 4 : 2;
+    const char* at =
+        (const char*)rows.data + (batch * rows.batch_step + head * rows.head_step + row * rows.step) * size;
+    for (int64_t byte = 0; byte < c.head_dim * size; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+}
+
+// As walk. Keys and values that do not follow each other are asked for while the chunk in front of theirs is visited;
+// of others the processor sees by itself what comes next.
+template <class Visit>
+static void walk_asking(const Call& c, const Tile& t, Visit visit) {
+    if (t.key_at == nullptr || !c.in_place) return walk(c, t, visit);
+    Chunk last;
+    bool some = false;
+    walk(c, t, [&](const Chunk& x) {
+        for (int64_t slot = x.key; slot < x.key + x.count; ++slot) {
+            if (!t.key_filled(slot)) continue;
+            for (const Rows* rows : {&c.key, &c.value}) ask(c, *rows, t.batch, t.key_head(c), t.key_at[slot]);
+        }
+        if (some) visit((const Chunk&)last);
+        last = x, some = true;
+    });
+    if (some) visit((const Chunk&)last);
+}
+
 // Which pairs of key j with the queries of vector v are kept: bits of -1.
 static inline vi kept(const Call& c, const Tile& t, const Chunk& x, int j, int v) {
     int64_t slot = x.key + j;
