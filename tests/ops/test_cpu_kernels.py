@@ -73,6 +73,17 @@ def test_any_number_of_offsets(count: int) -> None:
     assert result.worst() < LIMIT, result.errors
 
 
+@pytest.mark.parametrize("keys", [1, 3, 4, 5])
+@pytest.mark.parametrize("band", [Band(), Band(None, 0), Band(0, None)])
+@pytest.mark.parametrize("skip_diagonal", [False, True])
+def test_segments_of_few_keys(keys: int, band: Band, skip_diagonal: bool) -> None:
+    """Of 70, 70 and 10 queries; the last has a key less, and some slots are empty."""
+    rows, columns = shuffled(150, 2, 1, empty=3), shuffled(150, 2, 2, empty=60)[..., : 3 * keys - 1]
+    part = SegmentPart(150, 3 * keys - 1, 70, keys, band, skip_diagonal, rows, columns)
+    result = compare([part, window_part(150, Band(2, 0))], query_length=150, key_length=150)
+    assert result.worst() < LIMIT, result.errors
+
+
 def test_segments_with_fewer_or_more_keys_than_queries() -> None:
     for queries, keys in ((70, 5), (5, 70), (64, 65)):
         part = SegmentPart(3 * queries, 3 * keys, queries, keys, band=Band(None, 3))

@@ -20,7 +20,7 @@ static void forward(const Call& c) {
         for (int64_t x; (x = next++) < 2 * tiles;) {
             Tile t(c, x % tiles / per_lane, x % per_lane, M::GRAIN);
             if (t.rows > 0 && (t.weight(c) > heavy) == (x < tiles))
-                (c.offset_start ? forward_offsets<typename M::Element> : forward_tile<M>)(c, t, work);
+                (elementwise(c) ? forward_offsets<typename M::Element> : forward_tile<M>)(c, t, work);
         }
         free(work);
     }
@@ -43,7 +43,7 @@ static void backward_lane(const Call* calls, int64_t count, int64_t lane, int64_
     for (const Call* call = calls; call < calls + count; ++call)
         for (int64_t number = piece; number < Tile::count(*call); number += call->pieces) {
             Tile t(*call, lane, number, M::GRAIN);
-            if (t.rows > 0) (call->offset_start ? backward_offsets<E> : backward_tile<M>)(*call, t, s, work);
+            if (t.rows > 0) (elementwise(*call) ? backward_offsets<E> : backward_tile<M>)(*call, t, s, work);
         }
     if (s.query != nullptr)
         write_lane<E>(s.query, calls->head_dim, calls->query_rows, calls->grad_query, lane, calls->heads,

@@ -1,9 +1,17 @@
-// Both passes over fixed offsets: a query's few keys, by elementwise products.
+// Both passes over a query's few keys, by elementwise products: fixed offsets, and segments of FEW keys at most.
 //
 // Shapes: pairs [offsets, TILE], queries along the vectors; sums [rows, head_dim]; rows as in tiles.h.
 #pragma once
 
 #include "passes.h"
+
+constexpr int64_t FEW = 4;  // for as many, turning queries and sums to columns and back costs more than the products
+
+// Whether a call's pairs are multiplied so.
+static bool elementwise(const Call& c) {
+    const bool all = c.left >= c.query_slots && c.right >= c.key_slots && !c.skip_diagonal;
+    return c.offset_start != nullptr || (c.row_start == nullptr && c.key_segment <= FEW && all);
+}
 
 // A tile's pairs: the keys' rows (-1: no pair) and what options have there. The keys of one offset follow each other:
 // they are read offset by offset, or by GROUP of them: 15 far streams at once (LogSparse, 16,384 tokens) would be too
@@ -12,17 +20,18 @@ struct Pairs {
     static constexpr int GROUP = 4;
 
     int64_t count;
-    const int64_t* offsets;
+    const int64_t* offsets;  // null for segments
     int32_t *row, *position, *word;
     float *span, *score, *upstream, *bend, *sums;
 
-    static int64_t elements(const Call& c) { return TILE * (7 * c.most_offsets + c.head_dim); }
+    static int64_t most(const Call& c) { return c.offset_start == nullptr ? FEW : c.most_offsets; }
+    static int64_t elements(const Call& c) { return TILE * (7 * most(c) + c.head_dim); }
 
     template <class E>
     Pairs(const Call& c, const Tile& t, float* at, E element) {
-        const int64_t head = c.offset_heads > 1 ? t.head : 0, room = TILE * c.most_offsets;
-        offsets = c.offsets + c.offset_start[head];
-        count = c.offset_start[head + 1] - c.offset_start[head];
+        const int64_t head = c.offset_heads > 1 ? t.head : 0, room = TILE * most(c);
+        offsets = c.offset_start == nullptr ? nullptr : c.offsets + c.offset_start[head];
+        count = offsets == nullptr ? c.key_segment : c.offset_start[head + 1] - c.offset_start[head];
         for (int32_t** x : {&row, &position, &word}) *x = (int32_t*)at, at += room;
         for (float** x : {&span, &score, &upstream, &bend}) *x = at, at += room;
         sums = at;
@@ -33,11 +42,8 @@ struct Pairs {
     }
 
     void find(const Call& c, const Tile& t, int64_t n) {
-        const int64_t offset = offsets[n], near = t.query - offset;
-        const int64_t first = std::max(c.begin, c.begin + offset) - t.query;
-        const int64_t stop = std::min<int64_t>(std::min(c.end, c.end + offset) - t.query, t.rows);
         int32_t *of = row + n * TILE, *at = position + n * TILE;
-        for (int i = 0; i < t.width; ++i) of[i] = i >= first && i < stop && t.row[i] >= 0 ? (int32_t)(near + i) : -1;
+        slots(c, t, n, of);
         for (int i = 0; i < t.width; ++i) {
             at[i] = of[i] < 0 ? -1 : (int32_t)t.key_position(c, of[i]);
             of[i] = at[i] < 0 ? -1 : (int32_t)t.key_row(c, of[i]);
@@ -47,6 +53,21 @@ struct Pairs {
             word[n * TILE + i] = of[i] < 0 ? 0 : c.column_word[table + of[i]];
         for (int i = 0; c.spans != nullptr && i < t.width; ++i)
             span[n * TILE + i] = of[i] < 0 ? 0 : c.spans[table + of[i]];
+    }
+
+    // The key slot of each query's pair n, -1 for none.
+    void slots(const Call& c, const Tile& t, int64_t n, int32_t* to) const {
+        int64_t first = 0, stop = t.rows, slot = t.unit * c.key_segment + n;
+        if (offsets != nullptr) {
+            slot = t.query - offsets[n];
+            first = std::max(c.begin, c.begin + offsets[n]) - t.query;
+            stop = std::min<int64_t>(std::min(c.end, c.end + offsets[n]) - t.query, t.rows);
+        } else if (slot >= c.key_slots) {
+            stop = 0;
+        }
+        const int64_t step = offsets == nullptr ? 0 : 1;
+        for (int i = 0; i < t.width; ++i)
+            to[i] = i >= first && i < stop && t.row[i] >= 0 ? (int32_t)(slot + i * step) : -1;
     }
 
     template <class E>
