@@ -33,7 +33,7 @@ NAMES = [
     "SiglipVisionModel", "Aimv2VisionModel", "GPTNeoForCausalLM", "XGLMForCausalLM", "BloomForCausalLM",
     "MptForCausalLM", "FalconForCausalLM", "BlipForConditionalGeneration", "BlipForQuestionAnswering", "ViltModel",
     "LukeModel", "LiltModel", "SqueezeBertModel", "LongformerModel", "LEDForConditionalGeneration", "GitModel",
-    "ConvBertModel", "XLMModel", "FlaubertModel", "BigBirdPegasusModel", "Idefics3VisionTransformer",
+    "VisualBertModel", "ConvBertModel", "XLMModel", "FlaubertModel", "BigBirdPegasusModel", "Idefics3VisionTransformer",
     "SmolVLMVisionTransformer", "Siglip2Model",
     "MvpForConditionalGeneration", "TrOCRForCausalLM", "GPTNeoXJapaneseForCausalLM", "OpenAIGPTLMHeadModel",
     "ParakeetEncoder", "Wav2Vec2ConformerModel", "GraniteDoclingVisionModel",

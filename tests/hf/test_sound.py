@@ -16,6 +16,7 @@ ENTRIES = {entry.name: entry for entry in entries()}
 NAMES = [
     "WhisperForConditionalGeneration", "WhisperForCausalLM", "Wav2Vec2Model", "HubertModel", "Data2VecAudioModel",
     "SEWModel", "UniSpeechModel", "UniSpeechSatModel", "Speech2TextModel", "ASTModel",
+    "ParakeetForTDT",
 ]  # fmt: skip
 
 

@@ -62,6 +62,7 @@ class MaskRequest:
         self._rules: MaskRules | None = None
         self._blocks: Blocks | None = None
         self._looked_at_blocks = False
+        self._wide: MaskRequest | None = None
         self.settled: list[Any] = []  # steps of decoding that layers of this forward ran (``repeated``)
 
     @property
@@ -96,6 +97,13 @@ class MaskRequest:
         )
         part.given, part.whole = self.given, self.whole or self
         return part
+
+    def for_queries(self, count: int) -> MaskRequest:
+        """The same of so many queries, once for all layers."""
+        if self._wide is None or self._wide.query_length != count:
+            self._wide = MaskRequest({**self.arguments, "q_length": count})
+            self._wide.given = self.given
+        return self._wide
 
     def _row(self) -> Tensor:
         dtype, device = self.arguments.get("dtype", torch.float32), self.arguments.get("device")

@@ -40,12 +40,15 @@ class _Held:
 
 def read_mask(mask: Any, query: Tensor, key: Tensor, causal: bool, extra_tokens: int = 0) -> Any:
     """A ready-made mask as the request that the model did not make, once for all layers that get it; what is no mask of
-    all heads in one (``[batch, 1, queries or 1, keys]``) stays as it is.
+    all heads in one (``[batch, 1, queries or 1, keys]``) stays as it is. A request for one query that all queries are
+    to read (BridgeTower, VisualBERT) is made one for all.
 
     Raises:
         SparseAttentionError: it says something else than causality, padding and sequences.
         UnsupportedModelError: under torch.compile: its values are read.
     """
+    if isinstance(mask, MaskRequest) and not causal and mask.query_length == 1 < query.shape[2] == key.shape[2]:
+        return mask.for_queries(query.shape[2])
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1 or mask.is_meta:
         return mask
     of_keys = mask.shape[2] == 1 and not causal

@@ -24,7 +24,7 @@ eager_attention_forward = asked_attention_forward  # found by this name, as in T
 
 
 class AskingBert(Asking):
-    """BERT's self-attention: Megatron-BERT, RemBERT, TAPAS, RoFormer, BLIP's text, ViLT, GIT."""
+    """BERT's self-attention: Megatron-BERT, RemBERT, TAPAS, RoFormer, BLIP's text, ViLT, GIT, VisualBERT, FLAVA."""
 
     causal = None
 
@@ -85,6 +85,21 @@ class AskingTower(Asking):
         )
         out = attend(self, query, key, value, args, kwargs, dropout=self.dropout, scaling=self.scale)
         return self.out_proj(out), None
+
+
+class AskingSiglip2Head(Asking):
+    """SigLIP 2's pooling of its patches by one query, which makes a mask of the config's kind for another attention."""
+
+    asks_interface = False
+
+    def forward(self: Any, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Any:
+        if attention_mask is None or not asks(self):
+            return self.own.forward(self, hidden_state, attention_mask)
+        query = self.probe.expand(len(hidden_state), -1, -1)
+        least = torch.finfo(query.dtype).min
+        hidden = torch.where(attention_mask.bool(), 0.0, least).to(query.dtype)
+        pooled = self.attention(query, hidden_state, hidden_state, key_padding_mask=hidden)[0]
+        return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
 
 
 class AskingVideoMAE(Asking):
@@ -256,7 +271,9 @@ class AskingLongformer(Asking):
 ENCODERS: dict[str, Any] = {
     "BlipTextSelfAttention": AskingBert,
     "GitSelfAttention": AskingBert,
+    "FlavaSelfAttention": AskingBert,
     "ViltSelfAttention": AskingBert,
+    "VisualBertSelfAttention": AskingBert,
     "LukeSelfAttention": AskingLuke,
     "LiltSelfAttention": AskingLilt,
     "SqueezeBertSelfAttention": AskingSqueezeBert,
@@ -268,6 +285,7 @@ ENCODERS: dict[str, Any] = {
     "GraniteDoclingVisionAttention": AskingTower,
     "Idefics3VisionAttention": AskingTower,
     "Siglip2Attention": AskingTower,
+    "Siglip2MultiheadAttentionPoolingHead": AskingSiglip2Head,
     "SmolVLMVisionAttention": AskingTower,
     "LongformerSelfAttention": AskingLongformer,
     "LEDEncoderSelfAttention": AskingLongformer,

@@ -40,6 +40,8 @@ from sa_hf.hf.patching.probe_inputs import (
     installed_release,
     next_inputs,
     parameters_of,
+    takes_keywords,
+    takes_positions,
 )
 from sa_hf.hf.patching.proofs import Replay, changes_its_mask, lacks, rotation_stays, taps_astray
 from sa_hf.hf.patching.skeleton import PartlyKnown, failed_line, partly_known, skeleton_of
@@ -192,6 +194,8 @@ class _Recorder:
         self.given.setdefault(self.names[module], (args, kwargs))
         if has_bias_table(module) and kwargs.get("position_bias") is not None:
             self.biased.add(self.names[module])
+        if not takes_keywords(module):  # so it hands none on, which the layer is refused for
+            return args, kwargs
         return args, {**kwargs, "sparse_call": Carried.by(args, kwargs)}
 
     def attend(
@@ -234,16 +238,17 @@ def _called_first(
 ) -> tuple[Any, dict[str, Any]]:
     """The output of the first call, and the inputs that it took: of sound, the first form that the model takes."""
     options = {name: value for name, value in options.items() if name in parameters_of(body)}
-    failed: Exception | None = None
+    failures: list[tuple[int, Exception]] = []
     runs, seen = len(recorder.runs), dict(recorder.given)
     for given in first_inputs(body, sizes):
         try:
             return recorder.run(body, (), {**given, **options}), given
         except Exception as error:
-            failed = failed or error
+            failures.append((len(recorder.runs[runs]), error))
             del recorder.runs[runs:]
             recorder.given = dict(seen)
-    raise failed or UnsupportedModelError("nothing is known of the inputs that it takes")
+    unknown = UnsupportedModelError("nothing is known of the inputs that it takes")
+    raise max(failures, key=lambda one: one[0], default=(0, unknown))[1]  # of the form that reached most layers
 
 
 @contextmanager
@@ -303,13 +308,11 @@ def _disproved(site: Site, module: nn.Module, needs: Needs, recorder: _Recorder,
         return recorder.last
 
     replay = Replay(module, *recorder.given[site.name], call)
-    reason = None
     if left_to_the_mask:  # as it must be said where there is no mask (Moonshine says it then)
         replay.without_mask()
         if recorder.runs[-1][site.name].keywords.get("is_causal") is False:
             return "is causal by its module, but its attention gets is_causal=False, with and without a mask"
-    if needs.before_rotary:
-        reason = rotation_stays(replay, seen.carried.rotary)
+    reason = rotation_stays(replay, seen.carried.rotary) if needs.before_rotary else None
     reason = reason or (taps_astray(replay, site.spec) if needs.taps else None)
     return None if reason is None else f"({site.name}) {reason}"
 
@@ -378,7 +381,7 @@ def _lost(model: PreTrainedModel, site: Site, call: _Seen, runs: _Runs, needs: N
     masked = of_tokens and "attention_mask" in body and not call.ready  # one of its own says what its attention hides
     if masked and call.key[2] == runs.sizes.length and (call.mask is None or call.mask.padding is None):
         return f"({site.name}) does not get the padding mask that the model was given ({installed_release()})"
-    if turns and site.spec.causal and not any(name.endswith("position_ids") for name in body):
+    if turns and site.spec.causal and not takes_positions(model, runs.body, site.name):
         return f"({site.name}) turns by positions, but its model takes no 'position_ids' ({installed_release()})"
     later = None if runs.cached is None or not site.spec.causal else runs.cached.get(site.name)
     if later is None or later.carried is None or later.key[2] <= later.query[2]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -20,6 +20,8 @@ from sa_hf.hf.state.positions import configs_of, position_limit
 from sa_hf.hf.state.versions import tested_range
 
 STAND_IN = "encoder_outputs"
+# The frames of sound under each token, where a config says it.
+_STREAMED = "audio_length_per_tok"
 
 
 def installed_release() -> str:
@@ -34,13 +36,13 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def inner_model(model: PreTrainedModel, names: list[str]) -> PreTrainedModel | None:
-    """The innermost model of tokens that holds all layers of these names, without its head; None where that is the
-    whole."""
+    """The innermost model of tokens or sound that holds all layers of these names, without its head; None where that
+    is the whole."""
     path = os.path.commonpath([name.replace(".", "/") for name in names]).replace("/", ".")
     while path:
         inner = model.get_submodule(path)
         path = path.rpartition(".")[0]
-        if isinstance(inner, PreTrainedModel) and "input_ids" in parameters_of(inner):
+        if isinstance(inner, PreTrainedModel) and {"input_ids", *SOUND} & parameters_of(inner).keys():
             return body_of(inner)
     return None
 
@@ -48,6 +50,20 @@ def inner_model(model: PreTrainedModel, names: list[str]) -> PreTrainedModel | N
 def parameters_of(body: PreTrainedModel) -> Any:
     """The parameters of its forward, by name."""
     return inspect.signature(body.forward).parameters
+
+
+def takes_positions(model: PreTrainedModel, body: PreTrainedModel, name: str) -> bool:
+    """Whether a call's position ids reach a layer: what ran takes them, or keywords, and a model inside takes them."""
+    if any(parameter.endswith("position_ids") for parameter in parameters_of(body)):
+        return True
+    inner = inner_model(model, [name]) if takes_keywords(body) else None
+    return inner is not None and "position_ids" in parameters_of(inner)
+
+
+def takes_keywords(module: nn.Module) -> bool:
+    """Whether a forward takes what a patch hands it."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(one.kind is one.VAR_KEYWORD or one.name == "sparse_call" for one in parameters)
 
 
 @dataclass(frozen=True)
@@ -82,10 +98,16 @@ def first_inputs(body: PreTrainedModel, sizes: ProbeSizes) -> Iterator[dict[str,
     """Inputs of the kind that the model takes; of sound, several forms."""
     main, config, parameters = body.main_input_name, body.config, parameters_of(body)
     if _is_asked(parameters.get("grid_thw")):
-        yield _rows_of_patches(config, parameters)
+        rows = _rows_of_patches(config, parameters)
+        yield rows
+        name, side = next(name for name in rows if name != "grid_thw"), config.patch_size
+        yield {**rows, name: rows[name].unflatten(1, (-1, side, side))}  # patches as images (Kimi)
         return
-    if main not in parameters and "pixel_values" in parameters:  # a tower that does not say what it takes
-        main = "pixel_values"
+    if main not in parameters:  # a tower that does not say what it takes (DINOv3's of images, SAM 3's of text)
+        main = next((name for name in ("pixel_values", "input_ids") if name in parameters), main)
+    if main == "pixel_values" and "spatial_shapes" in parameters and _images(config) is None:
+        yield _shaped_patches(config)
+        return
     given: dict[str, Any] = {}
     if main == "input_ids":
         given["input_ids"] = _tokens(sizes, sizes.length)
@@ -115,10 +137,15 @@ def first_inputs(body: PreTrainedModel, sizes: ProbeSizes) -> Iterator[dict[str,
         yield from ({**given, name: ids} for ids in _codes(config, given.get(name)))
         if main == "input_ids" and "pixel_values" in parameters and _images(config) is not None:
             yield {**given, **_image(config)}  # text beside an image in one call (CLIP)
+        if main == "input_ids" and isinstance(getattr(config, _STREAMED, None), int):
+            yield {**given, "input_features": _streamed(config, sizes.length)}
         return
     if main in SOUND:
         for form in sound_forms(main, config):
-            yield {**given, **form}
+            if not _is_asked(parameters.get("input_features_mask")):
+                yield {**given, **form}
+            if "input_features_mask" in parameters and main == "input_features":
+                yield {**given, **form, "input_features_mask": torch.ones(1, max(form[main].shape), dtype=torch.long)}
     width = getattr(body, "encoder_output_dim", None) or getattr(config, "hidden_size", None)
     if STAND_IN in parameters and width is not None:
         # An encoder of sound in a form of its own: what it needs is its own, and what it gives the decoder is not.
@@ -127,6 +154,11 @@ def first_inputs(body: PreTrainedModel, sizes: ProbeSizes) -> Iterator[dict[str,
         raise UnsupportedModelError(
             f"its input is {main!r}; sparse attention serves models of tokens, of images and of sound"
         )
+
+
+def _streamed(config: Any, count: int) -> Tensor:
+    """Features of sound under so many tokens, which they are added to (Voxtral's stream)."""
+    return torch.zeros(1, config.audio_config.num_mel_bins, count * getattr(config, _STREAMED))
 
 
 def _codes(config: Any, ids: Tensor | None) -> Iterator[Tensor]:
@@ -144,7 +176,7 @@ def _codes(config: Any, ids: Tensor | None) -> Iterator[Tensor]:
 
 def _images(config: Any) -> Any:
     """The config of what reads images: a model's own, or that of its tower; None where there is none."""
-    parts = (config, *(getattr(config, name, None) for name in ("encoder", "vision_config")))
+    parts = (config, *(getattr(config, name, None) for name in ("encoder", "vision_config", "backbone_config")))
     return next((part for part in parts if getattr(part, "image_size", None) is not None), None)
 
 
@@ -200,7 +232,20 @@ def _rows_of_patches(config: Any, parameters: Any) -> dict[str, Tensor]:
     width = channels * config.patch_size**2 * (getattr(config, "temporal_patch_size", None) or 1)
     grids = torch.tensor([[1, 2 * merged, 3 * merged], [1, 2 * merged, merged]])
     name = next(name for name in ("hidden_states", "pixel_values") if name in parameters)
-    return {name: torch.zeros(int(grids.prod(1).sum()), width), "grid_thw": grids}
+    given = {name: torch.zeros(int(grids.prod(1).sum()), width), "grid_thw": grids}
+    return {**given, "merge_sizes": torch.ones(2, dtype=torch.long)} if "merge_sizes" in parameters else given
+
+
+def _shaped_patches(config: Any) -> dict[str, Tensor]:
+    """An image as a row of patches behind which is room, with its rows and columns (SigLIP 2)."""
+    vision = getattr(config, "vision_config", config)
+    width = vision.num_channels * vision.patch_size**2
+    real = torch.arange(16)[None] < 12
+    return {
+        "pixel_values": torch.zeros(1, 16, width),
+        "pixel_attention_mask": real.long(),
+        "spatial_shapes": torch.tensor([[3, 4]]),
+    }
 
 
 def _is_asked(parameter: inspect.Parameter | None) -> bool:
@@ -220,6 +265,8 @@ def next_inputs(body: PreTrainedModel, cache: Any, sizes: ProbeSizes, first: dic
     main = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
     ids = given[main]  # [1, n], or codes: [codebooks, n] or [1, n, codebooks]
     given[main] = ids.new_full((ids.shape[0], sizes.new, *ids.shape[2:]), sizes.token)
+    if "input_features" in given and main == "input_ids":
+        given["input_features"] = _streamed(body.config, sizes.new)
     if "attention_mask" in given and "decoder_input_ids" not in given:
         given["attention_mask"] = torch.ones(1, sizes.length + sizes.new, dtype=torch.long)
     if hasattr(body, "rope_deltas"):  # positions of several axes; `generate` hands them on, and some models rely on it

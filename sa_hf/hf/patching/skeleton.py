@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sa_hf.hf.patching.families import switch_over
 from sa_hf.hf.state.activity import IMPLEMENTATION
@@ -165,7 +165,7 @@ def skeleton_of(
     skeleton.eval()
     switch_over(skeleton)
     for module in skeleton.modules():
-        if hasattr(module, "config"):
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):  # a number in some layers of Idefics
             module.config._attn_implementation = attention
             module.config._experts_implementation = experts
     for config in configs_apart(skeleton, halves):

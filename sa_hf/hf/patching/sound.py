@@ -28,7 +28,9 @@ def sound_forms(main: str, config: Any) -> Iterator[dict[str, Any]]:
         return
     limit = getattr(audio, "max_source_positions", None)
     # Whisper takes exactly as many frames as its table of positions has places for, two each.
-    for frames in dict.fromkeys([*([2 * limit] if isinstance(limit, int) else []), FRAMES]):
+    window = getattr(audio, "n_window", None)  # half of one (Qwen's encoders), of which there are whole ones
+    whole = [2 * limit] if isinstance(limit, int) else [4 * window] if isinstance(window, int) else []
+    for frames in dict.fromkeys([*whole, FRAMES]):
         yield {main: torch.zeros(1, width, frames)}
         yield {main: torch.zeros(1, frames, width)}
     patches = getattr(config, "max_length", None)

@@ -38,7 +38,11 @@ BOTH_WAYS = (
 
 
 class NotBuilt(Exception):
-    """The dense model itself does not run in tiny form."""
+    """The dense model itself does not run in tiny form; ``model`` is it, where only its inputs are not known."""
+
+    def __init__(self, reason: str, model: Any = None) -> None:
+        super().__init__(reason)
+        self.model = model
 
 
 def check(entry: Entry, *, quick: bool = False) -> Result:
@@ -52,7 +56,8 @@ def check(entry: Entry, *, quick: bool = False) -> Result:
         model, inputs = build(entry)
         _check_built(entry, model, inputs, found, quick=quick)
     except NotBuilt as error:
-        found.status, found.reason = NOT_BUILT, str(error)
+        refusal = _refusal(error.model)
+        found.status, found.reason = (NOT_BUILT, str(error)) if refusal is None else (REFUSED, refusal)
     except Exception as error:  # whatever comes is what the table is to say
         known = isinstance(error, SparseAttentionError)
         found.status, found.reason = (REFUSED if known else ERROR), said(error) + ("" if known else _where(error))
@@ -89,7 +94,17 @@ def build(entry: Entry) -> tuple[Any, dict[str, Any]]:
         if not all(x.isfinite().all() for x in once.values()):
             raise NotBuilt("its values are not finite")
         return model, inputs
-    raise NotBuilt("it takes no text, pixels or sound" if first is None else said(first) + _where(first))
+    raise NotBuilt("it takes no text, pixels or sound" if first is None else said(first) + _where(first), model)
+
+
+def _refusal(model: Any) -> str | None:
+    """Why a model that ran on no inputs known here is refused all the same, if that has nothing to do with inputs."""
+    try:
+        if model is not None:
+            sa_hf.patch_model(model, FIRST)
+    except SparseAttentionError as error:
+        return None if "failed at" in str(error) else said(error)
+    return None
 
 
 def scatter(model: Any) -> None:

@@ -64,7 +64,7 @@ def compare(model: Any, inputs: dict[str, Any], name: str, found: Result) -> Non
 
 def _in_double(model: Any, inputs: dict[str, Any], *, zeros: bool) -> tuple[float, str]:
     """:func:`gradient_error` in float64: a saturated layer's gradient may be less than float32's rounding."""
-    doubled = {name: x.double() if x.dtype.is_floating_point else x for name, x in inputs.items()}
+    doubled = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
     model.double()
     try:
         ours = outputs_and_gradients(model, doubled)

@@ -73,7 +73,12 @@ def _caches(model: Any, given: dict[str, Any], found: Result, plain: Tensor) -> 
     if not any(site.spec.causal for site in required_patch(model, "check").sites.all_sites):
         found.notes.append("generation, sparse_cache: it has no causal layers")
     else:
-        yield "sparse_cache", {"past_key_values": sa_hf.sparse_cache(model), "use_cache": True}
+        try:
+            cache = sa_hf.sparse_cache(model)
+        except SparseAttentionError as error:
+            found.notes.append(f"generation, sparse_cache: {error}")
+        else:
+            yield "sparse_cache", {"past_key_values": cache, "use_cache": True}
 
 
 def _logits(model: Any, given: dict[str, Any], **options: Any) -> Tensor:

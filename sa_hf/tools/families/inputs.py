@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sa_hf.tools.families.sizes import FRAMES, HIDDEN, IMAGE, PATCH
+from sa_hf.tools.families.needed import completed, special, unasked
+from sa_hf.tools.families.sizes import BATCH, DECODER_LENGTH, FRAMES, HIDDEN, IMAGE, LENGTH, PATCH
 
-BATCH, LENGTH, DECODER_LENGTH, CHOICES = 2, 19, 13, 2
+CHOICES = 2
 SHORT = 13  # real tokens of the padded row
 SAMPLES = 6400
 FIRST_TOKEN, TOKENS = 5, 28  # clear of special tokens at either end of the vocabulary, also of a protein's
@@ -23,8 +24,19 @@ def parameters(model: Any) -> dict[str, inspect.Parameter]:
 
 
 def candidates(model: Any) -> Iterator[dict[str, Any]]:
-    """Inputs to try, the plainest first: text alone, with pixels, with sound; or what the main input is."""
+    """Inputs to try, the plainest first: text, pixels and sound, and what else the forward asks for; in a form of its
+    own; and the same without a cache, for what fails in making one."""
     taken = parameters(model)
+    several = [completed(model, taken, given) for given in _plain(model, taken)]
+    several += special(model, taken, _text(model, taken))
+    yield from several
+    yield from filter(None, (unasked(taken, given) for given in several))
+    if "use_cache" in taken:
+        yield from ({**given, "use_cache": False} for given in several)
+
+
+def _plain(model: Any, taken: dict[str, inspect.Parameter]) -> Iterator[dict[str, Any]]:
+    """Text alone, with pixels, with sound; or what the main input is."""
     text = _text(model, taken)
     pixels = {"pixel_values": _pixels(model)} if "pixel_values" in taken else {}
     videos = {"pixel_values_videos": _videos(model)} if "pixel_values_videos" in taken else {}
@@ -74,6 +86,12 @@ def _text(model: Any, taken: dict[str, Any]) -> dict[str, Any]:
         given["labels"] = tokens(LENGTH, 5, end_token(model))
     if "qformer_input_ids" in taken:
         given["qformer_input_ids"] = tokens(LENGTH, 6, end_token(model))
+    if isinstance(getattr(model.config, "question_token_id", None), int):  # Splinter
+        ids[:, SHORT - 4] = model.config.question_token_id  # within a padded row, too
+    if isinstance(getattr(model.config, "type_vocab_sizes", None), list):  # TAPAS: a question, then a table
+        column = (torch.arange(LENGTH) - 6).clamp(min=0)
+        kinds = [column > 0, (column + 3) // 4, (column + 3) % 4 + (column > 0).long(), *[torch.zeros(LENGTH)] * 4]
+        given["token_type_ids"] = torch.stack(kinds, -1).long().expand(BATCH, -1, -1)
     if type(model).__name__ in ("LongformerForQuestionAnswering", "LongformerForMultipleChoice"):
         ids[:, [6, 7, -1]] = model.config.sep_token_id  # behind the question, which is global
     if "MultipleChoice" in type(model).__name__:
@@ -165,6 +183,8 @@ def _sounds(name: str, model: Any) -> Iterator[Tensor]:
         (BATCH, FRAMES, HIDDEN),
         (BATCH, 1, FRAMES, bins),
         (BATCH, FRAMES, 128),
+        (BATCH, bins, 4 * (getattr(config, "n_window", None) or FRAMES)),  # windows of Qwen's encoders
+        (BATCH, bins, 8 * LENGTH),  # of which each token has eight (Voxtral's stream)
     ]:
         yield torch.randn(shape, generator=torch.Generator().manual_seed(2))
 

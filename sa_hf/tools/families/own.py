@@ -18,6 +18,11 @@ _ZAMBA = {
     "attention_head_dim": 2 * HIDDEN // HEADS, "use_mamba_kernels": False,
 }  # fmt: skip
 _MIMI = {"hidden_size": HIDDEN, "upsample_groups": HIDDEN, "num_filters": 8, "codebook_dim": HIDDEN}
+_SERIES = {"prediction_length": 8, "context_length": 24, "num_time_features": 2, "feature_size": 11}
+_FILTERS = {
+    "acoustic_tokenizer_encoder_config.num_filters": 4, "semantic_tokenizer_encoder_config.num_filters": 4,
+    "audio_config.num_filters": 4, "semantic_model_config.num_filters": 4,
+}  # fmt: skip
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # As in the released models, where the config's default is attention without distances.
 _DISENTANGLED = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
@@ -46,9 +51,19 @@ _RESNET = {
 _DETR = {"use_timm_backbone": False, "backbone": None, "backbone_config": {**_RESNET, "out_features": ["stage4"]}}
 _FOUR = {"backbone_config.out_indices": [1, 2, 3, 4]}
 
+# What a config's class has to be given before it has defaults at all.
+SAID_FIRST: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+        },
+    },
+}  # fmt: skip
+
 OWN: dict[str, dict[str, Any]] = {
     "align": {"projection_dim": 640},
     "apertus1p5": {"audio_config.codebook_dim": HIDDEN},
+    "autoformer": _SERIES,
     "bamba": {"attn_layer_indices": [1]},
     "BeitForSemanticSegmentation": {"out_indices": [0, 1, 2, 3]},
     "big_bird": {"attention_type": "original_full"},
@@ -79,7 +94,10 @@ OWN: dict[str, dict[str, Any]] = {
     "dots3_note": {**_in("text_config.per_layer_config.1", _DOTS), "audio_config.adapter_in_dim": HIDDEN},
     "dots3_note_text": _in("per_layer_config.1", _DOTS),
     "dpt": _DEPTH,
-    "emu3": {"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121}},
+    "emu3": {
+        "vocabulary_map": {"<image>": 120, "<|extra_200|>": 121},
+        "vq_config.base_channels": 32, "vq_config.channel_multiplier": [1, 1, 2, 2],
+    },
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
     "fun_asr_nano": {"adaptor_config.intermediate_size": HIDDEN // 4},
     "granite4_vision": {
@@ -91,16 +109,19 @@ OWN: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": _HUNYUAN_VL,
     "hy_v4_vl": _in("text_config", _HY4),
     "hy_v4_vl_text": _HY4,
+    "informer": _SERIES,
     "instructblip": {"image_token_index": 120},
     "instructblipvideo": {"video_token_index": 120},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "jetmoe": {"num_experts_per_tok": 2},  # whose heads are its key heads times these
+    "kyutai_speech_to_text": _in("codec_config", _MIMI),
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "num_hidden_layers": 2},
     "lilt": {"hidden_size": 96},  # of which a sixth is a box's place
     "llama4": {
         "vision_config.intermediate_size": 4 * HIDDEN, "vision_config.projector_input_dim": HIDDEN,
         "vision_config.projector_output_dim": HIDDEN, "vision_config.vision_output_dim": HIDDEN,
     },
+    "mamba2": {"num_heads": 2 * HIDDEN // HEAD_DIM},
     "maskformer-swin": _SWIN,
     "mimi": _MIMI,
     "mimi_decoder": _MIMI,
@@ -113,15 +134,26 @@ OWN: dict[str, dict[str, Any]] = {
     "nemo_speechlm": {"text_config.n_groups": 1},
     "nemotron_h": {"n_groups": 1, "layers_block_type": ["linear_attention", "full_attention", "mlp"]},
     "nemotron_h_omni": {"text_config.n_groups": 1},
+    "pi0": {"chunk_size": 8},
     "perceiver": {"num_latents": 16, "d_latents": HIDDEN, "d_model": HIDDEN, "num_blocks": 1},
     "prompt_depth_anything": _FOUR,
     "qwen2_5_omni_thinker": {"vision_start_token_id": 120},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},
+    "qwen2_5_omni": {
+        "thinker_config.vision_start_token_id": 120,
+        "token2wav_config.bigvgan_config.upsample_initial_channel": 64, "token2wav_config.dit_config.num_embeds": 64,
+        "token2wav_config.dit_config.enc_channels": [16, 16, 16, 16, 48],
+    },
+    "qwen3_omni_moe": {
+        "thinker_config.vision_start_token_id": 120,
+        "talker_config.text_config.shared_expert_intermediate_size": WIDE, "talker_config.spatial_merge_size": 2,
+    },
     "qwen4_exp": _in("text_config", _INDEXER),
     "qwen4_exp_text": _INDEXER,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_key_value_heads": 1},
     "reformer": {"axial_pos_embds_dim": [16, 48]},
     "ReformerModelWithLMHead": {"is_decoder": True},
+    "shieldgemma2": {"yes_token_index": 30, "no_token_index": 31},
     "step3p7": {"text_config.sliding_window": WINDOW},
     "swin": _SWIN,
     "swin2sr": {**_SWIN, "image_size": IMAGE // 2},
@@ -129,8 +161,11 @@ OWN: dict[str, dict[str, Any]] = {
     "table-transformer": _DETR,
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},  # which the whole model's config sets in it
+    "time_series_transformer": _SERIES,
     "tipsv2_dpt": _FOUR,
     "upernet": {"backbone_config": {**_RESNET, "out_features": ["stage1", "stage2", "stage3", "stage4"]}},
+    "vibevoice": _FILTERS,
+    "vibevoice_asr": _FILTERS,
     "vjepa2": {"pred_num_hidden_layers": 1},
     "wavtokenizer": {"codebook_dim": HIDDEN},
     "wavtokenizer_encoder": {"codebook_dim": HIDDEN},

@@ -62,7 +62,8 @@ def own_attention(model: Any, *, patterns: bool = True, zeros: bool = False) -> 
 
 def under_pattern(child: SparseAttention, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
     """The model's own mask ``[batch, 1 or heads, n, n]`` (or None) with the pairs that a static pattern keeps of the
-    real tokens of each sequence; one is real where any query reads it. A pair that counts twice gets log 2."""
+    real tokens of each sequence; one is real where any query reads it. A pair that counts twice gets log 2. Tokens that
+    read each other in a causal layer, those of one image or of a prefix, do so beside the pattern."""
     batch, n, keys = query.shape[0], query.shape[2], key.shape[2]
     if n != keys:
         raise NoReference(f"{n} queries of {keys} keys")
@@ -76,6 +77,10 @@ def under_pattern(child: SparseAttention, mask: Tensor | None, query: Tensor, ke
     for row in range(batch):
         for real in sequences(seen[row]):
             pairs = log_weights(child, len(real)).to(query.dtype)
+            if spec.causal:
+                mutual = seen[row][real[:, None], real]
+                mutual = (mutual & mutual.T).fill_diagonal_(False)
+                pairs = torch.where(mutual, pairs.clamp(min=0), pairs)
             at = torch.tensor(row), slice(None), real[:, None], real[None, :]
             whole[at] = torch.clamp(whole[at] + pairs, min=HIDDEN)
     return whole

@@ -30,8 +30,10 @@ class Entry:
 
     @property
     def cls(self) -> Any:
-        module = import_module(f"transformers.models.{configuration_auto.model_type_to_module_name(self.model_type)}")
-        return getattr(transformers, self.name, None) or getattr(module, self.name)
+        folder = f"transformers.models.{configuration_auto.model_type_to_module_name(self.model_type)}"
+        found = getattr(transformers, self.name, None) or getattr(import_module(folder), self.name, None)
+        # One that its package does not export (the text model of Voxtral's stream).
+        return found or getattr(import_module(f"{folder}.modeling_{folder.rpartition('.')[2]}"), self.name)
 
     @property
     def config_class(self) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sa_hf.tools.families.own import OWN
+from sa_hf.tools.families.own import OWN, SAID_FIRST
 from sa_hf.tools.families.sizes import (
     FRAMES,
     HEAD_DIM,
@@ -105,7 +105,7 @@ def tiny_config(config_class: Any, model_type: str, name: str = "") -> Any:
 
     Args: name: of the model's class, where that needs more of its own.
     """
-    fields = shrunk(config_class().to_dict())
+    fields = shrunk(config_class(**SAID_FIRST.get(model_type, {})).to_dict())
     if fields.get("is_encoder_decoder"):
         fields.setdefault("decoder_start_token_id", 1)
     own = [OWN.get(key, {}) for key in dict.fromkeys((model_type, config_class.model_type, name))]
