@@ -16,6 +16,8 @@ from sa_hf import SparseAttentionError, available_patterns
 from sa_hf.layer import Geometry
 from sa_hf.ops.attend import attend
 from sa_hf.ops.choice import CPP, TILES, choose_engine
+from sa_hf.ops.cpp.kernels import why_not
+from sa_hf.ops.engine import Engine
 from sa_hf.ops.parts import Band, DistanceTerm, Part, ScoreOptions
 from sa_hf.ops.reference import dense_attention, part_multiplicity
 from sa_hf.ops.sequences import Sequences
@@ -24,6 +26,8 @@ from sa_hf.patterns.base import StaticPatternConfig, dense_multiplicity
 from sa_hf.patterns.custom_op import layer_key, static_attention
 
 N, HEADS = 70, 4
+ENGINES: list[Any] = [TILES, pytest.param(CPP, marks=pytest.mark.skipif(why_not() is not None, reason=str(why_not())))]
+on_each_engine = pytest.mark.parametrize("engine", ENGINES, ids=["torch", "native"])
 
 
 def term(rows: int, reach: int, *, heads: int = HEADS, batch: int = 2, seed: int = 0, double: bool = False) -> Any:
@@ -64,15 +68,16 @@ def test_the_oracle_is_the_definition() -> None:
         assert torch.allclose(out[b, h, new], expected, atol=1e-5)
 
 
+@on_each_engine
 @pytest.mark.parametrize("kind", list(part_cases(N, 2, HEADS)))
-def test_parts_and_their_gradients(kind: str) -> None:
+def test_parts_and_their_gradients(kind: str, engine: Engine) -> None:
     """Natural and reordered slots, empty ones among them; a group of heads for each key head."""
     plan = part_cases(N, 2, HEADS)[kind]
     sides: dict[str, dict[str, Any]] = {"both": {}, "query": {"key_term": None}, "key": {"query_term": None}}
     for side, values in sides.items():
         found = compare(
             plan, batch=2, heads=HEADS, kv_heads=2, query_length=N, key_length=N, options=options(**values),
-            engine=TILES,
+            engine=engine,
         )  # fmt: skip
         assert found.worst() < 1e-5, (side, found.errors)
         assert ("query_term" in found.errors, "key_term" in found.errors) == (side != "key", side != "query")
@@ -86,35 +91,38 @@ def test_parts_and_their_gradients(kind: str) -> None:
     {"sinks": torch.randn(HEADS, generator=torch.Generator().manual_seed(1))},
     {"spans": torch.rand(2, 1, N, generator=torch.Generator().manual_seed(1)) * N, "ramp": 5.3},
 ], ids=lambda values: next(iter(values)))  # fmt: skip
-def test_beside_every_other_option(values: dict[str, Any]) -> None:
+@on_each_engine
+def test_beside_every_other_option(values: dict[str, Any], engine: Engine) -> None:
     given = {
         name: x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in values.items()
     }
     for kind in ("union", "blocks reordered"):
         found = compare(
             part_cases(N, 2, HEADS)[kind], batch=2, heads=HEADS, kv_heads=HEADS, query_length=N, key_length=N,
-            options=options(**given), engine=TILES,
+            options=options(**given), engine=engine,
         )  # fmt: skip
         assert found.worst() < 1e-5, (kind, found.errors)
 
 
+@on_each_engine
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_rows(dtype: torch.dtype) -> None:
+def test_narrow_rows(dtype: torch.dtype, engine: Engine) -> None:
     found = compare(
         [window_part(N, Band(20, 3))], batch=2, heads=HEADS, kv_heads=2, query_length=N, key_length=N,
-        options=options(), dtype=dtype, engine=TILES,
+        options=options(), dtype=dtype, engine=engine,
     )  # fmt: skip
     assert found.worst() < 5e-3, found.errors
 
 
-def test_scores_of_hundreds_do_not_overflow_behind_the_end_of_a_sequence() -> None:
+@on_each_engine
+def test_scores_of_hundreds_do_not_overflow_behind_the_end_of_a_sequence(engine: Engine) -> None:
     """Rows that fill up a tile, and empty slots, have no probabilities, whatever a key adds to its pairs."""
     made = options()
     made = replace(made, key_term=made.key_term.of_rows(lambda x: (300 * x.detach()).requires_grad_()))  # type: ignore[union-attr]
     for kind in ("blocks shared", "blocks reordered"):
         found = compare(
             part_cases(N, 2, HEADS)[kind], batch=2, heads=HEADS, kv_heads=2, query_length=N, key_length=N,
-            options=made, engine=TILES,
+            options=made, engine=engine,
         )  # fmt: skip
         assert found.errors["output"] < 1e-4, kind
 
@@ -202,8 +210,9 @@ def test_memory_does_not_grow_with_the_square() -> None:
 
 def test_engines_that_have_no_terms_say_so_and_the_next_one_runs() -> None:
     q = torch.zeros(2, HEADS, N, 16)
-    assert choose_engine("auto", q, options()) is TILES
-    assert "no terms" in str(CPP.unsupported(q, options()))
+    assert choose_engine("auto", q.double(), options()) is TILES
+    assert choose_engine("auto", q, options()) is (CPP if why_not() is None else TILES)
+    assert "no terms" in str(CPP.cannot_decode(q, q, q, options()))
     assert "no terms" in str(_input_reason(q, options()))
     assert _input_reason(q, ScoreOptions(0.25)) is None
     with pytest.raises(SparseAttentionError, match="engine 'triton' cannot serve"):
@@ -219,3 +228,27 @@ def test_a_part_twice_is_a_key_twice() -> None:
     counts = 2 * part_multiplicity(part, N, N)
     twice = attend(q, k, v, Sequences.full(2, N, N), lambda *_: (part, part), made, TILES)
     assert rms_ratio(twice, dense_attention(q, k, v, counts, made)[0]) < 1e-5
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_few_lanes_and_many_threads_in_c_plus_plus() -> None:
+    """Pieces of one lane add to the values of the same keys; twice the same bits."""
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3, 8):
+            torch.set_num_threads(count)
+            for kind in ("union", "blocks reordered"):
+                one, two = (
+                    compare(
+                        part_cases(N, 1, 1)[kind], batch=1, heads=1, kv_heads=1, query_length=N, key_length=N,
+                        options=ScoreOptions(
+                            0.25, query_term=term(N, 9, heads=1, batch=1),
+                            key_term=term(N, 12, heads=1, batch=1, seed=1),
+                        ), engine=CPP,
+                    )
+                    for _ in range(2)
+                )  # fmt: skip
+                assert one.worst() < 1e-5, (count, kind, one.errors)
+                assert all(torch.equal(x, two.tensors[name]) for name, x in one.tensors.items())
+    finally:
+        torch.set_num_threads(threads)

@@ -45,6 +45,8 @@ struct Call {
     float* query_sums;  // null, or [threads, query_rows, head_dim], where several parts add up to a narrow grad_query
     float* grad_bias;   // null, or [pieces, lanes, bias_columns], added to
     float* grad_spans;  // null, or [pieces, lanes, key_rows], added to
+    float* grad_query_term;  // null, or as query_term, added to
+    float* grad_key_term;    // null, or [pieces, lanes, term_keys, key_width], added to
     // Block lists as in BlockLayout; row_start is null for segments.
     const int64_t* row_start;
     const int32_t* columns;
@@ -60,12 +62,19 @@ struct Call {
     const int32_t* column_word;  // the same
     const float* bias;           // null, or [heads, bias_columns], times log2(e)
     const float* spans;          // null, or [lanes, key_rows]
-    int64_t element, narrow;     // narrow: out (forward) or grad_query is of the call's element
-    int64_t units;               // what multiplies 16-bit elements: 0 nothing, else as sa_hf_units says
-    int64_t in_place, merge;     // merge: forward joins what out and lse have
+    // Terms: a row of numbers for each query, or key, by its position; which one a distance j - i has is in the column
+    // of that distance, those beyond the ends as these.
+    const float* query_term;       // null, or [lanes, term_queries, query_width]
+    const float* key_term;         // null, or [lanes, term_keys, key_width]
+    const int32_t* query_buckets;  // [query_distances]
+    const int32_t* key_buckets;    // [key_distances]
+    int64_t term_queries, term_keys, query_width, key_width, query_distances, key_distances;
+    int64_t element, narrow;  // narrow: out (forward) or grad_query is of the call's element
+    int64_t units;            // what multiplies 16-bit elements: 0 nothing, else as sa_hf_units says
+    int64_t in_place, merge;  // merge: forward joins what out and lse have
     int64_t batch, heads, kv_heads, query_slots, key_slots, query_rows, key_rows, head_dim, padded_dim;
     int64_t query_first, key_first;  // position of slot 0 where there is no index
-    int64_t query_offset;            // of the queries' positions among the keys', for bias and spans
+    int64_t query_offset;            // of the queries' positions among the keys', for bias, terms and spans
     int64_t list_batch, list_heads, block_q, block_k, range_batch, range_heads;
     int64_t query_segment, key_segment, skip_diagonal;
     int64_t left, right;  // of the band; FAR where unbounded

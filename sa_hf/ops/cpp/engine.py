@@ -27,8 +27,6 @@ class CppEngine(Engine):
             return f"the C++ kernels run on the CPU, not on {query.device.type}"
         if query.dtype == torch.float64:
             return "the C++ kernels compute in float32, and the query is float64"
-        if options.terms != (None, None):
-            return "the C++ kernels have no terms of each query or key with the distance"
         return why_not()
 
     def cannot_decode(self, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> str | None:
@@ -39,6 +37,8 @@ class CppEngine(Engine):
             return f"its decode kernel takes query, key and value in one of {list(ELEMENTS)}, not in {given}"
         if options.extra_tokens:
             return "its decode kernel knows no extra tokens"
+        if options.terms != (None, None):
+            return "its decode kernel has no terms of each query or key with the distance"
         return super().cannot_decode(query, key, value, options)
 
     def forward(

@@ -167,7 +167,8 @@ class Sums:
     zeros at first. Of 16-bit rows, query is in their dtype where it has one part, and where each key lane is a single
     piece all three are, key and value ``[B, Hkv, Nk, D]``: fp32 sums are then kept for the lanes that threads are at,
     ``query_sums [threads, Nq, D]`` and ``key_sums [2, threads, Nk, padded]``.
-    Bias is ``[pieces, lanes, columns]`` and spans ``[pieces, lanes, Nk]``.
+    Bias is ``[pieces, lanes, columns]`` and spans ``[pieces, lanes, Nk]``; the terms' values ``[B, H, Nq, R]`` (each
+    query is in one piece) and ``[pieces, B, H, Nk, R]``.
     """
 
     pieces: int
@@ -178,10 +179,13 @@ class Sums:
     key_sums: Tensor | None
     bias: Tensor | None
     spans: Tensor | None
+    query_term: Tensor | None
+    key_term: Tensor | None
 
     @classmethod
     def zeros(cls, rows: Rows, parts: int) -> Sums:
-        query, key, bias, spans = rows.query, rows.key, rows.options.distance_bias, rows.options.spans
+        query, key = rows.query, rows.key
+        bias, spans, _, query_term, key_term = rows.options.learned
         threads, key_lanes = torch.get_num_threads(), key.shape[0] * key.shape[1]
         pieces = _pieces(key_lanes, query.shape[1] // key.shape[1], threads)
         padded, at_work = _padded(key.shape[3]), min(threads, key_lanes)
@@ -199,6 +203,8 @@ class Sums:
             large_empty(2, at_work, key.shape[2], padded) if by_lane else None,
             None if bias is None else large_zeros(pieces, rows.lanes, bias.shape[1]),
             None if spans is None else large_zeros(pieces, rows.lanes, key.shape[2]),
+            None if query_term is None else large_zeros(*query_term.shape),
+            None if key_term is None else large_zeros(pieces, *key_term.shape),
         )  # fmt: skip
 
     def gradients(self, rows: Rows) -> Gradients:
@@ -213,8 +219,17 @@ class Sums:
             grad_spans = flat.view(spans.shape).to(spans.dtype)
         key, value = self.key, self.value
         if self.key_sums is None:
-            key, value = ((x[0] if len(x) == 1 else x.sum(0))[..., :d] for x in (key, value))
-        return Gradients(self.query, key, value, grad_bias, grad_spans)
+            key, value = (_summed(x)[..., :d] for x in (key, value))
+        of_terms = self.query_term, None if self.key_term is None else _summed(self.key_term)
+        terms = (
+            None if x is None or term is None else x.to(term.values.dtype)
+            for x, term in zip(of_terms, rows.options.terms, strict=True)
+        )
+        return Gradients(self.query, key, value, grad_bias, grad_spans, None, *terms)
+
+
+def _summed(pieces: Tensor) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else pieces.sum(0)
 
 
 def _shape(part: Part) -> tuple[int, int, Band]:
@@ -262,6 +277,12 @@ class _PartCall:
         self._index("key", part.key_index)
         if options.distance_bias is not None:
             self.call.bias_columns = options.distance_bias.shape[1]
+        if options.query_term is not None:
+            self.call.term_queries, self.call.query_width = options.query_term.values.shape[2:]
+            self.call.query_distances = len(options.query_term.buckets)
+        if options.key_term is not None:
+            self.call.term_keys, self.call.key_width = options.key_term.values.shape[2:]
+            self.call.key_distances = len(options.key_term.buckets)
         if options.dropout > 0:
             self.call.dropout_threshold = dropout_threshold(options.dropout)
         self._tensors(**rows.fields)
@@ -277,6 +298,7 @@ class _PartCall:
     def backward_from(self, out: Tensor, lse: Tensor, grad_out: Tensor, sums: Sums) -> None:
         self._rows(out=out, grad_out=grad_out, grad_query=sums.query)
         self._tensors(lse=lse, query_sums=sums.query_sums, grad_bias=sums.bias, grad_spans=sums.spans)
+        self._tensors(grad_query_term=sums.query_term, grad_key_term=sums.key_term)
         self.call.pieces, self.call.narrow = sums.pieces, sums.query.dtype != torch.float32
         if sums.key_sums is None:
             self._tensors(key_sums=sums.key, value_sums=sums.value)

@@ -95,6 +95,7 @@ struct Pairs {
             s *= (float)c.softcap * LOG2E;
         }
         if (c.bias != nullptr) s = add_bias(c, t, columns(c, t, at, v), s);
+        if (has_terms(c)) s = add_terms(c, t, load_int(t.position + v * W), load_int(position + at), s);
         if (c.spans != nullptr) none |= gate(c, t, at, v, nullptr) <= 0.0f;
         store(score + at, select(none, splat(-INF), s));
     }
@@ -195,6 +196,8 @@ static void offsets_gradient(const Call& c, const Tile& t, Pairs& p, int64_t at,
     for (int lane = 0; s.spans != nullptr && lane < W; ++lane)
         if (p.row[at + lane] >= 0) s.spans[p.row[at + lane]] += by_span[lane];
     if (s.bias != nullptr) add_to_bias(p.columns(c, t, at, v), grad, s.bias);
+    if (s.query_term != nullptr || s.key_term != nullptr)
+        add_to_terms(c, load_int(t.position + v * W), load_int(p.position + at), grad, s.query_term, s.key_term);
     if (c.softcap != 0) {
         vf bend = load(p.bend + at);
         grad *= 1.0f - bend * bend;

@@ -72,7 +72,7 @@ static void to_rows(const Tile& t, const float* x, int64_t depth, const float* f
 
 // Where a piece of a lane's gradients adds up.
 struct Sums {
-    float *query, *key, *value, *bias = nullptr, *spans = nullptr;
+    float *query, *key, *value, *bias = nullptr, *spans = nullptr, *query_term = nullptr, *key_term = nullptr;
 
     // ``own``: the thread's number among ``query_sums``, and among the others where grad_keys is there.
     Sums(const Call& c, int64_t lane, int64_t piece, int64_t own) {
@@ -83,6 +83,9 @@ struct Sums {
         value = c.value_sums + keys * c.padded_dim;
         if (c.grad_bias != nullptr) bias = c.grad_bias + (piece * lanes + lane) * c.bias_columns;
         if (c.grad_spans != nullptr) spans = c.grad_spans + (piece * lanes + lane) * c.key_rows;
+        // A query is in one piece alone.
+        if (c.grad_query_term != nullptr) query_term = c.grad_query_term + lane * c.term_queries * c.query_width;
+        if (c.grad_key_term != nullptr) key_term = c.grad_key_term + (piece * lanes + lane) * c.term_keys * c.key_width;
     }
 };
 

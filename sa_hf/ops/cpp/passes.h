@@ -195,6 +195,10 @@ static void score_gradient(const Call& c, const Tile& t, const Chunk& x, const S
                 if (s.spans != nullptr) by_span[n] += ungated * up * slope;
                 vf of_score = p * up;
                 if (s.bias != nullptr) add_to_bias(bias_columns(c, t, slot, v), of_score, s.bias);
+                if (s.query_term != nullptr || s.key_term != nullptr) {
+                    const vi i = load_int(t.position + v * W);
+                    add_to_terms(c, i, positions(c, t, slot), of_score, s.query_term, s.key_term);
+                }
                 if (c.softcap != 0) {
                     vf bend = load(m.bend + at);
                     of_score *= 1.0f - bend * bend;

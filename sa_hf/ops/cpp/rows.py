@@ -40,6 +40,9 @@ class Rows:
         places, fields, span_at = Places.of(options, lanes, query_index, key_index), {}, None
         if options.distance_bias is not None:
             fields["bias"] = options.distance_bias.float() * LOG2E
+        for name, term in zip(("query", "key"), options.terms, strict=True):
+            if term is not None:
+                fields[f"{name}_term"], fields[f"{name}_buckets"] = term.values.float(), term.buckets.int()
         if options.spans is not None:
             span_at = places.span_at(lanes.ids, _positions(places.key_at, lanes, key.shape[2]))
             fields["spans"] = options.spans.float().flatten()[span_at]

@@ -233,6 +233,41 @@ static inline void add_to_bias(vi column, vf grad, float* table) {
         if (column[lane] >= 0) table[column[lane]] += grad[lane];
 }
 
+static inline bool has_terms(const Call& c) { return c.query_term != nullptr || c.key_term != nullptr; }
+
+// visit(pair, place in the query's term, place in the key's) for each pair (i, j) that has terms, of one lane.
+template <class Visit>
+static inline void each_term(const Call& c, vi i, vi j, Visit visit) {
+    const int64_t far_query = c.query_distances / 2, far_key = c.key_distances / 2;
+    for (int pair = 0; pair < W; ++pair) {
+        const int64_t row = i[pair] - c.query_offset, distance = (int64_t)j[pair] - i[pair];
+        if (row < 0 || i[pair] < c.extra_tokens || j[pair] < c.extra_tokens) continue;
+        int64_t at = 0, to = 0;
+        if (c.query_term != nullptr)
+            at = row * c.query_width + c.query_buckets[std::clamp(distance, -far_query, far_query) + far_query];
+        if (c.key_term != nullptr)
+            to = j[pair] * c.key_width + c.key_buckets[std::clamp(distance, -far_key, far_key) + far_key];
+        visit(pair, at, to);
+    }
+}
+
+static inline vf add_terms(const Call& c, const Tile& t, vi i, vi j, vf scores) {
+    const float* of_query = c.query_term + t.lane * c.term_queries * c.query_width;
+    const float* of_key = c.key_term + t.lane * c.term_keys * c.key_width;
+    each_term(c, i, j, [&](int pair, int64_t at, int64_t to) {
+        if (c.query_term != nullptr) scores[pair] += of_query[at] * LOG2E;
+        if (c.key_term != nullptr) scores[pair] += of_key[to] * LOG2E;
+    });
+    return scores;
+}
+
+static inline void add_to_terms(const Call& c, vi i, vi j, vf grad, float* of_query, float* of_key) {
+    each_term(c, i, j, [&](int pair, int64_t at, int64_t to) {
+        if (of_query != nullptr) of_query[at] += grad[pair];
+        if (of_key != nullptr) of_key[to] += grad[pair];
+    });
+}
+
 // -1 where dropout drops a pair (``ops.random.dropout_bits``).
 static inline vi dropped(const Call& c, vu row_word, vu column_word) {
     vu value = (row_word ^ column_word) * (row_word | 1u);
@@ -245,8 +280,13 @@ static inline vf soft_gate(const Call& c, const Tile& t, int64_t slot, int v, vf
     return soft_gate(c, distance, splat(c.spans[t.lane * c.key_rows + t.key_row(c, slot)]), slope);
 }
 
+// A key's position, for every query of a vector.
+static inline vi positions(const Call& c, const Tile& t, int64_t slot) {
+    return splat_int((int32_t)t.key_position(c, slot));
+}
+
 static inline vi bias_columns(const Call& c, const Tile& t, int64_t slot, int v) {
-    return bias_columns(c, load_int(t.position + v * W), splat_int((int32_t)t.key_position(c, slot)));
+    return bias_columns(c, load_int(t.position + v * W), positions(c, t, slot));
 }
 
 static inline vi dropped(const Call& c, const Tile& t, int64_t slot, int v) {
@@ -261,7 +301,9 @@ static inline bool inside(const Call& c, const Tile& t, const Chunk& x, const Sp
 }
 
 // Whether a score is its product times a factor.
-static inline bool plain(const Call& c) { return c.softcap == 0 && c.bias == nullptr && c.spans == nullptr; }
+static inline bool plain(const Call& c) {
+    return c.softcap == 0 && c.bias == nullptr && c.spans == nullptr && !has_terms(c);
+}
 
 // From products, each times ``factor`` (log2(e) times the scale, or over the softcap), the masked scores in base 2, in
 // place; plain scores are masked alone where the factor is 1. ``bend`` may take the tanh.
@@ -285,6 +327,7 @@ static void shape(const Call& c, const Tile& t, const Chunk& x, const Span& span
                 s *= (float)c.softcap * LOG2E;
             }
             if (c.bias != nullptr) s = add_bias(c, t, bias_columns(c, t, slot, v), s);
+            if (has_terms(c)) s = add_terms(c, t, load_int(t.position + v * W), positions(c, t, slot), s);
             vi keep = kept(c, t, x, j, v);
             if (c.spans != nullptr) keep &= soft_gate(c, t, slot, v, nullptr) > 0.0f;
             store(at, select(keep, s, splat(-INF)));
