@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.layer import AttentionInputs, Geometry, LayerSpec
+from sa_hf.ops.parts import DistanceTerm
 from sa_hf.patterns.base import StaticPatternConfig
 from sa_hf.patterns.block_topk import BlockTopKAttentionConfig, read_pairs
 from sa_hf.patterns.routing import RoutingAttentionConfig
@@ -139,6 +140,10 @@ def rows_of(inputs: AttentionInputs, layer_idx: int, positions: Tensor) -> Layer
         if inputs.distance_bias is not None:
             bias = inputs.distance_bias.float().cpu()
             scores = scores + bias[:, j[None] - part[:, None] + (bias.shape[1] + 1) // 2 - 1]
+        for term, own in ((inputs.query_term, part[:, None]), (inputs.key_term, j[None])):
+            if term is not None:
+                first = DistanceTerm(term.values[:1].float().cpu(), term.buckets.cpu())
+                scores = scores + first.of_pairs(own, j[None] - part[:, None])[0]
         scores = scores.masked_fill(~geometry.reached(part[:, None], j[None]), -torch.inf)
         if inputs.sinks is not None:
             sink = inputs.sinks.float().cpu()[:, None, None].expand(-1, len(part), 1)
@@ -200,6 +205,8 @@ def layers_kept(
 
 
 def _serves(config: SparseAttentionConfig, spec: LayerSpec) -> bool:
+    if spec.terms and not isinstance(config, StaticPatternConfig):
+        return False
     if isinstance(config, BlockTopKAttentionConfig):
         return spec.causal or config.num_window_blocks % 2 == 1
     if isinstance(config, RoutingAttentionConfig):

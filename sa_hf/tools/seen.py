@@ -46,8 +46,9 @@ def attended(child: SparseAttention, inputs: AttentionInputs, rows: Tensor | Non
     """
     keys, width = inputs.key.shape[2], inputs.value.shape[3]
     plain = replace(
-        inputs, scale=inputs.scale * 2.0**-40, softcap=None, distance_bias=None, dropout=0.0, remember=None, beside=None
-    )
+        inputs, scale=inputs.scale * 2.0**-40, softcap=None, distance_bias=None, query_term=None, key_term=None,
+        dropout=0.0, remember=None, beside=None,
+    )  # fmt: skip
     pieces = []
     for begin in range(0, keys, width):
         at = torch.arange(begin, min(begin + width, keys), device=inputs.value.device)

@@ -51,10 +51,13 @@ def test_operator_passes_opcheck() -> None:
     key = layer_key(config, (0, 1), 2, 0, True, UNBOUNDED, "native")
     q, k, v = (torch.randn(1, 2, 12, 16, requires_grad=True) for _ in range(3))
     sinks = torch.randn(2, requires_grad=True)
-    torch.library.opcheck(
-        torch.ops.sa_hf.static_attention.default,
-        (q, k, v, None, sinks, None, None, None, None, None, key, [], 0, 0.25, 0.0, 0.0),
-    )
+    of_query, of_key = (torch.randn(1, 2, 12, 3, requires_grad=True) for _ in range(2))
+    buckets = torch.tensor([0, 1, 2])
+    for terms in ((None,) * 4, (of_query, of_key, buckets, buckets)):
+        torch.library.opcheck(
+            torch.ops.sa_hf.static_attention.default,
+            (q, k, v, None, sinks, *terms, None, None, None, None, None, key, [], 0, 0.25, 0.0, 0.0),
+        )
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sa_hf
+from sa_hf.ops.cpp import CppEngine
+from sa_hf.ops.parts import ScoreOptions
 from sa_hf.tools.families.check import build, check
 from sa_hf.tools.families.compare import RIGHT, gradient_error, outputs, relative_error
 from sa_hf.tools.families.reference import own_attention
@@ -230,6 +232,19 @@ def test_virtual_relays(kind: str) -> None:
     with torch.no_grad():
         cut = model(**{name: x[:, :41] for name, x in whole.items()}).last_hidden_state[1:]
         assert torch.allclose(model(**alone).last_hidden_state, cut, atol=1e-5)
+
+
+def test_summary_asks_for_an_engine_that_has_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("v2", "v3")
+    sa_hf.patch_model(model, WINDOW)
+
+    def without_terms(engine: Any, query: Tensor, options: ScoreOptions) -> str | None:
+        return None if options.terms == (None, None) else "has no terms"
+
+    monkeypatch.setattr(CppEngine, "unsupported", without_terms)
+    for layer in sa_hf.summary(model).layers:
+        assert layer.engine == "torch"
+        assert layer.reason.endswith("native: has no terms")
 
 
 def test_compiled_as_one_graph() -> None:

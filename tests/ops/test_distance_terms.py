@@ -252,3 +252,24 @@ def test_few_lanes_and_many_threads_in_c_plus_plus() -> None:
                 assert all(torch.equal(x, two.tensors[name]) for name, x in one.tensors.items())
     finally:
         torch.set_num_threads(threads)
+
+
+def test_gradients_of_each_sample() -> None:
+    """``vmap`` over ``grad``: buckets are one for all samples."""
+    heads = tuple(range(HEADS))
+    layer = layer_key(available_patterns()["sliding_window"](window=9), heads, HEADS, 0, False, Band(), "native")
+    made, generator = term(N, 9, batch=3), torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(3, HEADS, N, 8, generator=generator) for _ in range(3))
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, values: Tensor) -> Tensor:
+        now = ScoreOptions(0.25, query_term=replace(made, values=values[None]))
+        one = static_attention(q[None], k[None], v[None], Sequences.full(1, N, N), layer, now)
+        return one.pow(2).sum()
+
+    found = torch.func.vmap(torch.func.grad(loss, argnums=(0, 3)))(q, k, v, made.values.detach())
+    for sample in range(3):
+        leaves = [x[sample].detach().requires_grad_() for x in (q, k, v, made.values)]
+        wanted = torch.autograd.grad(loss(*leaves), (leaves[0], leaves[3]))
+        for ours, expected in zip(found, wanted, strict=True):
+            assert rms_ratio(ours[sample], expected) < 1e-5
+            assert expected.any()

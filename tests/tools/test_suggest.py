@@ -15,6 +15,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -109,9 +111,18 @@ def gemma() -> Gemma2ForCausalLM:
     ).eval()  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [llama, t5, gemma])
+def deberta() -> DebertaV2Model:
+    torch.manual_seed(0)
+    shape: Any = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    terms = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 6}
+    config = DebertaV2Config(**shape, **terms, num_attention_heads=2, initializer_range=0.3, max_position_embeddings=64)
+    return DebertaV2Model(config).eval()
+
+
+@pytest.mark.parametrize("make", [llama, t5, gemma, deberta])
 def test_rows_are_those_of_the_models_own_dense_attention(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grouped heads, a position bias, soft caps and the model's own window, against eager attention."""
+    """Grouped heads, a position bias, soft caps, the model's own window and terms of distances, against eager
+    attention."""
     model, ids = make(), torch.randint(1, 32, (1, 60), generator=torch.Generator().manual_seed(1))
     seen: list[tuple[int, bool, torch.Tensor]] = []
     real = attention_rows.rows_of
@@ -127,7 +138,10 @@ def test_rows_are_those_of_the_models_own_dense_attention(make: Any, monkeypatch
     monkeypatch.setattr(attention_rows, "drawn_rows", lambda length: positions)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     with older_releases_may(REFUSED_THERE):
-        attention_rows.layers_kept(model, ids, [SlidingWindowAttentionConfig(window=4)])
+        learned = RoutingAttentionConfig(num_clusters=2, window=8)
+        kept = attention_rows.layers_kept(model, ids, [SlidingWindowAttentionConfig(window=4), learned])
+    terms = isinstance(model, DebertaV2Model)
+    assert all((learned in layer) != terms for stack in kept.values() for layer in stack)
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
     model.set_attn_implementation("eager")
     both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
@@ -136,7 +150,7 @@ def test_rows_are_those_of_the_models_own_dense_attention(make: Any, monkeypatch
     if both:
         expected = [(False, a) for a in output.encoder_attentions] + [(True, a) for a in output.decoder_attentions]
     else:
-        expected = [(True, a) for a in output.attentions]
+        expected = [(not terms, a) for a in output.attentions]
     assert len(seen) == len(expected)
     for (_, causal, found), (should, attention) in zip(seen, expected, strict=True):
         assert causal == should

@@ -33,7 +33,7 @@ eager_attention_forward = asked_attention_forward  # found by this name, as in T
 
 
 class AskingDeberta(Asking):
-    """The disentangled attention of DeBERTa-v2, v3 and SEW-D (DeBERTa, He et al. 2021, section 3.1): the score of i and
+    """The disentangled attention of DeBERTa-v2 and v3 (DeBERTa, He et al. 2021, section 3.1): the score of i and
     j has ``q_i . k(i - j)``, of the query's content and the distance ("c2p"), and ``k_j . q(i - j)``, of the key's
     ("p2c")."""
 
@@ -92,6 +92,14 @@ class AskingDeberta(Asking):
         else:
             made = self.pos_key_proj if kind == "c2p" else self.pos_query_proj
         return heads(made(embeddings[None]), self.num_attention_heads)
+
+
+class AskingSewD(AskingDeberta):
+    """SEW-D's, which in older releases hands back no weights where none are asked for."""
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        both = super().asked(hidden_states, args, kwargs)
+        return both[0] if "output_attentions" in inspect.signature(self.own.forward).parameters else both
 
 
 class AskingFirstDeberta(AskingDeberta):
@@ -252,7 +260,7 @@ def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
 DISTANCES: dict[str, Any] = {
     "modeling_deberta.DisentangledSelfAttention": AskingFirstDeberta,
     "modeling_deberta_v2.DisentangledSelfAttention": AskingDeberta,
-    "modeling_sew_d.DisentangledSelfAttention": AskingDeberta,
+    "modeling_sew_d.DisentangledSelfAttention": AskingSewD,
     "DebertaEncoder": AskingDebertaEncoder,
     "DebertaV2Encoder": AskingDebertaEncoder,
     "SEWDTransformerEncoder": AskingDebertaEncoder,

@@ -19,7 +19,7 @@ from sa_hf.hf.state.sites import Left, Site, computes_in, root_model
 from sa_hf.layer import DEFAULT_BLOCK, LayerSpec
 from sa_hf.ops.choice import CANDIDATES, choose_engine
 from sa_hf.ops.host import with_host_defaults
-from sa_hf.ops.parts import ScoreOptions
+from sa_hf.ops.parts import DistanceTerm, ScoreOptions
 from sa_hf.patterns.base import StaticPatternConfig, whole_geometry
 from sa_hf.patterns.dense import DenseAttentionConfig
 
@@ -144,7 +144,8 @@ def _static_density(config: StaticPatternConfig, spec: LayerSpec, heads: tuple[i
 def _engine(asked: str, spec: LayerSpec) -> tuple[str, str]:
     """The engine that serves the layer as it stands, and why that one."""
     query = torch.empty(1, 1, 1, spec.head_dim, dtype=spec.dtype, device=spec.device)
-    options = ScoreOptions(scale=1.0)
+    some = DistanceTerm(query.new_empty(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64, device=query.device))
+    options = ScoreOptions(scale=1.0, query_term=some if spec.terms else None)
     chosen = choose_engine(asked, query, options)
     before = takewhile(lambda engine: engine is not chosen, CANDIDATES[asked])
     passed = [(engine.name, engine.unsupported(query, options)) for engine in before]
