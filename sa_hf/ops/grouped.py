@@ -64,6 +64,9 @@ def map_groups(
             lambda x, rows=rows: rows.keys(batch.compact_keys(x)),  # type: ignore[misc]
         )  # fmt: skip
         rows.write_queries(out, attend(group))
+    if not sequences.groups:  # padding alone has gradients, too: 0
+        everything = torch.ones((), dtype=torch.bool, device=out.device)
+        out = sum((x.masked_fill(everything, 0).sum() for x in (query, key, value)), start=out)
     return batch.expand_queries(out)
 
 

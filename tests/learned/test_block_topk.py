@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -319,3 +320,13 @@ def test_moba_as_published(length: int) -> None:
         for head in range(4):
             of = (inputs.query[row, head], inputs.key[row, head // 2], inputs.value[row, head // 2])
             assert rms_ratio(out[row, head], moba(*of, 8, fields["top_k"] + 1)) < 1e-12
+
+
+def test_a_batch_of_padding_alone_has_gradients() -> None:
+    """As under the static patterns: processes that train together wait for each other's."""
+    tensors = [torch.full((1, 2, 6, 8), value, requires_grad=True) for value in (1.0, math.inf, math.nan)]
+    config, mask = BlockTopKAttentionConfig(block_size=2, num_window_blocks=1), torch.zeros(1, 6, dtype=torch.long)
+    out = sparse_attention(*tensors, config, causal=True, attention_mask=mask)
+    out.sum().backward()
+    assert not out.any()
+    assert all(x.grad is not None and not x.grad.any() for x in tensors)
