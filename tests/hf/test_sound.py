@@ -16,7 +16,8 @@ ENTRIES = {entry.name: entry for entry in entries()}
 NAMES = [
     "WhisperForConditionalGeneration", "WhisperForCausalLM", "Wav2Vec2Model", "HubertModel", "Data2VecAudioModel",
     "SEWModel", "UniSpeechModel", "UniSpeechSatModel", "Speech2TextModel", "ASTModel",
-    "ParakeetForTDT",
+    "ParakeetForTDT", "Qwen3ASREncoder", "AudioFlamingo3Encoder", "VibeVoiceAsrModel", "OmniASRModel",
+    "VoxtralRealtimeModel",
 ]  # fmt: skip
 
 

@@ -52,8 +52,8 @@ def read_mask(mask: Any, query: Tensor, key: Tensor, causal: bool, extra_tokens:
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1 or mask.is_meta:
         return mask
     of_keys = mask.shape[2] == 1 and not causal
-    if not of_keys and mask.shape[2] != query.shape[2] - extra_tokens:
-        return mask
+    if not of_keys and (mask.shape[2] != query.shape[2] - extra_tokens or mask.shape[2] > mask.shape[3]):
+        return mask  # of fewer keys than queries: those of another sequence (Idefics' images)
     if torch.compiler.is_compiling():
         raise UnsupportedModelError(
             "under torch.compile a model must ask Transformers for its mask; this one makes it by itself: run it "

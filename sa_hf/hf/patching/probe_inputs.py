@@ -135,10 +135,8 @@ def first_inputs(body: PreTrainedModel, sizes: ProbeSizes) -> Iterator[dict[str,
         yield given
         name = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
         yield from ({**given, name: ids} for ids in _codes(config, given.get(name)))
-        if main == "input_ids" and "pixel_values" in parameters and _images(config) is not None:
-            yield {**given, **_image(config)}  # text beside an image in one call (CLIP)
-        if main == "input_ids" and isinstance(getattr(config, _STREAMED, None), int):
-            yield {**given, "input_features": _streamed(config, sizes.length)}
+        if main == "input_ids":
+            yield from ({**given, **more} for more in _beside_text(config, parameters, sizes))
         return
     if main in SOUND:
         for form in sound_forms(main, config):
@@ -154,6 +152,22 @@ def first_inputs(body: PreTrainedModel, sizes: ProbeSizes) -> Iterator[dict[str,
         raise UnsupportedModelError(
             f"its input is {main!r}; sparse attention serves models of tokens, of images and of sound"
         )
+
+
+def _beside_text(config: Any, parameters: Any, sizes: ProbeSizes) -> Iterator[dict[str, Any]]:
+    """An image, or sound, in one call with a text."""
+    if "pixel_values" in parameters and _images(config) is not None:
+        yield _image(config)  # CLIP
+        if "image_encoder_embeddings" in parameters:
+            yield _interleaved(config, sizes.length)
+    if isinstance(getattr(config, _STREAMED, None), int):
+        yield {"input_features": _streamed(config, sizes.length)}
+
+
+def _interleaved(config: Any, count: int) -> dict[str, Tensor]:
+    """One image that each of so many tokens reads (Idefics)."""
+    pixels = _image(config)["pixel_values"][:, None]
+    return {"pixel_values": pixels, "image_attention_mask": torch.ones(1, count, 1, dtype=torch.long)}
 
 
 def _streamed(config: Any, count: int) -> Tensor:
@@ -267,6 +281,8 @@ def next_inputs(body: PreTrainedModel, cache: Any, sizes: ProbeSizes, first: dic
     given[main] = ids.new_full((ids.shape[0], sizes.new, *ids.shape[2:]), sizes.token)
     if "input_features" in given and main == "input_ids":
         given["input_features"] = _streamed(body.config, sizes.new)
+    if "image_attention_mask" in given:
+        given.update(_interleaved(body.config, sizes.new))
     if "attention_mask" in given and "decoder_input_ids" not in given:
         given["attention_mask"] = torch.ones(1, sizes.length + sizes.new, dtype=torch.long)
     if hasattr(body, "rope_deltas"):  # positions of several axes; `generate` hands them on, and some models rely on it
