@@ -120,6 +120,16 @@ def test_a_layer_left_dense_beside_a_sparse_one(layers: str) -> None:
         assert_close(run(model, given), dense)
 
 
+def test_a_mask_of_a_model_whose_first_weight_is_of_integers() -> None:
+    """As a quantised one is: the mask of a layer left dense is of the others' dtype."""
+    model, given = model_of("v2", "v3"), inputs()
+    integers = torch.zeros(1, dtype=torch.uint8)
+    model.encoder.register_parameter("packed", torch.nn.Parameter(integers, requires_grad=False))
+    dense = outputs(model, given)["last_hidden_state"]
+    sa_hf.patch_model(model, ALL, layers="0")
+    assert relative_error(outputs(model, given)["last_hidden_state"], dense) < 1e-5
+
+
 def test_heads_with_patterns_of_their_own() -> None:
     """Each part gets the terms of its heads."""
     model, given = model_of("v2", "v3"), inputs()

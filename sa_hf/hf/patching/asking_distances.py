@@ -145,7 +145,7 @@ class AskingDebertaEncoder(Asking):
     def get_attention_mask(self: Any, attention_mask: Any) -> Any:
         if not asks(self) or isinstance(attention_mask, MaskRequest) or attention_mask.dim() != 2:
             return self.own.get_attention_mask(self, attention_mask)
-        dtype = next(self.parameters()).dtype
+        dtype = next(x.dtype for x in self.parameters() if x.is_floating_point())  # quantised weights are integers
         tokens = torch.empty((*attention_mask.shape, 1), dtype=dtype, device=attention_mask.device)
         return create_bidirectional_mask(config=self.config, inputs_embeds=tokens, attention_mask=attention_mask.long())
 
