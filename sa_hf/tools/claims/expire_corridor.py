@@ -14,6 +14,7 @@ from sa_hf.tools.claims.longnet_segments import BATCH, CORRIDOR, LENGTH, ROWS, S
 from sa_hf.tools.claims.small import right, small_decoder, train
 
 SMALL = 0.25  # of the corridor's tokens
+TAUGHT = "span loss 3e-4"
 
 
 def solved_with(variant: Any, seed: int, steps: int) -> Figures:
@@ -40,11 +41,13 @@ EXPIRE_CORRIDOR = Claim(
     statement="A corridor is solved with a memory far below its length (section 5.1).",
     setting=f"corridor of {LENGTH} tokens and 4 colours, decoder of 2 layers and width 64, ramp 8, {ROWS} rows "
     "evaluated; memory: keys in `sparse_cache` before the answer, mean over layers",
-    variants={"span loss 1e-3": 1e-3, "no span loss": 0.0},
+    variants={TAUGHT: 3e-4, "no span loss": 0.0},
     measure=solved_with,
     steps=400,
     holds=lambda figures: (
-        figures["span loss 1e-3"]["accuracy"] >= SOLVED and figures["span loss 1e-3"]["share of the keys kept"] <= SMALL
+        figures[TAUGHT]["accuracy"] >= SOLVED and figures[TAUGHT]["share of the keys kept"] <= SMALL
     ),
     rule=f"with the span loss the accuracy reaches {SOLVED:.0%} and at most {SMALL:.0%} of the keys are kept",
+    tried="a span loss of 1e-3, with which one of the seeds 0 to 2 stayed below the bar; 3e-4 was chosen on the seeds 3 "
+    "to 5",
 )
