@@ -17,13 +17,20 @@ from sa_hf.tools.families.registry import Entry, entries
 # Whether the installed release is older than the one that all tests run on.
 OLDER = Version(tf.__version__) < Version(NEWEST_TESTED)
 REFUSED_THERE = "gets a ready-made mask|computes its attention itself"
+WRITTEN_OTHERWISE = "has no attribute 'scaling'"  # the layer that an adapter asks in the stead of
 
 
 def skip_refused(found: Result) -> None:
     """Skips the test of a class that is refused for what an older release's own code does."""
-    reasons = f"{REFUSED_THERE}|has two decoder stacks|'token_type_ids_mask_function'"
+    reasons = f"{REFUSED_THERE}|{WRITTEN_OTHERWISE}|has two (en|de)coder stacks|'token_type_ids_mask_function'"
     if OLDER and found.status == REFUSED and re.search(reasons, found.reason):
         pytest.skip(f"transformers {tf.__version__}: {found.reason}")
+
+
+def skip_without_reference(name: str) -> None:
+    """The layers of an older release add a mask to scores by themselves, and take none from a pattern."""
+    if OLDER and "Wav2Vec2Bert" in name:
+        pytest.skip(f"transformers {tf.__version__}: {name}'s own layers ask for no mask to be compared under")
 
 
 def listed(name: str) -> Entry:

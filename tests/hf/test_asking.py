@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from older_releases import OLDER, REFUSED_THERE, older_releases_may, skip_refused
+from older_releases import (
+    OLDER,
+    REFUSED_THERE,
+    WRITTEN_OTHERWISE,
+    older_releases_may,
+    skip_refused,
+    skip_without_reference,
+)
 
 import sa_hf
 from sa_hf.config import SparseAttention
@@ -24,7 +31,7 @@ from sa_hf.hf.patching.families import find_sites
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.ops.triton.engine import SMALLEST_HEAD_DIM, _input_reason
 from sa_hf.tools.families.check import FIRST, build, check
-from sa_hf.tools.families.compare import RIGHT, outputs
+from sa_hf.tools.families.compare import RIGHT, outputs, relative_error
 from sa_hf.tools.families.registry import entries
 
 ENTRIES = {entry.name: entry for entry in entries()}
@@ -60,7 +67,7 @@ DENSE = [
 
 def patch(model: Any, pattern: Any, **options: Any) -> None:
     """Patch a model; skips the test where an older release makes masks or attention itself, which is refused."""
-    with older_releases_may(REFUSED_THERE):
+    with older_releases_may(f"{REFUSED_THERE}|{WRITTEN_OTHERWISE}"):
         sa_hf.patch_model(model, pattern, **options)
 
 
@@ -68,6 +75,7 @@ def patch(model: Any, pattern: Any, **options: Any) -> None:
 def test_outputs_gradients_padding_generation_and_reloads(name: str) -> None:
     if name not in ENTRIES:
         pytest.skip(f"transformers {tf.__version__} has no {name}")
+    skip_without_reference(name)
     found = check(ENTRIES[name])
     skip_refused(found)
     assert found.status == RIGHT, found.reason
@@ -225,9 +233,22 @@ def test_doge_where_its_own_mask_would_drop_keys() -> None:
         sa_hf.patch_model(model, "routing", num_clusters=2, window=4)
 
 
+def test_a_stack_of_a_model_with_several_is_patched_by_itself() -> None:
+    model, inputs = build(ENTRIES["FlavaModel"])
+    with pytest.raises(sa_hf.UnsupportedModelError, match=r"patch_model\(model.get_submodule\('text_model'\)"):
+        sa_hf.patch_model(model, "sliding_window", window=4)
+    text, given = model.text_model, {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        dense = text(**given).last_hidden_state
+        patch(text, "sliding_window", window=1000)
+        assert relative_error(text(**given).last_hidden_state, dense) < 1e-5
+        patch(text, "sliding_window", window=2)
+        assert relative_error(text(**given).last_hidden_state, dense) > 1e-3
+
+
 def test_the_table_names_classes_that_transformers_has() -> None:
     found: set[str] = set()
-    for name in NAMES:
+    for name in (*NAMES, "FlavaModel"):
         if name in ENTRIES:
             model, _ = build(ENTRIES[name])
             found |= {type(module).__name__ for module in model.modules()}

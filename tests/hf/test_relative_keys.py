@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from older_releases import older_releases_may
+from older_releases import WRITTEN_OTHERWISE, older_releases_may, skip_refused, skip_without_reference
 from torch import Tensor
 
 import sa_hf
@@ -24,13 +24,16 @@ NAMES = [
     "SeamlessM4TForSpeechToText",
 ]  # fmt: skip
 FRAMES = 50
+# Refused on an older release, by whose code the layers are not what the adapters ask in the stead of.
+THERE = f"{WRITTEN_OTHERWISE}|has two encoder stacks|modeling_wav2vec2_bert.py"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_gradients_and_reloads(name: str) -> None:
-    with older_releases_may("gets a ready-made mask"):
-        found = check(ENTRIES[name])
-        assert found.status == RIGHT, found.reason
+    skip_without_reference(name)
+    found = check(ENTRIES[name])
+    skip_refused(found)
+    assert found.status == RIGHT, found.reason
     assert {"reload", "sliding_window gradients"} <= found.figures.keys()
     assert "encoder" in found.patched
 
@@ -101,6 +104,7 @@ def test_all_pairs_are_the_models_own_attention(kind: str, padded: bool) -> None
     sa_hf.patch_model(model, WINDOW)
     narrow = run(model, given)
     assert relative_error(narrow["output"], dense["output"]) > 1e-3
+    skip_without_reference(type(model).__name__)
     with own_attention(model, zeros=padded):
         assert_close(narrow, run(model, given))
     with sa_hf.dense(model):
@@ -116,7 +120,8 @@ def test_a_layer_left_dense_beside_a_sparse_one(name: str, layers: str) -> None:
     model, given = build(ENTRIES[name])
     with torch.no_grad():
         dense = model(**given)[0]
-        sa_hf.patch_model(model, ALL, layers=layers)
+        with older_releases_may(THERE):
+            sa_hf.patch_model(model, ALL, layers=layers)
         assert relative_error(model(**given)[0], dense) < 1e-5
 
 
@@ -126,7 +131,8 @@ def test_positions_of_each_kind(kind: str | None) -> None:
     given.pop("attention_mask")
     with torch.no_grad():
         dense = model(**given).last_hidden_state
-        sa_hf.patch_model(model, ALL)
+        with older_releases_may(THERE):
+            sa_hf.patch_model(model, ALL)
         assert relative_error(model(**given).last_hidden_state, dense) < 1e-5
         sa_hf.patch_model(model, WINDOW)
         assert relative_error(model(**given).last_hidden_state, dense) > 1e-2
@@ -150,7 +156,8 @@ def test_learned_patterns_and_long_sound_in_chunks_are_refused() -> None:
     frames = given["input_features"].shape[1]
     with torch.no_grad():
         dense = model(**given)[0]
-        sa_hf.patch_model(model, ALL)
+        with older_releases_may(THERE):
+            sa_hf.patch_model(model, ALL)
         _chunked(model, frames)
         assert relative_error(model(**given)[0], dense) < 1e-5
         _chunked(model, frames - 1)
