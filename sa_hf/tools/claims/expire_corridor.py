@@ -48,6 +48,6 @@ EXPIRE_CORRIDOR = Claim(
         figures[TAUGHT]["accuracy"] >= SOLVED and figures[TAUGHT]["share of the keys kept"] <= SMALL
     ),
     rule=f"with the span loss the accuracy reaches {SOLVED:.0%} and at most {SMALL:.0%} of the keys are kept",
-    tried="a span loss of 1e-3, with which one of the seeds 0 to 2 stayed below the bar; 3e-4 was chosen on the seeds 3 "
-    "to 5",
+    tried="a span loss of 1e-3, with which one of the seeds 0 to 2 stayed below the bar; 3e-4 was chosen on the seeds "
+    "3 to 5",
 )
