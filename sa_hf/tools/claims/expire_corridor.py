@@ -44,9 +44,7 @@ EXPIRE_CORRIDOR = Claim(
     variants={TAUGHT: 3e-4, "no span loss": 0.0},
     measure=solved_with,
     steps=400,
-    holds=lambda figures: (
-        figures[TAUGHT]["accuracy"] >= SOLVED and figures[TAUGHT]["share of the keys kept"] <= SMALL
-    ),
+    holds=lambda figures: figures[TAUGHT]["accuracy"] >= SOLVED and figures[TAUGHT]["share of the keys kept"] <= SMALL,
     rule=f"with the span loss the accuracy reaches {SOLVED:.0%} and at most {SMALL:.0%} of the keys are kept",
     tried="a span loss of 1e-3, with which one of the seeds 0 to 2 stayed below the bar; 3e-4 was chosen on the seeds "
     "3 to 5",
