@@ -126,7 +126,7 @@ def _summaries(ask: Ask) -> Source:
 def _retrieval(ask: Ask) -> Source:
     kind = ask.dataset.removeprefix(RETRIEVAL).replace("-", "_")
     hidden_in = str(ask.fields.get("haystack", "stdlib"))
-    haystack_texts(hidden_in)  # what is no text is said before a model is loaded
+    held_out = haystack_texts(hidden_in, "evaluation")  # what is no text is said before a model is loaded
     task = ask.build(RetrievalTask, also=("haystack",), kind=kind)
 
     def made(tokenizer: Any) -> tuple[Rows, Rows]:
@@ -135,7 +135,7 @@ def _retrieval(ask: Ask) -> Source:
             ("train", 0 if ask.evaluate_only else ask.train, ask.seed),
             ("evaluation", ask.evaluation, ask.seed + EVALUATION_SEEDS),
         ):
-            texts = haystack_texts(hidden_in, split) if count else None
+            texts = haystack_texts(hidden_in, split) if count and split == "train" else held_out
             samples = task.samples(Haystack(tokenizer, texts), ask.max_length, count, seed)
             parts.append([sample.row() for sample in samples])
         return parts[0], parts[1]

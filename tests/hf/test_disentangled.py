@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from gradient_cases import assert_close, with_gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +15,7 @@ import sa_hf
 from sa_hf.ops.cpp import CppEngine
 from sa_hf.ops.parts import ScoreOptions
 from sa_hf.tools.families.check import build, check
-from sa_hf.tools.families.compare import RIGHT, gradient_error, outputs, relative_error
+from sa_hf.tools.families.compare import RIGHT, outputs, relative_error
 from sa_hf.tools.families.reference import own_attention
 from sa_hf.tools.families.registry import entries
 
@@ -69,19 +70,7 @@ def inputs(padding: str = "right") -> dict[str, Tensor]:
 
 def run(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Outputs on real tokens, and the gradient of every parameter."""
-    out = model(**given).last_hidden_state[given["attention_mask"].bool()]
-    names, leaves = zip(*model.named_parameters(), strict=True)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
-    found = torch.autograd.grad(out, leaves, upstream, allow_unused=True)
-    return {"output": out, **{name: g for name, g in zip(names, found, strict=True) if g is not None}}
-
-
-def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    (output, *grads), (expected, *others) = found, wanted
-    assert relative_error(found[output], wanted[expected]) < 1e-5
-    figure, where = gradient_error({name: found[name] for name in grads}, {name: wanted[name] for name in others})
-    assert figure < 1e-4, where
+    return with_gradients(model, model(**given).last_hidden_state[given["attention_mask"].bool()])
 
 
 @pytest.mark.parametrize("padding", ["", "right", "left"])

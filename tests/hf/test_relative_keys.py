@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from gradient_cases import assert_close, with_gradients
 from older_releases import WRITTEN_OTHERWISE, older_releases_may, skip_refused, skip_without_reference
 from torch import Tensor
 
 import sa_hf
 from sa_hf.tools.families.check import build, check
-from sa_hf.tools.families.compare import RIGHT, gradient_error, relative_error
+from sa_hf.tools.families.compare import RIGHT, relative_error
 from sa_hf.tools.families.reference import own_attention
 from sa_hf.tools.families.registry import entries
 
@@ -69,20 +70,7 @@ def model_of(kind: str, **values: Any) -> tuple[Any, dict[str, Tensor]]:
 def run(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Outputs on frames that are no padding, and the gradient of every parameter."""
     out = model(**given).last_hidden_state
-    real = torch.cat([out[0], out[1, :30]])
-    names, leaves = zip(*model.named_parameters(), strict=True)
-    upstream = torch.randn(real.shape, generator=torch.Generator().manual_seed(3))
-    found = torch.autograd.grad(real, leaves, upstream, allow_unused=True)
-    return {"output": real, **{name: g for name, g in zip(names, found, strict=True) if g is not None}}
-
-
-def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert relative_error(found["output"], wanted["output"]) < 1e-5
-    figure, where = gradient_error(
-        *({name: x for name, x in one.items() if name != "output"} for one in (found, wanted))
-    )
-    assert figure < 1e-4, where
+    return with_gradients(model, torch.cat([out[0], out[1, :30]]))
 
 
 @pytest.mark.parametrize("padded", [False, True])

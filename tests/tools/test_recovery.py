@@ -248,12 +248,14 @@ def test_the_headline_counts_the_systems_that_are_back_at_a_quarter_of_the_pairs
         for step, hits in ((0, 45), (30, last)):
             add(f"{pattern}, one layer dense", step, hits, density)
     add("star, one layer dense", 30, 90, method="plain")
+    add("sparse_transformer, fixed, one layer dense", 100, 90)
+    add("sparse_transformer, strided, one layer dense", 30, 90)
     add("routing", 0, 90)
     table = report.headline(rows)
-    assert "| bigbird, one layer dense | 20.0% | 100.0% / 50.0% / 50.0% | 100.0% / 100.0% / 100.0% |" in table
-    assert "| star, one layer dense | 10.0% | 100.0% / 50.0% / 50.0% | 100.0% / 88.9% / 88.9% |" in table
+    assert "| bigbird, one layer dense | 20.0% | 100.0% / 50.0% / 50.0% | 100.0% / 100.0% / 100.0% |  |" in table
+    assert "| star, one layer dense | 10.0% | 100.0% / 50.0% / 50.0% | 100.0% / 88.9% / 88.9% |  |" in table
     assert "routing" not in table
-    assert table.endswith("is kept by 1 of the eight systems (bigbird at 30 steps).")
+    assert table.endswith("is kept by 2 of the eight systems (sparse_transformer at 30, bigbird at 30 steps).")
 
 
 def test_the_committed_card_is_that_of_the_committed_rows() -> None:

@@ -173,19 +173,19 @@ def headline(rows: Rows) -> str:
     taught = [e for e in entries if e.method in (UNTRAINED, TAUGHT)]
     steps = sorted({entry.step for entry in taught})
     names = JUDGED["decoder"]
-    lines = [
-        "| " + " | ".join(["pattern", "pairs kept", *(f"{step} steps" if step else "untrained" for step in steps)])
-    ]
-    lines = [f"{lines[0]} |", "| --- " * (2 + len(steps)) + "|"]
+    head = ["pattern", "pairs kept", *(f"{step} steps" if step else "untrained" for step in steps)]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     back: dict[str, int] = {}
     for pattern in dict.fromkeys(entry.pattern for entry in taught):
         by_step = {entry.step: entry for entry in taught if entry.pattern == pattern}
         shown = [" / ".join(_share(by_step[s].kept[name]) for name in names) if s in by_step else "" for s in steps]
-        lines.append(f"| {pattern} | {max(e.density for e in by_step.values()):.1%} | {' | '.join(shown)} |")
-        there = [step for step, entry in sorted(by_step.items()) if entry.reached != NO]
-        if there and max(e.density for e in by_step.values()) <= MAX_DENSITY:
-            back.setdefault(grid.system_of(pattern), there[0])
-    if len(lines) == 2:
+        density = max(entry.density for entry in by_step.values())
+        lines.append(f"| {pattern} | {density:.1%} | {' | '.join(shown)} |")
+        there = [step for step, entry in by_step.items() if entry.reached != NO]
+        if there and density <= MAX_DENSITY:  # of a system's several rows, the first to be there
+            system = grid.system_of(pattern)
+            back[system] = min(*there, back.get(system, there[0]))
+    if not taught:
         return "Not measured yet."
     systems = [name for name in grid.SYSTEMS if name in back]
     seeds = sorted({seed for entry in taught if entry.step for seed in entry.seeds})
