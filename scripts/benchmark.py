@@ -19,7 +19,8 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,28 +100,13 @@ def main(
     }
     chosen = [x for x in labels if not pattern or x in pattern]
     bench = Bench(output, shared, chosen, resume, processes, parity_alone=PARITY in (section or ()))
-    wanted = section or [x for x in SECTIONS if dtype == "float32" or x != "decode"]  # models decode in fp32
-    if PARITY in wanted:
-        if len(wanted) > 1:
+    if PARITY in (section or ()):
+        if section != [PARITY]:
             raise typer.BadParameter(f"{PARITY} is measured by every section; alone it measures nothing else")
         bench.parity_anew()
         return
-    speed, growth = (
-        length or (QUICK_SPEED if quick else SPEED_LENGTHS),
-        length or (QUICK_GROWTH if quick else GROWTH_LENGTHS),
-    )
-    if "speed" in wanted:
-        bench.speed(speed, dropout=0.0)
-    if "dropout" in wanted:
-        bench.speed(length or (QUICK_SPEED if quick else DROPOUT_LENGTHS), dropout=DROPOUT)
-    if "memory" in wanted:
-        bench.memory(speed)
-    if "growth" in wanted:
-        bench.growth(growth)
-    if "decode" in wanted:
-        bench.decode(length or (QUICK_SPEED if quick else DECODE_LENGTHS))
-    if "training" in wanted:
-        bench.training(length or (QUICK_SPEED if quick else TRAINING_LENGTHS))
+    # Models decode in fp32.
+    bench.sections(section or [x for x in SECTIONS if dtype == "float32" or x != "decode"], length)
     bench.draw()
     print(f"wrote {bench.path('json')}, .md and .png")
 
@@ -195,7 +181,7 @@ class Bench:
             "configs": {label: describe(case.config) for label, case in self.cases.items()},
             **{part: [] for part in PARTS},
         }  # fmt: skip
-        self.labels = labels
+        self.labels, earlier = labels, {}
         if resume and self.path("json").exists():
             known = json.loads(self.path("json").read_text())
             commits = [found["machine"].pop("commit") for found in (known, self.result)]
@@ -204,8 +190,10 @@ class Bench:
             self.result["machine"]["commit"] = " and ".join(dict.fromkeys(" and ".join(commits).split(" and ")))
             self.result["command"] = f"{known['command']}; {self.result['command']}"
             self.result |= {part: known.get(part, []) for part in PARTS}
+            self.result["configs"] = {**known["configs"], **self.result["configs"]}
+            earlier = known.get("parity", {})
         if not parity_alone:
-            self.result["parity"] = self.parity()
+            self.result["parity"] = {**earlier, **self.parity()}
             self.sound = [
                 label
                 for label, error in self.result["parity"].items()
@@ -247,6 +235,21 @@ class Bench:
             raise RuntimeError(f"{task} failed:\n{done.stderr[-4000:]}")
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return found
+
+    def sections(self, wanted: list[str], lengths: list[int] | None) -> None:
+        """Measure the sections that are wanted, at their own lengths where none are named."""
+        measures: dict[str, tuple[Callable[[list[int]], None], list[int]]] = {
+            "speed": (partial(self.speed, dropout=0.0), SPEED_LENGTHS),
+            "dropout": (partial(self.speed, dropout=DROPOUT), DROPOUT_LENGTHS),
+            "memory": (self.memory, SPEED_LENGTHS),
+            "growth": (self.growth, GROWTH_LENGTHS),
+            "decode": (self.decode, DECODE_LENGTHS),
+            "training": (self.training, TRAINING_LENGTHS),
+        }
+        for section, (run, own) in measures.items():
+            if section in wanted:
+                quick = QUICK_GROWTH if section == "growth" else QUICK_SPEED
+                run(lengths or (quick if self.shared["toy"] else own))
 
     def speed(self, lengths: list[int], dropout: float) -> None:
         for length in lengths:

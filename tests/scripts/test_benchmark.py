@@ -104,6 +104,21 @@ def test_a_resumed_run_measures_only_what_is_missing(
     assert [row["length"] for row in resumed.result["speed"]] == measured
 
 
+def test_a_resumed_run_of_other_rows_keeps_what_is_said_of_the_rows_that_stay(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: object, **task: object) -> dict[str, object]:
+        if task["kind"] == "parity":
+            return dict.fromkeys(task["labels"], 1e-7)  # type: ignore[call-overload, no-any-return]
+        return {"rounds": 3, "failed": {}, "rows": {"dense": {"median_s": 1.0, "first_s": 1.0}}}
+
+    monkeypatch.setattr(benchmark.Bench, "run", run)
+    shared = {"threads": 1, "toy": True, "seconds": 0.0, "huge_pages": False, "dtype": "float32"}
+    benchmark.Bench(tmp_path, shared, ["star"]).speed([64], dropout=0.0)
+    resumed = benchmark.Bench(tmp_path, shared, ["longnet"], resume=True).result
+    assert set(resumed["parity"]) == set(resumed["configs"]) == {"star", "longnet"}
+
+
 def test_several_processes_give_the_median_of_each_contender(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,33 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """One layer's pattern: output ``[batch, queries, heads, head_dim]``."""
+    inputs = _inputs_of(module, place, child, call, (query, key, value), request, scaling, dropout, kwargs)
+    _place_in_forward(module, child, request)
+    if call.memory is not None:
+        call.memory.settle()
+        inputs.key_slots = call.memory.kept_slots(inputs.sequences.key_length)
+    if inputs.key_slots is None and request is not None and request.key_offset:
+        check_reach(request, inputs.sequences, inputs.band)
+    if place.spec is not None and not place.spec.causal and inputs.key_slots is None:
+        check_no_past(key.shape[2], inputs.sequences.key_length)
+    give_keys(child, inputs, request)
+    out = _run(child, inputs)
+    if said is not None and inputs.step is not None:
+        settle_step(child, place, inputs, request, said)
+    if call.memory is not None:
+        call.memory.evict(child, inputs)
+    conv = child._modules.get("conv")
+    if isinstance(conv, ConvTaps):
+        conv.forget()
+    return out.transpose(1, 2).contiguous()
+
+
+def _inputs_of(
+    module: nn.Module, place: Place, child: SparseAttention, call: LayerCall, tensors: tuple[Tensor, Tensor, Tensor],
+    request: MaskRequest | None, scaling: float | None, dropout: float, kwargs: dict[str, Any],
+) -> AttentionInputs:  # fmt: skip
+    """What a pattern is told of a layer's call: of all that the model said, or refused."""
+    query, key, value = tensors
     bias = kwargs.pop("position_bias", None)
     query_term, key_term = kwargs.pop(TERMS, None) or (None, None)
     softcap = kwargs.pop("softcap", None)
@@ -131,7 +158,7 @@ def _attend(
         raise _keys_of_its_own(module, key.shape[2], sequences.key_length)
     if blocks is not None:
         _check_blocks(module, child, key, sequences)
-    inputs = AttentionInputs(
+    return AttentionInputs(
         query=query,
         key=key,
         value=value,
@@ -155,28 +182,15 @@ def _attend(
         beside=None if call.memory is None else call.memory.beside,
         noted=None if call.memory is None else {},
     )
+
+
+def _place_in_forward(module: nn.Module, child: SparseAttention, request: MaskRequest | None) -> None:
+    """Tell the layer's patterns how many forwards in training ago the running one began."""
     started = handed_over() if request is None else None if torch.compiler.is_compiling() else request.given
     for leaf in leaves(child):
         steps_back = _steps_back(module, leaf, started)
         if leaf.steps_back != steps_back:  # a module sets an attribute slowly
             leaf.steps_back = steps_back
-    if call.memory is not None:
-        call.memory.settle()
-        inputs.key_slots = call.memory.kept_slots(sequences.key_length)
-    if inputs.key_slots is None and request is not None and request.key_offset:
-        check_reach(request, sequences, band)
-    if place.spec is not None and not place.spec.causal and inputs.key_slots is None:
-        check_no_past(key.shape[2], sequences.key_length)
-    give_keys(child, inputs, request)
-    out = _run(child, inputs)
-    if said is not None and inputs.step is not None:
-        settle_step(child, place, inputs, request, said)
-    if call.memory is not None:
-        call.memory.evict(child, inputs)
-    conv = child._modules.get("conv")
-    if isinstance(conv, ConvTaps):
-        conv.forget()
-    return out.transpose(1, 2).contiguous()
 
 
 def _reach(
