@@ -123,6 +123,56 @@ def score_gradient(dp, p, factor, bend, delta, SOFTCAP: tl.constexpr, DROPOUT: t
     return bent, raw, excess
 
 
+@triton.jit
+def row_gradients(
+    q0, q1, k0, k1, g0, g1, v0, v1, shift, delta, q_slot, k_slot, q_first, k_first, q_pos, k_pos, kind, words_ptr,
+    low, high, skip, span, bias_ptr, head, row_word, word, n_k, left, right, centre, extra, threshold, scale, softcap,
+    inv_ramp, keep_scale,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D1: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, HAS_RANGE: tl.constexpr, RANGE_ON_FULL: tl.constexpr,
+    HAS_KEYS: tl.constexpr, DROPOUT: tl.constexpr, HAS_SPANS: tl.constexpr,
+):  # fmt: skip
+    """``(d loss / d bent score, d loss / d scaled product)`` of pairs ``[M, K]``, the first at ``q_first, k_first`` of
+    its tile."""
+    p, _, factor, bend, _ = tile_probabilities(
+        dot_rows(q0, q1, k0, k1, D1), shift[:, None], q_slot[:, None], k_slot[None, :],
+        (q_first + tl.arange(0, BLOCK_Q))[:, None], (k_first + tl.arange(0, BLOCK_K))[None, :],
+        q_pos[:, None], k_pos[None, :], kind, words_ptr, low[:, None], high[:, None],
+        skip[:, None], span[None, :], bias_ptr, head, row_word[:, None], word[None, :], n_k, left, right,
+        centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP,
+        MASKED, HAS_RANGE, RANGE_ON_FULL, HAS_KEYS, DROPOUT, HAS_SPANS,
+    )  # fmt: skip
+    bent, raw, _ = score_gradient(dot_rows(g0, g1, v0, v1, D1), p, factor, bend, delta[:, None], SOFTCAP, DROPOUT)
+    return bent, raw
+
+
+@triton.jit
+def query_step(
+    q0, q1, g0, g1, acc0, acc1, shift, delta, q_slot, q_pos, low, high, skip, row_word, k_base_ptr, v_base_ptr,
+    words_ptr, range_ptr, k_pos_ptr, bias_ptr, spans_ptr, row_words_ptr, column_words_ptr, batch, head, line, entry,
+    part, sub, skn, svn, pkb, pkh, seb, seh, n_k, left, right, k_base, centre, extra, threshold, scale, softcap,
+    inv_ramp, keep_scale,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, RANGE_ON_FULL: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys into the sum of dQ."""
+    tile, kind = entry_fields(entry)
+    k_first = tile * TILE_K + part * BLOCK_K
+    k_slot = k_first + tl.arange(0, BLOCK_K)
+    k0, k1 = load_tile(k_base_ptr, k_first, skn * 8, n_k, BLOCK_K, D, D0, D1, MASKED)
+    v0, v1 = load_tile(v_base_ptr, k_first, svn * 8, n_k, BLOCK_K, D, D0, D1, MASKED)
+    k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, None, k_base)
+    span = load_spans(spans_ptr, batch, head, seb, seh, k_slot, None)
+    word = load_optional(column_words_ptr, stats_row(line, n_k), k_slot, None)
+    _, ds = row_gradients(
+        q0, q1, k0, k1, g0, g1, v0, v1, shift, delta, q_slot, k_slot, sub * BLOCK_Q, part * BLOCK_K, q_pos, k_pos,
+        kind, words_ptr, low, high, skip, span, bias_ptr, head, row_word, word, n_k, left, right, centre, extra,
+        threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, TILE_K, BLOCK_Q, BLOCK_K, D1, SOFTCAP, MASKED,
+        range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
+    )  # fmt: skip
+    return add_product(ds, k0, k1, acc0, acc1, D1)
+
+
 @triton.jit(do_not_specialize=BACKWARD_RUNTIME)
 def query_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, shift_ptr, dq_ptr, part_ptr,
@@ -164,28 +214,13 @@ def query_kernel(
         first_step, last_step = (begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS
         for step in tl.range(first_step, last_step, num_stages=MASKED_STAGES if phase == 1 else None):
             following = load_entry(entries_ptr, step + 1, end * STEPS, STEPS)
-            part = step % STEPS
-            tile, kind = entry_fields(entry)
-            k_first = tile * TILE_K + part * BLOCK_K
-            k_slot = k_first + tl.arange(0, BLOCK_K)
-            k0, k1 = load_tile(k_base_ptr, k_first, skn * 8, n_k, BLOCK_K, D, D0, D1, phase == 1)
-            v0, v1 = load_tile(v_base_ptr, k_first, svn * 8, n_k, BLOCK_K, D, D0, D1, phase == 1)
-            k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, None, k_base)
-            span = load_spans(spans_ptr, batch, head, seb, seh, k_slot, None)
-            word = load_optional(column_words_ptr, stats_row(line, n_k), k_slot, None)
-            p, _, factor, bend, _ = tile_probabilities(
-                dot_rows(q0, q1, k0, k1, D1), shift[:, None], q_slot[:, None], k_slot[None, :],
-                (sub * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None], (part * BLOCK_K + tl.arange(0, BLOCK_K))[None, :],
-                q_pos[:, None], k_pos[None, :], kind, words_ptr, low[:, None], high[:, None],
-                skip[:, None], span[None, :], bias_ptr, head, row_word[:, None], word[None, :], n_k, left, right,
-                centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP,
-                phase == 1, range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,
-                spans_ptr is not None,
+            acc0, acc1 = query_step(
+                q0, q1, g0, g1, acc0, acc1, shift, delta, q_slot, q_pos, low, high, skip, row_word, k_base_ptr,
+                v_base_ptr, words_ptr, range_ptr, k_pos_ptr, bias_ptr, spans_ptr, row_words_ptr, column_words_ptr,
+                batch, head, line, entry, step % STEPS, sub, skn, svn, pkb, pkh, seb, seh, n_k, left, right, k_base,
+                centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
+                TILE_Q, TILE_K, BLOCK_Q, BLOCK_K, D, D0, D1, SOFTCAP, phase == 1, RANGE_ON_FULL,
             )  # fmt: skip
-            _, ds, _ = score_gradient(
-                dot_rows(g0, g1, v0, v1, D1), p, factor, bend, delta[:, None], SOFTCAP, row_words_ptr is not None
-            )
-            acc0, acc1 = add_product(ds, k0, k1, acc0, acc1, D1)
             entry = following
     acc0 = acc0 * scale
     acc1 = acc1 * scale
@@ -195,6 +230,80 @@ def query_kernel(
     else:
         piece = (rep.to(tl.int64) * slots + slot) * TILE_Q
         store_tile(part_ptr + piece * D, sub * BLOCK_Q, D, TILE_Q, acc0, acc1, BLOCK_Q, D, D0, D1)
+
+
+@triton.jit
+def query_place(packed, out_head, flat, query_tiles, GROUPED: tl.constexpr):
+    """``query head, tile`` of an entry of a list by key."""
+    head, tile = out_head, packed
+    if GROUPED:
+        head = out_head * flat + packed // query_tiles
+        tile = packed % query_tiles
+    return head, tile
+
+
+@triton.jit
+def key_step(
+    k0, k1, v0, v1, dk0, dk1, dv0, dv1, d_span, k_slot, span, q_ptr, grad_ptr, delta_ptr, shift_ptr, words_ptr,
+    range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr, row_words_ptr, column_words_ptr, batch, head, kind, q_tile,
+    part, sub, sqb, sqh, sqn, sgb, sgh, sgn, pqb, pqh, pkb, pkh, srb, srh, n_q, n_k, heads, left, right, q_base,
+    k_base, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, SOFTCAP: tl.constexpr, RANGE_COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    RANGE_ON_FULL: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries into the sums of dK, dV and the spans' gradient."""
+    q_first = q_tile * TILE_Q + part * BLOCK_Q
+    q_slot = q_first + tl.arange(0, BLOCK_Q)
+    q_base_ptr = head_base(q_ptr, batch, head, sqb, sqh)
+    g_base_ptr = head_base(grad_ptr, batch, head, sgb, sgh)
+    q0, q1 = load_tile(q_base_ptr, q_first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, MASKED)
+    line = batch.to(tl.int64) * heads + head
+    shift = tl.load(shift_ptr + stats_row(line, n_q) + q_slot)
+    q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, None, q_base)
+    k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, None, k_base)
+    low, high, skip = load_range(range_ptr, batch, head, srb, srh, q_slot, n_q, RANGE_COLUMNS)
+    row_word = load_optional(row_words_ptr, stats_row(line, n_q), q_slot, None)
+    word = load_optional(column_words_ptr, stats_row(line, n_k), k_slot, None)
+    p, p_out, factor, bend, slope = tile_probabilities(
+        dot_rows(k0, k1, q0, q1, D1), shift[None, :], q_slot[None, :], k_slot[:, None],
+        (part * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :], (sub * BLOCK_K + tl.arange(0, BLOCK_K))[:, None],
+        q_pos[None, :], k_pos[:, None], kind, words_ptr, low[None, :], high[None, :],
+        skip[None, :], span[:, None], bias_ptr, head, row_word[None, :], word[:, None], n_k, left, right,
+        centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP,
+        MASKED, range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,
+        spans_ptr is not None,
+    )  # fmt: skip
+    g0, g1 = load_tile(g_base_ptr, q_first, sgn * 8, n_q, BLOCK_Q, D, D0, D1, MASKED)
+    dv0, dv1 = add_product(p_out, g0, g1, dv0, dv1, D1)
+    delta = tl.load(delta_ptr + stats_row(line, n_q) + q_slot)
+    _, ds, excess = score_gradient(
+        dot_rows(v0, v1, g0, g1, D1), p, factor, bend, delta[None, :], SOFTCAP, row_words_ptr is not None
+    )
+    dk0, dk1 = add_product(ds, q0, q1, dk0, dk1, D1)
+    if spans_ptr is not None:
+        d_span += tl.sum(slope * excess, 1)
+    return dk0, dk1, dv0, dv1, d_span
+
+
+@triton.jit
+def store_key_sums(
+    dk0, dk1, dv0, dv1, d_span, k_slot, dk_ptr, dv_ptr, d_span_ptr, part_k_ptr, part_v_ptr, part_span_ptr, batch, head,
+    line, first, sub, rep, slot, slots, sob, soh, son, n_k,
+    TILE_K: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+):  # fmt: skip
+    """The sums of :func:`key_step` into the gradients, or into the slot of a piece of a cut list."""
+    if slot < 0:
+        store_tile(head_base(dk_ptr, batch, head, sob, soh), first, son * 8, n_k, dk0, dk1, BLOCK_K, D, D0, D1)
+        store_tile(head_base(dv_ptr, batch, head, sob, soh), first, son * 8, n_k, dv0, dv1, BLOCK_K, D, D0, D1)
+        if d_span_ptr is not None:
+            tl.store(d_span_ptr + line * n_k + k_slot, d_span, mask=k_slot < n_k)
+    else:
+        piece = (rep.to(tl.int64) * slots + slot) * TILE_K
+        store_tile(part_k_ptr + piece * D, sub * BLOCK_K, D, TILE_K, dk0, dk1, BLOCK_K, D, D0, D1)
+        store_tile(part_v_ptr + piece * D, sub * BLOCK_K, D, TILE_K, dv0, dv1, BLOCK_K, D, D0, D1)
+        if d_span_ptr is not None:
+            tl.store(part_span_ptr + piece + sub * BLOCK_K + tl.arange(0, BLOCK_K), d_span)
 
 
 @triton.jit(do_not_specialize=BACKWARD_RUNTIME)
@@ -244,55 +353,22 @@ def key_kernel(
             following = load_entry(entries_ptr, step + 1, end * STEPS, STEPS)
             part = step % STEPS
             packed, kind = entry_fields(entry)
-            head, q_tile = out_head, packed
-            if GROUPED:
-                head = out_head * flat + packed // query_tiles
-                q_tile = packed % query_tiles
-            q_first = q_tile * TILE_Q + part * BLOCK_Q
-            q_slot = q_first + tl.arange(0, BLOCK_Q)
-            q_base_ptr = head_base(q_ptr, batch, head, sqb, sqh)
-            g_base_ptr = head_base(grad_ptr, batch, head, sgb, sgh)
-            q0, q1 = load_tile(q_base_ptr, q_first, sqn * 8, n_q, BLOCK_Q, D, D0, D1, phase == 1)
-            line = batch.to(tl.int64) * heads + head
-            shift = tl.load(shift_ptr + stats_row(line, n_q) + q_slot)
-            q_pos = load_positions(q_pos_ptr, batch, head, pqb, pqh, q_slot, None, q_base)
-            k_pos = load_positions(k_pos_ptr, batch, head, pkb, pkh, k_slot, None, k_base)
-            low, high, skip = load_range(range_ptr, batch, head, srb, srh, q_slot, n_q, RANGE_COLUMNS)
-            row_word = load_optional(row_words_ptr, stats_row(line, n_q), q_slot, None)
-            word = load_optional(column_words_ptr, stats_row(line, n_k), k_slot, None)
-            p, p_out, factor, bend, slope = tile_probabilities(
-                dot_rows(k0, k1, q0, q1, D1), shift[None, :], q_slot[None, :], k_slot[:, None],
-                (part * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :], (sub * BLOCK_K + tl.arange(0, BLOCK_K))[:, None],
-                q_pos[None, :], k_pos[:, None], kind, words_ptr, low[None, :], high[None, :],
-                skip[None, :], span[:, None], bias_ptr, head, row_word[None, :], word[:, None], n_k, left, right,
-                centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP,
-                phase == 1, range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,
-                spans_ptr is not None,
+            head, q_tile = query_place(packed, out_head, flat, query_tiles, GROUPED)
+            dk0, dk1, dv0, dv1, d_span = key_step(
+                k0, k1, v0, v1, dk0, dk1, dv0, dv1, d_span, k_slot, span, q_ptr, grad_ptr, delta_ptr, shift_ptr,
+                words_ptr, range_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, spans_ptr, row_words_ptr, column_words_ptr,
+                batch, head, kind, q_tile, part, sub, sqb, sqh, sqn, sgb, sgh, sgn, pqb, pqh, pkb, pkh, srb, srh, n_q,
+                n_k, heads, left, right, q_base, k_base, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale,
+                TILE_Q, TILE_K, BLOCK_Q, BLOCK_K, D, D0, D1, SOFTCAP, RANGE_COLUMNS, phase == 1, RANGE_ON_FULL,
             )  # fmt: skip
-            g0, g1 = load_tile(g_base_ptr, q_first, sgn * 8, n_q, BLOCK_Q, D, D0, D1, phase == 1)
-            dv0, dv1 = add_product(p_out, g0, g1, dv0, dv1, D1)
-            delta = tl.load(delta_ptr + stats_row(line, n_q) + q_slot)
-            _, ds, excess = score_gradient(
-                dot_rows(v0, v1, g0, g1, D1), p, factor, bend, delta[None, :], SOFTCAP, row_words_ptr is not None
-            )
-            dk0, dk1 = add_product(ds, q0, q1, dk0, dk1, D1)
-            if spans_ptr is not None:
-                d_span += tl.sum(slope * excess, 1)
             entry = following
     dk0 = dk0 * scale
     dk1 = dk1 * scale
-    line_out = batch.to(tl.int64) * (heads // flat) + out_head
-    if slot < 0:
-        store_tile(head_base(dk_ptr, batch, out_head, sob, soh), first, son * 8, n_k, dk0, dk1, BLOCK_K, D, D0, D1)
-        store_tile(head_base(dv_ptr, batch, out_head, sob, soh), first, son * 8, n_k, dv0, dv1, BLOCK_K, D, D0, D1)
-        if spans_ptr is not None:
-            tl.store(d_span_ptr + line_out * n_k + k_slot, d_span, mask=k_slot < n_k)
-    else:
-        piece = (rep.to(tl.int64) * slots + slot) * TILE_K
-        store_tile(part_k_ptr + piece * D, sub * BLOCK_K, D, TILE_K, dk0, dk1, BLOCK_K, D, D0, D1)
-        store_tile(part_v_ptr + piece * D, sub * BLOCK_K, D, TILE_K, dv0, dv1, BLOCK_K, D, D0, D1)
-        if spans_ptr is not None:
-            tl.store(part_span_ptr + piece + sub * BLOCK_K + tl.arange(0, BLOCK_K), d_span)
+    store_key_sums(
+        dk0, dk1, dv0, dv1, d_span, k_slot, dk_ptr, dv_ptr, d_span_ptr, part_k_ptr, part_v_ptr, part_span_ptr, batch,
+        out_head, batch.to(tl.int64) * (heads // flat) + out_head, first, sub, rep, slot, slots, sob, soh, son, n_k,
+        TILE_K, BLOCK_K, D, D0, D1,
+    )  # fmt: skip
 
 
 settle_keys(globals())

@@ -11,9 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sa_hf.ops.triton.backward import BACKWARD_RUNTIME, score_gradient, tile_probabilities
+from sa_hf.ops.triton.backward import BACKWARD_RUNTIME, row_gradients
 from sa_hf.ops.triton.common import (
-    dot_rows,
     entry_fields,
     head_base,
     list_place,
@@ -28,6 +27,25 @@ from sa_hf.ops.triton.common import (
     stats_row,
     work_place,
 )
+
+
+@triton.jit
+def add_diagonals(
+    total, table_row, unit, row, diagonals, key_tiles, sub_q, sub_k, q_base, k_base, centre,
+    TILE_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums along the diagonals of a square tile into the table."""
+    # Column e of the skewed tile holds the elements (r, (r + e) mod BLOCK): distance e, or e - BLOCK once wrapped.
+    local = tl.arange(0, BLOCK)
+    turned = local[:, None] + local[None, :]
+    skewed = tl.gather(total, turned % BLOCK, 1)
+    ahead = tl.sum(tl.where(turned < BLOCK, skewed, 0.0), 0)
+    behind = tl.sum(tl.where(turned < BLOCK, 0.0, skewed), 0)
+    step = (key_tiles - 1 - row % diagonals) * TILE_K + (sub_k - sub_q) * BLOCK + k_base - q_base
+    distance = step + local
+    tl.atomic_add(table_row + distance, (ahead * unit).to(tl.int64), mask=tl.abs(distance) <= centre)
+    distance = distance - BLOCK
+    tl.atomic_add(table_row + distance, (behind * unit).to(tl.int64), mask=tl.abs(distance) <= centre)
 
 
 @triton.jit(do_not_specialize=BACKWARD_RUNTIME)
@@ -83,17 +101,13 @@ def bias_kernel(
         span = load_spans(spans_ptr, batch, head, seb, seh, k_slot, None)
         row_word = load_optional(row_words_ptr, stats_row(line, n_q), q_slot, None)
         word = load_optional(column_words_ptr, stats_row(line, n_k), k_slot, None)
-        p, _, factor, bend, _ = tile_probabilities(
-            dot_rows(q0, q1, k0, k1, D1), shift[:, None], q_slot[:, None], k_slot[None, :],
-            (sub_q * BLOCK + local)[:, None], (sub_k * BLOCK + local)[None, :], q_pos[:, None], k_pos[None, :],
-            kind, words_ptr, low[:, None], high[:, None], skip[:, None], span[None, :], bias_ptr, head,
-            row_word[:, None], word[None, :], n_k, left, right, centre, extra, threshold, scale, softcap, inv_ramp,
-            keep_scale, TILE_Q, (TILE_K + 31) // 32, SOFTCAP, True, range_ptr is not None, RANGE_ON_FULL,
-            k_pos_ptr is not None, row_words_ptr is not None, spans_ptr is not None,
+        ds, _ = row_gradients(
+            q0, q1, k0, k1, g0, g1, v0, v1, shift, delta, q_slot, k_slot, sub_q * BLOCK, sub_k * BLOCK, q_pos, k_pos,
+            kind, words_ptr, low, high, skip, span, bias_ptr, head, row_word, word, n_k, left, right, centre, extra,
+            threshold, scale, softcap, inv_ramp, keep_scale, TILE_Q, TILE_K, BLOCK, BLOCK, D1, SOFTCAP, True,
+            range_ptr is not None, RANGE_ON_FULL, k_pos_ptr is not None, row_words_ptr is not None,
+            spans_ptr is not None,
         )  # fmt: skip
-        ds, _, _ = score_gradient(
-            dot_rows(g0, g1, v0, v1, D1), p, factor, bend, delta[:, None], SOFTCAP, row_words_ptr is not None
-        )
         ds = tl.where((q_pos >= extra)[:, None] & (k_pos >= extra)[None, :], ds, 0.0)
         if ALIGNED:
             total += ds
@@ -102,16 +116,9 @@ def bias_kernel(
             fixed = (ds * unit).to(tl.int64)
             tl.atomic_add(table_row + distance, fixed, mask=(fixed != 0) & (tl.abs(distance) <= centre))
     if ALIGNED:
-        # Column e of the skewed tile holds the elements (r, (r + e) mod BLOCK): distance e, or e - BLOCK once wrapped.
-        turned = local[:, None] + local[None, :]
-        skewed = tl.gather(total, turned % BLOCK, 1)
-        ahead = tl.sum(tl.where(turned < BLOCK, skewed, 0.0), 0)
-        behind = tl.sum(tl.where(turned < BLOCK, 0.0, skewed), 0)
-        step = (key_tiles - 1 - row % diagonals) * TILE_K + (sub_k - sub_q) * BLOCK + k_base - q_base
-        distance = step + local
-        tl.atomic_add(table_row + distance, (ahead * unit).to(tl.int64), mask=tl.abs(distance) <= centre)
-        distance = distance - BLOCK
-        tl.atomic_add(table_row + distance, (behind * unit).to(tl.int64), mask=tl.abs(distance) <= centre)
+        add_diagonals(
+            total, table_row, unit, row, diagonals, key_tiles, sub_q, sub_k, q_base, k_base, centre, TILE_K, BLOCK
+        )
 
 
 settle_keys(globals())

@@ -231,6 +231,16 @@ def dropout_kept(row_word, column_word, threshold):
 
 
 @triton.jit
+def empty_sums(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """``peak, total, acc0, acc1`` of a softmax in base 2 that has met no key."""
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc0 = tl.zeros([ROWS, D0], tl.float32)
+    acc1 = tl.zeros([ROWS, D1 if D1 > 0 else 16], tl.float32)
+    return peak, total, acc0, acc1
+
+
+@triton.jit
 def load_entry(entries_ptr, step, stop, STEPS: tl.constexpr):
     """The entry of a step as :func:`entry_fields` takes it; a tile is ``STEPS`` steps long. Loops load the next step's
     and carry it: were it loaded where it is used, the pipeline would spend a stage on it and fetch K and V no earlier

@@ -18,6 +18,7 @@ from sa_hf.ops.triton.common import (
     add_product,
     bend_scores,
     dot_rows,
+    empty_sums,
     gather_rows,
     head_base,
     settle_keys,
@@ -30,6 +31,40 @@ DECODE_RUNTIME = (
     "n_q", "n_k", "heads", "group", "packed", "most", "chunk", "splits", "centre", "extra", "scale", "softcap",
     "inv_ramp",
 )  # fmt: skip
+
+
+@triton.jit
+def decode_step(
+    q0, q1, peak, total, acc0, acc1, k_base, v_base, places, bias_ptr, spans_row, bias_head, here, first, q_pos,
+    skn, svn, most, centre, extra, scale, softcap, inv_ramp,
+    BLOCK_K: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """``BLOCK_K`` places of a list, from ``first`` on, into the running softmax; ``spans_row`` points at the spans of
+    the heads, ``[heads, 1]``."""
+    place = first + tl.arange(0, BLOCK_K)
+    k_pos = tl.load(places + place, mask=place < most, other=-1).to(tl.int32)
+    valid = k_pos >= 0
+    k0, k1 = gather_rows(k_base, k_pos, skn * 8, valid, D, D0, D1)
+    s = dot_rows(q0, q1, k0, k1, D1)
+    s, _ = bend_scores(s, q_pos, k_pos[None, :], bias_ptr, bias_head, centre, extra, scale, softcap, SOFTCAP)
+    keep = valid[None, :]
+    gate = 1.0
+    if spans_row is not None:
+        span = tl.load(spans_row + k_pos[None, :], mask=here[:, None] & valid[None, :], other=0.0)
+        gate, _ = span_gate(q_pos, k_pos[None, :], span, inv_ramp)
+        keep = keep & (gate > 0)
+    s = tl.where(keep, s, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, 1))
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    p = tl.exp2(s - shift[:, None]) * gate
+    decay = tl.exp2(peak - shift)
+    total = total * decay + tl.sum(p, 1)
+    acc0 = acc0 * decay[:, None]
+    if D1 > 0:
+        acc1 = acc1 * decay[:, None]
+    v0, v1 = gather_rows(v_base, k_pos, svn * 8, valid, D, D0, D1)
+    acc0, acc1 = add_product(p, v0, v1, acc0, acc1, D1)
+    return new_peak, total, acc0, acc1
 
 
 @triton.jit(do_not_specialize=DECODE_RUNTIME)
@@ -63,36 +98,15 @@ def decode_kernel(
     places = index_ptr + batch.to(tl.int64) * sib + pack.to(tl.int64) * sih + query.to(tl.int64) * most
     q_pos = n_k - n_q + query
     bias_head = tl.where(here, head, 0)[:, None]
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc0 = tl.zeros([ROWS, D0], tl.float32)
-    acc1 = tl.zeros([ROWS, D1 if D1 > 0 else 16], tl.float32)
+    peak, total, acc0, acc1 = empty_sums(ROWS, D0, D1)
+    spans_row = spans_ptr
+    if spans_ptr is not None:
+        spans_row = spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64)[:, None] * seh
     for first in range(split * chunk, tl.minimum(split * chunk + chunk, most), BLOCK_K):
-        place = first + tl.arange(0, BLOCK_K)
-        k_pos = tl.load(places + place, mask=place < most, other=-1).to(tl.int32)
-        valid = k_pos >= 0
-        k0, k1 = gather_rows(k_base, k_pos, skn * 8, valid, D, D0, D1)
-        s = dot_rows(q0, q1, k0, k1, D1)
-        s, _ = bend_scores(s, q_pos, k_pos[None, :], bias_ptr, bias_head, centre, extra, scale, softcap, SOFTCAP)
-        keep = valid[None, :]
-        gate = 1.0
-        if spans_ptr is not None:
-            at = spans_ptr + batch.to(tl.int64) * seb + head.to(tl.int64)[:, None] * seh
-            span = tl.load(at + k_pos[None, :], mask=here[:, None] & valid[None, :], other=0.0)
-            gate, _ = span_gate(q_pos, k_pos[None, :], span, inv_ramp)
-            keep = keep & (gate > 0)
-        s = tl.where(keep, s, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(s, 1))
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = tl.exp2(s - shift[:, None]) * gate
-        decay = tl.exp2(peak - shift)
-        total = total * decay + tl.sum(p, 1)
-        acc0 = acc0 * decay[:, None]
-        if D1 > 0:
-            acc1 = acc1 * decay[:, None]
-        v0, v1 = gather_rows(v_base, k_pos, svn * 8, valid, D, D0, D1)
-        acc0, acc1 = add_product(p, v0, v1, acc0, acc1, D1)
-        peak = new_peak
+        peak, total, acc0, acc1 = decode_step(
+            q0, q1, peak, total, acc0, acc1, k_base, v_base, places, bias_ptr, spans_row, bias_head, here, first, q_pos,
+            skn, svn, most, centre, extra, scale, softcap, inv_ramp, BLOCK_K, D, D0, D1, SOFTCAP,
+        )  # fmt: skip
     safe = tl.where(total > 0, total, 1.0)
     acc0 = acc0 / safe[:, None]
     acc1 = acc1 / safe[:, None]

@@ -19,6 +19,7 @@ from sa_hf.ops.triton.common import (
     bend_scores,
     dot_rows,
     dropout_kept,
+    empty_sums,
     entry_fields,
     head_base,
     in_run,
@@ -71,10 +72,7 @@ def forward_kernel(
     line = batch.to(tl.int64) * heads + head
     row_word = load_optional(row_words_ptr, stats_row(line, n_q), q_slot, None)
 
-    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    acc0 = tl.zeros([BLOCK_Q, D0], tl.float32)
-    acc1 = tl.zeros([BLOCK_Q, D1 if D1 > 0 else 16], tl.float32)
+    peak, total, acc0, acc1 = empty_sums(BLOCK_Q, D0, D1)
     word = load_entry(entries_ptr, begin * STEPS, end * STEPS, STEPS)
     for phase in tl.static_range(2):
         first_step, last_step = (begin if phase == 0 else middle) * STEPS, (middle if phase == 0 else end) * STEPS
@@ -187,10 +185,7 @@ def combine_kernel(
     if row < 0:
         return
     batch, head = list_place(row, rep, tiles, list_heads, rep_heads)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc0 = tl.zeros([ROWS, D0], tl.float32)
-    acc1 = tl.zeros([ROWS, D1 if D1 > 0 else 16], tl.float32)
+    peak, total, acc0, acc1 = empty_sums(ROWS, D0, D1)
     for piece in range(0, pieces):
         place = (rep.to(tl.int64) * slots + first_slot + piece) * TILE + sub * ROWS
         x0, x1 = load_tile(part_ptr + place * D, row * 0, D, ROWS, ROWS, D, D0, D1, False)

@@ -16,6 +16,7 @@ from sa_hf.ops.triton.common import (
     LN2,
     bend_scores,
     dropout_kept,
+    empty_sums,
     head_base,
     load_optional,
     load_positions,
@@ -33,6 +34,15 @@ _SHARED = (
 )  # fmt: skip
 FORWARD_RUNTIME = (*[f"s{x}{axis}" for x in "qkvo" for axis in "bhn"], *_SHARED)
 OFFSETS_BACKWARD_RUNTIME = (*[f"s{x}{axis}" for x in "qkvgo" for axis in "bhn"], *_SHARED)
+
+
+@triton.jit
+def row_products(a0, a1, b0, b1, D1: tl.constexpr):
+    """``sum(a * b)`` of each row of two chunked tiles, fp32."""
+    s = tl.sum(a0.to(tl.float32) * b0.to(tl.float32), 1)
+    if D1 > 0:
+        s += tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1)
+    return s
 
 
 @triton.jit(do_not_specialize=FORWARD_RUNTIME)
@@ -57,10 +67,7 @@ def offsets_forward_kernel(
     line = batch.to(tl.int64) * heads + head
     at, stats = line * n, stats_row(line, n)
     row_word = load_optional(row_words_ptr, stats, row, row < n)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc0 = tl.zeros([ROWS, D0], tl.float32)
-    acc1 = tl.zeros([ROWS, D1 if D1 > 0 else 16], tl.float32)
+    peak, total, acc0, acc1 = empty_sums(ROWS, D0, D1)
     for t in range(0, tl.load(counts_ptr + head * list_stride)):
         offset = tl.load(offsets_ptr + head * list_stride * most + t)
         key = row - offset
@@ -69,9 +76,7 @@ def offsets_forward_kernel(
         if k_pos_ptr is not None:
             keep = keep & (k_pos >= 0)
         k0, k1 = load_rows(k_base_ptr, first - offset, skn * 8, keep, ROWS, D, D0, D1)
-        s = tl.sum(q0.to(tl.float32) * k0.to(tl.float32), 1)
-        if D1 > 0:
-            s += tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1)
+        s = row_products(q0, q1, k0, k1, D1)
         s, _ = bend_scores(s, q_pos, k_pos, bias_ptr, head, centre, extra, scale, softcap, SOFTCAP)
         gate = 1.0
         if spans_ptr is not None:
@@ -112,11 +117,8 @@ def pair_gradient(
     D1: tl.constexpr, SOFTCAP: tl.constexpr, HAS_KEYS: tl.constexpr, DROPOUT: tl.constexpr, HAS_SPANS: tl.constexpr,
 ):  # fmt: skip
     """One key per row: ``(p after dropout, d loss / d bent score, d loss / d scaled product, d loss / d span)``."""
-    s = tl.sum(q0.to(tl.float32) * k0.to(tl.float32), 1)
-    dp = tl.sum(g0.to(tl.float32) * v0.to(tl.float32), 1)
-    if D1 > 0:
-        s += tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1)
-        dp += tl.sum(g1.to(tl.float32) * v1.to(tl.float32), 1)
+    s = row_products(q0, q1, k0, k1, D1)
+    dp = row_products(g0, g1, v0, v1, D1)
     p, p_out, factor, bend, slope = tile_probabilities(
         s, shift, key, key, key, key, q_pos, k_pos, 0, None, begin, stop, begin, span, bias_ptr, head, row_word, word,
         0, 0, 0, centre, extra, threshold, scale, softcap, inv_ramp, keep_scale, 1, 1, SOFTCAP, False, True, True,
