@@ -26,11 +26,14 @@ slot          a row of a part: a position in natural or gathered order, or empty
               and puts them back
 tile          ``block_q x block_k`` pairs of slots; a block list (``layout``) names the tiles of each row of tiles
 lane          one head of one sequence of the batch, ``batch * heads + head``; query heads of a group share a key lane
+              (``lanes``); in ``vectors.h`` also a number of a vector
 group         sequences of equal shape, stacked (``attend.BatchGroup``, ``grouped.Group``); in the kernels the query
               heads of one key head, each a member
 piece         some heads of some rows of a part, as a CPU holds at a time where slots are gathered (``pieces``); in
               the C++ kernels also one of the sums that a key lane's gradients are added up in
-means         a position that stands in several slots, each a softmax of its own, gets their mean (Routing)
+unit          in the C++ kernels the number of a tile's block or segment, and the machine's own circuits for products
+              (``units.h``); in Triton's sums the step of fixed-point numbers
+means         a position that stands in several slots, each a softmax of its own, gets their mean (``means``; Routing)
 gate          a factor of a probability before it is normalised: spans in the kernels, a learned mask in ``gated``
 term          what a query, or a key, adds to a score by the distance to the other side: a row of numbers for each
               token, by buckets of distances (DeBERTa; ``parts.DistanceTerm``)
@@ -41,9 +44,10 @@ rule          makes a plan from data, by a name that an operator's arguments can
 reads, runs   of a decoding step: what each row reads, as runs ``(first, end, step)`` of positions (``reads``)
 ============  ======================================================================================================
 
-Around them: ``counts`` (the pairs that a plan keeps), ``data_layout`` (block lists made from data), ``random`` (bits of
-dropout), ``transforms`` (autograd and ``torch.func``), ``graphs`` (torch.compile, CUDA graphs), ``host`` (a caller's
-default device and autocast), ``memory`` (freed memory on a CPU).
+Around them: ``sequences`` (where those of a batch stand in its rows), ``counts`` (the pairs that a plan keeps),
+``data_layout`` (block lists made from data), ``random`` (bits of dropout), ``transforms`` (autograd, ``torch.func``),
+``graphs`` (torch.compile, CUDA graphs), ``host`` (a caller's default device and autocast), ``memory`` (freed memory on
+a CPU).
 
 What repeats to the bit, strongest first (same machine, same versions, same inputs):
 

@@ -16,6 +16,9 @@ from sa_hf.ops.pieces import Piece, pieces
 from sa_hf.ops.slots import add_slots, merge_into, take
 from sa_hf.ops.transforms import needs_derivative
 
+# What each engine's decoding says of ``ScoreOptions.terms``; a call with them is run as a plan (``patterns.steps``).
+NO_TERMS = "its decode kernel has no terms of each query or key with the distance"
+
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
@@ -48,6 +51,8 @@ class Engine(ABC):
 
     def cannot_decode(self, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> str | None:
         """Why :meth:`decode` cannot take a step, or None: :meth:`unsupported` with what a kernel for decoding lacks."""
+        if options.terms != (None, None):
+            return NO_TERMS
         lacking = needs_derivative(query, key, value, *options.learned)
         return self.unsupported(query, options) if lacking is None else f"its decode kernel {lacking}"
 

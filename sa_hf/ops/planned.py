@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,12 +15,18 @@ from torch import Tensor
 from sa_hf.errors import SparseAttentionError
 from sa_hf.ops.choice import choose_engine
 from sa_hf.ops.engine import Engine
-from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, eager, tracing
+from sa_hf.ops.graphs import OUTSIDE_COMPILED_GRAPHS, tracing
 from sa_hf.ops.host import own_rules
 from sa_hf.ops.means import Means, means_backward, means_forward
 from sa_hf.ops.parts import Part, ScoreOptions
 from sa_hf.ops.run import empty_output, laid_out, plan_backward, plan_forward
-from sa_hf.ops.transforms import differentiable, refuse_for_onnx, refuse_second_derivative, refuse_traced_transforms
+from sa_hf.ops.transforms import (
+    OperatorCall,
+    differentiable,
+    refuse_for_onnx,
+    refuse_second_derivative,
+    refuse_traced_transforms,
+)
 from sa_hf.ops.widths import at_one_width
 
 NO_LIMIT = -1  # stands for None among the numbers of a rule
@@ -152,25 +157,11 @@ _planned.register_autograd(_backward, setup_context=_setup)
 _planned_backward.register_autograd(refuse_second_derivative)
 
 
-@dataclass(frozen=True, eq=False)
-class _PlannedCall:
-    """The call without the operator, but where a mode or a subclass has to see one."""
-
-    differentiable: ClassVar[int] = 6
-    outputs: ClassVar[int] = 4
-
-    rest: tuple[Any, ...]
-
-    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        run: Callable[..., tuple[Tensor, ...]] = _forward if eager(*tensors) else _planned
-        return run(*tensors, *self.rest)
-
-    def gradients(
-        self, grad: Tensor, outputs: Sequence[Tensor], tensors: Sequence[Tensor | None]
-    ) -> tuple[Tensor, ...]:
-        run: Callable[..., tuple[Tensor, ...]] = _gradients if eager(grad, *tensors) else _planned_backward
-        grads = run(grad, *outputs, *tensors, *self.rest)
-        return tuple(g for x, g in zip(tensors[: self.differentiable], grads, strict=True) if x is not None)
+class _PlannedCall(OperatorCall):
+    differentiable = 6
+    outputs = 4
+    functions = _forward, _gradients
+    operators = _planned, _planned_backward
 
     def widened(self, copies: int, batch: int, mapped: Sequence[bool | None]) -> _PlannedCall | None:
         # A table and the sinks are one for the batch, dropout counts its sequences, and only a rule knows whose its

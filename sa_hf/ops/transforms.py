@@ -6,14 +6,16 @@ second derivative are refused, never left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from sa_hf.errors import SparseAttentionError
+from sa_hf.ops.graphs import eager
 
 _ELSEWHERE = (
     "Eager dense attention has it: `with sa_hf.dense(model)` around a model with attn_implementation='eager', or "
@@ -80,6 +82,33 @@ class Call(Protocol):
         Args: mapped: of each tensor of the call, whether it differs from copy to copy (None: it is None).
         """
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class OperatorCall:
+    """A :class:`Call` of a registered operator, by the function behind it where nothing has to see an operator.
+
+    Args: rest: the arguments behind the tensors.
+    """
+
+    differentiable: ClassVar[int]
+    outputs: ClassVar[int]
+    # Forward and backward, as functions and as operators.
+    functions: ClassVar[tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]]
+    operators: ClassVar[tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]]
+
+    rest: tuple[Any, ...]
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        forward, _ = self.functions if eager(*tensors) else self.operators
+        return forward(*tensors, *self.rest)
+
+    def gradients(
+        self, grad: Tensor, outputs: Sequence[Tensor], tensors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        _, backward = self.functions if eager(grad, *tensors) else self.operators
+        grads = backward(grad, *outputs, *tensors, *self.rest)
+        return tuple(g for x, g in zip(tensors[: self.differentiable], grads, strict=True) if x is not None)
 
 
 def given(tensors: Sequence[Tensor | None]) -> list[Tensor]:

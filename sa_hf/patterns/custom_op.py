@@ -7,10 +7,10 @@ place), the sequences as a flat list of integers. Everything else is rebuilt, an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, ClassVar, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,7 +26,13 @@ from sa_hf.ops.parts import Band, DistanceTerm, Part, ScoreOptions
 from sa_hf.ops.run import empty_output, laid_out
 from sa_hf.ops.sequences import PendingSequences, Sequences, Span, WholeRows
 from sa_hf.ops.slots import examine_slots
-from sa_hf.ops.transforms import differentiable, refuse_for_onnx, refuse_second_derivative, refuse_traced_transforms
+from sa_hf.ops.transforms import (
+    OperatorCall,
+    differentiable,
+    refuse_for_onnx,
+    refuse_second_derivative,
+    refuse_traced_transforms,
+)
 from sa_hf.ops.widths import at_one_width
 from sa_hf.patterns.base import StaticPatternConfig, finished_plan
 
@@ -204,25 +210,11 @@ _static_attention.register_autograd(_backward, setup_context=_setup)
 _static_attention_backward.register_autograd(refuse_second_derivative)
 
 
-@dataclass(frozen=True, eq=False)
-class _StaticCall:
-    """The operator's call under function transforms, modes and subclasses."""
-
-    differentiable: ClassVar[int] = 7
-    outputs: ClassVar[int] = 2
-
-    rest: tuple[Any, ...]
-
-    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        run: Callable[..., tuple[Tensor, ...]] = _forward if eager(*tensors) else _static_attention
-        return run(*tensors, *self.rest)
-
-    def gradients(
-        self, grad: Tensor, outputs: Iterable[Tensor], tensors: Sequence[Tensor | None]
-    ) -> tuple[Tensor, ...]:
-        run: Callable[..., tuple[Tensor, ...]] = _gradients if eager(grad, *tensors) else _static_attention_backward
-        grads = run(grad, *outputs, *tensors, *self.rest)
-        return tuple(g for x, g in zip(tensors[: self.differentiable], grads, strict=True) if x is not None)
+class _StaticCall(OperatorCall):
+    differentiable = 7
+    outputs = 2
+    functions = _forward, _gradients
+    operators = _static_attention, _static_attention_backward
 
     def widened(self, copies: int, batch: int, mapped: Sequence[bool | None]) -> _StaticCall | None:
         # A table, the sinks and buckets are one for the batch, dropout counts its sequences.

@@ -15,9 +15,11 @@ from torch import Tensor
 import sa_hf
 from sa_hf.hf.caches import sparse
 from sa_hf.hf.forward import adapter
-from sa_hf.ops.cpp.kernels import why_not
+from sa_hf.ops.choice import CPP
+from sa_hf.ops.parts import ScoreOptions
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no C++ kernels: {why_not()}")
+CANNOT = CPP.unsupported(torch.zeros(1, 1, 1, 16), ScoreOptions(1.0))
+pytestmark = pytest.mark.skipif(CANNOT is not None, reason=str(CANNOT))
 # BigBird's layers have random blocks of their own, SparseBERT's here a mask each.
 LISTED = [name for name in PATTERNS if name in ("window", "longnet", "logsparse", "fixed", "bigbird", "star")]
 LISTED += ["sparsebert", "sparsebert frozen"]

@@ -16,7 +16,7 @@ from sa_hf import SparseAttentionError, available_patterns
 from sa_hf.layer import Geometry
 from sa_hf.ops.attend import attend
 from sa_hf.ops.choice import CPP, TILES, choose_engine
-from sa_hf.ops.cpp.kernels import why_not
+from sa_hf.ops.decode import decode_attention
 from sa_hf.ops.engine import Engine
 from sa_hf.ops.parts import Band, DistanceTerm, Part, ScoreOptions
 from sa_hf.ops.reference import dense_attention, part_multiplicity
@@ -26,7 +26,9 @@ from sa_hf.patterns.base import StaticPatternConfig, dense_multiplicity
 from sa_hf.patterns.custom_op import layer_key, static_attention
 
 N, HEADS = 70, 4
-ENGINES: list[Any] = [TILES, pytest.param(CPP, marks=pytest.mark.skipif(why_not() is not None, reason=str(why_not())))]
+CANNOT = CPP.unsupported(torch.zeros(1, 1, 1, 16), ScoreOptions(1.0))
+needs_kernels = pytest.mark.skipif(CANNOT is not None, reason=str(CANNOT))
+ENGINES: list[Any] = [TILES, pytest.param(CPP, marks=needs_kernels)]
 on_each_engine = pytest.mark.parametrize("engine", ENGINES, ids=["torch", "native"])
 
 
@@ -211,8 +213,11 @@ def test_memory_does_not_grow_with_the_square() -> None:
 def test_engines_that_have_no_terms_say_so_and_the_next_one_runs() -> None:
     q = torch.zeros(2, HEADS, N, 16)
     assert choose_engine("auto", q.double(), options()) is TILES
-    assert choose_engine("auto", q, options()) is (CPP if why_not() is None else TILES)
-    assert "no terms" in str(CPP.cannot_decode(q, q, q, options()))
+    assert choose_engine("auto", q, options()) is (CPP if CANNOT is None else TILES)
+    for engine in (CPP, TILES):
+        assert "no terms" in str(engine.cannot_decode(q, q, q, options()))
+    with pytest.raises(SparseAttentionError, match="no terms"):
+        decode_attention(q, q, q, torch.zeros(1, 1, N, 1, dtype=torch.int64), options(), "torch")
     assert "no terms" in str(_input_reason(q, options()))
     assert _input_reason(q, ScoreOptions(0.25)) is None
     with pytest.raises(SparseAttentionError, match="engine 'triton' cannot serve"):
@@ -230,7 +235,7 @@ def test_a_part_twice_is_a_key_twice() -> None:
     assert rms_ratio(twice, dense_attention(q, k, v, counts, made)[0]) < 1e-5
 
 
-@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@needs_kernels
 def test_few_lanes_and_many_threads_in_c_plus_plus() -> None:
     """Pieces of one lane add to the values of the same keys; twice the same bits."""
     threads = torch.get_num_threads()

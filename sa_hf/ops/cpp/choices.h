@@ -1,4 +1,7 @@
 // What a step of decoding chooses by content: the centroid next to a vector, the blocks whose pooled keys fit a query.
+//
+// Shapes: query and key rows [depth]; pooled keys [blocks, depth]; centroids [kv_heads, count, depth]; what is chosen
+// [batch, heads, rows] (clusters), with ``most`` of each (blocks).
 #pragma once
 
 #include <vector>
@@ -100,23 +103,23 @@ static void centred(const float* from, int64_t depth, float* to) {
 // The first of the centroids that are the nearest to the LayerNorm of each query and key.
 extern "C" void sa_hf_nearest(const ClusterCall* call) {
     const ClusterCall& c = *call;
-    const int64_t group = c.heads / c.kv_heads, members = c.batch * c.rows * (group + 1);
-    std::vector<float> vectors(members * c.depth), unit(c.depth), most(members);
-    std::vector<int64_t*> out(members);
+    const int64_t group = c.heads / c.kv_heads, total = c.batch * c.rows * (group + 1);
+    std::vector<float> vectors(total * c.depth), unit(c.depth), most(total);
+    std::vector<int64_t*> out(total);
     for (int64_t head = 0; head < c.kv_heads; ++head) {
-        for (int64_t n = 0; n < members; ++n) {
+        for (int64_t n = 0; n < total; ++n) {
             const int64_t of = n % (group + 1), row = n / (group + 1) % c.rows, batch = n / (group + 1) / c.rows;
-            const int64_t lane = of < group ? head * group + of : head;
+            const int64_t own = of < group ? head * group + of : head;
             const Rows& rows = of < group ? c.query : c.key;
-            turn_back(c, batch, row, rows.of<float>(batch, lane) + row * rows.step, vectors.data() + n * c.depth);
-            out[n] = of < group ? c.of_queries + (batch * c.heads + lane) * c.rows + row
-                                : c.of_keys + (batch * c.kv_heads + lane) * c.rows + row;
+            turn_back(c, batch, row, rows.of<float>(batch, own) + row * rows.step, vectors.data() + n * c.depth);
+            out[n] = of < group ? c.of_queries + (batch * c.heads + own) * c.rows + row
+                                : c.of_keys + (batch * c.kv_heads + own) * c.rows + row;
             *out[n] = 0;
             most[n] = -INF;
         }
         for (int64_t k = 0; k < c.count; ++k) {
             centred(c.centroids + (head * c.count + k) * c.depth, c.depth, unit.data());
-            for (int64_t n = 0; n < members; ++n) {
+            for (int64_t n = 0; n < total; ++n) {
                 const float score = product_of(vectors.data() + n * c.depth, unit.data(), c.depth);
                 if (score > most[n]) most[n] = score, *out[n] = k;
             }

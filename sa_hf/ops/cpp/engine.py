@@ -37,8 +37,6 @@ class CppEngine(Engine):
             return f"its decode kernel takes query, key and value in one of {list(ELEMENTS)}, not in {given}"
         if options.extra_tokens:
             return "its decode kernel knows no extra tokens"
-        if options.terms != (None, None):
-            return "its decode kernel has no terms of each query or key with the distance"
         return super().cannot_decode(query, key, value, options)
 
     def forward(

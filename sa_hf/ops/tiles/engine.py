@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sa_hf.ops.engine import Engine, Gradients
+from sa_hf.ops.engine import NO_TERMS, Engine, Gradients
 from sa_hf.ops.lanes import Lanes, Places
 from sa_hf.ops.memory import keep_freed_memory
 from sa_hf.ops.parts import BlockPart, Part, ScoreOptions
@@ -26,7 +26,7 @@ class TileEngine(Engine):
         return None
 
     def cannot_decode(self, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> str | None:
-        return None
+        return None if options.terms == (None, None) else NO_TERMS
 
     def forward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions
