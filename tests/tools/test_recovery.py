@@ -173,6 +173,26 @@ def test_each_method_trains_a_decoder(toy: Decoder, method: str, tmp_path: Path)
     assert not pooled(one.rows, "decoder")  # rows of the tuning split are reported nowhere
 
 
+def test_a_search_for_masks_ends_at_its_step(
+    toy: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setitem(grid.PATTERNS, "decoder", {
+        "dense": grid.DECODER["dense"], "sparsebert": sa_hf.SparseBertAttentionConfig(mask_length=16),
+    })  # fmt: skip
+    monkeypatch.setitem(grid.FROZEN_AFTER, "sparsebert", 2)
+    learned: list[int] = []
+
+    def measure(self: Run, model: Any) -> tuple[dict[str, list[float]], None]:
+        learned.append(sum("logits" in name for name, _ in model.named_parameters()))
+        return {"bits per byte": [1.0]}, None
+
+    monkeypatch.setattr(Run, "_items", measure)
+    one = Run("decoder", toy, Rows(tmp_path / "rows.jsonl"), tmp_path, split="tuning")
+    one.run(grid.chains("decoder", ["sparsebert"], ["distill"], [0], [1, 2, 4], "tuning"))
+    assert learned == [0, 1, 1, 0]  # dense; in the search; at its end; without one
+    assert {row["settings"].get("frozen_after") for row in one.rows if row["step"]} == {2}
+
+
 def test_the_base_is_not_taken_for_another(toy: Decoder, small_corpus: Any, tmp_path: Path) -> None:
     other = Decoder(toy.folder, decoder.Sizes())
     with pytest.raises(sa_hf.SparseAttentionError, match="other sizes"):

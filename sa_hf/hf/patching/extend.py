@@ -6,8 +6,9 @@ import copy
 from typing import Any, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from sa_hf.hf.state.extension import Extension, no_length, own_configs, plan_extension
+from sa_hf.hf.state.extension import left_to_the_limit, no_length, own_configs, plan_extension
 from sa_hf.hf.state.patch import Patch, patch_of
 from sa_hf.hf.state.positions import LIMIT, position_limit
 from sa_hf.hf.state.sites import root_model
@@ -15,19 +16,27 @@ from sa_hf.hf.state.sites import root_model
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def keep_extension(patch: Patch, extension: Extension) -> None:
-    """Make a lengthening outlast the patch: the configs that ``unpatch_model`` puts back get the new limits."""
+def _keep(root: PreTrainedModel, patch: Patch, scaled: bool) -> None:
+    """Make a lengthening outlast the patch: the configs that ``unpatch_model`` puts back say what the live ones do, and
+    it cuts nothing back, as the length that the patch was given is no longer one.
+
+    Args: scaled: it gave ``rope_parameters``.
+    """
     memo: dict[int, Any] = {}
     for place, (name, attribute, original) in enumerate(patch.originals):
-        kept = copy.deepcopy(original, memo)
-        for key, value in extension.changed.items():
-            if key != LIMIT and getattr(kept, key, None) is not None:
-                setattr(kept, key, value)
-        limit = getattr(kept, LIMIT, None)
-        before = patch.extension.limits if patch.extension is not None else {}
-        if isinstance(limit, int) and before.get(limit, limit) in extension.limits:
-            setattr(kept, LIMIT, extension.limits[before.get(limit, limit)])
+        kept, live = copy.deepcopy(original, memo), getattr(root.get_submodule(name), attribute)
+        limit = getattr(live, LIMIT, None)
+        if isinstance(limit, int) and limit != getattr(kept, LIMIT):
+            for field, value in left_to_the_limit(kept).items():
+                setattr(kept, field, value)
+            setattr(kept, LIMIT, limit)
+        if scaled and isinstance(getattr(kept, "rope_parameters", None), dict):
+            kept.rope_parameters = copy.deepcopy(live.rope_parameters)
         patch.originals[place] = name, attribute, kept
+    if patch.extension is not None:
+        patch.extension.tables, patch.extension.buffers, patch.extension.limits = [], [], {}
+    if patch.extension is not None and scaled:
+        patch.extension.rotary = {}
 
 
 def extend_positions(
@@ -39,6 +48,7 @@ def extend_positions(
         tokenizer: gets the new limit. Without one a warning says, once for a model, that the tokenizer still cuts at
             its own.
         rope_parameters: RoPE scaling, as in Transformers' configs, e.g. ``{"rope_type": "yarn", "factor": 4.0}``.
+            Of "dynamic", as in ``patch_model``, the config's limit stays.
 
     Returns:
         The model itself.
@@ -54,7 +64,7 @@ def extend_positions(
     patch = patch_of(root)
     if patch is None:
         own_configs(root)
-    extension = plan.apply(root, before=None)
+    plan.apply(root, before=None)
     if patch is not None:
-        keep_extension(patch, extension)
+        _keep(root, patch, scaled=rope_parameters is not None)
     return model

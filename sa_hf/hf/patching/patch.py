@@ -58,7 +58,8 @@ def patch_model(
         layers: "0-3,6" or a list of places in the stack; None is all.
         max_length: lengthen the model to this many tokens, as ``extend_positions`` does; ``unpatch_model`` undoes it.
         tokenizer: gets the new limit, too; without one a warning says that it still cuts at its own.
-        rope_parameters: RoPE scaling of a lengthened model.
+        rope_parameters: RoPE scaling of a lengthened model. Of ``rope_type="dynamic"``, which scales what is longer
+            than the config's ``max_position_embeddings``, that number stays.
         engine: "auto", "triton", "native" or "torch"; what cannot serve a call raises when the model runs.
         options: fields of the config.
 

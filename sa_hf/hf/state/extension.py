@@ -4,6 +4,8 @@ Learned tables of absolute positions are lengthened by tiling: row ``p`` beyond 
 Longformer and BigBird do with RoBERTa's). Sinusoidal tables go on by the model's own formula (Marian's, Pegasus's,
 DistilBERT's option): Transformers computes many of them anew at each load. RoPE computes its angles and needs no
 table; ``rope_parameters`` sets the scaling. Of several towers (``EncoderDecoderModel``) each has a limit of its own.
+
+What else a model reads off its limit stays (:func:`left_to_the_limit`): the loaded model is the one that was saved.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from sa_hf.hf.state.positions import (
 from sa_hf.hf.state.towers import language_modules
 
 TRAINED_LIMIT = "original_max_position_embeddings"
+DISTANCES = ("relative_attention", "alibi")  # fields of configs
 # Buffers with one entry per position, and what stands at position p.
 BUFFERS = ("position_ids", "token_type_ids")
 # Models that were lengthened with their tokenizer, or without it and with a warning: one is enough.
@@ -45,6 +48,12 @@ _told_of_tokenizer: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 def grows_by_itself(root: PreTrainedModel) -> bool:
     """Whether a model computes its table of sinusoids anew where an input is longer (M2M100, XGLM)."""
     return any(hasattr(m, "make_weights") for name, m in language_modules(root) if name.rpartition(".")[2] in TABLES)
+
+
+def knows_distances_alone(root: PreTrainedModel) -> bool:
+    """Whether nothing but its config bounds the input of a model without a table: its attention has buckets of
+    distances (DeBERTa-v3), or ALiBi."""
+    return any(getattr(config, name, False) is True for config in configs_of(root) for name in DISTANCES)
 
 
 def computed_rows(root: PreTrainedModel, table: Table, rows: int) -> Tensor | None:
@@ -173,7 +182,10 @@ class ExtensionPlan:
             done.tables.append(table)
         for config, limit in limits:
             old = getattr(config, LIMIT)
-            if limit < self.max_length:
+            if limit < self.max_length and not _is_dynamic(self._rope_of(config)):
+                for name, value in left_to_the_limit(config).items():
+                    done.changed[name] = value
+                    setattr(config, name, value)
                 # RoBERTa counts the rows before its first position into the limit of its config, BERT has none.
                 done.limits[old] = self.max_length + old - limit
                 setattr(config, LIMIT, done.limits[old])
@@ -192,10 +204,16 @@ class ExtensionPlan:
                     setattr(module, buffer, longer)
                     done.buffers.append((name, buffer, old))
 
+    def _rope_of(self, config: Any) -> Any:
+        """A config's ``rope_parameters`` after the lengthening."""
+        own = getattr(config, "rope_parameters", None)
+        given = isinstance(own, dict) and self.rope_parameters is not None
+        return scaled_rope(config, self.rope_parameters or {}, self.limit) if given else own
+
     def _scale_rope(self, root: PreTrainedModel, done: Extension) -> None:
         for config in configs_of(root):
             if isinstance(getattr(config, "rope_parameters", None), dict):
-                merged = scaled_rope(config, self.rope_parameters or {}, self.limit)
+                merged = self._rope_of(config)
                 config.rope_parameters = merged
                 done.changed["rope_parameters"] = merged
         for name, module in rotary_modules(root).items():
@@ -220,6 +238,42 @@ def scaled_rope(config: Any, rope_parameters: dict[str, Any], limit: int | None)
             kind: {**trained, **value, **given} if isinstance(value, dict) else value for kind, value in own.items()
         }
     return {**trained, **own, **given}
+
+
+def left_to_the_limit(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config leaves to its limit, said outright: fields with the values that they have by it now.
+
+    A model that is built under a longer limit has others: DeBERTa's longest distance (its buckets, the size of their
+    table), the factor of YaRN and LongRoPE that is the limit over the length of the training.
+    """
+    limit, found = getattr(config, LIMIT), {}
+    if getattr(config, "relative_attention", False) and getattr(config, "max_relative_positions", 1) < 1:
+        found["max_relative_positions"] = limit
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict):
+        said = {kind: _with_factor(part, limit) for kind, part in _by_kind(rope).items()}
+        if said != _by_kind(rope):
+            found["rope_parameters"] = said if said.keys() != {None} else said[None]
+    return found
+
+
+def _with_factor(rope: Any, limit: int) -> Any:
+    trained = rope.get(TRAINED_LIMIT) if isinstance(rope, dict) else None
+    if trained is None or rope.get("rope_type") not in ("yarn", "longrope") or rope.get("factor") is not None:
+        return rope
+    return {**rope, "factor": limit / trained}
+
+
+def _is_dynamic(rope: Any) -> bool:
+    """Whether rotary angles are scaled as soon as an input is longer than the config's limit, which then has to stay
+    that of the training ("dynamic", of any kind of layer)."""
+    parts = _by_kind(rope).values() if isinstance(rope, dict) else ()
+    return any(isinstance(part, dict) and "dynamic" in str(part.get("rope_type")) for part in parts)
+
+
+def _by_kind(rope: dict[Any, Any]) -> dict[Any, Any]:
+    """``rope_parameters`` by the kind of layer; under None where all layers have the same."""
+    return rope if any(isinstance(value, dict) for value in rope.values()) else {None: rope}
 
 
 def rotary_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
@@ -259,7 +313,7 @@ def plan_extension(
             "interpolate_pos_encoding=True instead of max_length"
         )
     if limit is not None and max_length > limit:
-        if not tables and not rotary and not grows_by_itself(root):
+        if not (tables or rotary or grows_by_itself(root) or knows_distances_alone(root)):
             raise UnsupportedModelError(
                 f"{type(root).__name__} takes {limit} tokens, and neither a table of absolute positions nor a rotary "
                 "embedding that could be lengthened was found"
@@ -273,7 +327,8 @@ def plan_extension(
                     f"no config of {type(root).__name__} has a {LIMIT} that sizes its table {table.name!r}, so a "
                     "longer one could not be loaded again; its positions cannot be lengthened"
                 )
-        if rotary and not tables and rope_parameters is None:
+        scales = any(_is_dynamic(getattr(config, "rope_parameters", None)) for config in configs_of(root))
+        if rotary and not tables and rope_parameters is None and not scales:
             warnings.warn(
                 f"max_length={max_length} is above the {limit} tokens that the rotary embedding was trained on; "
                 "without rope_parameters (e.g. {'rope_type': 'yarn', 'factor': 4.0}) it extrapolates",

@@ -90,6 +90,9 @@ DECODER: dict[str, Assigned] = {
     "star, one layer dense": _one_layer_dense(StarAttentionConfig(ring=False)),
 }  # fmt: skip
 
+# Rows whose learned masks are searched for so many steps, which run dense, and then fixed: the other steps run sparse.
+FROZEN_AFTER = {"sparsebert, one layer dense": 30}
+
 # At 768 positions, 12 heads, 6 layers. Expire-Span is causal only.
 ENCODER: dict[str, Assigned] = {
     DENSE: _DENSE,

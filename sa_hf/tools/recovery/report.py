@@ -10,6 +10,7 @@ from sa_hf.tools.recovery import grid
 from sa_hf.tools.recovery.grid import (
     DENSE,
     ENOUGH,
+    FROZEN_AFTER,
     MAX_DENSITY,
     NOT_SERVED,
     ONE_LAYER_DENSE,
@@ -28,6 +29,7 @@ from sa_hf.tools.recovery.rows import Rows
 NAME = "recovery"
 TAUGHT = "distill"  # the method of the README's table
 _JUDGED = "; ".join(f"{part}: {', '.join(names)}" for part, names in JUDGED.items())
+_SEARCHED = ", ".join(f"*{pattern}* after {steps} steps" for pattern, steps in FROZEN_AFTER.items())
 INTRODUCTION = f"""# What a pattern loses, and after how many steps it is back
 
 A trained dense model gets a pattern, at {MAX_DENSITY:.0%} of dense attention's pairs or less, and is trained on.
@@ -43,6 +45,7 @@ stopped; [recovery.jsonl](results/recovery.jsonl) has a line for every cell, wit
   document among the 500. *Agreement*: cosine similarity of a document's embedding to the dense lengthened model's.
 - *Methods*: all weights trained on (plain), by the model's own dense attention as the teacher beside the task's loss
   (distill: `SparseTrainer(distill=...)`, the decoder's logits, the encoder's attention outputs), and LoRA of both.
+- Learned masks are searched for, which runs dense, and then fixed (`freeze_masks`): {_SEARCHED}.
 - Files to train on, to choose settings on and to report on are three splits without a common file; the settings of the
   methods are set by hand so far, none was chosen on figures. Intervals: {COVERAGE:.0%}, by
   {RESAMPLES:,} bootstrap samples of the items (prompts, chunks, documents), seeds averaged first.

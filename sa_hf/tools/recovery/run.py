@@ -100,6 +100,8 @@ class Run:
             return
         method = grid.METHODS[self.part][chain.method]
         settings = method.settings()
+        if chain.pattern in grid.FROZEN_AFTER:
+            settings["frozen_after"] = grid.FROZEN_AFTER[chain.pattern]
         train(
             model, chain.pattern, method, self._batches(chain.seed), sorted(missing), chain.seed, measure,
             embeddings=self.part == "encoder",

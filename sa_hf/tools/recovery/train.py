@@ -12,10 +12,10 @@ import transformers
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from sa_hf import patch_model, prepare_peft
+from sa_hf import freeze_masks, patch_model, prepare_peft
 from sa_hf.hf.training.trainer import SparseTrainer
 from sa_hf.tools.recovery.encoder import contrastive_loss, embedded
-from sa_hf.tools.recovery.grid import DENSE, Assigned, Method
+from sa_hf.tools.recovery.grid import DENSE, FROZEN_AFTER, Assigned, Method
 
 WARM = 10  # steps until the rate is whole; it stays, so that step 30 of a long run is that of a short one
 LORA_RANK = 16
@@ -66,6 +66,17 @@ class AtSteps(transformers.TrainerCallback):
             model.train()
 
 
+class Freezing(transformers.TrainerCallback):
+    """Fixes the learned masks after a step: with the same outputs in evaluation, and from there on without a search."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.after:
+            freeze_masks(model)
+
+
 def sparse(model: Any, pattern: str, assigned: Assigned) -> Any:
     """The model with its pattern; the dense one as it is."""
     return model if pattern == DENSE else patch_model(model, assigned)
@@ -108,4 +119,6 @@ def train(
             distill=method.distill, distill_weight=method.weight,
         )  # fmt: skip
         trainer.add_callback(AtSteps(steps, measure))
+        if pattern in FROZEN_AFTER:
+            trainer.add_callback(Freezing(FROZEN_AFTER[pattern]))
         trainer.train()
