@@ -152,6 +152,17 @@ def test_a_models_own_trained_length_stays() -> None:
     assert model.config.rope_parameters["original_max_position_embeddings"] == 16
 
 
+def test_a_scaling_that_the_models_config_refuses_raises_at_once() -> None:
+    """Phi-3's takes LongRoPE alone, and says so when it is saved: after the training."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = tf.Phi3ForCausalLM(tf.Phi3Config(vocab_size=99, max_position_embeddings=64, **sizes, **ids))
+    with pytest.raises(SparseAttentionError, match=r"do not fit Phi3ForCausalLM.*'longrope'.*got yarn"):
+        sa_hf.patch_model(model, "star", max_length=256, rope_parameters=YARN)
+    assert not hasattr(model, "sa_hf_patch")
+    assert model.config.max_position_embeddings == 64
+
+
 def test_rope_without_scaling_warns() -> None:
     model = tiny_model("llama")
     with pytest.warns(UserWarning, match="extrapolates"):

@@ -375,11 +375,12 @@ def _check_rope(root: PreTrainedModel, rope_parameters: Any, limit: int | None) 
         try:
             config.rope_parameters = scaled_rope(config, rope_parameters, limit)
             type(module)(config=config)
+            getattr(config, "validate", lambda: None)()  # as its save does
         except Exception as error:  # whatever the model's own code raises on values that it cannot read
             asked = rope_parameters.get("rope_type", "default")
             raise SparseAttentionError(
                 f"rope_parameters={rope_parameters!r} do not fit {type(root).__name__}: {type(error).__name__}: "
-                f"{error}; each rope_type needs its own fields, and the types are {kinds}"
+                f"{' '.join(str(error).split())}; each rope_type needs its own fields, and the types are {kinds}"
                 f"{did_you_mean(str(asked), kinds) if asked not in kinds else ''}"
             ) from error
 
