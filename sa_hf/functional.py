@@ -84,8 +84,9 @@ def sparse_attention(
         return out
     if engine == "reference":
         return _oracle(inputs, config, layer_idx)
-    layer = layer_key(config, tuple(range(heads)), heads, layer_idx, causal, Band(), engine)
-    return static_attention(query, key, value, sequences, layer, static_options(query, scale, dropout))
+    all_heads = tuple(range(heads))
+    layer = layer_key(config, all_heads, heads, layer_idx, causal, Band(), engine)
+    return static_attention(query, key, value, sequences, layer, static_options(query, scale, dropout, all_heads))
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> None:

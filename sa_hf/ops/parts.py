@@ -248,14 +248,17 @@ class ScoreOptions:
     @property
     def learned(self) -> tuple[Tensor | None, ...]:
         """The tensors that have gradients: distance bias, spans, sinks, values of the query's and of the key's term."""
-        values = (None if term is None else term.values for term in self.terms)
-        return self.distance_bias, self.spans, self.sinks, *values
+        query, key = self.query_term, self.key_term  # plain: every call asks for them several times
+        return (
+            self.distance_bias, self.spans, self.sinks, None if query is None else query.values,
+            None if key is None else key.values,
+        )  # fmt: skip
 
     def with_learned(self, tensors: Sequence[Tensor | None]) -> ScoreOptions:
         """The options with these in the places of :attr:`learned`."""
-        if all(own is given for own, given in zip(self.learned, tensors, strict=True)):
-            return self
         bias, spans, sinks, *values = tensors
+        if [id(x) for x in self.learned] == [id(x) for x in tensors]:
+            return self
         query_term, key_term = (
             None if term is None or x is None else replace(term, values=x)
             for term, x in zip(self.terms, values, strict=True)

@@ -268,6 +268,8 @@ def _direct(
 ) -> Tensor:  # fmt: skip
     """The same call without the operator."""
     extra = sequences.extra_tokens
-    options = replace(options, softcap=options.softcap or None, spans=None, heads=_layer(layer)[1].heads)
-    engine = choose_engine(_layer(layer)[2], query, options)
+    _, at, name = _layer(layer)
+    if options.heads != at.heads or options.softcap == 0 or options.spans is not None:
+        options = replace(options, softcap=options.softcap or None, spans=None, heads=at.heads)
+    engine = choose_engine(name, query, options)
     return attend(query, key, value, sequences, _plan_for(layer, query.device, extra), options, engine)

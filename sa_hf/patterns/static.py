@@ -23,9 +23,11 @@ from sa_hf.patterns.steps import is_step, run_step, step_reads
 DECODE_CACHED = 4096
 
 
-def static_options(query: Tensor, scale: float, dropout: float) -> ScoreOptions:
+def static_options(
+    query: Tensor, scale: float, dropout: float, heads: tuple[int, ...] | None = None
+) -> ScoreOptions:  # fmt: skip
     """The options of a bare call."""
-    return ScoreOptions(scale, dropout=dropout, seed=dropout_seed(query, dropout))
+    return ScoreOptions(scale, dropout=dropout, seed=dropout_seed(query, dropout), heads=heads)
 
 
 def dropout_seed(query: Tensor, dropout: float) -> Tensor | None:
