@@ -57,7 +57,8 @@ guarantee                                   cpp         triton      tiles       
 the dropout mask, everywhere                yes         yes         yes         ``tests/ops/test_dropout_bits.py``
 output and gradients, twice                 yes         yes         yes         ``test_cpu_engines.py``,
                                                                                 ``triton/kernels/test_block.py``
-the output, whatever the number of threads  yes         no threads  no          the tiles' queries are one thread's
+the output, whatever the number of threads  yes         no threads  no          ``test_cpu_kernels.py``: the queries
+                                                                                of a tile are one thread's
 gradients, whatever the number of threads   no          no threads  no          key lanes are cut into pieces by it
 ==========================================  ==========  ==========  ==========  =================================
 

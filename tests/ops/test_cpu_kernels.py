@@ -121,6 +121,22 @@ def run(plan: list[Part], q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions
     return out, lse, plan_backward(plan, q, k, v, out, lse, out + 1, options, engine)
 
 
+def test_the_output_does_not_depend_on_the_number_of_threads() -> None:
+    """The table of what repeats in ``sa_hf/ops/__init__.py``."""
+    plan: list[Part] = [speckled(333, 4, 64, Band(None, 0)), OffsetsPart(333, (tuple(range(-20, 20)),), 3, 330)]
+    q, k, v = (draw(2, heads, 333, 32, seed=s) for s, heads in enumerate((4, 2, 2)))
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(plan_forward(plan, q, k, v, PLAIN, CPP))
+    finally:
+        torch.set_num_threads(before)
+    for out, lse in found[1:]:
+        assert torch.equal(out, found[0][0])
+        assert torch.equal(lse, found[0][1])
+
+
 def all_of(result: tuple[Tensor, Tensor, Gradients]) -> list[Tensor]:
     out, lse, grads = result
     return [out, lse, grads.query, grads.key, grads.value]
