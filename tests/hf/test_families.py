@@ -141,12 +141,12 @@ def test_minilm_with_a_ragged_batch() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: tf.XLNetModel(tf.XLNetConfig(d_model=32, n_layer=2, n_head=4, d_inner=64, vocab_size=99)),
+        lambda: tf.YosoModel(tf.YosoConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)),
         lambda: tf.IBertModel(
             tf.IBertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
         ),
     ],
-    ids=["xlnet", "ibert"],
+    ids=["yoso", "ibert"],
 )
 def test_unsupported_models_raise_and_stay(make: object) -> None:
     model = make()

@@ -91,6 +91,6 @@ def test_what_does_not_run_is_not_built_and_what_is_refused_says_why() -> None:
     missing = check(Entry("NoSuchModel", "bert", "AutoModel"))
     assert missing.status == NOT_BUILT
     assert "NoSuchModel" in missing.reason
-    refused = check(ENTRIES["XLNetModel"], quick=True)
+    refused = check(ENTRIES["YosoModel"], quick=True)
     assert refused.status == "refused"
     assert "AttentionInterface" in refused.reason

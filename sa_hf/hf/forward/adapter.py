@@ -20,10 +20,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from sa_hf.config import SparseAttention
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.forward.convolution import ConvTaps
+from sa_hf.hf.forward.indexed import with_chosen_keys
+from sa_hf.hf.forward.joined import packed_mask, sparse_mask
 from sa_hf.hf.forward.keys import check_reach, give_keys
 from sa_hf.hf.forward.keywords import SINKS, TERMS, refuse_attentions, unknown_keywords
 from sa_hf.hf.forward.layer_input import NO_CACHE_IN_GRAPHS, LayerCall
-from sa_hf.hf.forward.masks import MaskRequest, check_no_past, packed_mask, said_ids, sparse_mask, traced_sequences
+from sa_hf.hf.forward.masks import MaskRequest, check_no_past, said_ids, traced_sequences
 from sa_hf.hf.forward.position_bias import expanded_bias, expanded_terms
 from sa_hf.hf.forward.ready_masks import read_mask, sequences_twice
 from sa_hf.hf.forward.repeated import repeated_step, settle_step
@@ -73,9 +75,12 @@ def sparse_attention_forward(
             f"a mask of shape {tuple(attention_mask.shape)} reached {type(module).__name__}; sparse attention takes a "
             "2-D mask [batch, length] (1 real, 0 padding), given to the model"
         )
-    if isinstance(attention_mask, MaskRequest) and attention_mask.joined is not None:
+    joined = attention_mask.joined if isinstance(attention_mask, MaskRequest) else None
+    # A layer left dense takes the masks of its own tokens and of the encoder's as one.
+    if joined is not None and (isinstance(joined, Tensor) or isinstance(child, SparseAttention)):
+        what = "numbers" if isinstance(joined, Tensor) else "another mask"
         raise SparseAttentionError(
-            f"the model joins numbers to the mask of {type(module).__name__}, which sparse attention does not know and "
+            f"the model joins {what} to the mask of {type(module).__name__}, which sparse attention does not know and "
             "would have to drop"
         )
     if not isinstance(child, SparseAttention):
@@ -350,6 +355,7 @@ def _dense_forward(
     request = mask if isinstance(mask, MaskRequest) else None
     if request is not None:
         mask = request.dense(place.original, place.extra_tokens, _given(place, request, kwargs))
+    mask = with_chosen_keys(module, mask, query, key, kwargs)
     # Cross-attention computes its own bias, which is no table, and so do conformers.
     bias = kwargs.get("position_bias")
     if bias is not None and place.spec is not None and bias.shape[2:] != (query.shape[2], key.shape[2]):

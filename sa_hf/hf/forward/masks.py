@@ -7,7 +7,6 @@ from it; layers left dense have the original mask built from it, once.
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import torch
@@ -37,8 +36,8 @@ class MaskRequest:
         query_offset: tokens in the cache before this call; ``key_offset``: tokens that the cache no longer holds.
         whole: the request that this one is the last queries of, or None.
         cuts: the model tells sequences apart by itself, so that a call may not.
-        joined: numbers that the model joined to its mask (Falcon's ALiBi), for layers that know them; ``unjoined``: the
-            request without them.
+        joined: what the model joined to its mask (``joined.py``), for layers that know it; ``unjoined``: the request
+            without it.
     """
 
     ndim = 4
@@ -55,7 +54,7 @@ class MaskRequest:
         self.given = handed_over()
         self.whole: MaskRequest | None = None
         self.cuts = False
-        self.joined: Tensor | None = None
+        self.joined: Tensor | MaskRequest | None = None
         self.unjoined = self
         self._dense: dict[tuple[str, int], Any] = {}
         self._sequences: dict[int, Sequences] = {}
@@ -244,27 +243,6 @@ class MaskRequest:
         return {**self.arguments, **kept, "mask_function": function}
 
 
-class JoinableRequest(MaskRequest):
-    """One that a model joins numbers to, as Falcon its ALiBi: ``torch.masked_fill(numbers, mask < -1, least)``. What
-    else computes with a mask fails, as with any, and the probe says where."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.arguments.get("dtype", torch.float32)
-        return dtype
-
-    def __lt__(self, bound: Any) -> MaskRequest:
-        return self
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if function is not torch.masked_fill or kwargs or not isinstance(args[1], JoinableRequest):
-            return NotImplemented
-        request = copy(args[1])
-        request.joined = args[0]
-        return request
-
-
 def check_no_past(keys: int, total: int) -> None:
     """That a layer which is not causal reads the keys of its own tokens: positions of other keys would be unknown.
 
@@ -311,31 +289,6 @@ def traced_sequences(
         return whole_rows(batch, length, length, extra_tokens)
     total = length + extra_tokens
     return PendingSequences(batch, total, total, request.padding, ids, extra_tokens)
-
-
-def sparse_mask(*, attention_mask: Any = None, **arguments: Any) -> MaskRequest:
-    """The mask function registered beside the adapter: keeps the request."""
-    if isinstance(attention_mask, MaskRequest):
-        return attention_mask  # `generate` builds masks ahead of the forward, which then asks again
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise SparseAttentionError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; sparse attention takes a 2-D mask "
-            "[batch, length] (1 real, 0 padding)"
-        )
-    kind = JoinableRequest if getattr(arguments.get("config"), "alibi", False) is True else MaskRequest
-    return kind({**arguments, "attention_mask": attention_mask})
-
-
-def packed_mask(*, config: Any = None, attention_mask: Any = None, **arguments: Any) -> Any:
-    """The mask function inside ``dense(model)`` for a call that names its sequences: the original mask within them."""
-    given = handed_over()
-    original = None if given is None else given.originals.get(id(config))
-    if original is None:
-        raise UnsupportedModelError(
-            "sequence_ids inside dense(model) need a model that builds its masks by its own configs, which this one "
-            "does not; pad the batch instead"
-        )
-    return MaskRequest({**arguments, "config": config, "attention_mask": attention_mask}).dense(original, given=given)
 
 
 def with_extra_tokens(mask: Tensor, count: int, padding: Tensor | None) -> Tensor:

@@ -11,11 +11,13 @@ from sa_hf.hf.patching.asking_base import Asking, asking_class
 from sa_hf.hf.patching.asking_decoders import DECODERS
 from sa_hf.hf.patching.asking_distances import DISTANCES
 from sa_hf.hf.patching.asking_encoders import ENCODERS
+from sa_hf.hf.patching.asking_indexed import INDEXED
+from sa_hf.hf.patching.asking_merged import MERGED
 from sa_hf.hf.patching.asking_packed import AskingPacked, cuts_its_row
 from sa_hf.hf.patching.asking_relative import RELATIVE
 from sa_hf.hf.patching.asking_windows import WINDOWS
 
-CLASSES = {**ENCODERS, **DECODERS, **RELATIVE, **DISTANCES, **WINDOWS}
+CLASSES = {**ENCODERS, **DECODERS, **RELATIVE, **DISTANCES, **WINDOWS, **MERGED, **INDEXED}
 
 
 def let_ask(model: nn.Module) -> bool:

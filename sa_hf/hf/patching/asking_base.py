@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sa_hf.config import SparseAttention
 from sa_hf.hf.caches.layer import cache_in
-from sa_hf.hf.forward.keywords import TERMS
+from sa_hf.hf.forward.keywords import SINKS, TERMS
 from sa_hf.hf.forward.layer_input import LayerCall
 from sa_hf.hf.forward.masks import MaskRequest
 from sa_hf.hf.forward.position_bias import Terms, expanded_terms
@@ -80,8 +80,10 @@ class Asking:
 
     Attributes: own: the class below; own_eager: the eager attention that it calls is that of its module; causal: what
     the module is, None where it says so itself; widened: whether its queries and keys have channels beside their own,
-    which hold a bias; has_distance_terms: whether it hands terms of the distance on; needs: what a module must have,
-    where a release gives the same name to another one; sa_hf_around: the names of the classes of the modules around it.
+    which hold a bias (``unwidened``: how many they are without, where that is no fixed number); has_distance_terms:
+    whether it hands terms of the distance on; has_sinks: whether it hands on a logit of each head that joins the
+    softmax; needs: what a module must have, where a release gives the same name to another one; sa_hf_around: the names
+    of the classes of the modules around it.
     """
 
     asks_interface: ClassVar[bool] = True
@@ -90,6 +92,7 @@ class Asking:
     causal: ClassVar[bool | None] = False
     widened: ClassVar[bool] = False
     has_distance_terms: ClassVar[bool] = False
+    has_sinks: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -125,12 +128,13 @@ def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *,
     narrow: Callable[[Any], Any] | None = None, bias: Callable[[int], Tensor] | None = None, dropout: float = 0.0,
     scaling: float | None = None, widen: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    terms: Terms | None = None,
+    terms: Terms | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The interface's attention ``[batch, queries, heads * head_dim]``; the cache among the arguments is updated first.
 
     Args: narrow: what becomes of the mask; bias: the table of distances up to a length; widen: what becomes of queries
-    and keys beside their values, those of the cache included; terms: of the queries and of the keys with the distance.
+    and keys beside their values, those of the cache included; terms: of the queries and of the keys with the distance;
+    sinks: a logit of each head.
     """
     cache = cache_in(args, kwargs)
     if cache is not None:
@@ -144,6 +148,8 @@ def attend(
         call["position_bias"] = bias(max(key.shape[2], _positions(mask)))
     if terms is not None and terms != (None, None):
         call[TERMS] = terms
+    if sinks is not None:
+        call[SINKS] = sinks
     function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, asked_attention_forward)
     out = function(
         module, query, key, value, mask if narrow is None else narrow(mask),

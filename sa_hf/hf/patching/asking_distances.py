@@ -24,6 +24,7 @@ from sa_hf.hf.patching.asking_base import (
     asked_mask,
     asks,
     attend,
+    dense_masks,
     heads,
 )
 from sa_hf.hf.patching.asking_relative import AskingConformer
@@ -230,6 +231,45 @@ def _with_relative_keys(module: Any, hidden: Tensor, args: tuple[Any, ...], kwar
     return module.linear_out(out), None
 
 
+class AskingSpeechT5(Asking):
+    """SpeechT5's attention; its encoder adds relative keys (Shaw et al. 2018), ``q_i . E[i - j]``."""
+
+    causal = None
+
+    def prepare(self: Any) -> None:
+        self.is_causal = bool(self.is_decoder)
+        self.has_distance_terms = not self.is_decoder
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = _named(self, args, kwargs)
+        if given.get("key_value_states") is not None:
+            return self.own.forward(self, hidden_states, *args, **dense_masks(kwargs))
+        query, key, value = (
+            heads(part(hidden_states), self.num_heads) for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        embeddings, of_query = given.pop("position_bias", None), None
+        if embeddings is not None:  # of the distances i - j from the least to the greatest: ours are j - i
+            longest = embeddings.shape[0] // 2
+            places = torch.arange(longest, -longest - 1, -1, device=query.device).clamp(max=longest - 1) + longest
+            of_query = DistanceTerm(query @ embeddings.to(query.dtype).t() * self.scaling, places)
+        out = attend(
+            self, query, key, value, (), given, dropout=self.dropout, scaling=self.scaling, terms=(of_query, None)
+        )
+        return self.out_proj(out), None
+
+
+class AskingSpeechT5Distances(Asking):
+    """What makes the embeddings of the distances of all pairs: here those of each distance, ``[distances, head_dim]``,
+    the least first."""
+
+    asks_interface = False
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not asks(self):
+            return self.own.forward(self, hidden_states, *args, **kwargs)
+        return self.pe_k(torch.arange(2 * self.max_length, device=hidden_states.device))
+
+
 class AskingSeamlessEncoder(Asking):
     """The layers' owner, which cuts long sound into chunks by a mask of all pairs: none where one chunk holds all."""
 
@@ -268,4 +308,6 @@ DISTANCES: dict[str, Any] = {
     "Wav2Vec2BertSelfAttention": AskingWav2Vec2Bert,
     "SeamlessM4Tv2ConformerSelfAttention": AskingRelativeKey,
     "SeamlessM4Tv2ConformerEncoder": AskingSeamlessEncoder,
+    "SpeechT5Attention": AskingSpeechT5,
+    "SpeechT5RelativePositionalEncoding": AskingSpeechT5Distances,
 }

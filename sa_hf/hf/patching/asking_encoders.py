@@ -114,6 +114,25 @@ class AskingVideoMAE(Asking):
         return attend(self, query, key, value, args, kwargs, dropout=self.dropout_prob, scaling=self.scaling), None
 
 
+class AskingVJEPA2(Asking):
+    """V-JEPA 2's attention, which asks already but takes no keywords; it turns queries and keys by the place of a patch
+    in its video."""
+
+    causal = None
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        chosen = kwargs["position_mask"] if "position_mask" in kwargs else args[0] if args else None
+        query, key, value = (
+            heads(part(hidden_states), self.num_attention_heads) for part in (self.query, self.key, self.value)
+        )
+        places = self.get_position_ids(hidden_states, masks=chosen)
+        query, key = (self.apply_rotary_embeddings(x, places) for x in (query, key))
+        told = {**{name: x for name, x in kwargs.items() if name != "position_mask"}, "attention_mask": None}
+        return self.proj(
+            attend(self, query, key, value, (), told, dropout=self.dropout_prob, scaling=self.scaling)
+        ), None
+
+
 class AskingUMT5(Asking):
     """UMT5's attention, in which each layer makes a bias of its own: here a table of distances."""
 
@@ -286,6 +305,7 @@ ENCODERS: dict[str, Any] = {
     "Idefics3VisionAttention": AskingTower,
     "Siglip2Attention": AskingTower,
     "Siglip2MultiheadAttentionPoolingHead": AskingSiglip2Head,
+    "Sam3LiteTextTextAttention": AskingTower,
     "SmolVLMVisionAttention": AskingTower,
     "LongformerSelfAttention": AskingLongformer,
     "LEDEncoderSelfAttention": AskingLongformer,
@@ -298,5 +318,6 @@ ENCODERS: dict[str, Any] = {
     "SiglipAttention": AskingTower,
     "Aimv2Attention": AskingTower,
     "UMT5Attention": AskingUMT5,
+    "VJEPA2RopeAttention": AskingVJEPA2,
     "VideoMAESelfAttention": AskingVideoMAE,
 }

@@ -1,18 +1,26 @@
-"""Attention of sound whose scores have a term of the distance between query and key, asking the interface."""
+"""Attention whose scores have a term of the distance between query and key, by sines and cosines, asking the interface:
+encoders of sound, and XLNet."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
-from sa_hf.hf.forward.layer_input import Carried
-from sa_hf.hf.patching.asking_base import AskingSparse, attend, heads
+from sa_hf.hf.forward.layer_input import Carried, LayerCall
+from sa_hf.hf.patching.asking_base import Asking, AskingSparse, asked_attention_forward, asked_mask, attend, heads
+from sa_hf.hf.patching.asking_windows import whole_width
+
+eager_attention_forward = asked_attention_forward  # found by this name, as in Transformers' modules
 
 # Of Transformers' own embedding of distances (and of Vaswani et al. 2017, section 3.5).
 _BASE = 10000.0
+# On what XLNet gives its layers: what it was read as, for the other layers of the forward.
+_NUMBERED = "sa_hf_numbers"
 
 
 class AskingRelative(AskingSparse):
@@ -43,11 +51,9 @@ class AskingRelative(AskingSparse):
         weight = projection(torch.eye(width, dtype=query.dtype, device=query.device))
         of_keys, of_places = (query + bias[:, None] for bias in biases)
         each = torch.einsum("bhnd,chd->bhnc", of_places, weight.unflatten(-1, (query.shape[1], -1)))
-        of_sine, of_cosine = each[..., 0::2], each[..., 1::2]
-        turned = of_sine * sine + of_cosine * cosine, of_cosine * sine - of_sine * cosine
-        places = torch.cat([cosine, sine], -1).expand(*key.shape[:3], -1)
-        key = torch.cat([key, places.to(key.dtype)], -1)
-        return torch.cat([of_keys, *turned], -1).to(key.dtype), key
+        turned, places = _turned(each[..., 0::2], each[..., 1::2], sine, cosine)
+        key = torch.cat([key, places.expand(*key.shape[:3], -1).to(key.dtype)], -1)
+        return torch.cat([of_keys, turned], -1).to(key.dtype), key
 
     def _proves(self: Any, call: Any) -> bool:
         """Whether the model's numbers are compared in this call: in the probe's, whose forward makes them."""
@@ -132,6 +138,142 @@ class AskingConformer(AskingRelative):
         return self.linear_out(out), None
 
 
+class AskingXLNet(Asking):
+    """XLNet's attention (Yang et al. 2019) of one stream: Transformer-XL's term of the distance, and one of whether two
+    tokens are of one segment, as channels, too, a key's being the number of its segment. Tokens stand before the batch.
+
+    Its second stream, of queries that do not see their own token, reads under masks of permutations: refused, and so
+    are the hidden states of earlier calls (``mems``).
+    """
+
+    has_place_channels = True
+    segments: ClassVar[int] = 8  # XLNet's own tokenizer has five
+
+    def prepare(self: Any) -> None:
+        self.num_heads, self.proved = self.n_head, False
+        self.qk_head_dim = whole_width(self.d_head + self.d_model + self.segments)
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = ("g", "attn_mask_h", "attn_mask_g", "r", "seg_mat", "mems", "target_mapping", "output_attentions")
+        given = {**dict.fromkeys(names), **dict(zip(names, args, strict=False)), **kwargs}
+        self._check(hidden_states, given)
+        rows = hidden_states.transpose(0, 1)
+        query, key, value = (torch.einsum("bih,hnd->bnid", rows, part) for part in (self.q, self.k, self.v))
+        call = given.get("sparse_call")
+        call = replace(call, hidden_states=rows) if isinstance(call, LayerCall) else call
+        query, key = self._scored(query, key, given["r"], given["seg_mat"])
+        told = {"sparse_call": call, "output_attentions": given["output_attentions"]}
+        out = attend(
+            self, query, key, value, (given["attn_mask_g"],), told, dropout=self.dropout.p, scaling=self.scale,
+            narrow=lambda mask: self._mask(rows, mask),
+        )  # fmt: skip
+        out = self.post_attention(hidden_states, out.unflatten(-1, (self.n_head, -1)).transpose(0, 1))
+        return out, None
+
+    def _scored(self: Any, query: Tensor, key: Tensor, given: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``[B, heads, n, qk_head_dim]``. Args: given: the model's embedding of distances ``[2 n, B or
+        1, d_model]``; segments: ``[n, n, B, 2]``, whose first number says that both tokens are of one segment."""
+        sine, cosine = _places(key.shape[2], self.d_model, given)
+        self._prove(given, sine, cosine)
+        of_keys, of_places, of_segments = (
+            query + bias[:, None] for bias in (self.r_w_bias, self.r_r_bias, self.r_s_bias)
+        )
+        each = torch.einsum("bnid,hnd->bnih", of_places, self.r)
+        of_sine, of_cosine = each.chunk(2, dim=-1)
+        turned, places = _turned(of_sine, of_cosine, sine, cosine)
+        query, key = torch.cat([of_keys, turned], -1), torch.cat([key, places.expand(*key.shape[:3], -1)], -1)
+        if segments is not None:
+            own = one_hot(_numbers(segments, self.segments), self.segments).to(key.dtype)[:, None]
+            # What a query adds to all keys alike no softmax shows: its number where the segments differ.
+            more = of_segments @ (self.seg_embed[0] - self.seg_embed[1])[:, :, None]
+            query = torch.cat([query, more * own], -1)
+            key = torch.cat([key, own.expand(-1, key.shape[1], -1, -1)], -1)
+        query, key = (pad(x, (0, self.qk_head_dim - x.shape[-1])) for x in (query, key))
+        return query.to(key.dtype), key
+
+    def _mask(self: Any, rows: Tensor, mask: Tensor | None) -> Any:
+        """Args: mask: the model's own, ``[1, n, B, 1]``, 1 where a key is hidden."""
+        if mask is None:
+            return asked_mask(self, rows, None, causal=False)
+        if mask.shape[0] == 1:
+            real = getattr(mask, _NUMBERED, None)  # once for all layers
+            if real is None:
+                real = mask[0, :, :, 0].t() == 0
+                setattr(mask, _NUMBERED, real)
+            return asked_mask(self, rows, real, causal=False)
+        raise SparseAttentionError(
+            f"XLNet is given a mask of {mask.shape[0]} queries (perm_mask, or attn_type='uni'), whose pairs a pattern "
+            "would have to drop; leave perm_mask out, and take attn_type='bi'"
+        )
+
+    def _check(self: Any, hidden: Tensor, given: dict[str, Any]) -> None:
+        if given["g"] is not None:
+            raise SparseAttentionError(
+                "XLNet's second stream (target_mapping) reads under masks of permutations, whose pairs no pattern "
+                "names; leave target_mapping and perm_mask out, or use `with sa_hf.dense(model):`"
+            )
+        if given["mems"] is not None and given["mems"].dim() > 1:
+            raise SparseAttentionError(
+                "XLNet is given the hidden states of an earlier call (mems), whose tokens have no position that a "
+                "pattern names in a layer that is not causal; leave mems out"
+            )
+        n, distances = hidden.shape[0], given["r"].shape[0]
+        if distances != 2 * n:
+            raise SparseAttentionError(
+                f"{distances} distances for {n} tokens, where XLNet with attn_type='bi' has {2 * n}: tokens that a "
+                "pattern adds have no place here, and attn_type='uni' is not served; leave them out "
+                "(num_extra_tokens, relay='virtual')"
+            )
+        config = self.config
+        if config.bi_data or config.clamp_len > 0:
+            raise SparseAttentionError(
+                f"XLNet with bi_data={config.bi_data}, clamp_len={config.clamp_len} has other distances than sines and "
+                "cosines of them; a pattern goes into models with bi_data=False, clamp_len=-1"
+            )
+        if self.training and config.dropout > 0:
+            raise SparseAttentionError(
+                f"dropout={config.dropout} drops distances, which a pattern has as products of places; train with "
+                "dropout=0.0, or keep the layer dense"
+            )
+
+    def _prove(self: Any, given: Tensor, sine: Tensor, cosine: Tensor) -> None:
+        """That the model's embedding is that of our places, once: its rows from 0 to distance ``1 - n`` are behind that
+        of n, n - 1, ..."""
+        if self.proved or given.is_meta or torch.compiler.is_compiling():
+            return
+        self.proved, n = True, sine.shape[0]
+        ours = torch.cat([-sine, cosine], -1)
+        if not torch.allclose(given[n:, 0], ours.to(given.dtype), atol=1e-2):
+            raise UnsupportedModelError(
+                f"the distances of {type(self).__name__} are not the sines and cosines that a pattern can have as "
+                "products of places; keep it dense"
+            )
+
+
+def _numbers(segments: Tensor, limit: int) -> Tensor:
+    """The number of each token's segment in its row, ``[B, n]`` int64, once for all layers."""
+    held: Tensor | None = getattr(segments, _NUMBERED, None)
+    if held is None:
+        alike = segments[..., 0] > 0  # [n, n, B]
+        first = alike.long().argmax(0).transpose(0, 1)  # of each token's segment, its first token
+        starts = first == torch.arange(first.shape[1], device=first.device)
+        held = (starts.cumsum(1) - 1).gather(1, first)
+        if not torch.compiler.is_compiling() and bool((held >= limit).any()):
+            raise SparseAttentionError(
+                f"token_type_ids name more than {limit} segments in a row, for which XLNet has no channels here; give "
+                "fewer, or use `with sa_hf.dense(model):`"
+            )
+        setattr(segments, _NUMBERED, held)
+    return held
+
+
+def _turned(of_sine: Tensor, of_cosine: Tensor, sine: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels of queries ``[..., n, width]`` and of keys ``[n, width]`` whose products are those of what a query makes
+    of the sine and the cosine of ``i - j``, with these: by the sine and cosine of each place."""
+    turned = of_sine * sine + of_cosine * cosine, of_cosine * sine - of_sine * cosine
+    return torch.cat(turned, -1), torch.cat([cosine, sine], -1)
+
+
 def _places(n: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Sine and cosine ``[n, width / 2]`` of each place. In float64: a difference of two angles keeps the rounding of
     the larger ones (4000 frames in float32: 1e-4)."""
@@ -145,4 +287,5 @@ RELATIVE: dict[str, Any] = {
     "ParakeetEncoderAttention": AskingParakeet,
     "SeamlessM4TConformerSelfAttention": AskingConformer,
     "Wav2Vec2ConformerSelfAttention": AskingConformer,
+    "XLNetRelativeAttention": AskingXLNet,
 }

@@ -1,8 +1,9 @@
-"""Attention with a bias that no table of distances holds, asking the interface: Swin and its kin, and Doge.
+"""Attention with a bias that no table of distances holds, asking the interface: Swin and its kin, LayoutLMv3, Doge.
 
 The bias goes into channels beside the queries' and keys' own, so the product of the wider ones is the biased score:
-exact under every pattern, and differentiable. Swin's is of the pairs of one small window: a key brings its place as a
-one-hot row, a query its row of the bias. Doge's is of the key alone, which takes one channel.
+exact under every pattern, and differentiable. Swin's is of the pairs of one small window, LayoutLMv3's of those of one
+page: a key brings its place as a one-hot row, a query its row of the bias. Doge's is of the key alone, which takes one
+channel.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from torch.nn.functional import normalize, pad, softplus
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.forward.masks import MaskRequest
-from sa_hf.hf.patching.asking_base import Asking, asked_attention_forward, attend, heads, left_dense, mask_in
+from sa_hf.hf.patching.asking_base import (
+    Asking,
+    AskingSparse,
+    asked_attention_forward,
+    attend,
+    heads,
+    left_dense,
+    mask_in,
+)
 
 eager_attention_forward = asked_attention_forward  # found by this name, as in Transformers' modules
 
@@ -145,6 +154,33 @@ class AskingSwin2(AskingWindow):
         return 16 * torch.sigmoid(table[self.relative_position_index.view(-1)].view(n, n, -1).permute(2, 0, 1))[None]
 
 
+class AskingLayoutLMv3(AskingSparse):
+    """LayoutLMv3's attention (Huang et al. 2022): a bias of the distance on the page and in the text, which its encoder
+    makes of all pairs, once for all layers. A channel for each token holds it, so a score costs more than it does in
+    the model's own attention, and a layer's memory grows with the pairs, as the model's own bias does."""
+
+    widened = True
+
+    def prepare(self: Any) -> None:
+        self.unwidened = self.attention_head_size  # the channels of the bias are as many as the tokens of a call
+
+    def asked(self: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bias = kwargs.get("position_bias")
+        if bias is None:
+            return self.own.forward(self, hidden_states, *args, **kwargs)
+        if bias.shape[-1] != hidden_states.shape[1]:
+            raise SparseAttentionError(
+                f"a bias of {bias.shape[-1]} tokens for {hidden_states.shape[1]}: tokens that a pattern adds have no "
+                "place on LayoutLMv3's page; leave them out (num_extra_tokens, relay='virtual')"
+            )
+        query, key, value = (
+            heads(part(hidden_states), self.num_attention_heads) for part in (self.query, self.key, self.value)
+        )
+        query, key = biased(query, key, bias, self.scaling)
+        told = {name: x for name, x in kwargs.items() if name != "position_bias"}
+        return attend(self, query, key, value, args, told, dropout=self.dropout.p, scaling=self.scaling), None
+
+
 class AskingDoge(Asking):
     """Doge's attention: each key's values give it a bias for every query that reads it. (Its rule to read the
     ``keep_window_size`` keys of the greatest bias alone is refused where it would drop any.)"""
@@ -194,5 +230,6 @@ WINDOWS: dict[str, Any] = {
     "Swin2SRSelfAttention": AskingSwin2,
     "DonutSwinSelfAttention": AskingWindow,
     "MaskFormerSwinSelfAttention": AskingWindow,
+    "LayoutLMv3SelfAttention": AskingLayoutLMv3,
     "DogeAttention": AskingDoge,
 }

@@ -53,8 +53,8 @@ def patch_model(
         pattern: a name, a config, ``{"0-3": "dense", "4-": config}`` by layers, ``{"heads": {"0-5": config, ...}}`` by
             heads, or ``{"encoder": ..., "decoder": ...}``. Unlisted layers stay dense. Of a multimodal model the
             language stack gets it; ``{"language": ..., "vision": ..., "audio": ...}`` says more. Of an encoder-decoder
-            with a half that no pattern can reach (LongT5's encoder, T5Gemma 2's decoder) the other half gets it.
-            ``summary`` shows what is left.
+            with a half that no pattern can reach (LongT5's encoder) the other half gets it. ``summary`` shows what is
+            left.
         layers: "0-3,6" or a list of places in the stack; None is all.
         max_length: lengthen the model to this many tokens, as ``extend_positions`` does; ``unpatch_model`` undoes it.
         tokenizer: gets the new limit, too; without one a warning says that it still cuts at its own.

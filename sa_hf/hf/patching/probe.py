@@ -24,9 +24,10 @@ from transformers.modeling_utils import AttentionInterface
 from sa_hf.errors import SparseAttentionError, UnsupportedModelError
 from sa_hf.hf.caches.layer import cache_in
 from sa_hf.hf.forward.extra_tokens import EmptyTokenHooks
+from sa_hf.hf.forward.joined import sparse_mask
 from sa_hf.hf.forward.keywords import SINKS, unknown_keywords
 from sa_hf.hf.forward.layer_input import Carried
-from sa_hf.hf.forward.masks import MaskRequest, sparse_mask
+from sa_hf.hf.forward.masks import MaskRequest
 from sa_hf.hf.forward.position_bias import has_bias_table
 from sa_hf.hf.forward.ready_masks import read_mask
 from sa_hf.hf.forward.rotary import ROTARY_FUNCTION
@@ -202,7 +203,7 @@ class _Recorder:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """The attention function."""
-        shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+        shapes = tuple(query.shape), (*key.shape[:3], getattr(module, "unwidened", key.shape[3])), tuple(value.shape)
         name, carried = self.names[module], kwargs.get("sparse_call")
         if attention_mask is None and isinstance(carried, Carried):
             attention_mask = carried.cut

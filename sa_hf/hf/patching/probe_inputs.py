@@ -30,9 +30,12 @@ def installed_release() -> str:
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its head; the whole, where what is called its base is a part that takes no inputs (DINOv3)."""
+    """The model without its head; the whole, where what is called its base is a part that takes no inputs (DINOv3), or
+    others than tokens in its decoder (SpeechT5)."""
     body: PreTrainedModel = model.base_model
-    return body if body.main_input_name in parameters_of(body) else model
+    inner, whole = parameters_of(body), parameters_of(model)
+    values = "decoder_input_values" in inner and "decoder_input_ids" in whole
+    return model if values or body.main_input_name not in inner else body
 
 
 def inner_model(model: PreTrainedModel, names: list[str]) -> PreTrainedModel | None:

@@ -13,7 +13,7 @@ _MODELS_THAT_ASK = (
 )
 # Of attention whose maths is another than a pattern's, by the name of its class: what it computes.
 _OTHER_MATHS = {
-    "XLNetRelativeAttention": "its two streams of queries read the same keys under masks of permutations",
+    "VitsAttention": "it adds values of its own for each distance, by weights that a pattern never hands out",
     "FunnelRelMultiheadAttention": "its pooled queries are fewer than its keys and have no places of their own",
     "ProphetNetNgramSelfAttention": "it attends for several streams of predictions at once",
     "LSHSelfAttention": "it is sparse already, by hashes of its tokens",

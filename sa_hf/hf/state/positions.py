@@ -45,14 +45,15 @@ def position_limit(model: PreTrainedModel) -> int | None:
     if tables:
         return min(table.positions for table in tables)
     limit = getattr(model.config, LIMIT, None)
-    if isinstance(limit, int):
+    if isinstance(limit, int) and limit > 0:  # XLNet has none and says -1
         return limit
     return min((limit for _, limit in config_limits(model, [])), default=None)
 
 
 def config_limits(root: PreTrainedModel, tables: list[Table]) -> list[tuple[PreTrainedConfig, int]]:
     """The configs of a model that say how long its input is, each with the tokens that what it describes takes."""
-    found = {id(c): (c, limit) for c in configs_of(root) if isinstance(limit := getattr(c, LIMIT, None), int)}
+    said = [(config, getattr(config, LIMIT, None)) for config in configs_of(root)]
+    found = {id(config): (config, limit) for config, limit in said if isinstance(limit, int) and limit > 0}
     own: dict[int, int] = {}
     for table in tables:
         for config in configs_of_table(root, table):

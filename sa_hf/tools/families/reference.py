@@ -14,6 +14,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import sa_hf
 from sa_hf.config import SparseAttention
+from sa_hf.hf.patching.asking_merged import AskingMerged
 from sa_hf.hf.state.activity import IMPLEMENTATION
 from sa_hf.hf.state.layers import active_child
 from sa_hf.hf.state.patch import required_patch
@@ -40,7 +41,11 @@ def own_attention(model: Any, *, patterns: bool = True, zeros: bool = False) -> 
     ) -> Any:
         child = active_child(module)
         if patterns and isinstance(child, SparseAttention):
-            attention_mask = under_pattern(child, attention_mask, query, key)
+            n = query.shape[2] if isinstance(module, AskingMerged) else key.shape[2]
+            pairs = under_pattern(child, attention_mask, query, key[:, :, :n])
+            if n < key.shape[2]:  # the encoder's keys stand behind the layer's own
+                pairs = torch.cat([pairs, attention_mask[..., n:].expand(*pairs.shape[:3], -1)], -1)
+            attention_mask = pairs
         eager = sys.modules[type(module).__module__].eager_attention_forward
         out = eager(module, query, key, value, attention_mask, **kwargs)
         if zeros and isinstance(child, SparseAttention):

@@ -80,7 +80,7 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"shape_size", 16),
     (r"index_n_heads", 2),
     (r"index_head_dim", HEAD_DIM),
-    (r"index_topk", 16),
+    (r"index_topk", 64),
 )  # fmt: skip
 _COMPILED = tuple((re.compile(pattern), value) for pattern, value in _SIZES)
 # Lists of places of layers.
