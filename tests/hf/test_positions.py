@@ -10,12 +10,15 @@ import pytest
 import torch
 import transformers as tf
 from hf_cases import BOTH, CONFIGS, case, tiny_model, tokens
+from older_releases import older_releases_may
 
 import sa_hf
 from sa_hf import SparseAttentionError, UnsupportedModelError
 from sa_hf.hf.state.positions import lengthening
 
 LONG = 150
+# The check of 5.5's configs, which its save runs, looks for a layer type's fields in the wrong place.
+NO_YARN_BY_LAYER = "do not fit .* KeyError: 'original_max_position_embeddings'"
 # family: (table, rows before its first position)
 TABLES = {
     "bert": ("embeddings.position_embeddings", 0),
@@ -117,7 +120,8 @@ def test_extend_positions_is_for_good(patched: bool) -> None:
 def test_rope_is_scaled_and_set_back(family: str) -> None:
     model = tiny_model(family)
     short, config = run(model, 40), model.config
-    sa_hf.patch_model(model, "sliding_window", window=1000, max_length=256, rope_parameters=YARN)
+    with older_releases_may(NO_YARN_BY_LAYER):
+        sa_hf.patch_model(model, "sliding_window", window=1000, max_length=256, rope_parameters=YARN)
     fresh = type(config)(**{k: v for k, v in CONFIGS[family]().to_dict().items() if k != "rope_parameters"})
     fresh.max_position_embeddings = 256
     fresh.rope_parameters = model.config.rope_parameters
@@ -136,7 +140,8 @@ def test_scaling_twice_is_scaling_once(family: str) -> None:
     model = tiny_model(family)
     found = []
     for _ in range(2):
-        sa_hf.patch_model(model, "sliding_window", window=1000, max_length=256, rope_parameters=YARN)
+        with older_releases_may(NO_YARN_BY_LAYER):
+            sa_hf.patch_model(model, "sliding_window", window=1000, max_length=256, rope_parameters=YARN)
         found.append((run(model, 200), str(model.config.rope_parameters)))
     assert found[0][1] == found[1][1]
     assert torch.equal(found[0][0], found[1][0])

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from hf_cases import roughened, tokens
+from older_releases import OLDER
 
 import sa_hf
 
@@ -66,6 +67,8 @@ def run(model: Any, n: int) -> torch.Tensor:
 @pytest.mark.parametrize("for_good", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_lengthened_model_loads_as_it_was(tmp_path: Path, name: str, for_good: bool) -> None:
+    if OLDER and name == "dynamic":
+        pytest.skip(f"transformers {tf.__version__}: its dynamic angles, dense too, stay those of the longest input")
     model = made(name)
     before, short = model.config.to_dict(), run(model, SOME)
     if for_good:
