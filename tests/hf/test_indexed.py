@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from eager_cases import scattered
 from gradient_cases import assert_close, with_gradients
+from older_releases import OLDER
 from torch import Tensor
 
 import sa_hf
@@ -27,6 +28,8 @@ LENGTH, CHOSEN = 40, 8
 def built(name: str, **values: Any) -> Any:
     if name not in ENTRIES:
         pytest.skip(f"transformers {tf.__version__} has no {name}")
+    if OLDER and name == "GlmMoeDsaForCausalLM":
+        pytest.skip(f"transformers {tf.__version__}: {name} spreads what it has chosen in place, and is refused")
     model, _ = build(ENTRIES[name])
     for field, value in values.items():
         setattr(model.config, field, value)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from gradient_cases import assert_close, with_gradients
-from older_releases import skip_refused
+from older_releases import REFUSED_THERE, older_releases_may, skip_refused
 from torch import Tensor
 
 import sa_hf
@@ -36,6 +36,12 @@ def model_of(**values: Any) -> Any:
             if parameter.dim() > 1:
                 parameter.normal_(0, 1.0 if "rel_pos" in name else 0.2, generator=generator)
     return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def _served() -> None:
+    with older_releases_may(f"{REFUSED_THERE}|does not call transformers' AttentionInterface"):
+        sa_hf.patch_model(model_of(), WINDOW)
 
 
 def inputs() -> dict[str, Tensor]:

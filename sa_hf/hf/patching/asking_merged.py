@@ -8,6 +8,7 @@ counts what the sink leaves, and the others get the rest: exact under every patt
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import create_bidirectional_mask
 
 from sa_hf.errors import SparseAttentionError
 from sa_hf.hf.caches.layer import cache_in, is_cache
@@ -132,4 +134,6 @@ def _less(query: Tensor, key: Tensor, total: Tensor, scale: float) -> tuple[Tens
     return pad(query, (0, wide - query.shape[-1])), pad(key, (0, wide - key.shape[-1]))
 
 
-MERGED: dict[str, Any] = {"T5Gemma2MergedAttention": AskingMerged}
+# Older releases (5.5) join a mask that a function of the model's own decides; there the decoder is left as it is.
+_PLAIN = "allow_is_bidirectional_skip" in inspect.signature(create_bidirectional_mask).parameters
+MERGED: dict[str, Any] = {"T5Gemma2MergedAttention": AskingMerged} if _PLAIN else {}

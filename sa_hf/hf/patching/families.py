@@ -27,6 +27,9 @@ from sa_hf.ops.parts import Band
 
 # The attribute names under which decoders keep attention over the encoder's output.
 CROSS_NAMES = {"encoder_attn", "crossattention", "EncDecAttention", "cross_attn", "cross_attention"}
+# Of a layer that joins the encoder's keys to its own and does not ask (T5Gemma 2's decoder in older releases).
+_MERGED = "merged_attention_mask"
+_MERGES = "its layers read their own tokens and the encoder's in one softmax"
 # Kinds of layers in a config that have its window.
 _SLIDING = ("sliding_attention", "hybrid_sliding")
 # The functions of Transformers that make masks, and whether causal ones.
@@ -70,16 +73,21 @@ _Layers: TypeAlias = "list[tuple[str, nn.Module]]"
 
 def _sites(model: PreTrainedModel, max_length: int | None) -> Sites:
     found: dict[str, _Layers] = {}
+    merged: dict[str, _Layers] = {}
     cross: list[str] = []
     for name, module in model.named_modules():
         if not calls_interface(module):
             continue
         if _is_cross(name, module):
             cross.append(name)
+        elif _MERGED in inspect.signature(type(module).forward).parameters:
+            merged.setdefault(_stack_path(name), []).append((name, module))
         else:
             found.setdefault(_stack_path(name), []).append((name, module))
     kinds = {path: tower_of(model, path) for path in found}
     language = {path: layers for path, layers in found.items() if kinds[path] is None}
+    if not language and merged:
+        raise UnsupportedModelError(f"{type(model).__name__} gets no pattern: {_MERGES}")
     if not language:
         raise UnsupportedModelError(computes_itself(model, _language_part(model, found)))
     limit = position_limit(model) if max_length is None else max_length
@@ -94,7 +102,7 @@ def _sites(model: PreTrainedModel, max_length: int | None) -> Sites:
 
     chosen, left = _language_stacks(model, language)
     stacks = {stack: described(layers, stack, limit) for stack, layers in chosen.items()}
-    left.update(_halves_left(model, stacks))
+    left.update(_halves_left(model, stacks, merged))
     towers: dict[str, list[Site]] = {}
     for kind in TOWERS:
         paths = sorted((path for path in found if kinds[path] == kind), key=lambda path: -len(found[path]))
@@ -180,7 +188,7 @@ def _around_embedding(model: PreTrainedModel) -> str:
     return ""
 
 
-def _halves_left(model: PreTrainedModel, stacks: Iterable[str]) -> dict[str, Left]:
+def _halves_left(model: PreTrainedModel, stacks: Iterable[str], merged: dict[str, _Layers]) -> dict[str, Left]:
     """The half of an encoder-decoder that no pattern reaches, "encoder" or "decoder"."""
     body = model.base_model
     halves = {stack: getattr(body, stack, None) for stack in ("encoder", "decoder")}
@@ -192,8 +200,13 @@ def _halves_left(model: PreTrainedModel, stacks: Iterable[str]) -> dict[str, Lef
         name = names[half]
         if stack in stacks or tower_of(model, name) or not _has_attention(half):
             continue
-        reason = "it computes its attention itself instead of asking transformers' AttentionInterface for it"
-        left[stack] = Left(name, (), reason, half=name)
+        layers = [layer for path in merged if f"{path}.".startswith(f"{name}.") for layer, _ in merged[path]]
+        reason = (
+            _MERGES
+            if layers
+            else "it computes its attention itself instead of asking transformers' AttentionInterface for it"
+        )
+        left[stack] = Left(name, tuple(layers), reason, half=name)
     return left
 
 
