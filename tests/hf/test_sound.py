@@ -17,6 +17,7 @@ NAMES = [
     "WhisperForConditionalGeneration", "WhisperForCausalLM", "Wav2Vec2Model", "HubertModel", "Data2VecAudioModel",
     "SEWModel", "UniSpeechModel", "UniSpeechSatModel", "Speech2TextModel", "ASTModel",
     "ParakeetForTDT", "Qwen3ASREncoder", "AudioFlamingo3Encoder", "VibeVoiceAsrModel", "OmniASRModel",
+    "VoxtralRealtimeEncoder",
     "VoxtralRealtimeModel",
 ]  # fmt: skip
 

@@ -280,6 +280,9 @@ def next_inputs(body: PreTrainedModel, cache: Any, sizes: ProbeSizes, first: dic
             f"({installed_release()})"
         )
     main = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+    if main not in given and "inputs_embeds" in parameters:  # a stream of sound, as its layers take it
+        embeds = torch.zeros(1, sizes.new, body.config.hidden_size)
+        return {"inputs_embeds": embeds, "use_cache": True, name: cache}
     ids = given[main]  # [1, n], or codes: [codebooks, n] or [1, n, codebooks]
     given[main] = ids.new_full((ids.shape[0], sizes.new, *ids.shape[2:]), sizes.token)
     if "input_features" in given and main == "input_ids":
