@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from sa_hf import SparseAttentionError, available_patterns
+from sa_hf import SparseAttentionError, available_patterns, freeze_masks
+from sa_hf.patterns.sparsebert import SparseBertAttention, SparseBertAttentionConfig
 from sa_hf.tools.claims import CLAIMS, Claim, logsparse_piecewise, longnet_context, small
 from sa_hf.tools.claims.claim import claim_section, run_claim
+from sa_hf.tools.claims.masked_bytes import small_encoder
+from sa_hf.tools.claims.sparsebert_masks import LENGTH, keep_likeliest, learned_density, with_masks_of
 from sa_hf.tools.claims.strided_periods import PERIOD, REACH, REPEATS, periodic
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +58,7 @@ def test_every_claim_runs_repeats_itself_and_can_fail(name: str, monkeypatch: py
     assert found.system in available_patterns()
     label, variant = next(iter(found.variants.items()))
     # Fewer of what is held out: the claim's own numbers are for its runs.
-    monkeypatch.setattr(longnet_context, "CHUNKS_HELD_OUT", 2)
+    monkeypatch.setattr(longnet_context, "ROWS_HELD_OUT", 2)
     monkeypatch.setattr(logsparse_piecewise, "SERIES_HELD_OUT", 2)
     figures = found.measure(variant, 0, 1)
     assert figures == found.measure(variant, 0, 1)
@@ -77,10 +80,33 @@ def test_figures_of_the_small_models_are_their_definitions() -> None:
         chances = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
     nats = -chances.gather(-1, ids[:, 1:, None])[..., 0]
     assert small.loss(model, ids, at_once=2) == pytest.approx(float(nats[:, 7:].mean()), rel=1e-5)
+    assert small.loss(model, ids, at_once=2, scored=3) == pytest.approx(float(nats[:, 12:].mean()), rel=1e-5)
     labels = torch.full_like(ids, -100)
     labels[:, 15] = ids[:, 15]
     hits = (chances[:, -1].argmax(-1) == ids[:, 15]).float().mean()
     assert small.right(model, ids, labels, at_once=2) == pytest.approx(float(hits))
+
+
+def test_the_likeliest_pairs_of_a_search_are_frozen_up_to_a_density_and_new_weights_get_them() -> None:
+    config = SparseBertAttentionConfig(mask_length=LENGTH, share_layers=False)
+    searched, masks = small_encoder(LENGTH, config, seed=0), []
+    for layer, mask in enumerate(m for m in searched.modules() if isinstance(m, SparseBertAttention)):
+        # Nearer is likelier, but for the own position; heads and layers differ, so that there are no ties.
+        logits = -1.0 * torch.arange(LENGTH).repeat(4, 1) - 0.1 * torch.arange(4)[:, None] - 0.05 * layer
+        logits[:, 0] = -LENGTH
+        logits[3] -= 1000 * layer  # a head that keeps nothing, and so its own position
+        mask.logits.data.copy_(logits)
+        masks.append(mask)
+    for density in (0.08, 0.085, 0.09, 0.095, 0.1):
+        keep_likeliest(searched, density)
+        assert density - 4 / LENGTH / 8 < learned_density(searched) <= density
+    freeze_masks(searched)
+    for mask in masks:
+        assert set(mask.keep_table().nonzero()[:, 1].tolist()) in ({*range(1, 8)}, {*range(1, 9)})
+    assert not masks[1].keep_table()[3].any()
+    fresh = with_masks_of(searched, config, seed=7)
+    found = [m for m in fresh.modules() if isinstance(m, SparseBertAttention)]
+    assert [f.keep_table().tolist() for f in found] == [m.keep_table().tolist() for m in masks]
 
 
 def test_the_cards_show_the_claims_that_were_run(cards: ModuleType) -> None:

@@ -101,7 +101,7 @@ def claim_section(result: Mapping[str, Any]) -> str:
         lines.append(f"| {label} | {' | '.join(shown)} |")
     header = result["header"]
     held = f"{sum(result['held'])} of {len(result['held'])} seeds"
-    tried = f" Tried: {result['tried']}" if result["tried"] else ""
+    tried = f" Tried: {result['tried']}." if result["tried"] else ""
     verdict = result["verdict"].capitalize()
     return (
         f"**{result['statement']}** {verdict} ({held}; it counts where {result['rule']}).{tried} "

@@ -16,7 +16,8 @@ from sa_hf.tasks.synthetic import PiecewiseTask
 from sa_hf.tools.claims.claim import Claim, Figures
 from sa_hf.tools.claims.small import fit
 
-T0, SERIES_AT_ONCE, SERIES_HELD_OUT = 96, 32, 128
+T0, SERIES_AT_ONCE, SERIES_HELD_OUT, SAMPLES = 96, 32, 128, 40
+LOCAL, RATE, SCALE = 24, 2.5e-3, 0.05
 PIECEWISE = PiecewiseTask(t0=T0)
 BLIND, EXACT = "blind to the first values", "knows the amplitude"
 MEDIAN = 60 / math.sqrt(2)  # of the larger of two amplitudes, each uniform in [0, 60)
@@ -37,17 +38,20 @@ def forecasts(variant: Any, seed: int, steps: int) -> Figures:
         torch.manual_seed(seed)
         config = ConvTransConfig(
             max_position_embeddings=T0 + PIECEWISE.horizon, context_length=T0, num_covariates=PIECEWISE.num_covariates,
-            attention=LogSparseAttentionConfig(local_window=8, conv_kernel_size=variant),
+            attention=LogSparseAttentionConfig(local_window=LOCAL, conv_kernel_size=variant),
+            hidden_dropout_prob=0.0, initializer_range=SCALE,
         )  # fmt: skip
         model = ConvTransForForecasting(config)
 
         def batch(step: int) -> dict[str, torch.Tensor]:
             some, known = PIECEWISE.series(SERIES_AT_ONCE, seed * 10**6 + step)
-            return {"values": some, "covariates": known, "labels": some}
+            labels = some.clone()
+            labels[:, :T0] = math.nan  # the forecast alone is learned
+            return {"values": some, "covariates": known, "labels": labels}
 
-        fit(model, batch, steps, 2e-3)
+        fit(model, batch, steps, RATE)
     rows = [{"values": v, "covariates": c} for v, c in zip(values, covariates, strict=True)]
-    return {"R_0.5": forecast_figures(model, rows)["R_0.5"]}
+    return {"R_0.5": forecast_figures(model, rows, SAMPLES)["R_0.5"]}
 
 
 LOGSPARSE_PIECEWISE = Claim(
@@ -55,14 +59,17 @@ LOGSPARSE_PIECEWISE = Claim(
     system="logsparse",
     statement="The forecast that needs the first values is found over t0 = 96, and better with the convolution "
     "(section 5.1).",
-    setting=f"piecewise series with t0 = {T0}, ConvTrans with `local_window=8`, {SERIES_HELD_OUT} series forecast by "
-    "100 samples; *blind* predicts with the median amplitude, *knows* with the one measured in the first 24 values",
+    setting=f"piecewise series with t0 = {T0}, ConvTrans of 3 layers and width 64 with `local_window={LOCAL}`, without "
+    f"dropout, trained on the likelihood of the forecast alone; {SERIES_HELD_OUT} series forecast by {SAMPLES} "
+    "samples; *blind* predicts with the median amplitude, *knows* with the one measured in the first 24 values",
     variants={"convolution of 6": 6, "no convolution": 1, BLIND: BLIND, EXACT: EXACT},
     measure=forecasts,
-    steps=600,
+    steps=800,
     holds=lambda figures: (
         figures["convolution of 6"]["R_0.5"] < UNDER * figures[BLIND]["R_0.5"]
         and figures["convolution of 6"]["R_0.5"] < figures["no convolution"]["R_0.5"]
     ),
     rule=f"R_0.5 with the convolution is under {UNDER:g} of the blind one's, and under that without",
+    tried="with dropout, a loss of all values and a local window of 8 the forecast stays worse than the blind one "
+    "after 600 steps",
 )

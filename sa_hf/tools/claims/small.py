@@ -102,11 +102,13 @@ def right(model: Any, ids: Tensor, labels: Tensor, at_once: int = 32) -> float:
 
 
 @torch.no_grad()
-def loss(model: Any, ids: Tensor, at_once: int = 32) -> float:
-    """Mean negative log-likelihood in nats of the second half of rows, int64 ``[B, n]``."""
+def loss(model: Any, ids: Tensor, at_once: int = 32, scored: int | None = None) -> float:
+    """Mean negative log-likelihood in nats of the last ``scored`` tokens of rows, int64 ``[B, n]``; None is the second
+    half."""
+    first = ids.shape[1] // 2 if scored is None else ids.shape[1] - scored
     losses = []
     for some in ids.split(at_once):
         labels = some.clone()
-        labels[:, : ids.shape[1] // 2] = IGNORED
+        labels[:, :first] = IGNORED
         losses.append(float(model(input_ids=some, labels=labels).loss) * len(some))
     return sum(losses) / len(ids)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
+import torch
+
+from sa_hf import freeze_masks
 from sa_hf.config import SparseAttentionConfig
 from sa_hf.patterns import (
     BigBirdAttentionConfig,
@@ -22,13 +27,59 @@ SETTING = (
     f"{ROWS_HELD_OUT} held-out rows"
 )
 LEARNED = "learned"
+FIXED = {
+    "sliding_window": SlidingWindowAttentionConfig(window=3),
+    "wider, without the diagonal": SlidingWindowAttentionConfig(window=4, drop_diagonal=True),
+    "logsparse": LogSparseAttentionConfig(local_window=1),
+    "bigbird": BigBirdAttentionConfig(block_size=2, num_window_blocks=3, num_random_blocks=1, num_global_blocks=2),
+}
+FEWEST = FIXED["sliding_window"].density(LENGTH)  # of the fixed masks' pairs
 
 
 def bits_and_density(config: SparseAttentionConfig, seed: int, steps: int) -> Figures:
     model = train_encoder(small_encoder(LENGTH, config, seed), LENGTH, seed, steps, RATE, MASK_RATE)
-    learned = [m.density(LENGTH) for m in model.modules() if isinstance(m, SparseBertAttention)]
-    density = sum(learned) / len(learned) if learned else config.density(LENGTH)
-    return {"bits per masked byte": bits_per_masked_byte(model, LENGTH), "pairs kept": density}
+    return {"bits per masked byte": bits_per_masked_byte(model, LENGTH), "pairs kept": config.density(LENGTH)}
+
+
+def searched_or_fixed(config: SparseAttentionConfig, seed: int, steps: int) -> Figures:
+    """A mask that is learned is searched in a training of its own, and its likeliest pairs frozen; then new weights are
+    trained with it, as they are with a fixed one."""
+    if not isinstance(config, SparseBertAttentionConfig):
+        return bits_and_density(config, seed, steps)
+    searched = train_encoder(small_encoder(LENGTH, config, seed), LENGTH, seed, steps // 2, RATE, MASK_RATE)
+    fresh = with_masks_of(freeze_masks(keep_likeliest(searched, FEWEST)), config, seed)
+    model = train_encoder(fresh, LENGTH, seed, steps, RATE)
+    return {"bits per masked byte": bits_per_masked_byte(model, LENGTH), "pairs kept": learned_density(model)}
+
+
+@torch.no_grad()
+def keep_likeliest(model: Any, density: float) -> Any:
+    """Shift all logits of structured masks so that no more than a share of the pairs is kept, the likeliest ones."""
+    masks = [m for m in model.modules() if isinstance(m, SparseBertAttention)]
+    logits = torch.stack([m.logits for m in masks])  # [layers, heads, distances]
+    distance = torch.arange(LENGTH)
+    pairs = ((LENGTH - distance) * torch.where(distance == 0, 1, 2)).expand(logits.shape).flatten()
+    ranked, order = logits.flatten().sort(descending=True)
+    kept = int((pairs[order].cumsum(0) <= density * LENGTH**2 * logits[..., 0].numel()).sum())
+    for threshold in ranked[: kept + 1].flip(0):  # rows of which nothing is kept keep their own position
+        for mask, found in zip(masks, logits, strict=True):
+            mask.logits.copy_(found - threshold)
+        if learned_density(model) <= density:
+            break
+    return model
+
+
+def with_masks_of(searched: Any, config: SparseBertAttentionConfig, seed: int) -> Any:
+    """New weights with the frozen masks of a model."""
+    model = small_encoder(LENGTH, replace(config, frozen=True), seed)
+    masks = {name: held for name, held in searched.state_dict().items() if name.endswith(".kept")}
+    model.load_state_dict(masks, strict=False)
+    return model
+
+
+def learned_density(model: Any) -> float:
+    found = [m.density(LENGTH) for m in model.modules() if isinstance(m, SparseBertAttention)]
+    return sum(found) / len(found)
 
 
 def as_good_without(figures: Mapping[str, Figures]) -> bool:
@@ -70,17 +121,13 @@ SPARSEBERT_LEARNED = Claim(
     name="sparsebert_learned",
     system="sparsebert",
     statement="A learned mask beats fixed ones that keep as many pairs (section 5).",
-    setting=SETTING,
-    variants={
-        LEARNED: SparseBertAttentionConfig(mask_length=LENGTH, density_coef=0.1),
-        "sliding_window": SlidingWindowAttentionConfig(window=4),
-        "logsparse": LogSparseAttentionConfig(local_window=1),
-        "bigbird": BigBirdAttentionConfig(
-            block_size=2, num_window_blocks=3, num_random_blocks=1, num_global_blocks=2
-        ),
-    },
-    measure=bits_and_density,
+    setting=f"{SETTING}; learned: searched for half the steps, the likeliest pairs frozen, and then trained anew as "
+    "the fixed ones are",
+    variants={LEARNED: SparseBertAttentionConfig(mask_length=LENGTH, density_coef=0.2, share_layers=False), **FIXED},
+    measure=searched_or_fixed,
     steps=800,
     holds=learned_is_best,
     rule="the learned mask keeps no more pairs than any fixed one, and a masked byte costs it fewer bits",
-)  # fmt: skip
+    tried="searches weighed 0.1 (5.4% of the pairs; on seed 3 better than a window of as many by 0.005 bits, worse "
+    "by 0.06 than one without the diagonal) and 1 (nothing kept)",
+)

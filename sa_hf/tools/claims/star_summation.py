@@ -15,7 +15,7 @@ from sa_hf.tasks.synthetic import MaskedSummationTask
 from sa_hf.tools.claims.claim import Claim, Figures
 from sa_hf.tools.claims.small import fit
 
-DIGITS, ROWS_AT_ONCE, ROWS_HELD_OUT = 200, 32, 400
+DIGITS, ROWS_AT_ONCE, ROWS_HELD_OUT, WIDTH, RATE = 200, 32, 400, 64, 1e-3
 SUMMATION = MaskedSummationTask(length=DIGITS, marked=2, base=4)
 ENOUGH_RIGHT = 0.9
 
@@ -24,12 +24,12 @@ def summed(config: Any, seed: int, steps: int) -> Figures:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         bert = transformers.BertConfig(
-            vocab_size=SUMMATION.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            vocab_size=SUMMATION.vocab_size, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2,
             num_attention_heads=4, max_position_embeddings=DIGITS + 1, num_labels=SUMMATION.num_labels,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=WIDTH**-0.5,
         )  # fmt: skip
         model = sa_hf.patch_model(transformers.BertForSequenceClassification(bert), config)
-        fit(model, lambda step: batch_of(ROWS_AT_ONCE, seed * 10**6 + step), steps, 1e-3)
+        fit(model, lambda step: batch_of(ROWS_AT_ONCE, seed * 10**6 + step), steps, RATE)
     held_out = batch_of(ROWS_HELD_OUT, seed + EVALUATION_SEEDS)
     with torch.no_grad():
         found = [model(input_ids=ids).logits.argmax(-1) for ids in held_out["input_ids"].split(ROWS_AT_ONCE)]
@@ -52,11 +52,13 @@ STAR_SUMMATION = Claim(
     f"layers and width 64, {ROWS_HELD_OUT} rows evaluated",
     variants={"star": StarAttentionConfig(ring=False), "window of 3": SlidingWindowAttentionConfig(window=2)},
     measure=summed,
-    steps=600,
+    steps=800,
     holds=lambda figures: (
         figures["star"]["accuracy"] >= ENOUGH_RIGHT
         and figures["window of 3"]["accuracy"] <= 0.5
         and figures["star"]["pairs at twice the length, times"] < 2.1
     ),
     rule=f"star reaches {ENOUGH_RIGHT:.0%}, a window of 3 without the relay at most 50%, and the pairs grow linearly",
+    tried="weights drawn as narrow as Transformers draws them (0.02): 76% after 600 steps on seed 3, where these "
+    "are at 94% after 400",
 )
