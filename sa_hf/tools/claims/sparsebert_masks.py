@@ -55,15 +55,15 @@ def searched_or_fixed(config: SparseAttentionConfig, seed: int, steps: int) -> F
 @torch.no_grad()
 def keep_likeliest(model: Any, density: float) -> Any:
     """Shift all logits of structured masks so that no more than a share of the pairs is kept, the likeliest ones."""
-    masks = [m for m in model.modules() if isinstance(m, SparseBertAttention)]
-    logits = torch.stack([m.logits for m in masks])  # [layers, heads, distances]
+    held = [m.logits for m in model.modules() if isinstance(m, SparseBertAttention) and m.logits is not None]
+    logits = torch.stack([x.detach() for x in held])  # [layers, heads, distances]
     distance = torch.arange(LENGTH)
     pairs = ((LENGTH - distance) * torch.where(distance == 0, 1, 2)).expand(logits.shape).flatten()
     ranked, order = logits.flatten().sort(descending=True)
     kept = int((pairs[order].cumsum(0) <= density * LENGTH**2 * logits[..., 0].numel()).sum())
     for threshold in ranked[: kept + 1].flip(0):  # rows of which nothing is kept keep their own position
-        for mask, found in zip(masks, logits, strict=True):
-            mask.logits.copy_(found - threshold)
+        for mask, found in zip(held, logits, strict=True):
+            mask.copy_(found - threshold)
         if learned_density(model) <= density:
             break
     return model
