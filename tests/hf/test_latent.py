@@ -129,25 +129,16 @@ def test_what_needs_plain_projections_is_refused(case: str, pattern: Any, reason
     assert not any("sparse" in name for name, _ in model.named_modules())
 
 
-INDEXED: dict[str, tuple[str, dict[str, Any]]] = {
-    "v3.2": ("DeepseekV32", {"index_topk": 8, "index_n_heads": 4, "index_head_dim": 16}),
-    "v4": (
-        "DeepseekV4",
-        {"num_key_value_heads": 1, "head_dim": 16, "layer_types": ["heavily_compressed_attention"] * 2},
-    ),
-}
+def compressed() -> Any:
+    if not hasattr(tf, "DeepseekV4ForCausalLM"):
+        pytest.skip(f"transformers {tf.__version__} has no DeepseekV4")
+    fields = {"num_key_value_heads": 1, "head_dim": 16, "layer_types": ["heavily_compressed_attention"] * 2}
+    return tf.DeepseekV4ForCausalLM(tf.DeepseekV4Config(**{**LATENT, **fields})).eval()
 
 
-def indexed(case: str) -> Any:
-    family, fields = INDEXED[case]
-    if not hasattr(tf, f"{family}ForCausalLM"):
-        pytest.skip(f"transformers {tf.__version__} has no {family}")
-    return getattr(tf, f"{family}ForCausalLM")(getattr(tf, f"{family}Config")(**{**LATENT, **fields})).eval()
-
-
-@pytest.mark.parametrize("case", INDEXED)
-def test_layers_that_choose_their_keys_themselves_are_refused(case: str) -> None:
-    model = indexed(case)
+def test_layers_that_add_keys_of_their_own_are_refused() -> None:
+    """Those that choose among the tokens' keys are in ``test_indexed.py``."""
+    model = compressed()
     with pytest.raises(UnsupportedModelError, match="changing the mask that it is given"):
         sa_hf.patch_model(model, "sliding_window", window=9)
     assert not any("sparse" in name for name, _ in model.named_modules())
@@ -155,7 +146,7 @@ def test_layers_that_choose_their_keys_themselves_are_refused(case: str) -> None
 
 def test_keys_beyond_the_positions_are_no_keys_of_a_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
     """One compressed key for 128 tokens: the probe's input is too short to have any."""
-    model = indexed("v4")
+    model = compressed()
     monkeypatch.setattr(probe, "changes_its_mask", lambda attention: False)
     sa_hf.patch_model(model, "sliding_window", window=9)
     with torch.no_grad():

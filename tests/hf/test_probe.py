@@ -185,8 +185,11 @@ def test_values_that_differ_by_layer_are_read_from_each_layers_config() -> None:
 
 
 def test_an_indexer_counts_where_a_layer_has_one() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"layer 0.*changing the mask that it is given"):
-        sa_hf.patch_model(dots3(index_topk=8, index_n_heads=4, index_head_dim=16), COVERING)
+    """Up to as many tokens as it chooses; without one, in the test above, 40 tokens are no more than others."""
+    model = sa_hf.patch_model(dots3(index_topk=8, index_n_heads=4, index_head_dim=16), COVERING)
+    model(input_ids=tokens(2, 8))
+    with pytest.raises(sa_hf.SparseAttentionError, match=r"over 40 tokens.*index_topk=8"):
+        model(input_ids=tokens(2, 40))
 
 
 def test_text_beside_an_image_in_one_call() -> None:
