@@ -50,12 +50,12 @@ STAR_SUMMATION = Claim(
     statement="Masked summation is solved over 200 positions at a cost linear in the length (section 4.1).",
     setting=f"the sum of {SUMMATION.marked} marked digits of {DIGITS} ({SUMMATION.num_labels} classes), encoder of 2 "
     f"layers and width 64, {ROWS_HELD_OUT} rows evaluated",
-    variants={"star": StarAttentionConfig(ring=False), "window of 3": SlidingWindowAttentionConfig(window=2)},
+    variants={"star": StarAttentionConfig(ring=False), "sliding_window of 3": SlidingWindowAttentionConfig(window=2)},
     measure=summed,
     steps=800,
     holds=lambda figures: (
         figures["star"]["accuracy"] >= ENOUGH_RIGHT
-        and figures["window of 3"]["accuracy"] <= 0.5
+        and figures["sliding_window of 3"]["accuracy"] <= 0.5
         and figures["star"]["pairs at twice the length, times"] < 2.1
     ),
     rule=f"star reaches {ENOUGH_RIGHT:.0%}, a window of 3 without the relay at most 50%, and the pairs grow linearly",
